@@ -1,0 +1,27 @@
+"""Gradient descent on JAX where nobody has to guess: ``gdopt.minimize(loss, params)``."""
+
+from importlib.metadata import version
+
+from gdopt import plot, schedules
+from gdopt.driver import gd_step, minimize
+from gdopt.errors import GdoptError, InputError, NotConvergedError
+from gdopt.optimizers import gd
+from gdopt.result import History, Report, Result
+from gdopt.stopping import Status
+
+__version__ = version("gdopt")
+
+__all__ = [
+    "GdoptError",
+    "History",
+    "InputError",
+    "NotConvergedError",
+    "Report",
+    "Result",
+    "Status",
+    "gd",
+    "gd_step",
+    "minimize",
+    "plot",
+    "schedules",
+]

@@ -1,0 +1,110 @@
+"""What ``optax.tree`` lacks: norms that neither overflow nor vanish, strong types, and trees with frozen leaves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gdopt._types import PyTree
+
+
+@functools.partial(jax.jit, inline=True)
+def norm(tree: PyTree) -> jax.Array:
+    """The 2-norm over all entries of all leaves, in float32 or, where a leaf is wider, in float64.
+
+    Divides by the largest entry first: the plain sum of squares overflows in float32 once an entry passes 1.8e19, and
+    vanishes, which would read as "converged", when all are below 1e-19. Not finite exactly where an entry is not.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+    dtype = norm_dtype(leaves)
+    largest = jnp.zeros((), dtype)
+    for leaf in leaves:
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(leaf)).astype(dtype))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * quick_norm([leaf / scale for leaf in leaves])
+
+
+@functools.partial(jax.jit, inline=True)
+def quick_norm(tree: PyTree) -> jax.Array:
+    """``norm`` in one pass, for where 0 or infinity in place of a norm below 1e-19 or above 1e19 does no harm."""
+    leaves = jax.tree.leaves(tree)
+    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    squares = [jnp.vdot(leaf, leaf, precision="highest").real for leaf in wide]
+    return jnp.sqrt(sum(squares, jnp.zeros((), norm_dtype(leaves))))
+
+
+def norm_dtype(tree: PyTree) -> Any:
+    """The real dtype in which norms of this tree are taken."""
+    return jnp.result_type(jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(tree)))
+
+
+def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
+    """``where`` over whole trees; also for typed PRNG keys."""
+    return jax.tree.map(lambda a, b: lax.select(condition, a, b), if_true, if_false)
+
+
+def any_nonzero(tree: PyTree) -> jax.Array:
+    """Whether any entry of any leaf differs from zero (NaN does)."""
+    return sum((jnp.any(leaf != 0).astype(jnp.int32) for leaf in jax.tree.leaves(tree)), jnp.int32(0)) > 0
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Arrays without weak types: a weak leaf would turn strong after one update and compile everything a second time."""
+
+    def strong_leaf(leaf: Any) -> jax.Array:
+        array = jnp.asarray(leaf)
+        return lax.convert_element_type(array, array.dtype) if array.weak_type else array
+
+    return jax.tree.map(strong_leaf, tree)
+
+
+def copy(tree: PyTree) -> PyTree:
+    """A copy in buffers of its own, which may be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether jit would take the leaf as a value: arrays, NumPy's and Python's numbers; not functions or strings."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+
+
+class Rest(NamedTuple):
+    """What ``partition`` took out of a tree: hashable where those leaves are, so that it can be a static argument."""
+
+    treedef: Any
+    leaves: tuple  # None in place of what stayed
+    kept: tuple[bool, ...]
+
+    def combine(self, some: PyTree) -> PyTree:
+        """The whole tree again, with ``some`` in the places that stayed."""
+        found = self.treedef.flatten_up_to(some)
+        places = zip(found, self.leaves, self.kept, strict=True)
+        return self.treedef.unflatten(new if keep else old for new, old, keep in places)
+
+
+def partition(tree: PyTree, kept: Sequence[bool]) -> tuple[PyTree, Rest]:
+    """The tree with None in place of each leaf that is not kept, and those leaves."""
+    leaves, treedef = jax.tree.flatten(tree)
+    some = treedef.unflatten(leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True))
+    rest = tuple(None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True))
+    return some, Rest(treedef, rest, tuple(kept))
+
+
+def in_module(treedef: Any, _module: bool = False) -> list[bool]:
+    """For each leaf, whether its parent is a registered class rather than a dict, list or (named) tuple."""
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return [_module] * treedef.num_leaves
+    kind = treedef.node_data()[0]
+    inside = not issubclass(kind, dict | list | tuple)
+    return [flag for child in treedef.children() for flag in in_module(child, inside)]
+
+
+def path_name(path: tuple, root: str = "params") -> str:
+    """The path of a leaf as one would write it in Python: ``params['layers'][0].weight``."""
+    return root + jax.tree_util.keystr(path)

@@ -1,0 +1,18 @@
+"""The shapes that plug in, as types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+PyTree = Any
+# loss(params, *args), or loss(params, batch, *args); a scalar, or (scalar, aux).
+Loss = Callable[..., Any]
+# step -> learning rate, step 0 first. optax's schedules are of this kind, and gdopt's are optax schedules.
+Schedule = Callable[[Any], Any]
+# A ready optax transformation, or a factory learning_rate -> transformation.
+Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+Scalar = float | jax.Array

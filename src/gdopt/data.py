@@ -1,0 +1,87 @@
+"""Batches of data that lives on the device: shuffled anew in every epoch, each row at most once per epoch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gdopt import _trees
+from gdopt._types import PyTree
+from gdopt.errors import InputError
+
+
+class Batches(NamedTuple):
+    """How ``rows`` rows are cut into batches; the rows that fill no batch sit an epoch out, other ones each time."""
+
+    rows: int
+    batch_size: int
+
+    @property
+    def per_epoch(self) -> int:
+        return self.rows // self.batch_size
+
+    def first_order(self) -> jax.Array:
+        """The place of the shuffled order in the loop's state, before the first epoch."""
+        return jnp.zeros(self.rows, jnp.int32)
+
+    def take(self, data: PyTree, order: jax.Array, key: jax.Array, step: jax.Array) -> tuple[PyTree, jax.Array]:
+        """The batch of a step, and the order of its epoch, which is drawn from the key and the epoch's number alone."""
+
+        def shuffle():
+            return jax.random.permutation(jax.random.fold_in(key, step // self.per_epoch), self.rows).astype(jnp.int32)
+
+        position = step % self.per_epoch
+        order = lax.cond(position == 0, shuffle, lambda: order)
+        index = lax.dynamic_slice(order, (position * self.batch_size,), (self.batch_size,))
+        return jax.tree.map(lambda array: array[index], data), order
+
+
+def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
+    """The data as device arrays, and how to batch them; None where each step sees all of them."""
+    if data is None:
+        if batch_size is not None:
+            raise InputError(f"batch_size={batch_size!r} was given without data: pass data=, or leave batch_size out.")
+        return None, None
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    lengths = {}
+    for path, leaf in leaves:
+        name = _trees.path_name(path, "data")
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise InputError(
+                f"{name} is a {type(leaf).__name__}, not an array: data is a pytree of arrays with a shared leading "
+                "axis, such as (X, y); convert lists with numpy.asarray."
+            )
+        if not leaf.shape:
+            raise InputError(f"{name} is a scalar and has no rows: pass constants in args=, not in data=.")
+        lengths[name] = leaf.shape[0]
+    if len(set(lengths.values())) != 1:
+        what = ", ".join(f"{name} has {length}" for name, length in lengths.items()) or "it has no arrays"
+        raise InputError(f"data needs one number of rows (leading axis) in all its arrays: {what}.")
+    rows = next(iter(lengths.values()))
+    if rows == 0:
+        raise InputError("data has zero rows: pass at least one.")
+    if batch_size is not None:
+        batch_size = whole_number(batch_size, "batch_size")
+        if batch_size > rows:
+            raise InputError(
+                f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all of them."
+            )
+    batches = None if batch_size in (None, rows) else Batches(rows, batch_size)
+    return jax.tree.map(jnp.asarray, data), batches
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A positive whole number, or an error that names the argument."""
+    try:
+        number = int(value)
+        valid = not isinstance(value, bool) and number == value and number > 0
+    except (TypeError, ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise InputError(f"{name}={value!r} is not a positive whole number: pass 1, 2, 3, ...")
+    if number > 2**31 - 2:
+        raise InputError(f"{name}={value!r} does not fit the 32-bit step counter: pass less than 2**31 - 1.")
+    return number

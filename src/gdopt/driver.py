@@ -1,0 +1,272 @@
+"""``minimize``: check, compile, run, report. And the single vanilla step."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdopt import _trees, loop
+from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
+from gdopt.data import check_data, whole_number
+from gdopt.errors import InputError
+from gdopt.optimizers import check_learning_rate, gd, make_rule
+from gdopt.problem import Problem, check_start, make_problem
+from gdopt.progress import progress_bar
+from gdopt.result import History, Report, Result
+from gdopt.stopping import Limits, Status, explain
+
+_MAX_STEPS = 10_000
+_TOL = 1e-4
+
+
+def minimize(
+    loss: Loss,
+    params: PyTree,
+    *,
+    args: tuple = (),
+    data: PyTree = None,
+    batch_size: int | None = None,
+    optimizer: Optimizer = gd,
+    learning_rate: Scalar | Schedule | None = None,
+    max_steps: int | None = None,
+    epochs: int | None = None,
+    tol: float | None = None,
+    target: float | None = None,
+    has_aux: bool = False,
+    with_key: bool = False,
+    key: jax.Array | None = None,
+    trainable: Any = None,
+    callback: Callable[[Report], Any] | None = None,
+    progress: bool = False,
+    throw: bool = False,
+) -> Result:
+    """Minimises a differentiable loss by gradient descent, or by any optax optimizer, in one compiled loop.
+
+    Each step evaluates the loss and its gradient, tests whether to stop, and then updates: N updates make N + 1
+    evaluations, and every loss that is reported belongs to the params beside it. Nothing is recompiled for a new rate,
+    limit, number in ``args`` or set of data of the same shape, nor for a fresh lambda that computes the same.
+
+    Args:
+        loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``: a real floating-point scalar.
+        params: any pytree. Float and complex leaves (arrays, and numbers in dicts, lists and tuples) are optimised in
+            their own dtype; functions, strings, None and numbers inside modules are carried along.
+        args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``.
+        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device.
+        batch_size: rows per step. The data are shuffled anew in each epoch; rows that fill no batch sit that epoch out.
+            By default (None) each step sees all rows, unshuffled.
+        optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
+            transformation`` (``gdopt.gd``, the default; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``).
+        learning_rate: for a factory: a positive number, or a schedule ``step -> rate`` of gdopt's, optax's or your own.
+        max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
+        epochs: passes over the data after which to stop, of ``rows // batch_size`` updates each.
+        tol: a full-batch run has converged once ``|g| |x - x0| <= tol (f(x0) - f(x))``, in 2-norms over all leaves: for
+            a convex loss, what is left to gain is then about ``tol`` of what was gained. Has no scale: multiplying the
+            loss or the params changes nothing. Default 1e-4; 0 asks for all that the dtype gives. Not for mini-batches,
+            whose noisy gradients cannot tell.
+        target: stop once the loss is at or below this value; with mini-batches or keys, the mean loss of an epoch.
+        has_aux: the loss returns ``(value, aux)``; ``Result.aux`` is the aux of the returned params.
+        with_key: the loss takes a keyword ``key``, a fresh one at each step.
+        key: where those keys and the shuffling come from; by default ``jax.random.key(0)``.
+        trainable: what to optimise: a pytree of bools that is a prefix of params, or a function ``params -> `` such a
+            mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
+        callback: called with a `Report` between two compiled chunks, about every 30 ms and at the end of each epoch of
+            mini-batches; a true return value stops the run.
+        progress: show a progress bar (needs tqdm).
+        throw: raise where the run does not end with success, instead of saying so in the result.
+
+    Returns:
+        A `Result`. A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or
+        NON_FINITE the best or the last good one. Ctrl-C ends the run with a result (INTERRUPTED), a second one raises.
+
+    Raises:
+        InputError: for bad input, before anything compiles.
+        NotConvergedError: with ``throw=True``, where ``Result.success`` would be False; it carries the result.
+
+    Source: the convergence test is the convexity bound f(x) - f* <= |g| |x - x*| (Boyd & Vandenberghe, "Convex
+    Optimization", section 9.1.2), with |x - x0| for the unknown distance.
+
+    Example:
+        >>> import gdopt, jax.numpy as jnp
+        >>> def loss(params, x, y):
+        ...     return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
+        >>> x = jnp.linspace(-1.0, 1.0, 50)
+        >>> start = {"slope": 0.0, "offset": 0.0}
+        >>> result = gdopt.minimize(loss, start, args=(x, 3 * x + 1), learning_rate=0.5)
+        >>> result.status.name, round(float(result.params["slope"]), 2)
+        ('CONVERGED', 3.0)
+    """
+    began = time.perf_counter()
+    _refuse_tracers(params, args, data, learning_rate, key)
+    rule = make_rule(optimizer, learning_rate)
+    problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
+    check_start(problem.params)
+    data, batches = check_data(data, batch_size)
+    noisy = batches is not None or with_key
+    limits = Limits(
+        np.int32(_check_steps(max_steps, epochs, data, batches)), _check_tol(tol, noisy), _check_target(target)
+    )
+    traced_args, args_rest = _split_args(args)
+    inputs = loop.Inputs(problem.params, data, traced_args, _check_key(key), rule.rate, limits)
+    inputs = jax.tree.map(jnp.asarray, inputs)  # placed once and not at each chunk; Python's numbers stay weakly typed
+
+    compiled = loop.compile(problem, rule, batches, inputs, args_rest, with_key=with_key)
+    state = loop.begin(compiled, inputs)
+    compiled_at = time.perf_counter()
+
+    with progress_bar(progress, int(limits.max_steps)) as advance:
+
+        def between(state: loop.State, records: History) -> bool:
+            advance(records)
+            return callback is not None and bool(callback(_report(problem, state, records, compiled.steps_per_epoch)))
+
+        state, history, status = loop.run(
+            compiled, state, inputs, between, boundary=batches.per_epoch if batches and callback else None
+        )
+    ended = time.perf_counter()
+
+    steps, kept = len(history.loss) - 1, state.kept
+    message = explain(
+        status,
+        steps=steps,
+        returned_step=int(kept.step),
+        history=history,
+        limits=limits,
+        steps_per_epoch=compiled.steps_per_epoch,
+        eps=compiled.eps,
+        plain=rule.plain,
+    )
+    asked = (Status.CONVERGED, Status.TARGET_REACHED) + ((Status.MAX_STEPS,) if noisy and target is None else ())
+    result = Result(
+        params=problem.rest.combine(kept.params),
+        loss=float(kept.loss),
+        grad_norm=float(kept.grad_norm),
+        steps=steps,
+        status=status,
+        message=message,
+        success=status in asked,
+        history=history,
+        aux=kept.aux,
+        compile_seconds=compiled_at - began,
+        run_seconds=ended - compiled_at,
+    )
+    return result.raise_for_status() if throw else result
+
+
+def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:
+    """The vanilla step ``x - learning_rate * grad f(x)``, jit-compiled.
+
+    Args:
+        loss: ``loss(params, *args)``, a real scalar. It is compiled once per function object, so define it outside of
+            your loop.
+        params: any pytree; float and complex leaves are updated in their own dtype, the rest is carried along.
+        learning_rate: a positive number. A new value compiles nothing.
+        *args: further arguments of the loss, pytrees of arrays.
+
+    Returns:
+        The new params, and the loss of the *old* ones.
+
+    Raises:
+        InputError: for integer or empty params, a loss that is no scalar, a rate that is not positive and finite.
+
+    Example:
+        >>> import gdopt
+        >>> params = 1.0
+        >>> for _ in range(3):
+        ...     params, value = gdopt.gd_step(lambda x: x**2, params, 0.25)
+        >>> float(params), float(value)
+        (0.125, 0.0625)
+    """
+    if callable(learning_rate):
+        raise InputError(f"learning_rate={learning_rate!r} is a schedule: pass its value for this step.")
+    rate = check_learning_rate(learning_rate)
+    problem = make_problem(loss, params)
+    new, value = _gd_step(loss, problem.rest, problem.params, rate, args)
+    return problem.rest.combine(new), value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gd_step(
+    loss: Loss, rest: _trees.Rest, params: PyTree, learning_rate: Any, args: tuple
+) -> tuple[PyTree, jax.Array]:
+    (value, _), grad = Problem(loss, params, rest).value_and_grad(params, *args)
+    new = jax.tree.map(lambda x, g: (x - learning_rate * g).astype(x.dtype), params, grad)
+    return new, value
+
+
+def _report(problem: Problem, state: loop.State, records: History, steps_per_epoch: int | None) -> Report:
+    step, kept = int(state.step), state.kept
+    return Report(
+        step=step,
+        epoch=step // (steps_per_epoch or 1),
+        params=problem.rest.combine(_trees.copy(kept.params)),
+        loss=float(kept.loss),
+        grad_norm=float(kept.grad_norm),
+        learning_rate=float(records.learning_rate[-1]),
+    )
+
+
+def _refuse_tracers(*trees: PyTree) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees)):
+        raise InputError(
+            "minimize was called inside jit, vmap or grad: it runs its loop from Python, so call it outside; inside, use "
+            "gdopt.gd_step, or gdopt.gd with jax.lax.scan."
+        )
+
+
+def _check_steps(max_steps: Any, epochs: Any, data: PyTree, batches: Any) -> int:
+    limits = [] if max_steps is None else [whole_number(max_steps, "max_steps")]
+    if epochs is not None:
+        if data is None:
+            raise InputError(f"epochs={epochs!r} was given without data: pass data=, or max_steps= in place of epochs.")
+        limits.append(whole_number(epochs, "epochs") * (batches.per_epoch if batches else 1))
+    return whole_number(min(limits, default=_MAX_STEPS), "the number of steps")
+
+
+def _check_tol(tol: Any, noisy: bool) -> float:
+    if tol is None:
+        return _TOL
+    if noisy:
+        raise InputError(
+            f"tol={tol!r} was given for a noisy loss: the gradient of a batch or a random key cannot tell convergence. "
+            "Use target=, epochs= or max_steps=, or the full batch."
+        )
+    if not (_is_number(tol) and tol >= 0 and math.isfinite(tol)):
+        raise InputError(f"tol={tol!r} is not a number of at least 0: pass 1e-4, say, or leave it out.")
+    return float(tol)
+
+
+def _check_target(target: Any) -> float:
+    if target is None:
+        return -math.inf
+    if not (_is_number(target) and math.isfinite(target)):
+        raise InputError(f"target={target!r} is not a finite number: pass the loss at which to stop, or leave it out.")
+    return float(target)
+
+
+def _is_number(value: Any) -> bool:
+    return _trees.is_array(value) and not isinstance(value, bool | complex) and np.ndim(value) == 0
+
+
+def _check_key(key: Any) -> jax.Array:
+    if key is None:
+        return jax.random.key(0)
+    if isinstance(key, jax.Array | np.ndarray):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+            return key
+        if key.dtype == jnp.uint32 and key.ndim == 1:
+            return jax.random.wrap_key_data(jnp.asarray(key))
+    raise InputError(f"key={key!r} is not one random key: pass jax.random.key(0), say.")
+
+
+def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
+    if not isinstance(args, tuple):
+        raise InputError(f"args is a {type(args).__name__}: pass a tuple, such as args=(x,).")
+    some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest

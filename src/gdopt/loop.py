@@ -1,0 +1,244 @@
+"""The loop, once: ``step`` (evaluate, test, update), ``chunk`` (many steps, compiled), ``run`` (chunk after chunk)."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from gdopt import _trees, program, stopping
+from gdopt._types import PyTree
+from gdopt.data import Batches
+from gdopt.optimizers import Rule, apply, evaluation_params
+from gdopt.problem import Problem
+from gdopt.result import History
+from gdopt.stopping import RUNNING, Evaluation, Limits, Status, Watch
+
+_CAPACITY = 4096  # records that a chunk has room for
+_FIRST_CHUNK = 16  # steps, before their time is known
+_LAST_STEP = 2**31 - 1
+_CHUNK_SECONDS = 0.03  # a chunk's boundary costs about 35 us; Ctrl-C and the progress bar wait for one chunk
+
+
+class Inputs(NamedTuple):
+    """What stays the same over a run, as arguments of the compiled program: new values compile nothing."""
+
+    start: PyTree
+    data: PyTree
+    args: PyTree
+    key: jax.Array
+    rate: float
+    limits: Limits
+
+
+class Kept(NamedTuple):
+    """The point that comes back if the run ends badly: the best so far, or with a noisy loss the last good one."""
+
+    params: PyTree
+    step: jax.Array
+    loss: jax.Array
+    grad_norm: jax.Array
+    aux: PyTree
+
+
+class State(NamedTuple):
+    """What the next step needs."""
+
+    step: jax.Array  # updates made, which is the number of the point in ``params``
+    code: jax.Array  # RUNNING, or the Status that the last evaluation led to
+    params: PyTree
+    optimizer: PyTree
+    moved: jax.Array
+    order: PyTree  # the epoch's shuffled row numbers
+    watch: Watch
+    kept: Kept
+
+
+class Compiled(NamedTuple):
+    """A problem made ready to run."""
+
+    start: Callable[..., State]
+    chunk: Callable[..., tuple[State, jax.Array]]  # (state, limit, inputs) -> (state, rows of History)
+    steps_per_epoch: int | None  # None: the loss is the same function at each step
+    eps: float  # of the dtype in which the loss is computed
+
+
+def compile(
+    problem: Problem, rule: Rule, batches: Batches | None, inputs: Inputs, args_rest: _trees.Rest, *, with_key: bool
+) -> Compiled:
+    """Traces the loss once and shares the compiled loop with every equal problem."""
+    steps_per_epoch = batches.per_epoch if batches else 1 if with_key else None
+
+    def loss_arguments(inputs: Inputs, order: PyTree, step: jax.Array) -> tuple[tuple, dict, PyTree]:
+        data = inputs.data
+        if batches:
+            data, order = batches.take(data, order, jax.random.fold_in(inputs.key, 0), step)
+        key = {"key": jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step)} if with_key else {}
+        return (() if data is None else (data,)) + args_rest.combine(inputs.args), key, order
+
+    def evaluate(params: PyTree, inputs: Inputs, order: PyTree, step: jax.Array) -> tuple:
+        args, key, order = loss_arguments(inputs, order, step)
+        (loss, aux), grad = problem.value_and_grad(params, *args, **key)
+        return loss, aux, grad, order
+
+    order = batches.first_order() if batches else None
+    evaluate, (loss, aux, _, _) = program.trace(evaluate, inputs.start, inputs, order, jnp.int32(0))
+    loss_dtype = jnp.promote_types(loss.dtype, jnp.float32)
+    norm_dtype = _trees.norm_dtype(inputs.start)
+    record_dtype = jnp.result_type(loss_dtype, norm_dtype, float)
+    eps = float(jnp.finfo(loss.dtype).eps)
+
+    def start(inputs: Inputs) -> State:
+        nan = jnp.full((), jnp.nan, loss_dtype)
+        norm = jnp.full((), jnp.nan, norm_dtype)
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
+        transformation, _ = rule.at(jnp.int32(0), inputs.rate)
+        return State(
+            step=jnp.int32(0),
+            code=jnp.int32(RUNNING),
+            params=_trees.copy(inputs.start),
+            optimizer=_trees.copy(_trees.strong(transformation.init(inputs.start))),
+            moved=jnp.asarray(False),
+            order=order,
+            watch=stopping.first_watch(loss_dtype, norm.dtype),
+            kept=Kept(_trees.copy(inputs.start), jnp.int32(0), nan, norm, blank),
+        )
+
+    def step(state: State, inputs: Inputs) -> tuple[State, History]:
+        k, params = state.step, state.params
+        loss, aux, grad, order = evaluate(params, inputs, state.order, k)
+        value, grad_norm = loss.astype(loss_dtype), _trees.norm(grad)
+
+        away = jax.tree.map(jnp.subtract, params, inputs.start)
+        point = Evaluation(k, value, grad_norm, _trees.quick_norm(away), state.moved)
+        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, eps, steps_per_epoch)
+        running = code == RUNNING
+        if steps_per_epoch is None:
+            keep = (k == 0) | (jnp.isfinite(grad_norm) & (value < state.kept.loss))
+        else:
+            failed = jnp.isin(code, jnp.asarray(stopping.FAILURES, jnp.int32))
+            keep = (k == 0) | jnp.where(running, stopping.is_good(watch, state.kept.loss, value), ~failed)
+        kept = _trees.select(keep, Kept(params, k, value, grad_norm, _trees.strong(aux)), state.kept)
+
+        transformation, rate = rule.at(k, inputs.rate)
+
+        # optax's line searches refuse extra arguments that nobody takes: these names are for other optimizers.
+        def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+            args, key, _order = loss_arguments(inputs, order, k)
+            return problem.value(params, *args, **key)[0]
+
+        def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
+            updates, optimizer = apply(
+                transformation,
+                grad,
+                optimizer,
+                params,
+                value=loss,
+                grad=grad,
+                value_fn=value_fn,
+                obj_fn=value_fn,
+                grad_fn=lambda params, _: jax.tree.map(jnp.conj, jax.grad(value_fn)(params)),
+            )
+            moved = _trees.any_nonzero(updates)
+            return optax.apply_updates(params, updates), _trees.strong(optimizer), moved
+
+        params, optimizer, moved = lax.cond(
+            running, update, lambda *same: (*same, state.moved), params, state.optimizer
+        )
+        record = History(value, grad_norm, jnp.where(running, rate, jnp.nan))
+        return State(k + running, code, params, optimizer, moved, order, watch, kept), record
+
+    def chunk(state: State, limit: jax.Array, inputs: Inputs) -> tuple[State, jax.Array]:
+        first = state.step
+        records = jnp.zeros((_CAPACITY, len(History._fields)), record_dtype)
+
+        def body(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+            state, records = carry
+            at = state.step - first
+            state, record = step(state, inputs)
+            row = jnp.stack([entry.astype(record_dtype) for entry in record])
+            return state, lax.dynamic_update_slice(records, row[None], (at, 0))
+
+        return lax.while_loop(
+            lambda carry: (carry[0].code == RUNNING) & (carry[0].step < limit), body, (state, records)
+        )
+
+    first, state = program.share(start, inputs)
+    many, _ = program.share(chunk, state, np.int32(0), inputs, donate_first=True)
+    return Compiled(first, many, steps_per_epoch, eps)
+
+
+def begin(compiled: Compiled, inputs: Inputs) -> State:
+    """The state before the first step, with everything compiled: by a chunk of no steps."""
+    state, _ = compiled.chunk(compiled.start(inputs), np.int32(0), inputs)
+    return jax.block_until_ready(state)
+
+
+def run(
+    compiled: Compiled, state: State, inputs: Inputs, between: Callable[[State, History], bool], boundary: int | None
+) -> tuple[State, History, Status]:
+    """Runs to the end, or until ``between`` says stop, or Ctrl-C; the state's last point is always evaluated.
+
+    ``between`` is called after each chunk with the state and the chunk's records. No chunk crosses a multiple of
+    ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result.
+    """
+    step, size, cause, records = 0, _FIRST_CHUNK, None, []
+    with _ctrl_c() as interrupted:
+        while True:
+            limit = step + size if boundary is None else min(step + size, (step // boundary + 1) * boundary)
+            began = time.perf_counter()
+            state, buffer = compiled.chunk(state, np.int32(min(limit, _LAST_STEP)), inputs)
+            reached, code = int(state.step), int(state.code)  # waits for the chunk
+            seconds = time.perf_counter() - began
+            count = reached - step + (code != RUNNING)
+            records.append(History(*np.array(np.asarray(buffer)[:count].T)))
+            step = reached
+            stop = between(state, records[-1])
+            if code != RUNNING:
+                break
+            if interrupted or stop:
+                cause = Status.INTERRUPTED if interrupted else Status.STOPPED
+                inputs = inputs._replace(
+                    limits=inputs.limits._replace(max_steps=np.int32(step))
+                )  # evaluates here, and ends
+            size = max(1, min(_CAPACITY, int(size * _CHUNK_SECONDS / max(seconds, 1e-9))))
+    history = History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
+    status = cause if cause and code == Status.MAX_STEPS else Status(code)
+    average = evaluation_params(state.optimizer, state.params)
+    if average is not state.params and status not in stopping.FAILURES:
+        last = inputs._replace(limits=inputs.limits._replace(max_steps=np.int32(step)))
+        state, _ = compiled.chunk(state._replace(code=np.int32(RUNNING), params=average), np.int32(step + 1), last)
+    return state, history, status
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[bool]]:
+    """A list that is no longer empty after Ctrl-C, which then ends the run with its state intact.
+
+    An exception would come between any two bytecodes, also where the old state is donated and the new one not yet
+    bound. A second Ctrl-C raises KeyboardInterrupt as ever. Somebody else's handler, or another thread, is left alone.
+    """
+    pressed: list[bool] = []
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield pressed
+        return
+
+    def handler(signum: int, frame: Any) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, usual)

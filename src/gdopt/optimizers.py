@@ -1,0 +1,140 @@
+"""Vanilla gradient descent as an optax transformation, and what plugs in beside it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import ScheduleFreeState, schedule_free_eval_params
+
+from gdopt import _trees
+from gdopt._types import Optimizer, PyTree, Scalar, Schedule
+from gdopt.errors import InputError
+
+
+def gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
+    """Vanilla gradient descent, ``x - learning_rate * g``, as an optax transformation.
+
+    Args:
+        learning_rate: a positive number, or a schedule ``step -> rate``, step 0 first. May be traced.
+
+    Returns:
+        A transformation whose updates equal those of ``optax.sgd(learning_rate)`` bit for bit. It keeps no state but the
+        step count of a schedule.
+
+    Raises:
+        InputError: for a rate that is negative, zero, NaN, infinite or not a scalar.
+
+    Source: Cauchy, "Méthode générale pour la résolution des systèmes d'équations simultanées", 1847.
+
+    Example:
+        >>> import gdopt, jax, jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, 2.0])
+        >>> optimizer = gdopt.gd(0.1)
+        >>> updates, state = optimizer.update(jax.grad(jnp.sum)(params), optimizer.init(params))
+        >>> optax.apply_updates(params, updates)
+        Array([0.9, 1.9], dtype=float32)
+    """
+    return optax.scale_by_learning_rate(check_learning_rate(learning_rate))
+
+
+def check_learning_rate(learning_rate: Any) -> Any:
+    """The rate as it plugs in: a schedule or a traced rate as it is, a number as Python's float.
+
+    Python's float stays weakly typed in a trace, so that bfloat16 params keep their dtype and float64 ones their digits.
+    """
+    if callable(learning_rate):
+        return learning_rate
+    if not _trees.is_array(learning_rate) or isinstance(learning_rate, bool | complex):
+        raise InputError(
+            f"learning_rate={learning_rate!r} is not a rate: pass a positive number such as 0.1, or a schedule "
+            "step -> rate such as gdopt.schedules.constant(0.1)."
+        )
+    if np.ndim(learning_rate) != 0:
+        raise InputError(f"learning_rate has shape {np.shape(learning_rate)}: pass one number for all parameters.")
+    if isinstance(learning_rate, jax.core.Tracer):
+        return learning_rate
+    if not (np.isfinite(learning_rate) and learning_rate > 0):
+        raise InputError(f"learning_rate={learning_rate} is not positive and finite: pass a number such as 0.1.")
+    return float(learning_rate)
+
+
+class Rule(NamedTuple):
+    """An optimizer and its rate, checked to fit together."""
+
+    optimizer: Any
+    schedule: Schedule | None  # None: the rate is a number, or the optimizer owns it
+    rate: float  # of the number; NaN where a schedule or the optimizer has it
+
+    @property
+    def plain(self) -> bool:
+        """Whether each step is x - lr * g."""
+        return self.optimizer in (gd, optax.sgd)
+
+    def at(self, step: jax.Array, rate: Any) -> tuple[Any, jax.Array]:
+        """The transformation for a step and its rate, built inside the trace, so that no rate is ever compiled in."""
+        if is_transformation(self.optimizer):
+            return self.optimizer, jnp.asarray(jnp.nan)
+        if self.schedule is not None:
+            rate = self.schedule(step)
+            if jnp.ndim(rate) != 0:
+                raise InputError(f"the schedule gave shape {jnp.shape(rate)} for a step: return one number.")
+        built = self.optimizer(rate)
+        if not is_transformation(built):
+            raise InputError(
+                f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate: a factory such as "
+                "optax.adam returns an optax transformation."
+            )
+        return built, jnp.asarray(rate)
+
+
+def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
+    """Checks that the optimizer is one, and that it and not two parties decide the rate."""
+    if is_transformation(optimizer):
+        if learning_rate is not None:
+            raise InputError(
+                f"learning_rate={learning_rate!r} was given with an optimizer that is ready and owns its rate: leave "
+                "learning_rate out, or pass the factory itself, such as optax.adam in place of optax.adam(1e-3)."
+            )
+        return Rule(optimizer, None, float("nan"))
+    if not callable(optimizer) or isinstance(optimizer, type):
+        raise InputError(
+            f"optimizer={optimizer!r} is unknown: pass an optax transformation such as optax.adam(1e-3), or a factory "
+            "learning_rate -> transformation such as optax.adam or gdopt.gd."
+        )
+    if learning_rate is None:
+        raise InputError(
+            "learning_rate was not given: pass a positive number such as 0.1 or a schedule step -> rate, or an optimizer "
+            "that owns its rate, such as optax.lbfgs()."
+        )
+    checked = check_learning_rate(learning_rate)
+    return Rule(optimizer, checked, float("nan")) if callable(checked) else Rule(optimizer, None, checked)
+
+
+def is_transformation(optimizer: Any) -> bool:
+    """Whether it is ready: optax's protocol is a pair of functions (MultiSteps has it without being a tuple)."""
+    return callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
+
+
+def apply(
+    transformation: Any, updates: PyTree, state: PyTree, params: PyTree, /, **extras: Any
+) -> tuple[PyTree, PyTree]:
+    """``update`` with those of the extra arguments that it takes: some optimizers need them and others reject them."""
+    accepted = inspect.signature(transformation.update).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        extras = {name: value for name, value in extras.items() if name in accepted}
+    return transformation.update(updates, state, params, **extras)
+
+
+def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
+    """Where the optimizer's answer lies: at the params, but for schedule-free methods at the average they keep."""
+    found = [
+        leaf
+        for leaf in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ScheduleFreeState))
+        if isinstance(leaf, ScheduleFreeState)
+    ]
+    return schedule_free_eval_params(found[0], params) if found else params

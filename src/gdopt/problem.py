@@ -1,0 +1,128 @@
+"""A loss with its parameters, checked: what is optimised, what is carried along, what is differentiated."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdopt import _trees
+from gdopt._types import Loss, PyTree
+from gdopt.errors import InputError
+
+
+class Problem(NamedTuple):
+    """A loss as a function of the leaves that are optimised."""
+
+    loss: Loss
+    params: PyTree  # strong-typed arrays; None in place of what is carried along
+    rest: _trees.Rest
+    has_aux: bool = False
+
+    def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:
+        """(loss, aux); raises InputError for a loss that returns anything but a scalar."""
+        return _checked(self.loss(self.rest.combine(params), *args, **key), self.has_aux)
+
+    def value_and_grad(self, params: PyTree, *args: Any, **key: Any) -> tuple[tuple[jax.Array, Any], PyTree]:
+        """((loss, aux), gradient); JAX's gradient of a complex leaf is the conjugate of the steepest ascent."""
+        value, grad = jax.value_and_grad(self.value, has_aux=True)(params, *args, **key)
+        return value, jax.tree.map(jnp.conj, grad)
+
+
+def make_problem(
+    loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None, stacklevel: int = 3
+) -> Problem:
+    """The loss with its params split; raises InputError, before anything is traced, for what cannot be optimised.
+
+    Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along, and
+    so are Python's numbers inside a module (a dropout rate); in dicts, lists and tuples numbers are parameters.
+    """
+    if not callable(loss):
+        raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    chosen = _trainable_mask(params, treedef, trainable)
+    kept = []
+    for (path, leaf), choice, inside in zip(flat, chosen, _trees.in_module(treedef), strict=True):
+        keep = choice and _trees.is_array(leaf) and not (inside and isinstance(leaf, bool | int | float | complex))
+        if keep and not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
+            raise InputError(
+                f"{_trees.path_name(path)} is of dtype {dtype}, and only float and complex leaves have gradients: convert "
+                "it with .astype(float), or leave it out with trainable=."
+            )
+        kept.append(keep)
+    some, rest = _trees.partition(params, kept)
+    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(some)):
+        raise InputError(
+            f"params={params!r} has no entries to optimise: pass at least one float or complex array with an entry"
+            + ("." if trainable is None else ", and one that trainable= does not leave out.")
+        )
+    _warn_of_narrowing(some, stacklevel + 1)
+    return Problem(loss, _trees.strong(jax.tree.map(jnp.asarray, some)), rest, has_aux)
+
+
+def check_start(params: PyTree) -> None:
+    """Raises InputError where the start has an infinite or NaN entry."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        finite = np.isfinite(np.asarray(leaf))
+        if not finite.all():
+            at = tuple(int(i) for i in np.argwhere(~finite)[0])
+            raise InputError(
+                f"{_trees.path_name(path)} starts with {np.asarray(leaf)[at]}{f' at index {at}' if at else ''}: every "
+                "entry of the start must be finite."
+            )
+
+
+def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
+    """One bool per leaf, from None (all), a mask (a prefix tree of bools), or a function params -> mask, as in optax."""
+    if trainable is None:
+        return [True] * treedef.num_leaves
+    mask = trainable(params) if callable(trainable) else trainable
+    try:
+        full = jax.tree.map(lambda choice, part: jax.tree.map(lambda _: choice, part), mask, params)
+        choices = treedef.flatten_up_to(full)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"trainable={trainable!r} does not fit params: pass True or False for each leaf or subtree of params, or a "
+            f"function params -> such a mask. ({error})"
+        ) from error
+    if wrong := [choice for choice in choices if not isinstance(choice, bool | np.bool_)]:
+        raise InputError(f"trainable has {wrong[0]!r} where True or False is needed.")
+    return [bool(choice) for choice in choices]
+
+
+def _warn_of_narrowing(params: PyTree, stacklevel: int) -> None:
+    """JAX turns NumPy's float64 into float32 without a word; for the params, that is worth one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != jnp.result_type(leaf):
+            warnings.warn(
+                f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {jnp.result_type(leaf)}. For 64 bits call "
+                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )
+            return
+
+
+def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+    """(value, aux) from what the loss returned."""
+    value, aux = out, None
+    if has_aux:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise InputError(
+                f"has_aux=True needs a loss that returns (value, aux); it returned a {type(out).__name__}."
+            )
+        value, aux = out
+    elif isinstance(out, tuple):
+        raise InputError(f"the loss returned a tuple of {len(out)}: return the value alone, or pass has_aux=True.")
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the loss returned a {type(value).__name__}: return a scalar array.") from error
+    if value.shape != ():
+        raise InputError(f"the loss returned shape {value.shape}: reduce it to a scalar, with jnp.mean or jnp.sum.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise InputError(f"the loss returned dtype {value.dtype}: return a real floating-point scalar.")
+    return value, aux

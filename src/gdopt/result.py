@@ -1,0 +1,133 @@
+"""What comes back from a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gdopt._types import PyTree
+from gdopt.errors import NotConvergedError
+from gdopt.stopping import Status
+
+
+class History(NamedTuple):
+    """One entry per evaluation, as NumPy arrays; all three of entry k are of the same point, the one after k updates.
+
+    N updates make N + 1 entries. ``learning_rate[k]`` is the rate of the update that was made *from* point k; the last
+    point has none, and an optimizer that owns its rate does not tell it: NaN.
+
+    Example:
+        >>> import gdopt
+        >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25, max_steps=2).history.loss
+        array([1.    , 0.25  , 0.0625], dtype=float32)
+    """
+
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    learning_rate: np.ndarray
+
+
+class Report(NamedTuple):
+    """What a callback gets, between two compiled chunks of a run.
+
+    ``params``, ``loss`` and ``grad_norm`` belong to one point: the best so far of a full-batch loss, the latest good one
+    with mini-batches. ``params`` is a copy that the callback may keep. ``step`` is the number of updates made so far,
+    ``epoch`` the number of whole epochs (steps, for a full batch), ``learning_rate`` the last rate used.
+    """
+
+    step: int
+    epoch: int
+    params: PyTree
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Result:
+    """How a run ended, and what it found.
+
+    Attributes:
+        params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
+            last good one. In the structure, dtypes and containers of the params that were given.
+        loss: the loss of ``params`` (with mini-batches, on the last batch).
+        grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves.
+        steps: the updates made. The loss was evaluated ``steps + 1`` times.
+        status: a `Status`.
+        message: a sentence that says what happened and, where that helps, what to try.
+        success: whether the run ended as asked: CONVERGED or TARGET_REACHED, or, for a noisy loss without a target,
+            after all its steps.
+        history: a `History`.
+        aux: what the loss returned besides its value at ``params``; None without ``has_aux``.
+        compile_seconds: spent tracing and compiling (near zero when an equal program ran before).
+        run_seconds: spent in the loop.
+
+    Example:
+        >>> import gdopt
+        >>> result = gdopt.minimize(lambda x: (x - 3.0) ** 2, 0.0, learning_rate=0.4)
+        >>> result.status.name, round(float(result.params), 2)
+        ('CONVERGED', 3.0)
+    """
+
+    params: PyTree
+    loss: float
+    grad_norm: float
+    steps: int
+    status: Status
+    message: str
+    success: bool
+    history: History
+    aux: Any
+    compile_seconds: float
+    run_seconds: float
+
+    def raise_for_status(self) -> Result:
+        """This result, if the run ended with success.
+
+        Raises:
+            NotConvergedError: otherwise, with the message, and the result as its ``result``.
+
+        Example:
+            >>> import gdopt
+            >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.4).raise_for_status().success
+            True
+        """
+        if not self.success:
+            raise NotConvergedError(f"{self.status.name}: {self.message}", self)
+        return self
+
+    def __repr__(self) -> str:
+        rows = {
+            "status": self.status.name,
+            "message": self.message,
+            "loss": f"{self.loss:.6g}",
+            "grad_norm": f"{self.grad_norm:.3g}",
+            "steps": self.steps,
+            "params": _summary(self.params),
+        }
+        if self.aux is not None:
+            rows["aux"] = _summary(self.aux)
+        return "\n".join(["gdopt.Result", *(f"  {name:9} {value}" for name, value in rows.items())])
+
+
+def _summary(tree: PyTree) -> str:
+    """A few numbers as they are; more of them by dtype and shape."""
+
+    def leaf_summary(leaf) -> Any:
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        if leaf.size <= 6 and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return _Bare(np.array2string(np.asarray(leaf), precision=4, separator=", ").replace("\n", ""))
+        return _Bare(f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]")
+
+    return repr(jax.tree.map(leaf_summary, tree))
+
+
+class _Bare(str):
+    """A text that prints without quotes inside a container."""
+
+    def __repr__(self) -> str:
+        return str(self)

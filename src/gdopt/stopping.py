@@ -1,0 +1,234 @@
+"""When a run ends, and what is said about it: the device returns a code, the host turns it into a sentence."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Status(enum.IntEnum):
+    """Why a run ended.
+
+    - ``CONVERGED``: what is left to gain is at most ``tol`` of what was gained, or the gradient is exactly zero.
+    - ``TARGET_REACHED``: the loss is at or below ``target``.
+    - ``MAX_STEPS``: the steps or epochs that were asked for are done.
+    - ``PRECISION_LIMIT``: for 50 updates the loss has changed by no more than its dtype's rounding.
+    - ``DIVERGED``: the loss has grown a millionfold and the gradient a thousandfold.
+    - ``NON_FINITE``: the loss or its gradient became infinite or NaN.
+    - ``STOPPED``: the callback asked for the end.
+    - ``INTERRUPTED``: Ctrl-C.
+
+    Example:
+        >>> import gdopt
+        >>> gdopt.Status.CONVERGED.name
+        'CONVERGED'
+    """
+
+    CONVERGED = 1
+    TARGET_REACHED = 2
+    MAX_STEPS = 3
+    PRECISION_LIMIT = 4
+    DIVERGED = 5
+    NON_FINITE = 6
+    STOPPED = 7
+    INTERRUPTED = 8
+
+
+RUNNING = 0
+FAILURES = (Status.DIVERGED, Status.NON_FINITE)
+
+# A diverging quadratic's loss grows with the square of its gradient. Asking for both keeps a loss whose zero is
+# arbitrary (f0 near 0), or a start near a saddle (g0 near 0), from being called divergence.
+_GROWN_LOSS = 1e6
+_GROWN_GRADIENT = 1e3
+_STALLED_UPDATES = 50
+_ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
+
+
+class Limits(NamedTuple):
+    """What a run is asked for; traced, so that new values compile nothing."""
+
+    max_steps: jax.Array | int
+    tol: jax.Array | float
+    target: jax.Array | float
+
+
+class Watch(NamedTuple):
+    """What the tests remember between two evaluations."""
+
+    first_loss: jax.Array
+    first_grad_norm: jax.Array
+    mark: jax.Array  # the best loss when it last improved by more than rounding
+    stalled: jax.Array  # updates since then that moved the parameters and changed nothing
+    epoch_loss: jax.Array  # sum of this epoch's losses
+
+
+class Evaluation(NamedTuple):
+    """One point: how many updates led to it, and what was measured there."""
+
+    step: jax.Array
+    loss: jax.Array
+    grad_norm: jax.Array
+    distance: jax.Array  # |x - x0|; zero or infinite where squares leave the dtype's range
+    moved: jax.Array  # whether the update that led here was anything but zero
+
+
+def first_watch(loss_dtype, norm_dtype) -> Watch:
+    """Before the first evaluation."""
+    unknown = jnp.full((), jnp.inf, loss_dtype)
+    return Watch(
+        first_loss=unknown,
+        first_grad_norm=jnp.full((), jnp.inf, norm_dtype),
+        mark=unknown,
+        stalled=jnp.int32(0),
+        epoch_loss=jnp.zeros((), loss_dtype),
+    )
+
+
+# jit, inlined, so that these forty small operations are traced once in a process and not at each call.
+@functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
+def judge(
+    watch: Watch, kept_loss: jax.Array, point: Evaluation, limits: Limits, eps: float, steps_per_epoch: int | None
+) -> tuple[jax.Array, Watch]:
+    """The code of this evaluation (RUNNING or a Status) and what to remember; ``kept_loss`` is of the point to return.
+
+    ``steps_per_epoch`` is None for a loss that is the same function at each step. For a noisy one (mini-batches, random
+    keys) a single small gradient says nothing, so only the target (on the mean of an epoch), divergence and the number
+    of steps are tested.
+    """
+    k, loss, grad_norm = point.step, point.loss, point.grad_norm
+    start = k == 0
+    first_loss = jnp.where(start, loss, watch.first_loss)
+    first_grad_norm = jnp.where(start, grad_norm, watch.first_grad_norm)
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
+    diverged = (loss - first_loss > _GROWN_LOSS * size) & (grad_norm > _GROWN_GRADIENT * first_grad_norm)
+
+    # The precision test looks at the loss alone, so an update of exactly zero (warm-up from 0, gradients that are being
+    # accumulated) must not count, and neither does an iterate that wanders above the best by more than rounding.
+    gained = start | (loss < watch.mark - eps * jnp.abs(watch.mark))
+    mark = jnp.where(gained, loss, watch.mark)
+    wanders = loss > mark + _ROUNDING * eps * jnp.abs(mark)
+    stalled = jnp.where(gained | wanders, 0, watch.stalled + point.moved.astype(jnp.int32))
+
+    if steps_per_epoch is None:
+        reached = loss <= limits.target
+        # For convex f, f(x) - f* <= |g| |x - x*|, with |x - x0| for the unknown distance: what is left is at most tol
+        # of what was gained. No step size appears, so tiny rates and accumulating optimizers cannot fool it.
+        gain = first_loss - loss
+        converged = ((gain > 0) & (point.distance > 0) & (grad_norm * (point.distance / gain) <= limits.tol)) | (
+            grad_norm == 0
+        )
+        limited = stalled >= _STALLED_UPDATES
+        epoch_loss = watch.epoch_loss
+    else:
+        epoch_loss = jnp.where(k % steps_per_epoch == 0, 0, watch.epoch_loss) + loss
+        ended = k % steps_per_epoch == steps_per_epoch - 1
+        reached = ended & (epoch_loss / steps_per_epoch <= limits.target)
+        converged = limited = jnp.asarray(False)
+
+    code = jnp.int32(RUNNING)
+    for status, holds in (  # the later, the stronger
+        (Status.MAX_STEPS, k >= limits.max_steps),
+        (Status.PRECISION_LIMIT, limited),
+        (Status.DIVERGED, diverged),
+        (Status.CONVERGED, converged),
+        (Status.TARGET_REACHED, reached),
+        (Status.NON_FINITE, ~finite),
+    ):
+        code = jnp.where(holds, jnp.int32(status), code)
+    return code, Watch(first_loss, first_grad_norm, mark, stalled, epoch_loss)
+
+
+def is_good(watch: Watch, kept_loss: jax.Array, loss: jax.Array) -> jax.Array:
+    """Whether a noisy run may fall back on this point: its loss is at most the start's, give or take its own size."""
+    size = jnp.maximum(jnp.abs(watch.first_loss), watch.first_loss - kept_loss)
+    return loss <= watch.first_loss + size
+
+
+def explain(
+    status: Status,
+    *,
+    steps: int,
+    returned_step: int,
+    history: tuple[np.ndarray, np.ndarray, np.ndarray],
+    limits: Limits,
+    steps_per_epoch: int | None,
+    eps: float,
+    plain: bool,
+) -> str:
+    """The sentence for a status, with its remedy; ``plain`` says that each step was x - lr * g."""
+    losses, grad_norms, rates = history
+    noisy = steps_per_epoch is not None
+    first, last = f"{losses[0]:.6g}", f"{losses[-1]:.6g}"
+    after = f"after {steps} step{'' if steps == 1 else 's'}"
+    back = "" if returned_step == steps else f" The point of step {returned_step} is returned."
+    slower = _slower(grad_norms, rates, plain and not noisy)
+    match status:
+        case Status.CONVERGED if grad_norms[-1] == 0:
+            return f"converged {after}: the gradient is exactly zero (loss {last})."
+        case Status.CONVERGED:
+            return (
+                f"converged {after}: the loss fell from {first} to {last}, and what is left to gain is at most "
+                f"{float(limits.tol):g} of that (for a convex loss)."
+            )
+        case Status.TARGET_REACHED:
+            what = "mean loss of an epoch" if noisy else f"loss {last}"
+            return f"reached the target {after}: the {what} is at or below {float(limits.target):g}."
+        case Status.MAX_STEPS if noisy:
+            epochs = "" if steps_per_epoch == 1 else f" ({steps / steps_per_epoch:g} epochs)"
+            worse = f" The loss is above its start: {slower}" if losses[-1] > losses[0] else ""
+            return f"took the {steps} steps asked for{epochs}: the loss went from {first} to {last}.{worse}"
+        case Status.MAX_STEPS if not np.min(losses) < losses[0]:
+            return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
+        case Status.MAX_STEPS:
+            return (
+                f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {np.min(losses):.6g}, "
+                f"the gradient norm is {grad_norms[-1]:.3g}.{back} Raise max_steps, or try another learning_rate."
+            )
+        case Status.PRECISION_LIMIT:
+            return (
+                f"reached the precision limit {after}: for {_STALLED_UPDATES} updates the loss {last} has changed by no "
+                f"more than rounding ({eps:.1g} of it). If that is not enough, use float64 or a larger learning_rate."
+            )
+        case Status.DIVERGED:
+            return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"
+        case Status.NON_FINITE if steps == 0:
+            what = f"loss is {last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
+            return f"the {what} at the start: start where the loss and its gradient are finite."
+        case Status.NON_FINITE if not np.isfinite(rates[:steps]).all() and not np.isnan(rates[:steps]).all():
+            bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
+            return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
+        case Status.NON_FINITE:
+            what = f"loss became {last}" if not np.isfinite(losses[-1]) else f"gradient norm became {grad_norms[-1]:g}"
+            return f"the {what} at step {steps}, from a loss of {first} at the start.{back} {slower}"
+        case Status.STOPPED:
+            return f"stopped by the callback {after}: the loss went from {first} to {last}."
+        case Status.INTERRUPTED:
+            return f"interrupted {after}: the loss went from {first} to {last}."
+
+
+def _slower(grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
+    """The advice to lower the rate; with a number where the growth of the gradient betrays the curvature.
+
+    Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step, so the ratio r
+    of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
+    """
+    highest = np.max(rates, initial=0.0, where=np.isfinite(rates))
+    if highest == 0:
+        return "Try a smaller learning rate in the optimizer."
+    with np.errstate(all="ignore"):
+        ratio = grad_norms[1:] / grad_norms[:-1]
+        stable = 2 * rates[:-1] / (1 + ratio)
+    grew = np.isfinite(stable) & (ratio > 1)
+    if not plain or not grew.any():
+        return f"Try a learning_rate well below {highest:.2g}, a tenth of it, say."
+    limit = float(np.median(stable[grew]))
+    digit = 10.0 ** np.floor(np.log10(limit))
+    return f"Try a learning_rate below {np.floor(limit / digit) * digit:.1g}."
