@@ -55,7 +55,7 @@ def any_nonzero(tree: PyTree) -> jax.Array:
 
 
 def strong(tree: PyTree) -> PyTree:
-    """Arrays without weak types: a weak leaf would turn strong after one update and compile everything a second time."""
+    """Arrays without weak types: a weak leaf would turn strong after one update and everything compile once more."""
 
     def strong_leaf(leaf: Any) -> jax.Array:
         array = jnp.asarray(leaf)

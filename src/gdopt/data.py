@@ -67,7 +67,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
         batch_size = whole_number(batch_size, "batch_size")
         if batch_size > rows:
             raise InputError(
-                f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all of them."
+                f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all rows."
             )
     batches = None if batch_size in (None, rows) else Batches(rows, batch_size)
     return jax.tree.map(jnp.asarray, data), batches
@@ -76,11 +76,10 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
 def whole_number(value: Any, name: str) -> int:
     """A positive whole number, or an error that names the argument."""
     try:
-        number = int(value)
-        valid = not isinstance(value, bool) and number == value and number > 0
+        number = int(value) if not isinstance(value, bool | str) and int(value) == value else 0
     except (TypeError, ValueError, OverflowError):
-        valid = False
-    if not valid:
+        number = 0
+    if number <= 0:
         raise InputError(f"{name}={value!r} is not a positive whole number: pass 1, 2, 3, ...")
     if number > 2**31 - 2:
         raise InputError(f"{name}={value!r} does not fit the 32-bit step counter: pass less than 2**31 - 1.")

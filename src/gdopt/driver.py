@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,7 +63,7 @@ def minimize(
         batch_size: rows per step. The data are shuffled anew in each epoch; rows that fill no batch sit that epoch out.
             By default (None) each step sees all rows, unshuffled.
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
-            transformation`` (``gdopt.gd``, the default; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``).
+            transformation``: ``gdopt.gd``, the default; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``.
         learning_rate: for a factory: a positive number, or a schedule ``step -> rate`` of gdopt's, optax's or your own.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
         epochs: passes over the data after which to stop, of ``rows // batch_size`` updates each.
@@ -109,9 +110,7 @@ def minimize(
     check_start(problem.params)
     data, batches = check_data(data, batch_size)
     noisy = batches is not None or with_key
-    limits = Limits(
-        np.int32(_check_steps(max_steps, epochs, data, batches)), _check_tol(tol, noisy), _check_target(target)
-    )
+    limits = Limits(_check_steps(max_steps, epochs, data, batches), _check_tol(tol, noisy), _check_target(target))
     traced_args, args_rest = _split_args(args)
     inputs = loop.Inputs(problem.params, data, traced_args, _check_key(key), rule.rate, limits)
     inputs = jax.tree.map(jnp.asarray, inputs)  # placed once and not at each chunk; Python's numbers stay weakly typed
@@ -215,8 +214,8 @@ def _report(problem: Problem, state: loop.State, records: History, steps_per_epo
 def _refuse_tracers(*trees: PyTree) -> None:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees)):
         raise InputError(
-            "minimize was called inside jit, vmap or grad: it runs its loop from Python, so call it outside; inside, use "
-            "gdopt.gd_step, or gdopt.gd with jax.lax.scan."
+            "minimize was called inside jit, vmap or grad: it runs its loop from Python, so call it outside; inside, "
+            "use gdopt.gd_step, or gdopt.gd with jax.lax.scan."
         )
 
 
@@ -257,11 +256,10 @@ def _is_number(value: Any) -> bool:
 def _check_key(key: Any) -> jax.Array:
     if key is None:
         return jax.random.key(0)
-    if isinstance(key, jax.Array | np.ndarray):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-            return key
-        if key.dtype == jnp.uint32 and key.ndim == 1:
-            return jax.random.wrap_key_data(jnp.asarray(key))
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
     raise InputError(f"key={key!r} is not one random key: pass jax.random.key(0), say.")
 
 

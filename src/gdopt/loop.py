@@ -113,7 +113,7 @@ def compile(
             kept=Kept(_trees.copy(inputs.start), jnp.int32(0), nan, norm, blank),
         )
 
-    def step(state: State, inputs: Inputs) -> tuple[State, History]:
+    def step(state: State, inputs: Inputs) -> tuple[State, tuple]:
         k, params = state.step, state.params
         loss, aux, grad, order = evaluate(params, inputs, state.order, k)
         value, grad_norm = loss.astype(loss_dtype), _trees.norm(grad)
@@ -154,7 +154,7 @@ def compile(
         params, optimizer, moved = lax.cond(
             running, update, lambda *same: (*same, state.moved), params, state.optimizer
         )
-        record = History(value, grad_norm, jnp.where(running, rate, jnp.nan))
+        record = (value, grad_norm, jnp.where(running, rate, jnp.nan))
         return State(k + running, code, params, optimizer, moved, order, watch, kept), record
 
     def chunk(state: State, limit: jax.Array, inputs: Inputs) -> tuple[State, jax.Array]:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,8 +24,8 @@ def gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
         learning_rate: a positive number, or a schedule ``step -> rate``, step 0 first. May be traced.
 
     Returns:
-        A transformation whose updates equal those of ``optax.sgd(learning_rate)`` bit for bit. It keeps no state but the
-        step count of a schedule.
+        A transformation whose updates equal those of ``optax.sgd(learning_rate)`` bit for bit. It keeps no state but
+        the step count of a schedule.
 
     Raises:
         InputError: for a rate that is negative, zero, NaN, infinite or not a scalar.
@@ -45,7 +46,7 @@ def gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
 def check_learning_rate(learning_rate: Any) -> Any:
     """The rate as it plugs in: a schedule or a traced rate as it is, a number as Python's float.
 
-    Python's float stays weakly typed in a trace, so that bfloat16 params keep their dtype and float64 ones their digits.
+    Python's float stays weakly typed in a trace: bfloat16 params keep their dtype then, and float64 ones their digits.
     """
     if callable(learning_rate):
         return learning_rate
@@ -86,8 +87,8 @@ class Rule(NamedTuple):
         built = self.optimizer(rate)
         if not is_transformation(built):
             raise InputError(
-                f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate: a factory such as "
-                "optax.adam returns an optax transformation."
+                f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate: a factory such "
+                "as optax.adam returns an optax transformation."
             )
         return built, jnp.asarray(rate)
 
@@ -108,8 +109,8 @@ def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
         )
     if learning_rate is None:
         raise InputError(
-            "learning_rate was not given: pass a positive number such as 0.1 or a schedule step -> rate, or an optimizer "
-            "that owns its rate, such as optax.lbfgs()."
+            "learning_rate was not given: pass a positive number such as 0.1 or a schedule step -> rate, or an "
+            "optimizer that owns its rate, such as optax.lbfgs()."
         )
     checked = check_learning_rate(learning_rate)
     return Rule(optimizer, checked, float("nan")) if callable(checked) else Rule(optimizer, None, checked)

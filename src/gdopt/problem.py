@@ -37,8 +37,8 @@ def make_problem(
 ) -> Problem:
     """The loss with its params split; raises InputError, before anything is traced, for what cannot be optimised.
 
-    Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along, and
-    so are Python's numbers inside a module (a dropout rate); in dicts, lists and tuples numbers are parameters.
+    Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along,
+    and so are Python's numbers inside a module (a dropout rate); in dicts, lists and tuples numbers are parameters.
     """
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
@@ -49,8 +49,8 @@ def make_problem(
         keep = choice and _trees.is_array(leaf) and not (inside and isinstance(leaf, bool | int | float | complex))
         if keep and not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
             raise InputError(
-                f"{_trees.path_name(path)} is of dtype {dtype}, and only float and complex leaves have gradients: convert "
-                "it with .astype(float), or leave it out with trainable=."
+                f"{_trees.path_name(path)} is of dtype {dtype}, and only float and complex leaves have gradients: "
+                "convert it with .astype(float), or leave it out with trainable=."
             )
         kept.append(keep)
     some, rest = _trees.partition(params, kept)
@@ -76,7 +76,7 @@ def check_start(params: PyTree) -> None:
 
 
 def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
-    """One bool per leaf, from None (all), a mask (a prefix tree of bools), or a function params -> mask, as in optax."""
+    """One bool per leaf, from None (all), a mask (prefix tree of bools), or a function params -> mask, as in optax."""
     if trainable is None:
         return [True] * treedef.num_leaves
     mask = trainable(params) if callable(trainable) else trainable
@@ -98,8 +98,8 @@ def _warn_of_narrowing(params: PyTree, stacklevel: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != jnp.result_type(leaf):
             warnings.warn(
-                f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {jnp.result_type(leaf)}. For 64 bits call "
-                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
+                f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {jnp.result_type(leaf)}. For 64 bits "
+                "call jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
                 UserWarning,
                 stacklevel=stacklevel + 1,
             )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
@@ -39,8 +40,9 @@ def trace(function: Callable, *args: PyTree, **kwargs: PyTree) -> tuple[Callable
 def share(function: Callable, *args: PyTree, donate_first: bool = False) -> tuple[Callable, PyTree]:
     """``jit`` for this function at these arguments, compiled anew only if no equal program ran before.
 
-    The function is traced now. Returns a callable for arguments of the same structure, shapes and dtypes, and the shapes
-    of what it returns. With ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
+    The function is traced now. Returns a callable for arguments of the same structure, shapes and dtypes, and the
+    shapes of what it returns. With ``donate_first`` the first argument's buffers are reused: they must not be the
+    caller's.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     treedef = jax.tree.structure(out)

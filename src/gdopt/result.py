@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gdopt._types import PyTree
@@ -33,9 +34,16 @@ class History(NamedTuple):
 class Report(NamedTuple):
     """What a callback gets, between two compiled chunks of a run.
 
-    ``params``, ``loss`` and ``grad_norm`` belong to one point: the best so far of a full-batch loss, the latest good one
-    with mini-batches. ``params`` is a copy that the callback may keep. ``step`` is the number of updates made so far,
-    ``epoch`` the number of whole epochs (steps, for a full batch), ``learning_rate`` the last rate used.
+    ``params``, ``loss`` and ``grad_norm`` belong to one point: the best so far of a full-batch loss, the latest good
+    one with mini-batches. ``params`` is a copy that the callback may keep. ``step`` is the number of updates made so
+    far, ``epoch`` the number of whole epochs (steps, for a full batch), ``learning_rate`` the last rate used.
+
+    Example:
+        >>> import gdopt
+        >>> def good_enough(report):
+        ...     return report.loss < 0.9
+        >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=1e-4, callback=good_enough).status.name
+        'STOPPED'
     """
 
     step: int
@@ -119,7 +127,7 @@ def _summary(tree: PyTree) -> str:
     def leaf_summary(leaf) -> Any:
         if not hasattr(leaf, "dtype"):
             return leaf
-        if leaf.size <= 6 and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if leaf.size <= 6 and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return _Bare(np.array2string(np.asarray(leaf), precision=4, separator=", ").replace("\n", ""))
         return _Bare(f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]")
 

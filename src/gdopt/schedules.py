@@ -146,7 +146,7 @@ def cyclical(
         k = _count(step)
         c, r = 1 + k // (up + down), k % (up + down)
         # Smith's |k/S - 2c + 1|, for two step sizes and without differences of large numbers
-        height = jnp.where(r <= up, r / up, (up + down - r) / down)
+        height = jnp.where(r <= up, _fraction(r, up), _fraction(up + down - r, down))
         return _between(base, top, height * scale(k, c))
 
     return schedule
@@ -242,7 +242,7 @@ def one_cycle(
     def schedule(step):
         k = jnp.minimum(_count(step), last)
         rising = (k <= math.floor(peak)) & (peak > 0)
-        x = jnp.where(rising, k / rise, (last - k) / fall)
+        x = jnp.where(rising, _fraction(k, rise), _fraction(last - k, fall))
         # (1 - cos(pi x)) / 2, which in float32 would lose all digits of a small end rate
         return _between(jnp.where(rising, start, end), top, x if linear else jnp.sin(jnp.pi / 2 * x) ** 2)
 
@@ -309,6 +309,11 @@ def silver(smoothness: Scalar) -> Schedule:
 def _between(low: Any, high: Any, weight: jax.Array) -> jax.Array:
     """low + (high - low) weight, from the nearer end: exact at both ends, and never outside them by rounding."""
     return jnp.where(weight < 0.5, low + (high - low) * weight, high - (high - low) * (1 - weight))
+
+
+def _fraction(part: jax.Array, whole: float) -> jax.Array:
+    """part / whole, and exactly 1 where they are equal: XLA multiplies by 1 / whole, which may round to less."""
+    return jnp.where(part == whole, 1.0, part.astype(float) / whole)
 
 
 def _power(base: float, k: jax.Array) -> jax.Array:

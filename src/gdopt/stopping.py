@@ -166,7 +166,9 @@ def explain(
     """The sentence for a status, with its remedy; ``plain`` says that each step was x - lr * g."""
     losses, grad_norms, rates = history
     noisy = steps_per_epoch is not None
-    first, last = f"{losses[0]:.6g}", f"{losses[-1]:.6g}"
+    # A single batch says little: with mini-batches, the mean of the first and of the last epoch.
+    width = steps_per_epoch if noisy and status not in FAILURES else 1
+    first, last = f"{losses[:width].mean():.6g}", f"{losses[-width:].mean():.6g}"
     after = f"after {steps} step{'' if steps == 1 else 's'}"
     back = "" if returned_step == steps else f" The point of step {returned_step} is returned."
     slower = _slower(grad_norms, rates, plain and not noisy)
@@ -175,27 +177,28 @@ def explain(
             return f"converged {after}: the gradient is exactly zero (loss {last})."
         case Status.CONVERGED:
             return (
-                f"converged {after}: the loss fell from {first} to {last}, and what is left to gain is at most "
-                f"{float(limits.tol):g} of that (for a convex loss)."
+                f"converged {after}: the loss fell from {first} to {last}, and at most about {float(limits.tol):g} of "
+                "that is left to gain (by the convexity bound)."
             )
         case Status.TARGET_REACHED:
-            what = "mean loss of an epoch" if noisy else f"loss {last}"
-            return f"reached the target {after}: the {what} is at or below {float(limits.target):g}."
+            what = "mean loss of an epoch" if noisy else "loss"
+            return f"reached the target {after}: the {what}, {last}, is at or below {float(limits.target):g}."
         case Status.MAX_STEPS if noisy:
             epochs = "" if steps_per_epoch == 1 else f" ({steps / steps_per_epoch:g} epochs)"
-            worse = f" The loss is above its start: {slower}" if losses[-1] > losses[0] else ""
+            worse = f" That is no fall. {slower}" if losses[-width:].mean() >= losses[:width].mean() else ""
             return f"took the {steps} steps asked for{epochs}: the loss went from {first} to {last}.{worse}"
         case Status.MAX_STEPS if not np.min(losses) < losses[0]:
             return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
         case Status.MAX_STEPS:
             return (
-                f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {np.min(losses):.6g}, "
-                f"the gradient norm is {grad_norms[-1]:.3g}.{back} Raise max_steps, or try another learning_rate."
+                f"stopped at max_steps={steps} before it converged: the loss fell from {first} to "
+                f"{np.min(losses):.6g}, the gradient norm is {grad_norms[-1]:.3g}.{back} Raise max_steps, or try "
+                "another learning_rate."
             )
         case Status.PRECISION_LIMIT:
             return (
-                f"reached the precision limit {after}: for {_STALLED_UPDATES} updates the loss {last} has changed by no "
-                f"more than rounding ({eps:.1g} of it). If that is not enough, use float64 or a larger learning_rate."
+                f"reached the precision limit {after}: for {_STALLED_UPDATES} updates the loss {last} has changed by "
+                f"no more than rounding ({eps:.1g} of it). If that is not enough, use float64 or a larger rate."
             )
         case Status.DIVERGED:
             return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"

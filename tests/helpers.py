@@ -1,0 +1,52 @@
+"""What more than one test file needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import jax.monitoring
+
+
+@dataclass
+class Compilations:
+    """The XLA compilations seen so far; ``names`` says of which functions."""
+
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+_counters: list[Compilations] = []
+
+
+def _listen(event: str, duration: float, **metadata: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        for counter in _counters:
+            counter.names.append(str(metadata.get("fun_name", "?")))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@contextmanager
+def count_compilations() -> Iterator[Compilations]:
+    """Count what XLA compiles inside the block, eager operations of new shapes included.
+
+    >>> import jax.numpy as jnp
+    >>> double = jax.jit(lambda x: 2 * x)
+    >>> x = jnp.ones(3)
+    >>> with count_compilations() as counter:
+    ...     _ = double(x), double(x)
+    >>> counter.count, counter.names
+    (1, ['jit(<lambda>)'])
+    """
+    counter = Compilations()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters[:] = [other for other in _counters if other is not counter]

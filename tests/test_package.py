@@ -1,0 +1,166 @@
+"""The package as others see it: its import, its public names, its wheel.
+
+``python tests/test_package.py`` writes public_surface.txt anew.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+import types
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gdopt
+
+ROOT = Path(__file__).resolve().parents[1]
+SURFACE = Path(__file__).with_name("public_surface.txt")
+HEAVY = {"matplotlib", "orbax", "scipy.optimize", "sklearn", "tqdm"}
+
+
+def test_import_loads_nothing_heavy() -> None:
+    """Beyond what jax and optax load by themselves."""
+    program = "import sys, jax, optax; before = {*sys.modules}; import gdopt; print(*{*sys.modules} - before)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    loaded = set(run.stdout.split())
+    assert "gdopt" in loaded
+    assert loaded.isdisjoint(HEAVY), loaded & HEAVY
+
+
+def test_version_is_the_installed_one() -> None:
+    assert gdopt.__version__ == importlib.metadata.version("gdopt")
+
+
+def public_names(module: types.ModuleType) -> list[str]:
+    """``__all__``, or without one the public names that the module itself defines."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    )
+
+
+def public_members(cls: type) -> dict[str, Any]:
+    """Name and value of what gdopt itself gives the class; a field without a default stands as ``Parameter.empty``."""
+    members: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.split(".")[0] == "gdopt":
+            annotations: dict[str, Any] = vars(base).get("__annotations__", {})
+            members |= dict.fromkeys(annotations, inspect.Parameter.empty) | vars(base)
+    return {name: value for name, value in sorted(members.items()) if not name.startswith("_")}
+
+
+def signature(function: Any) -> str:
+    """Names, kinds and defaults; no annotations, and functions by their names, so that it reads the same everywhere."""
+
+    class Name(str):
+        __repr__ = str.__str__
+
+    parsed = inspect.signature(function)
+    parameters = [
+        parameter.replace(
+            annotation=inspect.Parameter.empty,
+            default=Name(parameter.default.__name__)
+            if callable(parameter.default) and parameter.default is not inspect.Parameter.empty
+            else parameter.default,
+        )
+        for parameter in parsed.parameters.values()
+    ]
+    return str(parsed.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+
+
+def describe(name: str, value: Any) -> Iterator[str]:
+    """The public surface of one name, line by line."""
+    if isinstance(value, types.ModuleType):
+        yield name
+        for inner in public_names(value):
+            yield from describe(f"{name}.{inner}", getattr(value, inner))
+    elif isinstance(value, type):
+        bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
+        yield f"class {name}({bases})" if bases else f"class {name}"
+        for inner, member in public_members(value).items():
+            yield from describe_member(f"{name}.{inner}", member)
+    elif callable(value):
+        yield name + signature(value)
+    else:
+        yield f"{name}: {type(value).__name__}"
+
+
+def describe_member(name: str, member: Any) -> Iterator[str]:
+    if isinstance(member, classmethod | staticmethod):
+        member = member.__func__
+    if isinstance(member, enum.Enum):
+        yield f"{name} = {member.value!r}"
+    elif inspect.isroutine(member):
+        yield name + signature(member)
+    else:  # a property or a field
+        yield name
+
+
+def surface() -> str:
+    """The text of public_surface.txt as it should be now."""
+    names = public_names(gdopt)
+    return "".join(f"{line}\n" for name in names for line in describe(f"gdopt.{name}", getattr(gdopt, name)))
+
+
+def test_public_surface_is_the_recorded_one() -> None:
+    recorded = SURFACE.read_text(encoding="utf-8").splitlines() if SURFACE.exists() else []
+    current = surface().splitlines()
+    gone = [f"  - {line}" for line in recorded if line not in current]
+    new = [f"  + {line}" for line in current if line not in recorded]
+    if gone or new:
+        pytest.fail(
+            "the public surface is not what tests/public_surface.txt says:\n"
+            + "\n".join(gone + new)
+            + "\nIf it is meant, run `python tests/test_package.py` and write a line for users in CHANGELOG.md.",
+            pytrace=False,
+        )
+
+
+def documented() -> Iterator[tuple[str, Any]]:
+    """Each public name that should have a docstring, with what it stands for."""
+    for name in public_names(gdopt):
+        value = getattr(gdopt, name)
+        if isinstance(value, types.ModuleType):
+            yield from ((f"{name}.{inner}", getattr(value, inner)) for inner in public_names(value))
+        elif isinstance(value, type):
+            members = public_members(value).items()
+            yield from ((f"{name}.{inner}", member) for inner, member in members if is_documentable(member))
+        if is_documentable(value):
+            yield name, value
+
+
+def is_documentable(value: Any) -> bool:
+    is_plain_field = value is inspect.Parameter.empty or isinstance(value, enum.Enum)
+    return not is_plain_field and (callable(value) or isinstance(value, types.ModuleType | property | classmethod))
+
+
+@pytest.mark.parametrize(("name", "value"), [pytest.param(*item, id=item[0]) for item in documented()])
+def test_public_names_are_documented(name: str, value: Any) -> None:
+    text = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__  # a class inherits none
+    assert text, f"{name} has no docstring"
+    assert not text.startswith(f"{name}("), f"{name} has only the docstring that a dataclass gives itself"
+
+
+def test_wheel_holds_the_package(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path]
+    subprocess.run(build, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    sources = {path for path in (ROOT / "src" / "gdopt").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert "gdopt/py.typed" in files
+    assert files == {path.relative_to(ROOT / "src").as_posix() for path in sources}
+
+
+if __name__ == "__main__":
+    SURFACE.write_text(surface(), encoding="utf-8")
+    print(f"wrote {SURFACE.relative_to(ROOT)}")
