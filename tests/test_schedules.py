@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def exact_cyclical(
             scale = Fraction(1)
         case "triangular2":
             scale = Fraction(1, 2 ** min(cycle, 2000))
-        case "exp_range":
+        case _:
             scale = Fraction(mode["gamma"] ** k)
     return float(Fraction(base_lr) + (Fraction(max_lr) - Fraction(base_lr)) * height * scale)
 
@@ -91,7 +91,7 @@ def test_torch_at_step_1e8_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "triangular2"}, {"mode": "exp_range", "gamma": 0.99999999}], ids=str)
-@pytest.mark.parametrize("sizes", [(100, 100), (3, 7), (1, 1), (48_611, 104_729), (10**9, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [(100, 100), (3, 7), (48_611, 104_729), (10**9, 3)], ids=str)
 @pytest.mark.parametrize("x64", [True, False], ids=["float64", "float32"])
 def test_exact_fractions_up_to_the_last_step(sizes: tuple[int, int], mode: dict[str, Any], x64: bool) -> None:
     near = np.arange(0, 20_000, 101)
@@ -110,13 +110,14 @@ def test_triangular2_vanishes_without_a_base() -> None:
 
 def test_named_cycles() -> None:
     k = np.arange(50)
-    for named, arguments in (
+    pairs: list[tuple[Any, dict[str, Any]]] = [
         (schedules.triangular(0.1, 0.5, 3, 4), {}),
         (schedules.triangular2(0.1, 0.5, 3, 4), {"mode": "triangular2"}),
         (schedules.exp_range(0.1, 0.5, 3, 4, gamma=0.9), {"mode": "exp_range", "gamma": 0.9}),
         (schedules.triangular2(0.1, 0.5, 3, 4), {"scale_fn": lambda c: 1 / 2 ** (c - 1)}),
         (schedules.triangular(0.1, 0.5, 3, 4), {"scale_fn": lambda c: 1, "mode": "none of these"}),
-    ):
+    ]
+    for named, arguments in pairs:
         np.testing.assert_array_equal(named(k), schedules.cyclical(0.1, 0.5, 3, 4, **arguments)(k))
     np.testing.assert_array_equal(schedules.triangular(0.1, 0.5, 3)(k), schedules.triangular(0.1, 0.5, 3, 3)(k))
 
@@ -137,7 +138,7 @@ def test_one_cycle_where_torch_divides_by_zero() -> None:
 # --- properties ---
 
 rates = st.floats(1e-6, 1e3)
-sizes = st.integers(1, 2**30)
+sizes = st.integers(1, 10**9)
 
 
 @given(st.tuples(rates | st.just(0.0), rates).map(sorted), sizes, sizes, st.integers(0, 2**31 - 2))
@@ -145,31 +146,50 @@ sizes = st.integers(1, 2**30)
 @example([0.1, math.nextafter(0.1, 1)], 3, 3, 0)
 @example([0.0, 1.0], 254_970, 1, 0)  # float32(1 / 254970) * 254970 < 1
 @example([0.0, 1.0], 1, 254_970, 254_971)
+@example([0.0, 1.0], 10**9, 10**9, 2**31 - 2)
 def test_cycles(ends: list[float], up: int, down: int, k: int) -> None:
     period = up + down
     start = k // period * period
     peak = start + up if start + up < 2**31 else up
-    lr = schedules.triangular(*ends, up, down)
+    base, top = ends
+    lr = schedules.triangular(base, top, up, down)
     found = np.asarray(lr(np.array([k, k + 1, k % period, start, peak])))
-    low, high = map(np.float32, ends)
+    low, high = np.float32(base), np.float32(top)
     assert ((low <= found) & (found <= high)).all()
     assert found[0] == found[2]  # periodic
     assert found[3] == low
     assert found[4] == high
     jump = abs(float(found[1]) - float(found[0]))
-    assert jump <= (ends[1] - ends[0]) / min(up, down) + 4e-7 * ends[1]  # at most one step of the ladder
+    assert jump <= (top - base) / min(up, down) + 4e-7 * top  # at most one step of the ladder
+
+
+@pytest.mark.parametrize("x64", [True, False], ids=["float64", "float32"])
+def test_peaks_and_ends_are_exact_when_compiled(x64: bool) -> None:
+    ends = 0.125, 0.875, 0.125
+
+    def triangular_and_one_cycle(up: int) -> tuple[jax.Array, jax.Array]:
+        steps = jnp.array([0, up, 2 * up])  # the cycle of the other one ends a step later
+        return (
+            schedules.triangular(0.125, 0.875, up)(steps),
+            schedules.one_cycle(0.875, 2 * up + 2, 0.5, 7.0, 1.0, "linear")(steps.at[2].add(1)),
+        )
+
+    with jax.enable_x64(x64):
+        # Among these are some where up * (1 / up) < 1.
+        for found in jax.jit(lambda: [triangular_and_one_cycle(up) for up in (3, 41, 47, 49, 82, 103, 254_970)])():
+            np.testing.assert_array_equal(found, np.array([ends, ends]).astype(found[0].dtype))
 
 
 @given(st.tuples(rates, rates).map(sorted), sizes, sizes, st.floats(0.5, 1.0), st.integers(0, 2**31 - 1))
 def test_shrinking_cycles_stay_between_base_and_max(
     ends: list[float], up: int, down: int, gamma: float, k: int
 ) -> None:
-    low, high = map(np.float32, ends)
-    for lr in (schedules.triangular2(*ends, up, down), schedules.exp_range(*ends, up, down, gamma=gamma)):
-        assert low <= lr(k) <= high
+    base, top = ends
+    for lr in (schedules.triangular2(base, top, up, down), schedules.exp_range(base, top, up, down, gamma=gamma)):
+        assert np.float32(base) <= lr(k) <= np.float32(top)
 
 
-@given(rates, st.integers(1, 2**30), st.floats(0, 1), st.sampled_from(["cos", "linear"]), st.integers(0, 2**31 - 1))
+@given(rates, sizes, st.floats(0, 1), st.sampled_from(["cos", "linear"]), st.integers(0, 2**31 - 1))
 def test_one_cycle_stays_between_its_end_and_its_peak(
     peak: float, steps: int, pct: float, strategy: str, k: int
 ) -> None:
@@ -242,7 +262,7 @@ def quadratic(rng: np.random.Generator) -> Convex:
     return Convex(
         lambda v: (v - x) @ hessian @ (v - x) / 2,
         lambda v: hessian @ (v - x),
-        np.linalg.norm(hessian, 2),
+        float(np.linalg.norm(hessian, 2)),
         x,
         rng.normal(size=6),
     )
@@ -254,7 +274,7 @@ def robust_regression(rng: np.random.Generator) -> Convex:
     return Convex(
         lambda v: value(X @ (v - x)).sum(),
         lambda v: X.T @ slope(X @ (v - x)),
-        np.linalg.norm(X, 2) ** 2,
+        float(np.linalg.norm(X, 2)) ** 2,
         x,
         10 * rng.normal(size=4),
     )
@@ -275,7 +295,7 @@ def logistic_regression(rng: np.random.Generator) -> Convex:
     return Convex(
         lambda v: np.mean(np.logaddexp(0, X @ v) - weights * (X @ v)),
         grad,
-        np.linalg.norm(X, 2) ** 2 / 30 / 4,
+        float(np.linalg.norm(X, 2)) ** 2 / 30 / 4,
         x,
         x + 3 * rng.normal(size=4),
     )
@@ -350,7 +370,7 @@ def test_each_schedule_is_here() -> None:
 @each_schedule
 @pytest.mark.parametrize("x64", [True, False], ids=["float64", "float32"])
 def test_all_kinds_of_steps(lr: Callable[[Any], jax.Array], x64: bool) -> None:
-    steps = np.arange(0, 256, 5)
+    steps = np.arange(0, 256, 15)
     with jax.enable_x64(x64):
         one_by_one = [lr(int(k)) for k in steps]
         for rate in (one_by_one[0], lr(np.int64(3)), lr(jnp.int32(3)), jax.jit(lr)(3), lr(steps)):
@@ -360,8 +380,8 @@ def test_all_kinds_of_steps(lr: Callable[[Any], jax.Array], x64: bool) -> None:
         assert jax.eval_shape(lr, steps[:0]).shape == (0,)
         for whole in (
             lr(steps),
-            jax.jit(lr)(steps.astype(np.uint8)),  # nothing is computed in the step's own narrow type
-            jax.jit(lr)(steps.reshape(4, 13)).ravel(),
+            # Nothing is computed in the step's own narrow type.
+            jax.jit(lr)(steps.astype(np.uint8).reshape(3, 6)).ravel(),
             jax.jit(jax.vmap(lr))(steps),
         ):
             # Compiled as a whole, a product and a sum may be rounded once.
@@ -400,7 +420,8 @@ def test_neither_nan_nor_infinity_on_the_way(lr: Callable[[Any], jax.Array]) -> 
 def test_optax_takes_these_rates(lr: Callable[[Any], jax.Array]) -> None:
     expected = np.asarray(lr(np.arange(30)))
     gradient = jnp.float32(1.0)
-    plain, injected = optax.sgd(lr), optax.inject_hyperparams(optax.sgd)(learning_rate=lr)
+    plain: Any = optax.sgd(lr)
+    injected: Any = optax.inject_hyperparams(optax.sgd)(learning_rate=lr)
 
     @jax.jit
     def thirty():
@@ -431,18 +452,19 @@ def test_optax_schedules_join_in_front() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, jnp.float32, jnp.bfloat16, jnp.asarray], ids=str)
-def test_rates_may_be_numpy_or_jax_scalars(kind: Callable[[float], Any]) -> None:
-    lr = schedules.triangular(kind(0.25), kind(0.5), np.int32(2), jnp.int32(4))
+def test_numbers_may_be_numpy_or_jax_scalars(kind: Any) -> None:
+    triangular: Any = schedules.triangular
+    lr = triangular(kind(0.25), kind(0.5), np.int32(2), jnp.int32(4))
     np.testing.assert_array_equal(lr(np.arange(7)), [0.25, 0.375, 0.5, 0.4375, 0.375, 0.3125, 0.25])
     assert schedules.silver(kind(0.5))(1) == 4.0
     assert schedules.constant(1)(0).dtype == jnp.float32
-    np.testing.assert_array_equal(schedules.triangular(1, 2, 2.0)(np.arange(3)), [1.0, 1.5, 2.0])
+    np.testing.assert_array_equal(triangular(1, 2, 2.0)(np.arange(3)), [1.0, 1.5, 2.0])
 
 
 # --- bad input ---
 
 NO_RATE = [-0.1, math.nan, math.inf, "0.1", None, True, 1j, [0.1], np.array([0.1]), [[1], [1, 2]], lambda: 0.1]
-NO_COUNT = [0, -1, 2.5, math.nan, math.inf, True, "3", 2**31, [3], 10**400]
+NO_COUNT = [0, -1, 2.5, math.nan, math.inf, True, "3", 10**9 + 1, [3], 10**400]
 
 
 @pytest.mark.parametrize(
@@ -475,7 +497,7 @@ def test_unusable_step_size_down() -> None:  # None stands for the step size up
     for value in NO_COUNT:
         with pytest.raises(InputError) as error:
             schedules.triangular(0.1, 0.2, 10, value)
-        assert str(error.value) == f"step_size_down={value!r} cannot be used: pass a whole number from 1 to 2**30."
+        assert str(error.value) == f"step_size_down={value!r} cannot be used: pass a whole number from 1 to 10**9."
 
 
 @pytest.mark.parametrize(
@@ -493,7 +515,7 @@ def test_unusable_step_size_down() -> None:  # None stands for the step size up
             ["scale_mode='epochs'", "'cycle'", "'iterations'"],
         ),
         (lambda: schedules.cyclical(0.1, 0.2, 10, scale_mode="epochs"), ["scale_mode='epochs'"]),
-        (lambda: schedules.cyclical(0.1, 0.2, 10, scale_fn=0.5), ["scale_fn=0.5", "lambda"]),
+        (lambda: schedules.cyclical(0.1, 0.2, 10, scale_fn=cast(Any, 0.5)), ["scale_fn=0.5", "lambda"]),
         (lambda: schedules.one_cycle(0.1, 10, anneal_strategy="exp"), ["anneal_strategy='exp'", "'cos'", "'linear'"]),
         (lambda: schedules.triangular(0.1, 0.2, 10)(1.0), ["step=", "whole number", "integers"]),
         (lambda: schedules.silver(1.0)(True), ["step=", "whole number"]),

@@ -49,11 +49,6 @@ def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: lax.select(condition, a, b), if_true, if_false)
 
 
-def any_nonzero(tree: PyTree) -> jax.Array:
-    """Whether any entry of any leaf differs from zero (NaN does)."""
-    return sum((jnp.any(leaf != 0).astype(jnp.int32) for leaf in jax.tree.leaves(tree)), jnp.int32(0)) > 0
-
-
 def strong(tree: PyTree) -> PyTree:
     """Arrays without weak types: a weak leaf would turn strong after one update and everything compile once more."""
 

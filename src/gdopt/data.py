@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +46,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
         if batch_size is not None:
             raise InputError(f"batch_size={batch_size!r} was given without data: pass data=, or leave batch_size out.")
         return None, None
-    leaves = jax.tree_util.tree_leaves_with_path(data)
+    leaves = jax.tree_util.tree_leaves_with_path(data, is_leaf=_is_stream)
     lengths = {}
     for path, leaf in leaves:
         name = _trees.path_name(path, "data")
@@ -71,6 +72,11 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
             )
     batches = None if batch_size in (None, rows) else Batches(rows, batch_size)
     return jax.tree.map(jnp.asarray, data), batches
+
+
+def _is_stream(node: Any) -> bool:
+    """Whether it yields batches rather than holding arrays: a generator, a loader; JAX warns before it says so."""
+    return isinstance(node, Iterable) and not isinstance(node, Mapping | Sequence) and not hasattr(node, "shape")
 
 
 def whole_number(value: Any, name: str) -> int:

@@ -104,11 +104,11 @@ def minimize(
         ('CONVERGED', 3.0)
     """
     began = time.perf_counter()
+    data, batches = check_data(data, batch_size)
     _refuse_tracers(params, args, data, learning_rate, key)
     rule = make_rule(optimizer, learning_rate)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     check_start(problem.params)
-    data, batches = check_data(data, batch_size)
     noisy = batches is not None or with_key
     limits = Limits(_check_steps(max_steps, epochs, data, batches), _check_tol(tol, noisy), _check_target(target))
     traced_args, args_rest = _split_args(args)

@@ -57,7 +57,6 @@ class State(NamedTuple):
     code: jax.Array  # RUNNING, or the Status that the last evaluation led to
     params: PyTree
     optimizer: PyTree
-    moved: jax.Array
     order: PyTree  # the epoch's shuffled row numbers
     watch: Watch
     kept: Kept
@@ -107,7 +106,6 @@ def compile(
             code=jnp.int32(RUNNING),
             params=_trees.copy(inputs.start),
             optimizer=_trees.copy(_trees.strong(transformation.init(inputs.start))),
-            moved=jnp.asarray(False),
             order=order,
             watch=stopping.first_watch(loss_dtype, norm.dtype),
             kept=Kept(_trees.copy(inputs.start), jnp.int32(0), nan, norm, blank),
@@ -119,7 +117,7 @@ def compile(
         value, grad_norm = loss.astype(loss_dtype), _trees.norm(grad)
 
         away = jax.tree.map(jnp.subtract, params, inputs.start)
-        point = Evaluation(k, value, grad_norm, _trees.quick_norm(away), state.moved)
+        point = Evaluation(k, value, grad_norm, _trees.quick_norm(away))
         code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, eps, steps_per_epoch)
         running = code == RUNNING
         if steps_per_epoch is None:
@@ -136,7 +134,7 @@ def compile(
             args, key, _order = loss_arguments(inputs, order, k)
             return problem.value(params, *args, **key)[0]
 
-        def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
+        def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree]:
             updates, optimizer = apply(
                 transformation,
                 grad,
@@ -148,14 +146,13 @@ def compile(
                 obj_fn=value_fn,
                 grad_fn=lambda params, _: jax.tree.map(jnp.conj, jax.grad(value_fn)(params)),
             )
-            moved = _trees.any_nonzero(updates)
-            return optax.apply_updates(params, updates), _trees.strong(optimizer), moved
+            # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
+            # hand fuses both, and last bits would differ.
+            return optax.apply_updates(params, updates), _trees.strong(optimizer)
 
-        params, optimizer, moved = lax.cond(
-            running, update, lambda *same: (*same, state.moved), params, state.optimizer
-        )
+        params, optimizer = lax.cond(running, update, lambda *same: same, params, state.optimizer)
         record = (value, grad_norm, jnp.where(running, rate, jnp.nan))
-        return State(k + running, code, params, optimizer, moved, order, watch, kept), record
+        return State(k + running, code, params, optimizer, order, watch, kept), record
 
     def chunk(state: State, limit: jax.Array, inputs: Inputs) -> tuple[State, jax.Array]:
         first = state.step
@@ -166,7 +163,7 @@ def compile(
             at = state.step - first
             state, record = step(state, inputs)
             row = jnp.stack([entry.astype(record_dtype) for entry in record])
-            return state, lax.dynamic_update_slice(records, row[None], (at, 0))
+            return state, lax.dynamic_update_slice(records, row[None], (at, jnp.int32(0)))
 
         return lax.while_loop(
             lambda carry: (carry[0].code == RUNNING) & (carry[0].step < limit), body, (state, records)
@@ -202,7 +199,7 @@ def run(
             count = reached - step + (code != RUNNING)
             records.append(History(*np.array(np.asarray(buffer)[:count].T)))
             step = reached
-            stop = between(state, records[-1])
+            stop = cause is None and between(state, records[-1])
             if code != RUNNING:
                 break
             if interrupted or stop:

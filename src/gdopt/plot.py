@@ -11,6 +11,9 @@ from gdopt.result import Result
 
 __all__ = ["descent"]
 
+_DOTTED = 40  # the longest line that shows its points one by one
+_MEANS = 30  # points of the averaged line through a noisy one
+
 
 def descent(result: Result) -> Any:
     """Draws the loss, the gradient norm and the learning rate over the steps of a run.
@@ -19,9 +22,10 @@ def descent(result: Result) -> Any:
         result: what ``gdopt.minimize`` returned.
 
     Returns:
-        A ``matplotlib.figure.Figure`` with one panel above the other: the loss on a logarithmic axis where it stays
-        positive, with the gradient norm beside it, and below the rate of each update, where it is known. Made without
-        pyplot, so no window opens and nothing has to be closed: ``.savefig("descent.png")``, or show it in a notebook.
+        A ``matplotlib.figure.Figure`` with one panel above the other: the loss, the gradient norm and, where it is
+        known, the rate of each update. Values that span decades have a logarithmic axis, noisy ones a line of means
+        through them, and a cross at the upper edge stands for an infinite or NaN value. Made without pyplot, so no
+        window opens and nothing has to be closed: ``.savefig("descent.png")``, or show it in a notebook.
 
     Raises:
         GdoptError: when matplotlib is missing, with the command that installs it.
@@ -38,28 +42,59 @@ def descent(result: Result) -> Any:
     except ImportError as error:
         raise GdoptError('gdopt.plot needs matplotlib: pip install "gdopt[plot]"') from error
 
-    loss, grad_norm, learning_rate = result.history
-    steps = np.arange(len(loss))
-    has_rate = bool(np.isfinite(learning_rate).any())
-    figure = Figure(figsize=(7, 5 if has_rate else 3.5), layout="constrained")
-    rows = figure.subplots(2 if has_rate else 1, sharex=True, squeeze=False, height_ratios=[2, 1] if has_rate else [1])
-    top = rows[0, 0]
-    _line(top, steps, loss, "C0", "loss")
-    beside = top.twinx()
-    _line(beside, steps, grad_norm, "C1", "gradient norm", alpha=0.35)
-    top.set_zorder(beside.get_zorder() + 1)  # the loss in front
-    top.patch.set_visible(False)
-    top.set_title(f"{result.status.name} after {result.steps} steps, loss {result.loss:.4g}")
-    if has_rate:
-        _line(rows[1, 0], steps, learning_rate, "C2", "learning rate", log=False)
-        rows[1, 0].set_ylim(bottom=0)
-    rows[-1, 0].set_xlabel("step")
+    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history)
+    learning_rate = learning_rate[: result.steps]  # no update is made from the last point
+    panels = 3 if np.isfinite(learning_rate).any() else 2
+    figure = Figure(figsize=(7, 2 + 1.5 * panels), layout="constrained")
+    rows = figure.subplots(panels, sharex=True, height_ratios=[2, 1, 1][:panels])
+    steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
+    rows[0].set_title(f"{result.status.name} after {steps}, returned loss {result.loss:.4g}")
+    _line(rows[0], "loss", loss, "C0", log=_spans_decades(loss), means=_is_noisy(loss))
+    _line(rows[1], "gradient norm", grad_norm, "C1", log=_spans_decades(grad_norm), means=_is_noisy(grad_norm))
+    if panels == 3:
+        # A cycle from nearly 0 spans decades too, and is best seen as it is: few of its rates are that small.
+        log = _spans_decades(learning_rate) and np.nanmedian(learning_rate) < np.nanmax(learning_rate) / 10
+        _line(rows[2], "learning rate", learning_rate, "C2", log=log)
+        if not log:
+            rows[2].set_ylim(bottom=0)
+    rows[-1].set_xlabel("step")
+    rows[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.align_ylabels()
     return figure
 
 
-def _line(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str, log: bool = True, alpha: float = 1) -> None:
-    finite = np.isfinite(y)
-    axes.plot(x[finite], y[finite], color=color, alpha=alpha, linewidth=1.2)
-    axes.set_ylabel(label, color=color)
-    if log and finite.any() and (y[finite] > 0).all():
-        axes.set_yscale("log")
+def _line(axes: Any, label: str, values: np.ndarray, color: str, *, log: bool, means: bool = False) -> None:
+    steps, drawn = np.arange(len(values)), _drawable(values)
+    x, y = steps[drawn], values[drawn]
+    style = {"marker": "."} if len(values) <= _DOTTED else {"alpha": 0.35, "linewidth": 0.8} if means else {}
+    axes.plot(x, y, color=color, **style)
+    if means:
+        each = round(len(y) / _MEANS)
+        axes.plot(_means(x), _means(y), color=color, label=f"mean of {each} steps")
+        axes.legend(loc="upper right", fontsize="small")
+    if not drawn.all():
+        axes.plot(steps[~drawn], np.ones((~drawn).sum()), "rx", transform=axes.get_xaxis_transform(), clip_on=False)
+    axes.set_ylabel(label)
+    axes.set_yscale("log" if log else "linear")
+
+
+def _drawable(values: np.ndarray) -> np.ndarray:
+    """Where a value is finite, and not so near to the end of float64 that the ticks above it are not."""
+    return np.abs(values) < 1e200
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    """Whether a logarithmic axis shows more: from two decades on it is sure to have two labels."""
+    y = values[_drawable(values)]
+    return bool((y >= 0).all() and (y > 0).any() and y.max() / 100 > y[y > 0].min())
+
+
+def _is_noisy(values: np.ndarray) -> bool:
+    """Whether a line goes up and down too often to be read: pure noise turns at two of three points."""
+    y = values[_drawable(values)]
+    rises = np.sign(np.diff(y))
+    return len(y) >= 2 * _MEANS and bool((rises[1:] * rises[:-1] < 0).mean() > 1 / 3)
+
+
+def _means(values: np.ndarray) -> list[float]:
+    return [part.mean() for part in np.array_split(values, _MEANS)]

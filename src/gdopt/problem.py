@@ -32,9 +32,7 @@ class Problem(NamedTuple):
         return value, jax.tree.map(jnp.conj, grad)
 
 
-def make_problem(
-    loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None, stacklevel: int = 3
-) -> Problem:
+def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None) -> Problem:
     """The loss with its params split; raises InputError, before anything is traced, for what cannot be optimised.
 
     Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along,
@@ -59,7 +57,7 @@ def make_problem(
             f"params={params!r} has no entries to optimise: pass at least one float or complex array with an entry"
             + ("." if trainable is None else ", and one that trainable= does not leave out.")
         )
-    _warn_of_narrowing(some, stacklevel + 1)
+    _warn_of_narrowing(some)
     return Problem(loss, _trees.strong(jax.tree.map(jnp.asarray, some)), rest, has_aux)
 
 
@@ -93,7 +91,7 @@ def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
     return [bool(choice) for choice in choices]
 
 
-def _warn_of_narrowing(params: PyTree, stacklevel: int) -> None:
+def _warn_of_narrowing(params: PyTree) -> None:
     """JAX turns NumPy's float64 into float32 without a word; for the params, that is worth one."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != jnp.result_type(leaf):
@@ -101,7 +99,7 @@ def _warn_of_narrowing(params: PyTree, stacklevel: int) -> None:
                 f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {jnp.result_type(leaf)}. For 64 bits "
                 "call jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
                 UserWarning,
-                stacklevel=stacklevel + 1,
+                stacklevel=4,  # the caller of minimize or gd_step
             )
             return
 

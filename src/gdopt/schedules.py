@@ -354,8 +354,8 @@ def _rate(name: str, value: Any, zero: bool = False) -> float:
 
 
 def _whole(name: str, value: Any, least: int = 1) -> int:
-    wanted = f"a whole number from {least} to 2**30"  # the sum of two fits JAX's default integer
-    return int(_number(name, value, lambda number: least <= number <= 2**30 and number % 1 == 0, wanted))
+    wanted = f"a whole number from {least} to 10**9"  # the sum of two fits a 32-bit integer
+    return int(_number(name, value, lambda number: least <= number <= 10**9 and number % 1 == 0, wanted))
 
 
 def _known(name: str, value: str, known: tuple[str, ...]) -> str:

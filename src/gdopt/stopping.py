@@ -17,7 +17,7 @@ class Status(enum.IntEnum):
     - ``CONVERGED``: what is left to gain is at most ``tol`` of what was gained, or the gradient is exactly zero.
     - ``TARGET_REACHED``: the loss is at or below ``target``.
     - ``MAX_STEPS``: the steps or epochs that were asked for are done.
-    - ``PRECISION_LIMIT``: for 50 updates the loss has changed by no more than its dtype's rounding.
+    - ``PRECISION_LIMIT``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding.
     - ``DIVERGED``: the loss has grown a millionfold and the gradient a thousandfold.
     - ``NON_FINITE``: the loss or its gradient became infinite or NaN.
     - ``STOPPED``: the callback asked for the end.
@@ -47,6 +47,7 @@ FAILURES = (Status.DIVERGED, Status.NON_FINITE)
 _GROWN_LOSS = 1e6
 _GROWN_GRADIENT = 1e3
 _STALLED_UPDATES = 50
+_PER_UPDATE = 20
 _ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
 
 
@@ -64,7 +65,8 @@ class Watch(NamedTuple):
     first_loss: jax.Array
     first_grad_norm: jax.Array
     mark: jax.Array  # the best loss when it last improved by more than rounding
-    stalled: jax.Array  # updates since then that moved the parameters and changed nothing
+    stalled: jax.Array  # how long it has not, in units of 1 / _PER_UPDATE updates
+    grad_norm: jax.Array  # of the last evaluation
     epoch_loss: jax.Array  # sum of this epoch's losses
 
 
@@ -75,7 +77,6 @@ class Evaluation(NamedTuple):
     loss: jax.Array
     grad_norm: jax.Array
     distance: jax.Array  # |x - x0|; zero or infinite where squares leave the dtype's range
-    moved: jax.Array  # whether the update that led here was anything but zero
 
 
 def first_watch(loss_dtype, norm_dtype) -> Watch:
@@ -86,6 +87,7 @@ def first_watch(loss_dtype, norm_dtype) -> Watch:
         first_grad_norm=jnp.full((), jnp.inf, norm_dtype),
         mark=unknown,
         stalled=jnp.int32(0),
+        grad_norm=jnp.full((), jnp.inf, norm_dtype),
         epoch_loss=jnp.zeros((), loss_dtype),
     )
 
@@ -110,12 +112,13 @@ def judge(
     size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
     diverged = (loss - first_loss > _GROWN_LOSS * size) & (grad_norm > _GROWN_GRADIENT * first_grad_norm)
 
-    # The precision test looks at the loss alone, so an update of exactly zero (warm-up from 0, gradients that are being
-    # accumulated) must not count, and neither does an iterate that wanders above the best by more than rounding.
+    # The precision test looks at the loss, so it must not take for a limit what is a pause: an evaluation that repeats
+    # the last one may come from gradients that are being accumulated or a rate of 0, and counts a twentieth; and an
+    # iterate that wanders above the best by more than rounding is on its way.
     gained = start | (loss < watch.mark - eps * jnp.abs(watch.mark))
     mark = jnp.where(gained, loss, watch.mark)
     wanders = loss > mark + _ROUNDING * eps * jnp.abs(mark)
-    stalled = jnp.where(gained | wanders, 0, watch.stalled + point.moved.astype(jnp.int32))
+    stalled = jnp.where(gained | wanders, 0, watch.stalled + jnp.where(grad_norm == watch.grad_norm, 1, _PER_UPDATE))
 
     if steps_per_epoch is None:
         reached = loss <= limits.target
@@ -125,7 +128,7 @@ def judge(
         converged = ((gain > 0) & (point.distance > 0) & (grad_norm * (point.distance / gain) <= limits.tol)) | (
             grad_norm == 0
         )
-        limited = stalled >= _STALLED_UPDATES
+        limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
         epoch_loss = watch.epoch_loss
     else:
         epoch_loss = jnp.where(k % steps_per_epoch == 0, 0, watch.epoch_loss) + loss
@@ -143,7 +146,7 @@ def judge(
         (Status.NON_FINITE, ~finite),
     ):
         code = jnp.where(holds, jnp.int32(status), code)
-    return code, Watch(first_loss, first_grad_norm, mark, stalled, epoch_loss)
+    return code, Watch(first_loss, first_grad_norm, mark, stalled, grad_norm, epoch_loss)
 
 
 def is_good(watch: Watch, kept_loss: jax.Array, loss: jax.Array) -> jax.Array:
@@ -197,8 +200,8 @@ def explain(
             )
         case Status.PRECISION_LIMIT:
             return (
-                f"reached the precision limit {after}: for {_STALLED_UPDATES} updates the loss {last} has changed by "
-                f"no more than rounding ({eps:.1g} of it). If that is not enough, use float64 or a larger rate."
+                f"reached the precision limit {after}: the loss {last} no longer changes by more than rounding "
+                f"({eps:.1g} of it). If that is not enough, use float64 or a larger learning_rate."
             )
         case Status.DIVERGED:
             return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"

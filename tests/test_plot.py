@@ -1,0 +1,184 @@
+"""``plot.descent``: the picture holds what the history holds, however the run ended, and can be saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdopt
+from gdopt import History, Result, Status
+
+PANELS = ["loss", "gradient norm", "learning rate"]
+
+
+def square(x):
+    return x**2
+
+
+def rows_loss(w, rows):
+    return jnp.mean((rows[0] @ w - rows[1]) ** 2)
+
+
+def rows():
+    random = np.random.default_rng(0)
+    X = random.normal(size=(128, 3)).astype(np.float32)
+    return X, (X @ [1, 2, 3] + random.normal(size=128)).astype(np.float32)
+
+
+def triangles():
+    schedule = gdopt.schedules.triangular2(0.001, 0.1, step_size_up=20)
+    return gdopt.minimize(rows_loss, jnp.zeros(3), data=rows(), batch_size=8, epochs=10, learning_rate=schedule)
+
+
+def after_a_while(rate):
+    return lambda step: jnp.where(step < 3, 0.1, rate)
+
+
+# What a run was, how it ended, and how many panels show it.
+RUNS: dict[str, tuple[Callable[[], Result], Status, int]] = {
+    "converged": (lambda: gdopt.minimize(square, 1.0, learning_rate=0.1), Status.CONVERGED, 3),
+    "converged onto zero": (lambda: gdopt.minimize(square, 1.0, learning_rate=0.5), Status.CONVERGED, 3),
+    "negative losses": (lambda: gdopt.minimize(lambda x: x**2 - 9, 1.0, learning_rate=0.1), Status.CONVERGED, 3),
+    "diverged": (lambda: gdopt.minimize(square, 1.0, learning_rate=1.5), Status.DIVERGED, 3),
+    "not finite": (lambda: gdopt.minimize(lambda x: -(x**2), 1.0, learning_rate=9), Status.NON_FINITE, 3),
+    "not finite at the start": (lambda: gdopt.minimize(jnp.log, -1.0, learning_rate=1), Status.NON_FINITE, 2),
+    "a rate that is NaN": (
+        lambda: gdopt.minimize(square, 1.0, learning_rate=after_a_while(jnp.nan)),
+        Status.NON_FINITE,
+        3,
+    ),
+    "mini-batches": (triangles, Status.MAX_STEPS, 3),
+    "diverged mini-batches": (
+        lambda: gdopt.minimize(rows_loss, jnp.zeros(3), data=rows(), batch_size=8, epochs=5, learning_rate=3),
+        Status.DIVERGED,
+        3,
+    ),
+    "unknown rate": (lambda: gdopt.minimize(square, 1.0, optimizer=optax.lbfgs()), Status.CONVERGED, 2),
+    "one evaluation": (lambda: gdopt.minimize(square, 0.0, learning_rate=0.1), Status.CONVERGED, 2),
+    "one step": (lambda: gdopt.minimize(square, 1.0, learning_rate=0.1, max_steps=1), Status.MAX_STEPS, 3),
+    "stopped": (
+        lambda: gdopt.minimize(square, 1.0, learning_rate=1e-5, callback=lambda report: True),
+        Status.STOPPED,
+        3,
+    ),
+}
+run = functools.cache(lambda name: RUNS[name][0]())
+
+
+def picture(result: Result) -> bytes:
+    gdopt.plot.descent(result).savefig(file := io.BytesIO())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_lines_are_the_history(name):
+    result, (_, status, panels) = run(name), RUNS[name]
+    assert result.status is status
+    figure = gdopt.plot.descent(result)
+    assert [axes.get_ylabel() for axes in figure.axes] == PANELS[:panels]
+    for axes, values in zip(figure.axes, result.history, strict=False):
+        line, finite = axes.lines[0], np.isfinite(values)
+        np.testing.assert_array_equal(line.get_xdata(), np.flatnonzero(finite))
+        np.testing.assert_array_equal(line.get_ydata(), values[finite])
+    assert figure.axes[0].get_title().startswith(f"{status.name} after {result.steps} step")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_can_be_saved(name):
+    assert picture(run(name)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "crosses"),
+    [
+        ("converged", [[], [], []]),
+        ("unknown rate", [[], []]),  # not known is not the same as not finite
+        ("not finite at the start", [[0], []]),
+        ("a rate that is NaN", [[4], [4], [3]]),
+    ],
+)
+def test_crosses_stand_where_values_are_not_finite(name, crosses):
+    figure = gdopt.plot.descent(run(name))
+    found = [[x for line in axes.lines if line.get_marker() == "x" for x in line.get_xdata()] for axes in figure.axes]
+    assert found == crosses
+
+
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [
+        ("converged", ["log", "log", "linear"]),
+        ("negative losses", ["linear", "log", "linear"]),
+        ("diverged", ["log", "log", "linear"]),
+        ("one evaluation", ["linear", "linear"]),
+        ("mini-batches", ["log", "linear", "linear"]),  # triangles stay triangles, though they start near zero
+    ],
+)
+def test_axes_are_logarithmic_where_that_shows_more(name, scales):
+    assert [axes.get_yscale() for axes in gdopt.plot.descent(run(name)).axes] == scales
+
+
+def test_a_ladder_of_rates_is_drawn_on_a_logarithmic_axis():
+    ladder = gdopt.schedules.range_test(1e-6, 0.1, num_steps=50)
+    result = gdopt.minimize(square, 1.0, learning_rate=ladder, max_steps=50)
+    assert gdopt.plot.descent(result).axes[2].get_yscale() == "log"
+
+
+def test_noise_gets_a_line_of_means_through_it():
+    result = run("mini-batches")
+    for axes, values in zip(gdopt.plot.descent(result).axes[:2], result.history, strict=False):
+        _, means = axes.lines
+        assert len(means.get_xdata()) == 30
+        sizes = [len(part) for part in np.array_split(values, 30)]
+        assert np.average(means.get_ydata(), weights=sizes) == pytest.approx(values.mean(), rel=1e-5)
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mean of 5 steps"]
+
+
+@pytest.mark.parametrize("name", ["converged", "diverged", "one evaluation"])
+def test_a_line_without_noise_stands_alone(name):
+    assert all(len(axes.lines) == 1 for axes in gdopt.plot.descent(run(name)).axes)
+
+
+@pytest.mark.parametrize("end", [1e-320, 1e-300, 1e300, 1.7e308, -1.7e308, np.inf, -np.inf, np.nan])
+def test_the_ends_of_float64_can_be_drawn(end):
+    values = np.array([1.0, 2.0, end, 3.0])
+    history = History(values, np.abs(values), np.abs(values))
+    assert picture(dataclasses.replace(run("converged"), steps=3, history=history))
+
+
+def test_float64_keeps_its_digits():
+    with jax.enable_x64(True):
+        result = gdopt.minimize(square, 1.0, learning_rate=0.1, max_steps=9)
+    (line,) = gdopt.plot.descent(result).axes[0].lines
+    assert line.get_ydata().dtype == np.float64
+    np.testing.assert_array_equal(line.get_ydata(), result.history.loss)
+
+
+def test_steps_are_whole_numbers():
+    for name in ("one evaluation", "one step"):
+        figure = gdopt.plot.descent(run(name))
+        figure.draw_without_rendering()
+        ticks = figure.axes[-1].get_xticks()
+        assert (ticks == np.round(ticks)).all()
+
+
+def test_it_needs_no_pyplot(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert picture(run("converged"))
+
+
+def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch):
+    result = run("converged")
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(gdopt.GdoptError, match=r'pip install "gdopt\[plot\]"') as caught:
+        gdopt.plot.descent(result)
+    assert isinstance(caught.value.__cause__, ImportError)

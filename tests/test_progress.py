@@ -1,0 +1,124 @@
+"""``progress=True``: a real bar, which counts evaluations and is closed however the run ends."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tqdm.auto
+
+import gdopt
+from gdopt import Status
+
+
+def square(x):
+    return x**2
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars that are made, real ones."""
+    made = []
+
+    class Bar(tqdm.auto.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def close(self):
+            self.was_closed = True
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    return made
+
+
+def shown(capsys) -> str:
+    """The bar as it stands at the end, with the newline that closing it writes."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.rpartition("\r")[2]
+
+
+def test_a_bar_is_full_when_all_steps_are_made(bars, capsys):
+    result = gdopt.minimize(square, 1.0, learning_rate=1e-4, max_steps=300, progress=True)
+    assert result.status is Status.MAX_STEPS
+    (bar,) = bars
+    assert bar.n == bar.total == len(result.history.loss)
+    assert bar.was_closed
+    line = shown(capsys)
+    assert line.startswith("100%|")
+    assert f"| {bar.total}/{bar.total} [" in line
+    assert f"loss={result.history.loss[-1]:.4g}]" in line
+    assert line.endswith("\n")
+
+
+def test_a_bar_of_epochs(bars, capsys):
+    rows = np.arange(40.0, dtype=np.float32)
+    loss = lambda w, batch: jnp.mean((w - batch) ** 2)
+    result = gdopt.minimize(loss, 0.0, data=rows, batch_size=8, epochs=6, learning_rate=0.1, progress=True)
+    assert result.steps == 6 * 5
+    assert bars[0].n == bars[0].total == len(result.history.loss)
+    assert "100%" in shown(capsys)
+
+
+def test_a_bar_of_a_run_that_converges_early_is_closed_where_it_stands(bars, capsys):
+    result = gdopt.minimize(square, 1.0, learning_rate=0.1, max_steps=1000, progress=True)
+    assert result.status is Status.CONVERGED
+    (bar,) = bars
+    assert bar.n == len(result.history.loss) < bar.total
+    assert bar.was_closed
+    line = shown(capsys)
+    assert f"| {bar.n}/{bar.total} [" in line
+    assert line.endswith("\n")
+
+
+@pytest.mark.parametrize("rate", [1.5, 1e30])
+def test_a_bar_of_a_run_that_fails(rate, bars, capsys):
+    result = gdopt.minimize(square, 1.0, learning_rate=rate, max_steps=1000, progress=True)
+    assert not result.success
+    assert bars[0].n == len(result.history.loss)
+    assert bars[0].was_closed
+
+
+def test_a_bar_of_a_run_that_the_callback_stops(bars, capsys):
+    result = gdopt.minimize(square, 1.0, learning_rate=1e-6, progress=True, callback=lambda report: True)
+    assert result.status is Status.STOPPED
+    assert bars[0].n == len(result.history.loss)
+    assert bars[0].was_closed
+
+
+def test_a_bar_is_closed_when_the_callback_raises(bars, capsys):
+    def callback(report):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        gdopt.minimize(square, 1.0, learning_rate=0.1, progress=True, callback=callback)
+    assert bars[0].was_closed
+    assert shown(capsys).endswith("\n")
+
+
+def test_a_bar_changes_nothing(bars):
+    with_bar, without = (
+        gdopt.minimize(square, 1.0, learning_rate=0.1, progress=progress) for progress in (True, False)
+    )
+    for ours, theirs in zip(with_bar.history, without.history, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(bars) == 1
+
+
+def test_no_bar_unless_asked(capsys):
+    gdopt.minimize(square, 1.0, learning_rate=0.1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_tqdm_the_error_says_how_to_install_it(monkeypatch):
+    for name in ("tqdm", "tqdm.auto"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(gdopt.GdoptError, match=r'pip install "gdopt\[progress\]"') as caught:
+        gdopt.minimize(square, 1.0, learning_rate=0.1, progress=True)
+    assert isinstance(caught.value.__cause__, ImportError)
+    assert gdopt.minimize(square, 1.0, learning_rate=0.1).success  # without a bar it runs
