@@ -58,7 +58,7 @@ class Size(NamedTuple):
     quick_rounds: int
 
 
-SIZES = (Size(1000, 50, rounds=45, quick_rounds=15), Size(10_000, 100, rounds=21, quick_rounds=5))
+SIZES = (Size(1000, 50, rounds=45, quick_rounds=11), Size(10_000, 100, rounds=21, quick_rounds=3))
 
 
 class Row(NamedTuple):
@@ -172,7 +172,9 @@ def clocks(size: Size) -> dict[str, Clock]:
         final, steps = run()
         loss, agreed = float(logistic_loss(final, *data)), float(logistic_loss(yardstick[1]()[0], *data))
         if int(steps) != STEPS or abs(loss - agreed) > AGREEMENT * abs(agreed):
-            raise RuntimeError(f"{name} made {steps} steps to the loss {loss}; by hand, {STEPS} steps lead to {agreed}.")
+            raise RuntimeError(
+                f"{name} made {steps} steps to the loss {loss}; by hand, {STEPS} steps lead to {agreed}."
+            )
 
     (name, first), *rest = ((name, functools.partial(seconds, run)) for name, run in contenders.items())
     return dict([(name, first), ("`gdopt.minimize`, loop (`run_seconds`)", lambda: minimize().run_seconds), *rest])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +11,19 @@ import numpy as np
 import optax
 import pytest
 from helpers import count_compilations
+from jax.flatten_util import ravel_pytree
 from optax import contrib
 from problems import PROBLEMS, Problem
 
 import gdopt
 from gdopt import loop, schedules
+from gdopt.stopping import FAILURES
 
 # --- the lists; functions, so that a test can have everything made anew ---
 
 
 def optimizers() -> dict[str, tuple[Any, Any]]:
-    """Name -> (optimizer, learning_rate), where ready optimizers have the rate None."""
+    """Name -> (optimizer, learning_rate); a ready optimizer owns its rate, and has None here."""
     partial, chain, sgd, adam = functools.partial, optax.chain, optax.sgd, optax.adam
     adversary = chain(contrib.normalize(), sgd(0.01))
     return {
@@ -70,3 +71,455 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
         "masked": (chain(optax.masked(optax.scale_by_adam(), {"w": True, "b": False}), optax.scale(-0.1)), None),
         "multi_transform": (optax.multi_transform({"a": adam(0.1), "s": sgd(0.3)}, {"w": "a", "b": "s"}), None),
     }
+
+
+def stuck() -> dict[str, tuple[Any, Any]]:
+    """Likewise, but optimizers that do not reach the minimum in `_LONG` steps, and must not be said to."""
+    half = {"w": "s", "b": "zero"}
+    return {
+        "tiny_rate": (gdopt.gd, 1e-5),
+        "rate_zero": (gdopt.gd, schedules.constant(0.0)),
+        "rates_run_out": (optax.adam, optax.cosine_decay_schedule(0.1, 10)),
+        "slow_warmup": (optax.adam, optax.linear_schedule(0.0, 1e-2, 10**8)),
+        "accumulates_for_long": (optax.MultiSteps(optax.sgd(0.3), every_k_schedule=1000), None),
+        "subspace": (functools.partial(contrib.galore, rank=1), 0.1),
+        "half_frozen": (optax.multi_transform({"s": optax.sgd(0.3), "zero": optax.set_to_zero()}, half), None),
+        "oscillates": (optax.sign_sgd, 0.3),
+        "too_large_rate": (gdopt.gd, 1.9),
+    }
+
+
+def rates() -> dict[str, Any]:
+    """Name -> schedule; with their turning points within `_RATES` steps."""
+    return {
+        "constant": schedules.constant(0.1),
+        "range_test": schedules.range_test(1e-3, 0.5, 10),
+        "range_test_linear": schedules.range_test(1e-3, 0.5, 10, mode="linear"),
+        "cyclical": schedules.cyclical(0.1, 0.5, 3, 2, scale_fn=lambda c: 1 / c),
+        "triangular": schedules.triangular(0.1, 0.5, 4),
+        "triangular_from_zero": schedules.triangular(0.0, 0.5, 4),
+        "triangular2": schedules.triangular2(0.1, 0.5, 2, 1),
+        "exp_range": schedules.exp_range(0.1, 0.5, 3, gamma=0.9),
+        "one_cycle": schedules.one_cycle(0.5, 12),
+        "silver": schedules.silver(3.0),
+        "optax_constant": optax.constant_schedule(0.1),
+        "optax_linear": optax.linear_schedule(0.5, 0.1, 10),
+        "optax_polynomial": optax.polynomial_schedule(0.5, 0.1, 2, 10),
+        "optax_exponential": optax.exponential_decay(0.5, 3, 0.5, staircase=True),
+        "optax_piecewise_constant": optax.piecewise_constant_schedule(0.5, {3: 0.5, 8: 0.1}),
+        "optax_piecewise_interpolate": optax.piecewise_interpolate_schedule("cosine", 0.5, {3: 0.5, 8: 0.1}),
+        "optax_cosine": optax.cosine_decay_schedule(0.5, 10),
+        "optax_linear_onecycle": optax.linear_onecycle_schedule(12, 0.5),
+        "optax_cosine_onecycle": optax.cosine_onecycle_schedule(12, 0.5),
+        "optax_warmup_constant": optax.warmup_constant_schedule(0.0, 0.5, 4),
+        "optax_warmup_cosine": optax.warmup_cosine_decay_schedule(0.1, 0.5, 4, 10),
+        "optax_warmup_exponential": optax.warmup_exponential_decay_schedule(0.1, 0.5, 4, 3, 0.5),
+        "optax_sgdr": optax.sgdr_schedule(
+            [{"init_value": 0.1, "peak_value": 0.5, "warmup_steps": 2, "decay_steps": n} for n in (5, 8)]
+        ),
+        "optax_join": optax.join_schedules([schedules.one_cycle(0.5, 6), schedules.triangular(0.1, 0.3, 2)], [6]),
+        "own_function": lambda k: 0.5 / (1 + k) ** 0.5,
+        "own_whole_numbers": lambda k: 1,
+    }
+
+
+OPTIMIZERS, STUCK, SCHEDULES = optimizers(), stuck(), rates()
+
+# What optimizers differ in by their own nature, where it is not the usual:
+TRACES = {"backtracking": 2, "lbfgs": 3, "sam_opaque": 2, "sophia": 2}  # of the loss: these evaluate it by themselves
+FIRST_MOVE = {"multi_steps": 3, "apply_every": 3, "rprop": 2, "schedule_free_adamw": 2}  # update: others are exactly 0
+EXTRAS = {"sam": set(), "sam_opaque": {"grad_fn"}}  # that `update` takes
+BY_HAND = {"backtracking": {"value", "grad", "value_fn"}, "lbfgs": {"value", "grad", "value_fn"}, **EXTRAS}
+EXACT = {"gd", "sgd", "momentum", "nesterov"}  # the same bits as in a loop by hand, whatever XLA fuses
+
+_LONG, _SHORT, _RATES = 2500, 40, 16  # steps
+_TOL = 1e-4  # the default of minimize
+_ROWS, _BATCH = 12, 4
+
+
+# --- the problem ---
+
+
+class Regression:
+    """A linear regression with an exact fit, over fresh data and functions, that counts how often Python runs its loss."""
+
+    def __init__(self, seed: int = 0):
+        random = np.random.default_rng(seed)
+        X = random.normal(size=(_ROWS, 2))
+        Y = X @ random.normal(size=(2, 3)) + 1
+        X, Y = X.astype(np.float32), Y.astype(np.float32)
+        self.traces = 0
+        self.data = X, Y, np.float32(2.0) ** np.arange(-_ROWS, 0)
+        self.loss = lambda params: self._half_mean_square(params, X, Y)
+        self.coded_loss = lambda params, batch: self._coded(params, *batch)
+
+    @staticmethod
+    def start(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+        return {"w": jnp.zeros((2, 3), dtype), "b": jnp.zeros(3, dtype)}
+
+    def _half_mean_square(self, params: Any, X: Any, Y: Any) -> jax.Array:
+        self.traces += 1
+        return jnp.sum((X @ params["w"] + params["b"][None] - Y) ** 2) / (2 * len(X))
+
+    def _coded(self, params: Any, X: Any, Y: Any, bits: Any) -> jax.Array:
+        """The regression's gradient, but a value that tells which rows were seen: a sum of powers of two."""
+        value = self._half_mean_square(params, X, Y)
+        return value - jax.lax.stop_gradient(value) + jnp.sum(bits)
+
+
+def rows_seen(coded_loss: float) -> set[int]:
+    return {row for row in range(_ROWS) if int(coded_loss * 2**_ROWS) >> row & 1}
+
+
+class Fit(NamedTuple):
+    """One call of minimize, and what it took."""
+
+    result: gdopt.Result
+    problem: Regression
+    traces: int
+    compiled: list[str]
+
+    @property
+    def gap(self) -> float:
+        """What is left to gain, as a share of what was gained; the minimum is 0."""
+        gained = self.result.history.loss[0] - self.result.loss
+        return self.result.loss / gained if gained > 0 else np.inf
+
+
+def fit(optimizer: Any, rate: Any, *, seed: int = 0, **options: Any) -> Fit:
+    problem = Regression(seed)
+    with count_compilations() as compiled:
+        result = gdopt.minimize(problem.loss, problem.start(), optimizer=optimizer, learning_rate=rate, **options)
+    return Fit(result, problem, problem.traces, compiled.names)
+
+
+def fit_batches(optimizer: Any, rate: Any, **options: Any) -> Fit:
+    """On shuffled batches in float64; for a block with x64 on."""
+    problem = Regression()
+    batches = {"data": problem.data, "batch_size": _BATCH}
+    with count_compilations() as compiled:
+        result = gdopt.minimize(
+            problem.coded_loss, problem.start(float), optimizer=optimizer, learning_rate=rate, **batches, **options
+        )
+    return Fit(result, problem, problem.traces, compiled.names)
+
+
+def single_steps(patch: pytest.MonkeyPatch) -> None:
+    """Makes each chunk one step long, without any change to the compiled program."""
+    patch.setattr(loop, "_FIRST_CHUNK", 1)
+    patch.setattr(loop, "_CHUNK_SECONDS", 0.0)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    equal = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True), a, b)
+    return all(jax.tree.leaves(equal))
+
+
+def specs(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+# --- every optimizer ---
+
+
+class Case(NamedTuple):
+    """An optimizer, and the runs that several checks read, made once."""
+
+    name: str
+    optimizer: Any
+    rate: Any
+    long: Fit
+    short: Fit  # no more than _SHORT steps
+    stepwise: Fit  # the same in chunks of one step
+    chunk_ends: list[int]
+    anew: Fit  # another optimizer object, another rate, other data, another lambda
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def case(request: pytest.FixtureRequest) -> Case:
+    name = request.param
+    optimizer, rate = OPTIMIZERS[name]
+    long = fit(optimizer, rate, max_steps=_LONG)
+    short = fit(optimizer, rate, max_steps=_SHORT)
+    chunk_ends: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        single_steps(patch)
+        stepwise = fit(optimizer, rate, max_steps=_SHORT, callback=lambda report: chunk_ends.append(report.step))
+    optimizer_anew, rate_anew = optimizers()[name]
+    if isinstance(rate_anew, float):
+        rate_anew *= 0.9
+    anew = fit(optimizer_anew, rate_anew, seed=1, max_steps=_SHORT)
+    return Case(name, optimizer, rate, long, short, stepwise, chunk_ends, anew)
+
+
+def test_reaches_the_minimum(case: Case) -> None:
+    assert case.long.gap <= 10 * _TOL, case.long.result
+
+
+def test_status_is_honest(case: Case) -> None:
+    for result, problem, *_ in (case.long, case.short, case.anew):
+        assert result.status not in FAILURES
+        assert result.steps == len(result.history.loss) - 1
+        first = result.history.loss[0]
+        np.testing.assert_allclose(result.loss, problem.loss(result.params), rtol=1e-5, atol=1e-7 * first)
+    for run in (case.long, case.short, case.anew):
+        assert run.gap <= 10 * _TOL or not run.result.success, run.result
+
+
+def test_structure_and_dtypes_are_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Regression.start()
+    assert specs(case.long.result.params) == specs(start)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(case.long.result.params))
+
+    # All of it is known once the loop is traced; to compile it for bfloat16 too would double the time of this file.
+    class Traced(Exception):
+        pass
+
+    def stop(compiled: Any, inputs: Any) -> None:
+        state = jax.eval_shape(compiled.start, inputs)
+        after, _ = jax.eval_shape(compiled.chunk, state, np.int32(1), inputs)
+        raise Traced(state, after)
+
+    monkeypatch.setattr(loop, "begin", stop)
+    start = Regression.start(jnp.bfloat16)
+    with pytest.raises(Traced) as caught:
+        gdopt.minimize(Regression().loss, start, optimizer=case.optimizer, learning_rate=case.rate)
+    state, after = caught.value.args
+    assert specs(state) == specs(after)
+    assert specs(after.params) == specs(after.kept.params) == specs(start)
+
+
+def test_loss_is_traced_once(case: Case) -> None:
+    """And not once per chunk."""
+    traces = {run.traces for run in (case.long, case.short, case.stepwise, case.anew)}
+    assert traces == {TRACES.get(case.name, 1)}
+    assert case.chunk_ends[:3] == [1, 2, 3]
+
+
+def test_new_values_compile_nothing(case: Case) -> None:
+    assert [case.short.compiled, case.stepwise.compiled, case.anew.compiled] == [[], [], []]
+    assert not same_bits(case.anew.result.history.loss, case.short.result.history.loss)
+
+
+def test_chunks_change_no_bit(case: Case) -> None:
+    short, stepwise = case.short.result, case.stepwise.result
+    assert len(case.chunk_ends) >= short.steps
+    assert same_bits(stepwise.history, short.history)
+    assert same_bits(stepwise.params, short.params)
+    assert (stepwise.loss, stepwise.status) == (short.loss, short.status)
+    assert same_bits(case.long.result.history.loss[: short.steps], short.history.loss[:-1])
+
+
+def test_history_has_the_rates(case: Case) -> None:
+    *rates, last = case.short.result.history.learning_rate
+    assert np.isnan(last)
+    if case.rate is None:
+        assert np.isnan(rates).all()
+    elif callable(case.rate):
+        np.testing.assert_allclose(rates, [case.rate(k) for k in range(len(rates))], rtol=1e-6)
+    else:
+        assert set(rates) == {np.float32(case.rate)}
+
+
+def test_same_as_a_loop_by_hand(case: Case) -> None:
+    """In the bits; for the others than EXACT to a few of them, because XLA fuses (a * b + c) differently in two programs.
+
+    Lines of optax's documentation, nothing of gdopt's.
+    """
+    optimizer, rate, loss = case.optimizer, case.rate, case.short.problem.loss
+
+    def at(rate: Any, k: Any) -> Any:
+        return optimizer if rate is None else optimizer(rate(k) if callable(rate) else rate)
+
+    @jax.jit
+    def step(params: Any, state: Any, k: jax.Array, rate_now: Any) -> tuple[Any, Any, jax.Array]:
+        value, grad = jax.value_and_grad(loss)(params)
+        transformation = at(rate if callable(rate) else rate_now, k)
+        functions = {"value_fn": loss, "obj_fn": loss, "grad_fn": lambda params, _: jax.grad(loss)(params)}
+        extras = {"value": value, "grad": grad, **functions}
+        if case.name in BY_HAND:
+            extras = {name: extras[name] for name in BY_HAND[case.name]}
+        else:
+            transformation = optax.with_extra_args_support(transformation)
+        updates, state = transformation.update(grad, state, params, **extras)
+        return optax.apply_updates(params, updates), state, value
+
+    history = case.short.result.history.loss
+    params, losses = Regression.start(), []
+    state = at(0.1 if rate is not None else None, 0).init(params)
+    for k in range(len(history)):
+        params, state, value = step(params, state, k, None if callable(rate) else rate)
+        losses.append(float(value))
+    tolerance = {"rtol": 0} if case.name in EXACT else {"rtol": 1e-4, "atol": 1e-7 * history[0]}
+    np.testing.assert_allclose(history, np.array(losses), **tolerance)
+
+
+def test_mini_batches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row once per epoch, the first batch first; and float64 kept, the loss traced once, no bit due to chunks."""
+    per_epoch, first = _ROWS // _BATCH, FIRST_MOVE.get(case.name, 1)
+    with jax.enable_x64(True):
+        start = Regression.start(float)
+        run = fit_batches(case.optimizer, case.rate, epochs=2)
+        moved = fit_batches(case.optimizer, case.rate, max_steps=first)
+        waits = fit_batches(case.optimizer, case.rate, max_steps=first - 1) if first > 1 else None
+        single_steps(monkeypatch)
+        stepwise = fit_batches(case.optimizer, case.rate, epochs=2)
+
+    assert (run.result.status, run.result.steps) == (gdopt.Status.MAX_STEPS, 2 * per_epoch)
+    assert run.result.success
+    batches = [rows_seen(value) for value in run.result.history.loss]
+    assert [len(batch) for batch in batches] == [_BATCH] * (2 * per_epoch + 1)  # with that of the last point
+    epochs = [set.union(*batches[i : i + per_epoch]) for i in (0, per_epoch)]
+    assert epochs == [set(range(_ROWS))] * 2
+
+    assert specs(run.result.params) == specs(start)
+    assert not any(
+        same_bits(*leaves) for leaves in zip(*map(jax.tree.leaves, (moved.result.params, start)), strict=True)
+    )
+    assert waits is None or same_bits(waits.result.params, start)
+    assert {fit.traces for fit in (run, moved, stepwise)} == {TRACES.get(case.name, 1)}
+    assert (moved.compiled, stepwise.compiled) == ([], [])
+    assert same_bits(stepwise.result.history, run.result.history)
+    assert same_bits(stepwise.result.params, run.result.params)
+
+
+@pytest.mark.parametrize("name", STUCK)
+def test_stuck_is_no_success(name: str) -> None:
+    run = fit(*STUCK[name], max_steps=_LONG)
+    assert run.gap > 10 * _TOL
+    assert not run.result.success, run.result
+
+
+# --- every schedule ---
+
+
+@functools.lru_cache
+def hand_step(seed: int) -> Any:
+    loss = Regression(seed).loss
+
+    @jax.jit
+    def step(params: Any, rate: jax.Array) -> tuple[Any, jax.Array]:
+        value, grad = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda x, g: x - rate * g, params, grad), value
+
+    return step
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_in_minimize(name: str) -> None:
+    schedule = SCHEDULES[name]
+    run = fit(gdopt.gd, schedule, max_steps=_RATES, tol=0)
+    losses, _, rates = run.result.history
+    expected = np.array([float(schedule(k)) for k in range(_RATES)])
+    np.testing.assert_allclose(rates[:-1], expected, rtol=1e-6, atol=1e-9)
+    assert np.isnan(rates[-1])
+    assert (losses[1] != losses[0]) == (expected[0] != 0)
+
+    params = Regression.start()
+    for k, rate in enumerate(rates):
+        params, value = hand_step(0)(params, rate)
+        assert losses[k] == value
+
+    anew = fit(gdopt.gd, rates_anew(name), seed=1, max_steps=_RATES, tol=0)
+    assert anew.compiled == []
+    assert run.traces == anew.traces == 1
+
+
+def rates_anew(name: str) -> Any:
+    return rates()[name]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_under_jit_vmap_and_in_sgd(name: str) -> None:
+    schedule, steps = SCHEDULES[name], jnp.arange(_RATES)
+    eager = np.array([float(schedule(k)) for k in range(_RATES)])
+    assert np.isfinite(eager).all()
+    assert (eager >= 0).all()
+    jitted = jax.jit(schedule)
+    np.testing.assert_allclose([jitted(k) for k in range(_RATES)], eager, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(jax.vmap(schedule)(steps), eager, rtol=1e-6, atol=1e-9)
+
+    sgd = optax.sgd(schedule)
+
+    def update(state: Any, _: Any) -> tuple[Any, jax.Array]:
+        step, state = sgd.update(jnp.float32(1), state)
+        return state, -step
+
+    _, used = jax.lax.scan(update, sgd.init(jnp.float32(0)), length=_RATES)
+    np.testing.assert_allclose(used, eager, rtol=1e-6, atol=1e-9)
+
+
+# --- what the loop owes to all of them ---
+
+
+@pytest.mark.parametrize("capacity", [1, 7])
+def test_capacity_of_a_chunk_changes_no_bit(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program, so this is not in the runs of each optimizer."""
+    expected = fit(optax.adam, 0.1, max_steps=50, tol=0).result
+    monkeypatch.setattr(loop, "_CAPACITY", capacity)
+    monkeypatch.setattr(loop, "_FIRST_CHUNK", 1)
+    monkeypatch.setattr(loop, "_CHUNK_SECONDS", 1e9)
+    found = fit(optax.adam, 0.1, max_steps=50, tol=0).result
+    assert same_bits(found.history, expected.history)
+    assert same_bits(found.params, expected.params)
+
+
+def test_each_row_gets_one_update_per_epoch() -> None:
+    """The first batch's too: the gradient of the sum of a batch's entries is 1 at each of its rows."""
+    loss = lambda x, batch: jnp.sum(x[batch])
+    for epochs in (1, 3):
+        result = gdopt.minimize(
+            loss, jnp.zeros(_ROWS), data=jnp.arange(_ROWS), batch_size=_BATCH, epochs=epochs, learning_rate=1.0
+        )
+        assert same_bits(result.params, np.full(_ROWS, -epochs, np.float32))
+
+
+def test_extra_arguments_belong_to_the_step() -> None:
+    """``value_fn``, ``obj_fn`` and ``grad_fn`` see the batch and the key with which value and gradient were computed."""
+
+    def update(grad: Any, state: Any, params: Any, *, value, grad_fn, value_fn, obj_fn, **extras: Any) -> Any:
+        same = (value == value_fn(params)) & (value == obj_fn(params)) & (extras["grad"] == grad)
+        return jnp.where(same & (grad == grad_fn(params, 0)), -0.1 * grad, jnp.nan), state
+
+    probe = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    def loss(x: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
+        return (x - batch[0] - jax.random.normal(key)) ** 2
+
+    random = np.random.default_rng(0).normal(size=8).astype(np.float32)
+    result = gdopt.minimize(loss, 0.0, data=random, batch_size=1, epochs=2, with_key=True, optimizer=probe)
+    assert result.status == gdopt.Status.MAX_STEPS, result
+
+
+def test_lists_are_consistent() -> None:
+    assert {*TRACES, *FIRST_MOVE, *BY_HAND, *EXACT} <= {*OPTIMIZERS}
+    assert OPTIMIZERS.keys().isdisjoint(STUCK)
+
+
+# --- and the problems that other tests take from problems.py ---
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_problem_is_as_stated(problem: Problem) -> None:
+    assert all(leaf.dtype in (np.float32, np.complex64) for leaf in jax.tree.leaves(problem.start))
+    assert problem.loss(problem.start).dtype == jnp.float32
+    assert (problem.gap(problem.start), problem.gap(problem.minimum)) == pytest.approx((1, 0), abs=1e-12)
+
+    with jax.enable_x64(True):
+        start, minimum = problem.at(float).start, problem.at(float)._replace(start=problem.minimum).at(float).start
+        is_complex = np.iscomplexobj(jax.tree.leaves(start)[0])
+        real = lambda tree: ravel_pytree(jax.tree.map(lambda z: (z.real, z.imag), tree) if is_complex else tree)
+        flat_minimum, unravel = real(minimum)
+
+        def flat_loss(x: jax.Array) -> jax.Array:
+            tree = unravel(x)
+            return problem.loss(tree[0] + 1j * tree[1] if is_complex else tree)
+
+        np.testing.assert_allclose(jax.grad(flat_loss)(flat_minimum), 0, atol=1e-12)
+        hessian = jax.jit(jax.hessian(flat_loss))
+        at_minimum, at_start = (np.linalg.eigvalsh(hessian(x)) for x in (flat_minimum, real(start)[0]))
+        assert at_minimum[0] >= -1e-12
+        if problem.convex:
+            assert at_start[0] >= -1e-12
+        if problem.smoothness is not None:
+            assert max(at_start[-1], at_minimum[-1]) <= problem.smoothness * (1 + 1e-9)

@@ -15,13 +15,13 @@ import numpy as np
 
 from gdopt import _trees, loop
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
-from gdopt.data import check_data, whole_number
+from gdopt.data import Batches, check_data, whole_number
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd, make_rule
 from gdopt.problem import Problem, check_start, make_problem
 from gdopt.progress import progress_bar
 from gdopt.result import History, Report, Result
-from gdopt.stopping import Limits, Status, explain
+from gdopt.stopping import Limits, Status, explain, fell
 
 _MAX_STEPS = 10_000
 _TOL = 1e-4
@@ -115,15 +115,14 @@ def minimize(
     inputs = loop.Inputs(problem.params, data, traced_args, _check_key(key), rule.rate, limits)
     inputs = jax.tree.map(jnp.asarray, inputs)  # placed once and not at each chunk; Python's numbers stay weakly typed
 
-    compiled = loop.compile(problem, rule, batches, inputs, args_rest, with_key=with_key)
-    state = loop.begin(compiled, inputs)
-    compiled_at = time.perf_counter()
-
     with progress_bar(progress, int(limits.max_steps)) as advance:
+        compiled = loop.compile(problem, rule, batches, inputs, args_rest, with_key=with_key)
+        state = loop.begin(compiled, inputs)
+        compiled_at = time.perf_counter()
 
-        def between(state: loop.State, records: History) -> bool:
-            advance(records)
-            return callback is not None and bool(callback(_report(problem, state, records, compiled.steps_per_epoch)))
+        def between(step: int, state: loop.State, records: History) -> bool:
+            advance(step, records.loss[-1])
+            return callback is not None and bool(callback(_report(problem, step, state, records, batches)))
 
         state, history, status = loop.run(
             compiled, state, inputs, between, boundary=batches.per_epoch if batches and callback else None
@@ -141,7 +140,6 @@ def minimize(
         eps=compiled.eps,
         plain=rule.plain,
     )
-    asked = (Status.CONVERGED, Status.TARGET_REACHED) + ((Status.MAX_STEPS,) if noisy and target is None else ())
     result = Result(
         params=problem.rest.combine(kept.params),
         loss=float(kept.loss),
@@ -149,8 +147,9 @@ def minimize(
         steps=steps,
         status=status,
         message=message,
-        success=status in asked,
+        success=_succeeded(status, history, compiled, target),
         history=history,
+        steps_per_epoch=compiled.steps_per_epoch,
         aux=kept.aux,
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
@@ -199,11 +198,22 @@ def _gd_step(
     return new, value
 
 
-def _report(problem: Problem, state: loop.State, records: History, steps_per_epoch: int | None) -> Report:
-    step, kept = int(state.step), state.kept
+def _succeeded(status: Status, history: History, compiled: loop.Compiled, target: float | None) -> bool:
+    match status:
+        case Status.CONVERGED | Status.TARGET_REACHED:
+            return True
+        case Status.PRECISION_LIMIT:  # without a fall, too small a rate looks just the same
+            return fell(history.loss, compiled.eps)
+        case Status.MAX_STEPS:
+            return compiled.steps_per_epoch is not None and target is None
+    return False
+
+
+def _report(problem: Problem, step: int, state: loop.State, records: History, batches: Batches | None) -> Report:
+    kept = state.kept
     return Report(
         step=step,
-        epoch=step // (steps_per_epoch or 1),
+        epoch=step // (batches.per_epoch if batches else 1),
         params=problem.rest.combine(_trees.copy(kept.params)),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),

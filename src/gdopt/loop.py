@@ -121,7 +121,7 @@ def compile(
         code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, eps, steps_per_epoch)
         running = code == RUNNING
         if steps_per_epoch is None:
-            keep = (k == 0) | (jnp.isfinite(grad_norm) & (value < state.kept.loss))
+            keep = (k == 0) | (jnp.isfinite(grad_norm) & jnp.isfinite(value) & (value < state.kept.loss))
         else:
             failed = jnp.isin(code, jnp.asarray(stopping.FAILURES, jnp.int32))
             keep = (k == 0) | jnp.where(running, stopping.is_good(watch, state.kept.loss, value), ~failed)
@@ -181,12 +181,16 @@ def begin(compiled: Compiled, inputs: Inputs) -> State:
 
 
 def run(
-    compiled: Compiled, state: State, inputs: Inputs, between: Callable[[State, History], bool], boundary: int | None
+    compiled: Compiled,
+    state: State,
+    inputs: Inputs,
+    between: Callable[[int, State, History], bool],
+    boundary: int | None,
 ) -> tuple[State, History, Status]:
     """Runs to the end, or until ``between`` says stop, or Ctrl-C; the state's last point is always evaluated.
 
-    ``between`` is called after each chunk with the state and the chunk's records. No chunk crosses a multiple of
-    ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result.
+    ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
+    multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result.
     """
     step, size, cause, records = 0, _FIRST_CHUNK, None, []
     with _ctrl_c() as interrupted:
@@ -199,7 +203,7 @@ def run(
             count = reached - step + (code != RUNNING)
             records.append(History(*np.array(np.asarray(buffer)[:count].T)))
             step = reached
-            stop = cause is None and between(state, records[-1])
+            stop = cause is None and between(step, state, records[-1])
             if code != RUNNING:
                 break
             if interrupted or stop:

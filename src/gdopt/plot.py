@@ -12,7 +12,7 @@ from gdopt.result import Result
 __all__ = ["descent"]
 
 _DOTTED = 40  # the longest line that shows its points one by one
-_MEANS = 30  # points of the averaged line through a noisy one
+_MEANS = 30  # the most points of the averaged line through a noisy one
 
 
 def descent(result: Result) -> Any:
@@ -23,9 +23,10 @@ def descent(result: Result) -> Any:
 
     Returns:
         A ``matplotlib.figure.Figure`` with one panel above the other: the loss, the gradient norm and, where it is
-        known, the rate of each update. Values that span decades have a logarithmic axis, noisy ones a line of means
-        through them, and a cross at the upper edge stands for an infinite or NaN value. Made without pyplot, so no
-        window opens and nothing has to be closed: ``.savefig("descent.png")``, or show it in a notebook.
+        known, the rate of each update. Values that span decades have a logarithmic axis, those of mini-batches a line
+        of means through them, and a cross at the upper edge stands for a value that is infinite, NaN or beyond 1e200.
+        Made without pyplot, so no window opens and nothing has to be closed: ``.savefig("descent.png")``, or show it
+        in a notebook.
 
     Raises:
         GdoptError: when matplotlib is missing, with the command that installs it.
@@ -49,8 +50,9 @@ def descent(result: Result) -> Any:
     rows = figure.subplots(panels, sharex=True, height_ratios=[2, 1, 1][:panels])
     steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
     rows[0].set_title(f"{result.status.name} after {steps}, returned loss {result.loss:.4g}")
-    _line(rows[0], "loss", loss, "C0", log=_spans_decades(loss), means=_is_noisy(loss))
-    _line(rows[1], "gradient norm", grad_norm, "C1", log=_spans_decades(grad_norm), means=_is_noisy(grad_norm))
+    each = 0 if result.steps_per_epoch is None else max(result.steps_per_epoch, len(loss) // _MEANS, 2)
+    _line(rows[0], "loss", loss, "C0", log=_spans_decades(loss), each=each)
+    _line(rows[1], "gradient norm", grad_norm, "C1", log=_spans_decades(grad_norm), each=each)
     if panels == 3:
         # A cycle from nearly 0 spans decades too, and is best seen as it is: few of its rates are that small.
         log = _spans_decades(learning_rate) and np.nanmedian(learning_rate) < np.nanmax(learning_rate) / 10
@@ -63,14 +65,14 @@ def descent(result: Result) -> Any:
     return figure
 
 
-def _line(axes: Any, label: str, values: np.ndarray, color: str, *, log: bool, means: bool = False) -> None:
+def _line(axes: Any, label: str, values: np.ndarray, color: str, *, log: bool, each: int = 0) -> None:
     steps, drawn = np.arange(len(values)), _drawable(values)
+    means = 0 < 2 * each <= len(values)
     x, y = steps[drawn], values[drawn]
     style = {"marker": "."} if len(values) <= _DOTTED else {"alpha": 0.35, "linewidth": 0.8} if means else {}
     axes.plot(x, y, color=color, **style)
     if means:
-        each = round(len(y) / _MEANS)
-        axes.plot(_means(x), _means(y), color=color, label=f"mean of {each} steps")
+        axes.plot(_means(x, each), _means(y, each), color=color, label=f"mean of {each} steps")
         axes.legend(loc="upper right", fontsize="small")
     if not drawn.all():
         axes.plot(steps[~drawn], np.ones((~drawn).sum()), "rx", transform=axes.get_xaxis_transform(), clip_on=False)
@@ -89,12 +91,5 @@ def _spans_decades(values: np.ndarray) -> bool:
     return bool((y >= 0).all() and (y > 0).any() and y.max() / 100 > y[y > 0].min())
 
 
-def _is_noisy(values: np.ndarray) -> bool:
-    """Whether a line goes up and down too often to be read: pure noise turns at two of three points."""
-    y = values[_drawable(values)]
-    rises = np.sign(np.diff(y))
-    return len(y) >= 2 * _MEANS and bool((rises[1:] * rises[:-1] < 0).mean() > 1 / 3)
-
-
-def _means(values: np.ndarray) -> list[float]:
-    return [part.mean() for part in np.array_split(values, _MEANS)]
+def _means(values: np.ndarray, each: int) -> list[float]:
+    return [values[i : i + each].mean() for i in range(0, len(values) - each + 1, each)]

@@ -6,25 +6,25 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from gdopt.errors import GdoptError
-from gdopt.result import History
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool, max_steps: int) -> Iterator[Callable[[History], None]]:
-    """A function that takes each chunk's records; with ``shown`` it moves a tqdm bar, of one unit per evaluation."""
+def progress_bar(shown: bool, max_steps: int) -> Iterator[Callable[[int, float], None]]:
+    """A function of the steps made and the last loss, which moves a tqdm bar where one is to be shown."""
     if not shown:
-        yield lambda records: None
+        yield lambda step, loss: None
         return
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise GdoptError('progress=True needs tqdm: pip install "gdopt[progress]"') from error
 
-    with tqdm(total=max_steps + 1, unit="step") as bar:
+    with tqdm(total=max_steps, unit="step") as bar:
 
-        def advance(records: History) -> None:
-            if len(records.loss):
-                bar.set_postfix(loss=f"{records.loss[-1]:.4g}", refresh=False)
-                bar.update(len(records.loss))
+        def advance(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update(step - bar.n)
 
         yield advance
+        bar.total = bar.n  # a run that ended early is complete, too
+        bar.refresh()

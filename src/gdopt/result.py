@@ -66,9 +66,11 @@ class Result:
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`.
         message: a sentence that says what happened and, where that helps, what to try.
-        success: whether the run ended as asked: CONVERGED or TARGET_REACHED, or, for a noisy loss without a target,
-            after all its steps.
+        success: whether the run ended as asked: CONVERGED or TARGET_REACHED; PRECISION_LIMIT after the loss has fallen;
+            and for a noisy loss without a target MAX_STEPS, where nothing else was asked for.
         history: a `History`.
+        steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone); None for a loss that is
+            the same function at each step.
         aux: what the loss returned besides its value at ``params``; None without ``has_aux``.
         compile_seconds: spent tracing and compiling (near zero when an equal program ran before).
         run_seconds: spent in the loop.
@@ -88,6 +90,7 @@ class Result:
     message: str
     success: bool
     history: History
+    steps_per_epoch: int | None
     aux: Any
     compile_seconds: float
     run_seconds: float

@@ -190,7 +190,7 @@ def explain(
             epochs = "" if steps_per_epoch == 1 else f" ({steps / steps_per_epoch:g} epochs)"
             worse = f" That is no fall. {slower}" if losses[-width:].mean() >= losses[:width].mean() else ""
             return f"took the {steps} steps asked for{epochs}: the loss went from {first} to {last}.{worse}"
-        case Status.MAX_STEPS if not np.min(losses) < losses[0]:
+        case Status.MAX_STEPS if not fell(losses, eps):
             return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
         case Status.MAX_STEPS:
             return (
@@ -198,10 +198,15 @@ def explain(
                 f"{np.min(losses):.6g}, the gradient norm is {grad_norms[-1]:.3g}.{back} Raise max_steps, or try "
                 "another learning_rate."
             )
+        case Status.PRECISION_LIMIT if not fell(losses, eps):
+            return (
+                f"nothing has changed {after}: the loss stays at {last}, within rounding ({eps:.1g} of it). Either the "
+                "start is a minimum already, or the learning rate is too small: try a larger one."
+            )
         case Status.PRECISION_LIMIT:
             return (
                 f"reached the precision limit {after}: the loss {last} no longer changes by more than rounding "
-                f"({eps:.1g} of it). If that is not enough, use float64 or a larger learning_rate."
+                f"({eps:.1g} of it). Where that is not enough, float64 or another learning_rate may gain more."
             )
         case Status.DIVERGED:
             return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"
@@ -220,6 +225,11 @@ def explain(
             return f"interrupted {after}: the loss went from {first} to {last}."
 
 
+def fell(losses: np.ndarray, eps: float) -> bool:
+    """Whether the loss has fallen by more than rounding."""
+    return bool(losses[0] - np.min(losses) > _ROUNDING * eps * abs(losses[0]))
+
+
 def _slower(grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
     """The advice to lower the rate; with a number where the growth of the gradient betrays the curvature.
 
@@ -236,5 +246,5 @@ def _slower(grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
     if not plain or not grew.any():
         return f"Try a learning_rate well below {highest:.2g}, a tenth of it, say."
     limit = float(np.median(stable[grew]))
-    digit = 10.0 ** np.floor(np.log10(limit))
-    return f"Try a learning_rate below {np.floor(limit / digit) * digit:.1g}."
+    digit = 10.0 ** (np.floor(np.log10(limit)) - 1)
+    return f"Try a learning_rate below {np.floor(limit / digit) * digit:.2g}."
