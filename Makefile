@@ -11,13 +11,16 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint types format surface constraints clean
+.PHONY: help demo pictures test test-slow lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits and draw the descent
 	$(VENV)/bin/python examples/digits.py
+
+pictures: $(VENV)/stamp-demo ## draw the pictures of the README anew
+	cd docs && ../$(VENV)/bin/python ../examples/digits.py && ../$(VENV)/bin/python ../examples/valley.py
 
 test: lint types ## run every check: lint, types, tests, documentation and examples
 	$(RUN) pytest -n $(WORKERS)

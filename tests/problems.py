@@ -1,7 +1,7 @@
 """Small losses with known minima, as data.
 
-Starts are float32 (or complex64), so that they go into ``minimize`` as they are; ``problem.at(dtype)`` has them in another
-dtype. The losses are computed in the dtype of their params. Minima and values are float64, to compare with.
+Starts are float32 (or complex64), so that they go into ``minimize`` as they are; ``problem.at(dtype)`` has another dtype.
+The losses are computed in the dtype of their params. Minima and values are float64, to compare with.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
         return self._replace(start=jax.tree.map(cast, self.start))
 
     def gap(self, params: Any) -> float:
-        """What is left to gain at these params, as a share of what there was at the start: 1 there, 0 at the minimum."""
+        """What is left to gain at these params, as a share of what there was: 1 at the start, 0 at the minimum."""
         with jax.enable_x64(True):
             there, start = (float(self.loss(jax.tree.map(_wide, tree))) for tree in (params, self.start))
         return (there - self.value) / (start - self.value)
