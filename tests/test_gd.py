@@ -197,7 +197,7 @@ def test_step_leaves_the_callers_arrays_alone():
     [
         ({"w": [1.0, 2]}, 0.1, r"params\['w'\]\[1\] is of dtype int32"),
         ({}, 0.1, "no entries to optimise"),
-        (1.0, -0.1, "learning_rate=-0.1 is not positive"),
+        (1.0, -0.1, "learning_rate=-0.1 is not a finite number above 0"),
         (1.0, lambda step: 0.1, "is a schedule"),
         (jnp.ones(2), 0.1, r"the loss returned shape \(2,\)"),
     ],

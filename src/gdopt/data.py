@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdopt import _trees
+from gdopt._checks import whole_number
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -65,7 +66,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
     if rows == 0:
         raise InputError("data has zero rows: pass at least one.")
     if batch_size is not None:
-        batch_size = whole_number(batch_size, "batch_size")
+        batch_size = whole_number("batch_size", batch_size)
         if batch_size > rows:
             raise InputError(
                 f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all rows."
@@ -77,16 +78,3 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
 def _is_stream(node: Any) -> bool:
     """Whether it yields batches rather than holding arrays: a generator, a loader; JAX warns before it says so."""
     return isinstance(node, Iterable) and not isinstance(node, Mapping | Sequence) and not hasattr(node, "shape")
-
-
-def whole_number(value: Any, name: str) -> int:
-    """A positive whole number, or an error that names the argument."""
-    try:
-        number = int(value) if not isinstance(value, bool | str) and int(value) == value else 0
-    except (TypeError, ValueError, OverflowError):
-        number = 0
-    if number <= 0:
-        raise InputError(f"{name}={value!r} is not a positive whole number: pass 1, 2, 3, ...")
-    if number > 2**31 - 2:
-        raise InputError(f"{name}={value!r} does not fit the 32-bit step counter: pass less than 2**31 - 1.")
-    return number

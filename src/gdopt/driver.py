@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees, loop
+from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
-from gdopt.data import Batches, check_data, whole_number
+from gdopt.data import Batches, check_data
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd, make_rule
 from gdopt.problem import Problem, check_start, make_problem
@@ -230,12 +231,12 @@ def _refuse_tracers(*trees: PyTree) -> None:
 
 
 def _check_steps(max_steps: Any, epochs: Any, data: PyTree, batches: Any) -> int:
-    limits = [] if max_steps is None else [whole_number(max_steps, "max_steps")]
+    asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
     if epochs is not None:
         if data is None:
             raise InputError(f"epochs={epochs!r} was given without data: pass data=, or max_steps= in place of epochs.")
-        limits.append(whole_number(epochs, "epochs") * (batches.per_epoch if batches else 1))
-    return whole_number(min(limits, default=_MAX_STEPS), "the number of steps")
+        asked.append(whole_number("epochs", epochs) * (batches.per_epoch if batches else 1))
+    return whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
 
 
 def _check_tol(tol: Any, noisy: bool) -> float:
@@ -246,21 +247,11 @@ def _check_tol(tol: Any, noisy: bool) -> float:
             f"tol={tol!r} was given for a noisy loss: the gradient of a batch or a random key cannot tell convergence. "
             "Use target=, epochs= or max_steps=, or the full batch."
         )
-    if not (_is_number(tol) and tol >= 0 and math.isfinite(tol)):
-        raise InputError(f"tol={tol!r} is not a number of at least 0: pass 1e-4, say, or leave it out.")
-    return float(tol)
+    return number("tol", tol, lambda x: x >= 0, "a finite number, 0 or above, such as 1e-4")
 
 
 def _check_target(target: Any) -> float:
-    if target is None:
-        return -math.inf
-    if not (_is_number(target) and math.isfinite(target)):
-        raise InputError(f"target={target!r} is not a finite number: pass the loss at which to stop, or leave it out.")
-    return float(target)
-
-
-def _is_number(value: Any) -> bool:
-    return _trees.is_array(value) and not isinstance(value, bool | complex) and np.ndim(value) == 0
+    return -math.inf if target is None else number("target", target, lambda x: True, "a finite number")
 
 
 def _check_key(key: Any) -> jax.Array:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
-from gdopt import _trees
+from gdopt._checks import number
 from gdopt._types import Optimizer, PyTree, Scalar, Schedule
 from gdopt.errors import InputError
 
@@ -50,18 +49,12 @@ def check_learning_rate(learning_rate: Any) -> Any:
     """
     if callable(learning_rate):
         return learning_rate
-    if not _trees.is_array(learning_rate) or isinstance(learning_rate, bool | complex):
-        raise InputError(
-            f"learning_rate={learning_rate!r} is not a rate: pass a positive number such as 0.1, or a schedule "
-            "step -> rate such as gdopt.schedules.constant(0.1)."
-        )
-    if np.ndim(learning_rate) != 0:
-        raise InputError(f"learning_rate has shape {np.shape(learning_rate)}: pass one number for all parameters.")
     if isinstance(learning_rate, jax.core.Tracer):
+        if learning_rate.shape != ():
+            raise InputError(f"learning_rate has shape {learning_rate.shape}: pass one number for all parameters.")
         return learning_rate
-    if not (np.isfinite(learning_rate) and learning_rate > 0):
-        raise InputError(f"learning_rate={learning_rate} is not positive and finite: pass a number such as 0.1.")
-    return float(learning_rate)
+    wanted = "a finite number above 0, such as 0.1, nor a schedule step -> rate"
+    return number("learning_rate", learning_rate, lambda x: x > 0, wanted)
 
 
 class Rule(NamedTuple):
@@ -74,7 +67,7 @@ class Rule(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether each step is x - lr * g."""
-        return self.optimizer in (gd, optax.sgd)
+        return self.optimizer is gd or self.optimizer is optax.sgd
 
     def at(self, step: jax.Array, rate: Any) -> tuple[Any, jax.Array]:
         """The transformation for a step and its rate, built inside the trace, so that no rate is ever compiled in."""
