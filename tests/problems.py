@@ -1,6 +1,6 @@
 """Small losses with known minima, as data.
 
-Starts are float32 (or complex64), so that they go into ``minimize`` as they are; ``problem.at(dtype)`` has another dtype.
+Starts are float32 (or complex64), so that they go into ``minimize`` as they are; ``problem.at(dtype)`` has another.
 The losses are computed in the dtype of their params. Minima and values are float64, to compare with.
 """
 
@@ -36,7 +36,8 @@ class Problem(NamedTuple):
     def gap(self, params: Any) -> float:
         """What is left to gain at these params, as a share of what there was: 1 at the start, 0 at the minimum."""
         with jax.enable_x64(True):
-            there, start = (float(self.loss(jax.tree.map(_wide, tree))) for tree in (params, self.start))
+            loss = jax.jit(self.loss)
+            there, start = (float(loss(jax.tree.map(_wide, tree))) for tree in (params, self.start))
         return (there - self.value) / (start - self.value)
 
 

@@ -53,7 +53,7 @@ def strong(tree: PyTree) -> PyTree:
     """Arrays without weak types: a weak leaf would turn strong after one update and everything compile once more."""
 
     def strong_leaf(leaf: Any) -> jax.Array:
-        array = jnp.asarray(leaf)
+        array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
         return lax.convert_element_type(array, array.dtype) if array.weak_type else array
 
     return jax.tree.map(strong_leaf, tree)

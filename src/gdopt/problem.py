@@ -40,25 +40,23 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
     """
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = jax.tree.flatten(params)
     chosen = _trainable_mask(params, treedef, trainable)
-    kept = []
-    for (path, leaf), choice, inside in zip(flat, chosen, _trees.in_module(treedef), strict=True):
-        keep = choice and _trees.is_array(leaf) and not (inside and isinstance(leaf, bool | int | float | complex))
-        if keep and not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
-            raise InputError(
-                f"{_trees.path_name(path)} is of dtype {dtype}, and only float and complex leaves have gradients: "
-                "convert it with .astype(float), or leave it out with trainable=."
-            )
-        kept.append(keep)
+    kept = [
+        choice and _trees.is_array(leaf) and not (inside and isinstance(leaf, bool | int | float | complex))
+        for leaf, choice, inside in zip(leaves, chosen, _trees.in_module(treedef), strict=True)
+    ]
     some, rest = _trees.partition(params, kept)
-    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(some)):
+    optimised = [leaf for leaf, keep in zip(leaves, kept, strict=True) if keep]
+    if not all(jnp.issubdtype(_dtype(leaf), jnp.inexact) for leaf in optimised):
+        _refuse_integers(some)
+    if not any(np.size(leaf) for leaf in optimised):
         raise InputError(
             f"params={params!r} has no entries to optimise: pass at least one float or complex array with an entry"
             + ("." if trainable is None else ", and one that trainable= does not leave out.")
         )
     _warn_of_narrowing(some)
-    return Problem(loss, _trees.strong(jax.tree.map(jnp.asarray, some)), rest, has_aux)
+    return Problem(loss, _trees.strong(some), rest, has_aux)
 
 
 def check_start(params: PyTree) -> None:
@@ -70,6 +68,20 @@ def check_start(params: PyTree) -> None:
             raise InputError(
                 f"{_trees.path_name(path)} starts with {np.asarray(leaf)[at]}{f' at index {at}' if at else ''}: every "
                 "entry of the start must be finite."
+            )
+
+
+def _dtype(leaf: Any) -> Any:
+    """The dtype in which JAX takes the leaf; asking an array itself is ten times as fast."""
+    return leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
+
+
+def _refuse_integers(params: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
+            raise InputError(
+                f"{_trees.path_name(path)} is of dtype {_dtype(leaf)}, and only float and complex leaves have "
+                "gradients: convert it with .astype(float), or leave it out with trainable=."
             )
 
 
@@ -93,11 +105,13 @@ def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
 
 def _warn_of_narrowing(params: PyTree) -> None:
     """JAX turns NumPy's float64 into float32 without a word; for the params, that is worth one."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+        return
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != jnp.result_type(leaf):
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != _dtype(leaf):
             warnings.warn(
-                f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {jnp.result_type(leaf)}. For 64 bits "
-                "call jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
+                f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {_dtype(leaf)}. For 64 bits call "
+                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
                 UserWarning,
                 stacklevel=4,  # the caller of minimize or gd_step
             )
