@@ -83,10 +83,10 @@ BAD = {
     "fractional steps": ({"max_steps": 10.5}, "max_steps=10.5 is not a whole number from 1"),
     "steps of text": ({"max_steps": "10"}, "max_steps='10' is not a whole number from 1"),
     "infinite steps": ({"max_steps": float("inf")}, "max_steps=inf is not a whole number from 1"),
-    "steps past the counter": ({"max_steps": 2**31}, r"max_steps=2147483648 is not a whole number from 1 to 2\*\*30"),
+    "steps past the counter": ({"max_steps": 2**31}, r"max_steps=2147483648 is not a whole number from 1 to 10\*\*9"),
     "epochs past the counter": (
-        BATCHES | {"epochs": 2**30, "batch_size": 1, "max_steps": None},
-        "epochs times the steps of one=6442450944 is not a whole number",
+        BATCHES | {"epochs": 10**9, "batch_size": 1, "max_steps": None},
+        "epochs times the steps of one=6000000000 is not a whole number",
     ),
     "negative tol": ({"tol": -1e-3}, "tol=-0.001 is not a finite number, 0 or above"),
     "nan tol": ({"tol": float("nan")}, "tol=nan"),

@@ -495,14 +495,14 @@ def test_unusable_numbers(name: str, make: Callable[[Any], Any], also: list[Any]
     for value in [*NO_RATE, *also]:
         with pytest.raises(InputError) as error:
             make(value)
-        assert str(error.value).startswith(f"{name}={value!r} cannot be used: pass a ")
+        assert str(error.value).startswith(f"{name}={value!r} is not a ")
 
 
 def test_unusable_step_size_down() -> None:  # None stands for the step size up
     for value in NO_COUNT:
         with pytest.raises(InputError) as error:
             schedules.triangular(0.1, 0.2, 10, value)
-        assert str(error.value) == f"step_size_down={value!r} cannot be used: pass a whole number from 1 to 10**9."
+        assert str(error.value) == f"step_size_down={value!r} is not a whole number from 1 to 10**9."
 
 
 @pytest.mark.parametrize(

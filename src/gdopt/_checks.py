@@ -12,7 +12,7 @@ import numpy as np
 
 from gdopt.errors import InputError
 
-_LARGEST_COUNT = 2**30  # the sum of two counts fits the 32-bit step counter
+_LARGEST_COUNT = 10**9  # the sum of two counts fits the 32-bit step counter
 
 
 def number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:
@@ -37,7 +37,7 @@ def rate(name: str, value: Any, *, zero: bool = False) -> float:
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """A number of steps, rows, epochs."""
-    wanted = f"a whole number from {least} to 2**30"
+    wanted = f"a whole number from {least} to 10**9"
     return int(number(name, value, lambda x: least <= x <= _LARGEST_COUNT and x % 1 == 0, wanted))
 
 

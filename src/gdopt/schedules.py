@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gdopt._checks import number, one_of, rate, whole_number
 from gdopt._types import Scalar, Schedule
 from gdopt.errors import InputError
 
@@ -49,8 +50,8 @@ def constant(value: Scalar) -> Schedule:
         >>> [round(float(lr(k)), 6) for k in (0, 1, 1000)]
         [0.1, 0.1, 0.1]
     """
-    rate = _rate("value", value, zero=True)
-    return lambda step: jnp.full(_count(step).shape, rate, float)
+    constant_rate = rate("value", value, zero=True)
+    return lambda step: jnp.full(_count(step).shape, constant_rate, float)
 
 
 def range_test(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str = "exponential") -> Schedule:
@@ -74,9 +75,9 @@ def range_test(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str = "ex
         >>> [round(float(lr(k)), 6) for k in range(7)]
         [0.0001, 0.001, 0.01, 0.1, 1.0, 1.0, 1.0]
     """
-    start, end = _rate("start_lr", start_lr), _rate("end_lr", end_lr)
-    last = _whole("num_steps", num_steps, least=2) - 1
-    linear = _known("mode", mode, ("exponential", "linear")) == "linear"
+    start, end = rate("start_lr", start_lr), rate("end_lr", end_lr)
+    last = whole_number("num_steps", num_steps, least=2) - 1
+    linear = one_of("mode", mode, ("exponential", "linear")) == "linear"
     x = np.arange(last + 1) / last
     ladder = start + (end - start) * x if linear else start * (end / start) ** x
     ladder[0], ladder[last] = start, end
@@ -120,20 +121,20 @@ def cyclical(
         >>> [round(float(lr(k)), 6) for k in range(8)]
         [0.1, 0.3, 0.5, 0.3, 0.1, 0.14, 0.18, 0.14]
     """
-    base, top = _rate("base_lr", base_lr, zero=True), _rate("max_lr", max_lr)
+    base, top = rate("base_lr", base_lr, zero=True), rate("max_lr", max_lr)
     if top < base:
         raise InputError(f"max_lr={max_lr!r} is below base_lr={base_lr!r}: exchange them, or raise max_lr.")
-    up = _whole("step_size_up", step_size_up)
-    down = up if step_size_down is None else _whole("step_size_down", step_size_down)
-    factor = _number("gamma", gamma, lambda number: 0 < number <= 1, "a number above 0 and at most 1, such as 0.9999")
-    by_cycle = _known("scale_mode", scale_mode, ("cycle", "iterations")) == "cycle"
+    up = whole_number("step_size_up", step_size_up)
+    down = up if step_size_down is None else whole_number("step_size_down", step_size_down)
+    factor = number("gamma", gamma, lambda x: 0 < x <= 1, "a number above 0 and at most 1, such as 0.9999")
+    by_cycle = one_of("scale_mode", scale_mode, ("cycle", "iterations")) == "cycle"
     scales = {
         "triangular": lambda k, c: 1.0,
         "triangular2": lambda k, c: _power(0.5, c - 1),
         "exp_range": lambda k, c: _power(factor, k),
     }
     if scale_fn is None:
-        scale = scales[_known("mode", mode, tuple(scales))]
+        scale = scales[one_of("mode", mode, tuple(scales))]
     elif callable(scale_fn):
         # As floats, because in integers torch's own `1 / 2 ** (c - 1)` overflows in cycle 33.
         scale = lambda k, c: scale_fn((c if by_cycle else k).astype(float))
@@ -230,12 +231,12 @@ def one_cycle(
         >>> [round(float(lr(k)), 6) for k in (0, 1, 2, 5, 9, 10)]
         [0.04, 0.52, 1.0, 0.611261, 4e-06, 4e-06]
     """
-    top = _rate("max_lr", max_lr)
-    steps = _whole("total_steps", total_steps)
-    share = _number("pct_start", pct_start, lambda number: 0 <= number <= 1, "a number from 0 to 1, such as 0.3")
-    start = top / _rate("div_factor", div_factor)
-    end = start / _rate("final_div_factor", final_div_factor)
-    linear = _known("anneal_strategy", anneal_strategy, ("cos", "linear")) == "linear"
+    top = rate("max_lr", max_lr)
+    steps = whole_number("total_steps", total_steps)
+    share = number("pct_start", pct_start, lambda x: 0 <= x <= 1, "a number from 0 to 1, such as 0.3")
+    start = top / rate("div_factor", div_factor)
+    end = start / rate("final_div_factor", final_div_factor)
+    linear = one_of("anneal_strategy", anneal_strategy, ("cos", "linear")) == "linear"
     peak, last = share * steps - 1, steps - 1
     rise, fall = peak or 1, (last - peak) or 1  # 1 for a part of no steps, which must not divide by zero
 
@@ -295,7 +296,7 @@ def silver(smoothness: Scalar) -> Schedule:
         >>> bool(loss(x) < 0.01)
         True
     """
-    L = _rate("smoothness", smoothness)
+    L = rate("smoothness", smoothness)
 
     def schedule(step):
         n = _count(step) + 1
@@ -332,33 +333,3 @@ def _count(step: Any) -> jax.Array:
     if not jnp.issubdtype(step.dtype, jnp.integer):
         raise InputError(f"step={step!r} is not a whole number: count steps with integers, 0 first.")
     return jnp.maximum(step.astype(int), 0)
-
-
-def _number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:
-    """The value as Python's float where it is one real number and valid, else an error that names the argument."""
-    try:
-        array = np.asarray(value)
-        real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
-        if real and array.ndim == 0 and math.isfinite(array) and valid(float(array)):
-            return float(array)
-    except jax.errors.TracerArrayConversionError:
-        raise InputError(f"{name} is traced and has no value yet: make the schedule outside of jit.") from None
-    except ValueError:  # ragged lists
-        pass
-    raise InputError(f"{name}={value!r} cannot be used: pass {wanted}.")
-
-
-def _rate(name: str, value: Any, zero: bool = False) -> float:
-    wanted = "a finite number, 0 or above" if zero else "a finite number above 0, such as 0.1"
-    return _number(name, value, lambda number: number > 0 or (zero and number == 0), wanted)
-
-
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    wanted = f"a whole number from {least} to 10**9"  # the sum of two fits a 32-bit integer
-    return int(_number(name, value, lambda number: least <= number <= 10**9 and number % 1 == 0, wanted))
-
-
-def _known(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise InputError(f"{name}={value!r} is unknown: pass one of {', '.join(map(repr, known))}.")
-    return value
