@@ -26,12 +26,18 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
     """Name -> (optimizer, learning_rate); a ready optimizer owns its rate, and has None here."""
     partial, chain, sgd, adam = functools.partial, optax.chain, optax.sgd, optax.adam
     adversary = chain(contrib.normalize(), sgd(0.01))
+    part = {"w": "a", "b": "s"}
+
+    def own(rate: Any) -> optax.GradientTransformation:
+        update = lambda grad, state, params=None: (jax.tree.map(lambda g: -rate * g, grad), state)
+        return optax.GradientTransformation(lambda params: (), update)
+
     return {
         "gd": (gdopt.gd, 0.3),
         "sgd": (sgd, 0.3),
         "momentum": (partial(sgd, momentum=0.9), 0.05),
         "nesterov": (partial(sgd, momentum=0.9, nesterov=True), 0.05),
-        "noisy_sgd": (partial(optax.noisy_sgd, key=0), 0.1),
+        "noisy_sgd": (partial(optax.noisy_sgd, key=jax.random.key(0)), 0.1),
         "adam": (adam, 0.1),
         "adam_scheduled": (adam(schedules.one_cycle(0.2, 300)), None),
         "adamw": (optax.adamw, 0.1),
@@ -47,6 +53,7 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
         "backtracking": (chain(sgd(1.0), optax.scale_by_backtracking_linesearch(15)), None),
         "muon": (contrib.muon, 0.1),
         "sam": (contrib.sam(sgd(0.3), adversary), None),
+        "sam_clipped": (chain(optax.clip_by_global_norm(1.0), contrib.sam(sgd(0.3), adversary)), None),
         "sam_opaque": (contrib.sam(sgd(0.3), adversary, opaque_mode=True), None),
         "sophia": (contrib.sophia, 0.1),
         "cocob": (contrib.cocob, 1.0),
@@ -60,6 +67,7 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
         "reduce_on_plateau": (chain(adam(0.1), contrib.reduce_on_plateau(factor=0.5, patience=5)), None),
         "schedule_free_sgd": (contrib.schedule_free_sgd, 1.0),
         "schedule_free_adamw": (contrib.schedule_free_adamw(0.1, warmup_steps=10), None),
+        "schedule_free_part": (optax.multi_transform({"a": contrib.schedule_free_sgd(1.0), "s": sgd(0.3)}, part), None),
         "multi_steps": (optax.MultiSteps(sgd(0.3), every_k_schedule=3), None),
         "apply_every": (chain(optax.apply_every(3), sgd(0.1)), None),
         "inject_hyperparams": (optax.inject_hyperparams(adam)(learning_rate=0.1), None),
@@ -67,7 +75,8 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
         "clipped": (lambda rate: chain(optax.clip_by_global_norm(1.0), sgd(rate)), 0.3),
         "apply_if_finite": (optax.apply_if_finite(adam(0.1), max_consecutive_errors=3), None),
         "masked": (chain(optax.masked(optax.scale_by_adam(), {"w": True, "b": False}), optax.scale(-0.1)), None),
-        "multi_transform": (optax.multi_transform({"a": adam(0.1), "s": sgd(0.3)}, {"w": "a", "b": "s"}), None),
+        "multi_transform": (optax.multi_transform({"a": adam(0.1), "s": sgd(0.3)}, part), None),
+        "own": (own, 0.3),
     }
 
 
@@ -124,7 +133,7 @@ OPTIMIZERS, STUCK, SCHEDULES = optimizers(), stuck_optimizers(), all_schedules()
 # What optimizers differ in by their own nature, where it is not the usual:
 TRACES = {"backtracking": 2, "lbfgs": 3, "sam_opaque": 2, "sophia": 2}  # of the loss: these evaluate it by themselves
 FIRST_MOVE = {"multi_steps": 3, "apply_every": 3, "rprop": 2, "schedule_free_adamw": 2}  # update: others are exactly 0
-TAKES = {"sam": (), "sam_opaque": ("grad_fn",)}  # extra arguments of `update`: these refuse others
+TAKES = {"sam": (), "sam_clipped": (), "sam_opaque": ("grad_fn",)}  # extra arguments of `update`: these refuse others
 TAKES |= dict.fromkeys(("backtracking", "lbfgs"), ("value", "grad", "value_fn"))
 EXACT = {"gd", "sgd", "momentum", "nesterov"}  # the same bits as in a loop by hand, whatever XLA fuses
 

@@ -78,7 +78,7 @@ def minimize(
         key: where those keys and the shuffling come from; by default ``jax.random.key(0)``.
         trainable: what to optimise: a pytree of bools that is a prefix of params, or a function ``params -> `` such a
             mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
-        callback: called with a `Report` between two compiled chunks, about every 30 ms and at the end of each epoch of
+        callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
             mini-batches; a true return value stops the run.
         progress: show a progress bar (needs tqdm).
         throw: raise where the run does not end with success, instead of saying so in the result.

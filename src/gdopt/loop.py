@@ -26,7 +26,8 @@ from gdopt.stopping import RUNNING, Evaluation, Limits, Status, Watch
 _CAPACITY = 4096  # records that a chunk has room for
 _FIRST_CHUNK = 16  # steps, before their time is known
 _LAST_STEP = 2**31 - 1
-_CHUNK_SECONDS = 0.03  # a chunk's boundary costs about 35 us; Ctrl-C and the progress bar wait for one chunk
+_CHUNK_SECONDS = 0.05  # Ctrl-C and the progress bar wait for one chunk
+_BOUNDARY_SECONDS = 2e-4  # what the host takes between two
 
 
 class Inputs(NamedTuple):
@@ -211,7 +212,8 @@ def run(
                 inputs = inputs._replace(
                     limits=inputs.limits._replace(max_steps=np.int32(step))
                 )  # evaluates here, and ends
-            size = max(1, min(_CAPACITY, int(size * _CHUNK_SECONDS / max(seconds, 1e-9))))
+            computing = max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9)
+            size = max(1, min(_CAPACITY, int(count * _CHUNK_SECONDS / computing)))
     history = History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
     status = cause if cause and code == Status.MAX_STEPS else Status(code)
     average = evaluation_params(state.optimizer, state.params)
