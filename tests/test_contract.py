@@ -40,7 +40,7 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
         "noisy_sgd": (partial(optax.noisy_sgd, key=jax.random.key(0)), 0.1),
         "adam": (adam, 0.1),
         "adam_scheduled": (adam(schedules.one_cycle(0.2, 300)), None),
-        "adamw": (optax.adamw, 0.1),
+        "adamw": (optax.adamw, schedules.triangular2(0.05, 0.2, 7)),
         "adafactor": (partial(optax.adafactor, min_dim_size_to_factor=2), 0.1),
         "lamb": (optax.lamb, 0.1),
         "lion": (optax.lion, 0.02),

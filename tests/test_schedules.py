@@ -455,7 +455,9 @@ def test_optax_schedules_join_in_front() -> None:
     np.testing.assert_allclose(found, [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.3, 0.5, 0.3, 0.1, 0.2, 0.3], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [np.float64, np.float32, jnp.float32, jnp.bfloat16, jnp.asarray], ids=str)
+@pytest.mark.parametrize(
+    "kind", [np.float64, np.float32, jnp.float32, jnp.bfloat16, jnp.asarray], ids=lambda kind: kind.__name__
+)
 def test_numbers_may_be_numpy_or_jax_scalars(kind: Any) -> None:
     triangular: Any = schedules.triangular
     lr = triangular(kind(0.25), kind(0.5), np.int32(2), jnp.int32(4))

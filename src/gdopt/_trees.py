@@ -54,7 +54,7 @@ def strong(tree: PyTree) -> PyTree:
 
     def strong_leaf(leaf: Any) -> jax.Array:
         array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-        return lax.convert_element_type(array, array.dtype) if array.weak_type else array
+        return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
     return jax.tree.map(strong_leaf, tree)
 

@@ -22,7 +22,7 @@ from gdopt.optimizers import check_learning_rate, gd, make_rule
 from gdopt.problem import Problem, check_start, make_problem
 from gdopt.progress import progress_bar
 from gdopt.result import History, Report, Result
-from gdopt.stopping import Limits, Status, explain, fell
+from gdopt.stopping import Limits, Status, explain, succeeded
 
 _MAX_STEPS = 10_000
 _TOL = 1e-4
@@ -131,6 +131,16 @@ def minimize(
     ended = time.perf_counter()
 
     steps, kept = len(history.loss) - 1, state.kept
+    at_limit = status is Status.PRECISION_LIMIT
+    left = float(kept.grad_norm) * _distance(kept.params, problem.params) if at_limit else math.inf
+    success = succeeded(
+        status,
+        history.loss,
+        left,
+        compiled.eps,
+        noisy=noisy,
+        has_target=target is not None,
+    )
     message = explain(
         status,
         steps=steps,
@@ -140,6 +150,7 @@ def minimize(
         steps_per_epoch=compiled.steps_per_epoch,
         eps=compiled.eps,
         plain=rule.plain,
+        success=success,
     )
     result = Result(
         params=problem.rest.combine(kept.params),
@@ -148,7 +159,7 @@ def minimize(
         steps=steps,
         status=status,
         message=message,
-        success=_succeeded(status, history, compiled, target),
+        success=success,
         history=history,
         steps_per_epoch=compiled.steps_per_epoch,
         aux=kept.aux,
@@ -199,15 +210,12 @@ def _gd_step(
     return new, value
 
 
-def _succeeded(status: Status, history: History, compiled: loop.Compiled, target: float | None) -> bool:
-    match status:
-        case Status.CONVERGED | Status.TARGET_REACHED:
-            return True
-        case Status.PRECISION_LIMIT:  # without a fall, too small a rate looks just the same
-            return fell(history.loss, compiled.eps)
-        case Status.MAX_STEPS:
-            return compiled.steps_per_epoch is not None and target is None
-    return False
+def _distance(params: PyTree, start: PyTree) -> float:
+    """|x - x0|, on the host: one number at the end is not worth a compilation."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
+    return math.hypot(
+        *(float(np.linalg.norm(np.ravel(np.asarray(a) - np.asarray(b)).astype(complex))) for a, b in pairs)
+    )
 
 
 def _report(problem: Problem, step: int, state: loop.State, records: History, batches: Batches | None) -> Report:

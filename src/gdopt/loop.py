@@ -196,6 +196,7 @@ def run(
     step, size, cause, records = 0, _FIRST_CHUNK, None, []
     with _ctrl_c() as interrupted:
         while True:
+            size = min(size, _CAPACITY)
             limit = step + size if boundary is None else min(step + size, (step // boundary + 1) * boundary)
             began = time.perf_counter()
             state, buffer = compiled.chunk(state, np.int32(min(limit, _LAST_STEP)), inputs)
@@ -213,7 +214,7 @@ def run(
                     limits=inputs.limits._replace(max_steps=np.int32(step))
                 )  # evaluates here, and ends
             computing = max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9)
-            size = max(1, min(_CAPACITY, int(count * _CHUNK_SECONDS / computing)))
+            size = max(1, int(count * _CHUNK_SECONDS / computing))
     history = History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
     status = cause if cause and code == Status.MAX_STEPS else Status(code)
     average = evaluation_params(state.optimizer, state.params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
+from gdopt import _trees
 from gdopt._checks import number
 from gdopt._types import Optimizer, PyTree, Scalar, Schedule
 from gdopt.errors import InputError
@@ -74,9 +75,7 @@ class Rule(NamedTuple):
         if is_transformation(self.optimizer):
             return self.optimizer, jnp.asarray(jnp.nan)
         if self.schedule is not None:
-            rate = self.schedule(step)
-            if jnp.ndim(rate) != 0:
-                raise InputError(f"the schedule gave shape {jnp.shape(rate)} for a step: return one number.")
+            rate = _rate_at(self.schedule, step)
         built = self.optimizer(rate)
         if not is_transformation(built):
             raise InputError(
@@ -84,6 +83,20 @@ class Rule(NamedTuple):
                 "as optax.adam returns an optax transformation."
             )
         return built, jnp.asarray(rate)
+
+
+def _rate_at(schedule: Schedule, step: jax.Array) -> Any:
+    try:
+        rate = schedule(step)
+    except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
+        raise InputError(
+            f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced integer, so "
+            f"choose with jnp.where instead of if. ({error})"
+        ) from error
+    if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
+        what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
+        raise InputError(f"the schedule gave {what} for a step: return one number.")
+    return rate
 
 
 def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
@@ -117,18 +130,29 @@ def is_transformation(optimizer: Any) -> bool:
 def apply(
     transformation: Any, updates: PyTree, state: PyTree, params: PyTree, /, **extras: Any
 ) -> tuple[PyTree, PyTree]:
-    """``update`` with those of the extra arguments that it takes: some optimizers need them and others reject them."""
-    accepted = inspect.signature(transformation.update).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
-        extras = {name: value for name, value in extras.items() if name in accepted}
-    return transformation.update(updates, state, params, **extras)
+    """``update`` with those of the extra arguments that it takes: some optimizers need them and others reject them.
+
+    What it takes cannot be read off: wrappers declare that they take everything, and hand it on to what does not.
+    """
+    while True:
+        try:
+            return transformation.update(updates, state, params, **extras)
+        except TypeError as error:
+            refused = re.search(r"(?:unexpected keyword argument|multiple values for argument) '(\w+)'", str(error))
+            if not refused or refused[1] not in extras:
+                raise
+            del extras[refused[1]]
 
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
     """Where the optimizer's answer lies: at the params, but for schedule-free methods at the average they keep."""
-    found = [
-        leaf
-        for leaf in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ScheduleFreeState))
-        if isinstance(leaf, ScheduleFreeState)
-    ]
-    return schedule_free_eval_params(found[0], params) if found else params
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ScheduleFreeState))
+    for averaged in (node for node in nodes if isinstance(node, ScheduleFreeState)):
+
+        def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:
+            if isinstance(z, optax.MaskedNode):  # left to another optimizer
+                return y
+            return schedule_free_eval_params(averaged._replace(z=z), y).astype(y.dtype)
+
+        params = jax.tree.map(evaluate, averaged.z, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return params

@@ -66,8 +66,9 @@ class Result:
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`.
         message: a sentence that says what happened and, where that helps, what to try.
-        success: whether the run ended as asked: CONVERGED or TARGET_REACHED; PRECISION_LIMIT after the loss has fallen;
-            and for a noisy loss without a target MAX_STEPS, where nothing else was asked for.
+        success: whether the run ended as asked: CONVERGED or TARGET_REACHED; PRECISION_LIMIT where the loss fell and
+            the gradient says that little is left; for a noisy loss without a target MAX_STEPS, where nothing else was
+            asked for.
         history: a `History`.
         steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone); None for a loss that is
             the same function at each step.

@@ -48,6 +48,7 @@ _GROWN_LOSS = 1e6
 _GROWN_GRADIENT = 1e3
 _STALLED_UPDATES = 50
 _PER_UPDATE = 20
+_NEAR = 3e5
 _ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
 
 
@@ -165,6 +166,7 @@ def explain(
     steps_per_epoch: int | None,
     eps: float,
     plain: bool,
+    success: bool,
 ) -> str:
     """The sentence for a status, with its remedy; ``plain`` says that each step was x - lr * g."""
     losses, grad_norms, rates = history
@@ -201,12 +203,17 @@ def explain(
         case Status.PRECISION_LIMIT if not fell(losses, eps):
             return (
                 f"nothing has changed {after}: the loss stays at {last}, within rounding ({eps:.1g} of it). Either the "
-                "start is a minimum already, or the learning rate is too small: try a larger one."
+                "start is a minimum already, or the learning rate does not fit: try a larger or a smaller one."
+            )
+        case Status.PRECISION_LIMIT if not success:
+            return (
+                f"got stuck {after}: the loss {last} no longer changes by more than rounding ({eps:.1g} of it), though "
+                f"by its gradient (norm {grad_norms[-1]:.3g}) more may be gained. Try a larger rate or float64."
             )
         case Status.PRECISION_LIMIT:
             return (
                 f"reached the precision limit {after}: the loss {last} no longer changes by more than rounding "
-                f"({eps:.1g} of it). Where that is not enough, float64 or another learning_rate may gain more."
+                f"({eps:.1g} of it). Where that is not enough, float64 may gain more."
             )
         case Status.DIVERGED:
             return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"
@@ -228,6 +235,20 @@ def explain(
 def fell(losses: np.ndarray, eps: float) -> bool:
     """Whether the loss has fallen by more than rounding."""
     return bool(losses[0] - np.min(losses) > _ROUNDING * eps * abs(losses[0]))
+
+
+def succeeded(status: Status, losses: np.ndarray, left: float, eps: float, *, noisy: bool, has_target: bool) -> bool:
+    """Whether a run ended as asked; ``left`` is |g| |x - x0|, the convexity bound of what is left to gain."""
+    match status:
+        case Status.CONVERGED | Status.TARGET_REACHED:
+            return True
+        case Status.PRECISION_LIMIT:
+            # Steps too small to change anything look just the same: they have gained nothing, or the gradient is still
+            # large. Measured at true limits: left up to 1.4e5 eps |f|; where the rate had run out: from 3e6.
+            return fell(losses, eps) and left <= _NEAR * eps * max(abs(losses[0]), abs(losses[-1]))
+        case Status.MAX_STEPS:
+            return noisy and not has_target
+    return False
 
 
 def _slower(grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
