@@ -75,6 +75,7 @@ class Rest(NamedTuple):
     treedef: Any
     leaves: tuple  # None in place of what stayed
     kept: tuple[bool, ...]
+    numbers: tuple[str, ...]  # tell apart what == does not: 1 and True, 0.0 and -0.0
 
     def combine(self, some: PyTree) -> PyTree:
         """The whole tree again, with ``some`` in the places that stayed."""
@@ -88,7 +89,8 @@ def partition(tree: PyTree, kept: Sequence[bool]) -> tuple[PyTree, Rest]:
     leaves, treedef = jax.tree.flatten(tree)
     some = treedef.unflatten(leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True))
     rest = tuple(None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True))
-    return some, Rest(treedef, rest, tuple(kept))
+    numbers = tuple(repr(leaf) for leaf in rest if isinstance(leaf, bool | int | float | complex))
+    return some, Rest(treedef, rest, tuple(kept), numbers)
 
 
 def in_module(treedef: Any, _module: bool = False) -> list[bool]:

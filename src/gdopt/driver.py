@@ -109,6 +109,7 @@ def minimize(
     _refuse_tracers(params, args, data, learning_rate, key)
     rule = make_rule(optimizer, learning_rate)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
+    _refuse_tracers(problem.params)  # inside jit they are traced even if they come from outside
     check_start(problem.params)
     noisy = batches is not None or with_key
     limits = Limits(_check_steps(max_steps, epochs, data, batches), _check_tol(tol, noisy), _check_target(target))

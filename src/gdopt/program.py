@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-from collections.abc import Callable, Hashable, Iterator
+import types
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,10 @@ import numpy as np
 from jax.extend import core
 
 from gdopt._types import PyTree
+from gdopt.errors import InputError
 
 _PROGRAMS = 128  # compiled programs kept, the least recently used go first
+_SMALL = 1024  # bytes; a program with a larger array deep in its control flow is not kept: it would keep the array
 
 
 def trace(function: Callable, *args: PyTree, **kwargs: PyTree) -> tuple[Callable, PyTree]:
@@ -29,12 +31,34 @@ def trace(function: Callable, *args: PyTree, **kwargs: PyTree) -> tuple[Callable
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
 
     def replay(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        return jax.tree.unflatten(
-            treedef, jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *jax.tree.leaves((args, kwargs)))
-        )
+        return jax.tree.unflatten(treedef, _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs))))
 
     treedef = jax.tree.structure(out)
     return replay, out
+
+
+# Calls whose inner jaxpr may be written out in place: nothing differentiates a replayed trace any more.
+_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+
+
+def _evaluate(jaxpr: Any, constants: Sequence, arguments: Sequence) -> list:
+    """``jax.core.eval_jaxpr`` with calls written out.
+
+    The arrays that an inner jit closes over are then constants of the outer trace, and become arguments like all
+    others; and the rules of custom_jvp and custom_vjp, with what they close over, are dropped.
+    """
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+    for eqn in jaxpr.eqns:
+        inputs = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in eqn.invars]
+        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        if inner is not None:
+            outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
+        else:
+            with eqn.ctx.manager:
+                outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
 
 
 def share(function: Callable, *args: PyTree, donate_first: bool = False) -> tuple[Callable, PyTree]:
@@ -47,9 +71,11 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> tupl
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     treedef = jax.tree.structure(out)
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
+    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
+        raise InputError("the loss closes over a value that is being traced (by jit, vmap or grad): call it outside.")
     program = _Program(_fingerprint(closed.jaxpr, donated), closed.jaxpr, donated)
-    # A program with effects (callbacks, prints) is tied to the Python objects of this very trace.
-    run = _executable.__wrapped__(program) if closed.effects else _executable(program)
+    shareable = program.fingerprint is not None and not closed.effects
+    run = _executable(program) if shareable else _executable.__wrapped__(program)
     constants = [jnp.asarray(constant) for constant in closed.consts]
 
     def call(*args: PyTree) -> PyTree:
@@ -76,9 +102,16 @@ def _executable(program: _Program) -> Callable:
     return jax.jit(run, donate_argnums=0)
 
 
-def _fingerprint(jaxpr: Any, donated: int) -> Hashable:
-    """Everything that the compiled program depends on, by value; by identity where a value cannot be seen whole."""
-    return donated, tuple(_jaxpr_parts(jaxpr))
+class _Unshareable(Exception):
+    """The program depends on what cannot be compared, or may change later: it is compiled for this one call."""
+
+
+def _fingerprint(jaxpr: Any, donated: int) -> Hashable | None:
+    """Everything that the compiled program depends on, by value; None where a value cannot be compared."""
+    try:
+        return donated, tuple(_jaxpr_parts(jaxpr))
+    except _Unshareable:
+        return None
 
 
 def _jaxpr_parts(jaxpr: Any) -> Iterator[Hashable]:
@@ -120,28 +153,18 @@ def _value(value: Any) -> Hashable:
             return type(value), tuple((name, _value(item)) for name, item in value.items())
         case bool() | int() | str() | bytes() | None:
             return type(value), value
-        case float() | complex():
-            return type(value), repr(value)
-        case np.ndarray() | np.generic() if value.dtype != object:  # may be changed in place, so by its bytes
-            array = np.asarray(value)
-            return type(value), array.shape, array.dtype, hashlib.blake2b(array.tobytes()).digest()
-        case jax.Array():
-            return _Same(value)
+        case float() | complex() | np.generic() | np.ndarray(shape=()):  # by the bytes: nan has a sign, as 0.0 has
+            return type(value), np.asarray(value).dtype, np.asarray(value).tobytes()
+        case jax.Array() if value.nbytes <= _SMALL and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            return type(value), value.shape, value.dtype, np.asarray(value).tobytes()
+        case jax.Array() | np.ndarray():  # NumPy's may be changed in place
+            raise _Unshareable
+        case object(callback_func=function, in_tree=tree):  # jax.pure_callback
+            if not isinstance(function, types.FunctionType) or function.__closure__ or function.__defaults__:
+                raise _Unshareable  # it has a state, which equality does not tell
+            return type(value), function, tree
     try:
         hash(value)
     except TypeError:
-        return _Same(value)
+        raise _Unshareable from None
     return type(value), value
-
-
-class _Same:
-    """Equal to itself only. Holds the object, so that its address is not given to another."""
-
-    def __init__(self, value: Any):
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._value is other._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
