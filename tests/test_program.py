@@ -84,8 +84,8 @@ def jit_inside(c: Any) -> Callable:
 
 
 def twice(make: Callable) -> Callable:
-    """In the body of a scan."""
-    return lambda c: lambda x: lax.scan(lambda s, _: (s + make(c)(x), None), 0.0, None, length=2)[0]
+    """In the body of a scan, where nothing can be moved out."""
+    return lambda c: lambda x: lax.scan(lambda s, _: (s + make(c)(x + s), None), 0.0, None, length=2)[0]
 
 
 def draw(key: Any) -> Callable:
@@ -102,6 +102,13 @@ def rule_vjp(factor: Any) -> Callable:
     squares = jax.custom_vjp(lambda x: jnp.sum(x**2))
     squares.defvjp(lambda x: (squares(x), x), lambda x, g: (jnp.mean(factor) * g * x,))
     return lambda x: squares(x)
+
+
+def rule_beside(c: Any) -> Callable:
+    """Another primal under the same rule, and not differentiated: so the call stays in the program."""
+    squares = jax.custom_jvp(square(c))
+    squares.defjvp(lambda primals, tangents: (squares(*primals), jnp.sum(tangents[0])))
+    return lambda x: jnp.sum(x * lax.stop_gradient(squares(x)))
 
 
 def rule_solve(c: float) -> Callable:
@@ -193,7 +200,8 @@ TRAPS: dict[str, tuple] = {
     "rule of custom_vjp": (rule_vjp, 1.0, 2.0),
     "array in a rule": (rule_vjp, ONES, TWOS),
     "rule in a scan": (twice(rule_jvp), 1.0, 2.0),
-    "primal beside a rule": (lambda c: lambda x: rule_vjp(1.0)(x - c), 1.0, 2.0),
+    "primal beside a rule": (rule_beside, 1.0, 2.0),
+    "primal beside a rule in a scan": (twice(rule_beside), 1.0, 2.0),
     "rule of custom_root": (rule_root, 1.0, 2.0),
     "rule of custom_linear_solve": (rule_solve, 2.0, 3.0),
     "closure in a callback": (lambda c: call_back(lambda: np.float32(c)), 1.0, 2.0),
@@ -231,7 +239,19 @@ TRAPS: dict[str, tuple] = {
         lax.add,
         lax.mul,
     ),
+    "results in another order": (
+        lambda f: (
+            lambda x: jnp.sum(jnp.stack(jax.checkpoint(f)(jnp.sin(x), jnp.cos(x))) @ RAMP * jnp.array([1.0, 2.0]))
+        ),
+        lambda a, b: (a, b),
+        lambda a, b: (b, a),
+    ),
     # parameters of primitives
+    "operands in another order": (
+        lambda f: lambda x: jnp.sum(f(jnp.sin(x), jnp.cos(x))),
+        operator.sub,
+        lambda a, b: b - a,
+    ),
     "slice": (lambda s: lambda x: jnp.sum(x[s] ** 2), slice(0, 2), slice(1, 3)),
     "indices": (lambda i: lambda x: jnp.sum(x[i] ** 2), np.array([0, 1]), np.array([1, 2])),
     "mode of a gather": (
@@ -497,7 +517,7 @@ def build(expression: tuple, values: list, held: list[np.ndarray]) -> Callable:
         "stop": lambda x: lax.stop_gradient(f(x)),
         "jit": lambda x: jax.jit(lambda x: f(x))(x),
         "checkpoint": lambda x: jax.checkpoint(lambda x: f(x))(x),
-        "scan": lambda x: lax.scan(lambda s, _: (s + f(x), None), jnp.zeros(3), None, length=2)[0],
+        "scan": lambda x: lax.scan(lambda s, _: (s + f(x + s), None), jnp.zeros(3), None, length=2)[0],
         "vmap": lambda x: jax.vmap(lambda y: jnp.sum(f(jnp.stack([y, y, x[0]]))))(x),
         "cond": lambda x: lax.cond(x[1] < 0, lambda x: f(x), lambda x: g(x), x),
         "held": lambda x: jax.jit(lambda x: f(x) * held[0])(g(x)),
@@ -689,6 +709,7 @@ KEEPERS = {
     "closed over by a jit in a scan": lambda a: _run(twice(lambda a: jax.jit(distance(a)))(a)),
     "rule": lambda a: _run(rule_of_distance(a)),
     "callback": lambda a: _run(call_back(lambda: np.float32(a[0]))),
+    "callback with effects": lambda a: _run(lambda x: (jax.debug.callback(lambda: float(a[0])), x**2)[1]),
     "args": lambda a: _run(lambda x, a: distance(a)(x), args=(a,)),
     "data": lambda a: _run(lambda x, a: distance(a)(x), data=a),
     "batches": lambda a: _run(lambda x, a: distance(a)(x), data=a, batch_size=100),

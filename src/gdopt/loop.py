@@ -135,18 +135,12 @@ def compile(
             args, key, _order = loss_arguments(inputs, order, k)
             return problem.value(params, *args, **key)[0]
 
+        def grad_fn(params: PyTree, _: Any) -> PyTree:
+            return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
+
         def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree]:
-            updates, optimizer = apply(
-                transformation,
-                grad,
-                optimizer,
-                params,
-                value=loss,
-                grad=grad,
-                value_fn=value_fn,
-                obj_fn=value_fn,
-                grad_fn=lambda params, _: jax.tree.map(jnp.conj, jax.grad(value_fn)(params)),
-            )
+            extras = {"value": loss, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+            updates, optimizer = apply(transformation, grad, optimizer, params, **extras)
             # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
             # hand fuses both, and last bits would differ.
             return optax.apply_updates(params, updates), _trees.strong(optimizer)
