@@ -22,8 +22,17 @@ def softmax_loss(params, x, y, strength):
     return cross_entropy + 0.5 * strength * jnp.sum(params["w"] ** 2)
 
 
-@pytest.mark.parametrize("load", [load_breast_cancer, load_digits])
-@pytest.mark.parametrize("method", ["gd", "nesterov", "lbfgs"])
+@pytest.mark.parametrize(
+    ("load", "method"),
+    [
+        (load_breast_cancer, "gd"),
+        (load_breast_cancer, "nesterov"),
+        (load_breast_cancer, "lbfgs"),
+        pytest.param(load_digits, "gd", marks=pytest.mark.slow),
+        (load_digits, "nesterov"),
+        pytest.param(load_digits, "lbfgs", marks=pytest.mark.slow),
+    ],
+)
 def test_logistic_regression_agrees_with_scikit_learn(load, method):
     X, y = load(return_X_y=True)
     X = StandardScaler().fit_transform(X)
