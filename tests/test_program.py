@@ -84,13 +84,8 @@ def jit_inside(c: Any) -> Callable:
 
 
 def looped(make: Callable) -> Callable:
-    """In a loop that is not differentiated: derivatives would take the body apart."""
-
-    def made(c):
-        body = lambda s, y: s + 1 + make(c)(y + s)
-        return lambda x: jnp.sum(x) * lax.fori_loop(0, 2, lambda _, s: body(s, lax.stop_gradient(x)), 0.0)
-
-    return made
+    """In a loop that does not see x: where it does, derivatives take the loop apart, and little is left inside."""
+    return lambda c: lambda x: jnp.sum(x) * lax.while_loop(lambda s: s < 50, lambda s: s + 1 + make(c)(s), 0.0)
 
 
 def draw(key: Any) -> Callable:
@@ -161,8 +156,8 @@ class Numbered(eqx.Module):
 TABLE = jnp.arange(6.0).reshape(2, 3)
 WEAK = jnp.asarray(1.1)
 NARROW = X.astype(jnp.bfloat16)
-ONES, TWOS, RAMP, BACK = jnp.ones(3), jnp.full(3, 2.0), jnp.array([1.0, 2, 3]), jnp.array([3.0, 2, 1])
-RAW_RAMP, RAW_BACK = raw(1, 2, 3), raw(3, 2, 1)
+ONES, TWOS, RAMP, BACK = jnp.ones(3), jnp.full(3, 2.0), jnp.array([1.0, 2, 3]), jnp.array([3.0, 2, 0])
+RAW_RAMP, RAW_BACK = raw(1, 2, 3), raw(3, 2, 0)
 NEXT = float(np.nextafter(np.float32(0.1), np.float32(1)))
 KEY = jax.random.key
 
@@ -528,7 +523,7 @@ def build(expression: tuple, values: list, held: list[np.ndarray]) -> Callable:
         "jit": lambda x: jax.jit(lambda x: f(x))(x),
         "checkpoint": lambda x: jax.checkpoint(lambda x: f(x))(x),
         "scan": lambda x: lax.scan(lambda s, _: (s + f(x + s), None), jnp.zeros(3), None, length=2)[0],
-        "loop": lambda x: x * lax.fori_loop(0, 2, lambda _, s: s + f(lax.stop_gradient(x) + s), jnp.zeros(3)),
+        "loop": lambda x: x * lax.fori_loop(0, 2, lambda _, s: s + f(s), jnp.zeros(3)),
         "vmap": lambda x: jax.vmap(lambda y: jnp.sum(f(jnp.stack([y, y, x[0]]))))(x),
         "cond": lambda x: lax.cond(x[1] < 0, lambda x: f(x), lambda x: g(x), x),
         "held": lambda x: jax.jit(lambda x: f(x) * held[0])(g(x)),
@@ -536,7 +531,7 @@ def build(expression: tuple, values: list, held: list[np.ndarray]) -> Callable:
 
 
 @given(st.sampled_from([evaluate, minimize]), EXPRESSIONS, VALUES, VALUES)
-@settings(max_examples=max(1, settings().max_examples // 2))
+@settings(max_examples=max(1, settings().max_examples // 3))
 def test_random_expressions_answer_as_if_alone(ask: Callable, expression: tuple, first: list, second: list) -> None:
     held = [np.zeros(3, np.float32) for _ in range(3)]
 
