@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import multiprocessing
-import os
-import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -34,6 +31,7 @@ import optimistix
 from jax import lax
 
 import gdopt
+from tables import Row, print_heading, print_table
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # jaxopt is no longer maintained, and says so
@@ -59,13 +57,6 @@ class Size(NamedTuple):
 
 
 SIZES = (Size(1000, 50, rounds=35, quick_rounds=11), Size(10_000, 100, rounds=15, quick_rounds=3))
-
-
-class Row(NamedTuple):
-    """One row of a table: a label and its cells."""
-
-    label: str
-    cells: Sequence[str]
 
 
 def logistic_data(size: Size, seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -243,24 +234,6 @@ def call_table(processes: int) -> tuple[list[str], list[Row]]:
     return ["whole call, ms", "first", "same function again", "fresh lambda, fresh data"], rows
 
 
-def render(header: Sequence[str], rows: Sequence[Row], markdown: bool) -> str:
-    """An aligned table, plain or Markdown."""
-    lines = [list(header), *([row.label, *row.cells] for row in rows)]
-    if not markdown:
-        lines = [[cell.replace("`", "") for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in padded)
-
-
-def environment() -> str:
-    """Versions and cores, in one line."""
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
-    device = jax.devices()[0]
-    return f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, running on {device.device_kind}"
-
-
 def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -268,22 +241,18 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
     options = parser.parse_args()
 
-    command = "python benchmarks/loop_overhead.py" + " --quick" * options.quick + " --markdown" * options.markdown
+    flags = " --quick" * options.quick + " --markdown" * options.markdown
+    print_heading("loop_overhead", flags, PACKAGES, options.markdown)
     titles = (
         f"Time per step over {STEPS} steps, as a ratio to the hand-written loop: median (quartiles)",
         f"Compile sharing: {STEPS} steps on {SIZES[0].rows} x {SIZES[0].columns}, the data closed over",
     )
-    if options.markdown:
-        print(f"## loop_overhead\n\n```\n{command}\n```\n\n{environment()}.")
-    else:
-        print(f"{command}\n{environment()}")
     tables = (
         lambda: step_table(SIZES, options.quick),
         lambda: call_table(processes=1 if options.quick else 3),
     )
     for title, table in zip(titles, tables, strict=True):
-        print(f"\n{title}{'.' if options.markdown else ''}\n", flush=True)
-        print(render(*table(), options.markdown), flush=True)
+        print_table(title, *table(), options.markdown)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ BAD = {
     "loss without a value": ({"loss": lambda x: None}, "the loss returned a NoneType"),
     "tuple without has_aux": ({"loss": lambda x: (x, x)}, "returned a tuple of 2.*has_aux=True"),
     "has_aux without a tuple": ({"has_aux": True}, r"has_aux=True needs a loss that returns \(value, aux\)"),
-    "no rate": ({"learning_rate": None}, "learning_rate was not given: pass"),
+    "no rate": ({"learning_rate": None}, "learning_rate=None: leave it out"),
     "negative rate": ({"learning_rate": -0.1}, "learning_rate=-0.1 is not a finite number above 0"),
     "zero rate": ({"learning_rate": 0}, "learning_rate=0 is not a finite number above 0"),
     "nan rate": ({"learning_rate": float("nan")}, "learning_rate=nan is not a finite"),

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from gdopt import plot, schedules
 from gdopt.driver import gd_step, minimize
 from gdopt.errors import GdoptError, InputError, NotConvergedError
-from gdopt.optimizers import gd
+from gdopt.optimizers import gd, spectral
 from gdopt.result import History, Report, Result
 from gdopt.stopping import Status
 
@@ -24,4 +24,5 @@ __all__ = [
     "minimize",
     "plot",
     "schedules",
+    "spectral",
 ]

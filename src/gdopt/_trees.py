@@ -21,22 +21,41 @@ def norm(tree: PyTree) -> jax.Array:
     Divides by the largest entry first: the plain sum of squares overflows in float32 once an entry passes 1.8e19, and
     vanishes, which would read as "converged", when all are below 1e-19. Not finite exactly where an entry is not.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-    dtype = norm_dtype(leaves)
-    largest = jnp.zeros((), dtype)
-    for leaf in leaves:
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(leaf)).astype(dtype))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return scale * quick_norm([leaf / scale for leaf in leaves])
+    scaled, scale = unit(tree)
+    return scale * quick_norm(scaled)
+
+
+def unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
+    """The tree over the size of its largest entry, and that size; 1 where the size is 0 or not finite."""
+    size = largest(tree)
+    scale = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    return jax.tree.map(lambda leaf: leaf / scale, tree), scale
+
+
+def largest(tree: PyTree) -> jax.Array:
+    """The largest absolute value of all entries; NaN where one is."""
+    size = jnp.zeros((), norm_dtype(tree))
+    for leaf in jax.tree.leaves(tree):
+        if leaf.size:
+            size = jnp.maximum(size, jnp.max(jnp.abs(leaf)).astype(size.dtype))
+    return size
 
 
 @functools.partial(jax.jit, inline=True)
 def quick_norm(tree: PyTree) -> jax.Array:
     """``norm`` in one pass, for where 0 or infinity in place of a norm below 1e-19 or above 1e19 does no harm."""
-    leaves = jax.tree.leaves(tree)
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
-    squares = [jnp.vdot(leaf, leaf, precision="highest").real for leaf in wide]
-    return jnp.sqrt(sum(squares, jnp.zeros((), norm_dtype(leaves))))
+    return jnp.sqrt(vdot(tree, tree))
+
+
+def vdot(a: PyTree, b: PyTree) -> jax.Array:
+    """The real part of the inner product over all entries of all leaves, summed in float32 or wider."""
+
+    def wide(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    products = [jnp.vdot(wide(x), wide(y), precision="highest").real for x, y in pairs]
+    return sum(products, jnp.zeros((), norm_dtype(a)))
 
 
 def norm_dtype(tree: PyTree) -> Any:

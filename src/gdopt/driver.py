@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -18,11 +18,12 @@ from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.data import Batches, check_data
 from gdopt.errors import InputError
-from gdopt.optimizers import check_learning_rate, gd, make_rule
+from gdopt.optimizers import check_learning_rate, gd
 from gdopt.problem import Problem, check_start, make_problem
 from gdopt.progress import progress_bar
 from gdopt.result import History, Report, Result
-from gdopt.stopping import Limits, Status, explain, succeeded
+from gdopt.rule import make_rule, search
+from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
 
 _MAX_STEPS = 10_000
 _TOL = 1e-4
@@ -36,7 +37,7 @@ def minimize(
     data: PyTree = None,
     batch_size: int | None = None,
     optimizer: Optimizer = gd,
-    learning_rate: Scalar | Schedule | None = None,
+    learning_rate: Scalar | Schedule | Literal["auto"] = "auto",
     max_steps: int | None = None,
     epochs: int | None = None,
     tol: float | None = None,
@@ -107,11 +108,11 @@ def minimize(
     began = time.perf_counter()
     data, batches = check_data(data, batch_size)
     _refuse_tracers(params, args, data, learning_rate, key)
-    rule = make_rule(optimizer, learning_rate)
+    noisy = batches is not None or with_key
+    rule = make_rule(optimizer, learning_rate, noisy=noisy)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     _refuse_tracers(problem.params)  # inside jit they are traced even if they come from outside
     check_start(problem.params)
-    noisy = batches is not None or with_key
     limits = Limits(_check_steps(max_steps, epochs, data, batches), _check_tol(tol, noisy), _check_target(target))
     traced_args, args_rest = _split_args(args)
     inputs = loop.Inputs(problem.params, data, traced_args, _check_key(key), rule.rate, limits)
@@ -132,6 +133,7 @@ def minimize(
     ended = time.perf_counter()
 
     steps, kept = len(history.loss) - 1, state.kept
+    how = Rates.SEARCHED if search(state.optimizer) else rule.rates
     at_limit = status is Status.PRECISION_LIMIT
     left = float(kept.grad_norm) * _distance(kept.params, problem.params) if at_limit else math.inf
     success = succeeded(
@@ -150,9 +152,11 @@ def minimize(
         limits=limits,
         steps_per_epoch=compiled.steps_per_epoch,
         eps=compiled.eps,
-        plain=rule.plain,
+        how=how,
         success=success,
     )
+    if how is Rates.SEARCHED:
+        message += chosen_rates(history.learning_rate)
     result = Result(
         params=problem.rest.combine(kept.params),
         loss=float(kept.loss),

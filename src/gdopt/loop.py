@@ -18,9 +18,11 @@ from jax import lax
 from gdopt import _trees, program, stopping
 from gdopt._types import PyTree
 from gdopt.data import Batches
-from gdopt.optimizers import Rule, apply, evaluation_params
+from gdopt.errors import InputError
+from gdopt.optimizers import MAX_REJECTED
 from gdopt.problem import Problem
 from gdopt.result import History
+from gdopt.rule import Rule, apply, evaluation_params, owned_rate, search
 from gdopt.stopping import RUNNING, Evaluation, Limits, Status, Watch
 
 _CAPACITY = 4096  # records that a chunk has room for
@@ -102,11 +104,17 @@ def compile(
         norm = jnp.full((), jnp.nan, norm_dtype)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
         transformation, _ = rule.at(jnp.int32(0), inputs.rate)
+        optimizer = transformation.init(inputs.start)
+        if steps_per_epoch is not None and search(optimizer):
+            raise InputError(
+                "optimizer holds gdopt.spectral(), which compares one value of the loss with the next: it is not for "
+                "mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave batch_size out."
+            )
         return State(
             step=jnp.int32(0),
             code=jnp.int32(RUNNING),
             params=_trees.copy(inputs.start),
-            optimizer=_trees.copy(_trees.strong(transformation.init(inputs.start))),
+            optimizer=_trees.copy(_trees.strong(optimizer)),
             order=order,
             watch=stopping.first_watch(loss_dtype, norm.dtype),
             kept=Kept(_trees.copy(inputs.start), jnp.int32(0), nan, norm, blank),
@@ -119,7 +127,9 @@ def compile(
 
         away = jax.tree.map(jnp.subtract, params, inputs.start)
         point = Evaluation(k, value, grad_norm, _trees.quick_norm(away))
-        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, eps, steps_per_epoch)
+        found = search(state.optimizer)
+        gave_up = None if found is None else found.rejected >= MAX_REJECTED
+        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, gave_up, eps, steps_per_epoch)
         running = code == RUNNING
         if steps_per_epoch is None:
             keep = (k == 0) | (jnp.isfinite(grad_norm) & jnp.isfinite(value) & (value < state.kept.loss))
@@ -146,6 +156,7 @@ def compile(
             return optax.apply_updates(params, updates), _trees.strong(optimizer)
 
         params, optimizer = lax.cond(running, update, lambda *same: same, params, state.optimizer)
+        rate = owned_rate(optimizer) if rate is None else rate
         record = (value, grad_norm, jnp.where(running, rate, jnp.nan))
         return State(k + running, code, params, optimizer, order, watch, kept), record
 

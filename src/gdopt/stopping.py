@@ -39,6 +39,15 @@ class Status(enum.IntEnum):
     INTERRUPTED = 8
 
 
+class Rates(enum.Enum):
+    """Who decided the rates of a run, which says what to try next."""
+
+    PLAIN = "given, and each step was x - lr * g"
+    GIVEN = "given to another optimizer"
+    OWNED = "the optimizer's own"
+    SEARCHED = "found by trial at each step"
+
+
 RUNNING = 0
 FAILURES = (Status.DIVERGED, Status.NON_FINITE)
 
@@ -49,6 +58,7 @@ _GROWN_GRADIENT = 1e3
 _STALLED_UPDATES = 50
 _PER_UPDATE = 20
 _NEAR = 3e5
+_NEAR_ROOT = 30
 _ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
 
 
@@ -94,15 +104,24 @@ def first_watch(loss_dtype, norm_dtype) -> Watch:
 
 
 # jit, inlined, so that these forty small operations are traced once in a process and not at each call.
-@functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
+@functools.partial(jax.jit, static_argnums=(5, 6), inline=True)
 def judge(
-    watch: Watch, kept_loss: jax.Array, point: Evaluation, limits: Limits, eps: float, steps_per_epoch: int | None
+    watch: Watch,
+    kept_loss: jax.Array,
+    point: Evaluation,
+    limits: Limits,
+    gave_up: jax.Array | None,
+    eps: float,
+    steps_per_epoch: int | None,
 ) -> tuple[jax.Array, Watch]:
     """The code of this evaluation (RUNNING or a Status) and what to remember; ``kept_loss`` is of the point to return.
 
     ``steps_per_epoch`` is None for a loss that is the same function at each step. For a noisy one (mini-batches, random
     keys) a single small gradient says nothing, so only the target (on the mean of an epoch), divergence and the number
     of steps are tested.
+
+    ``gave_up`` is of an optimizer that takes bad points back by itself: whether it has found no further step. Its
+    points are trials, and no trial is a failure. None for all other optimizers.
     """
     k, loss, grad_norm = point.step, point.loss, point.grad_norm
     start = k == 0
@@ -112,13 +131,19 @@ def judge(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
     diverged = (loss - first_loss > _GROWN_LOSS * size) & (grad_norm > _GROWN_GRADIENT * first_grad_norm)
+    failed = ~finite
+    if gave_up is not None:
+        diverged = jnp.asarray(False)
+        failed = failed & (start | (loss == -jnp.inf))  # below that nothing is to be found
 
     # The precision test looks at the loss, so it must not take for a limit what is a pause: an evaluation that repeats
     # the last one may come from gradients that are being accumulated or a rate of 0, and counts a twentieth; and an
-    # iterate that wanders above the best by more than rounding is on its way.
-    gained = start | (loss < watch.mark - eps * jnp.abs(watch.mark))
+    # iterate that wanders above the best by more than rounding is on its way. Rounding is relative to the loss, and to
+    # that part of the gain which is asked for: towards a loss of zero there would be no end to what can be gained.
+    rounding = eps * jnp.maximum(jnp.abs(watch.mark), limits.tol * (first_loss - watch.mark))
+    gained = start | (loss < watch.mark - rounding)
     mark = jnp.where(gained, loss, watch.mark)
-    wanders = loss > mark + _ROUNDING * eps * jnp.abs(mark)
+    wanders = ~(loss <= mark + _ROUNDING * rounding)
     stalled = jnp.where(gained | wanders, 0, watch.stalled + jnp.where(grad_norm == watch.grad_norm, 1, _PER_UPDATE))
 
     if steps_per_epoch is None:
@@ -129,7 +154,11 @@ def judge(
         converged = ((gain > 0) & (point.distance > 0) & (grad_norm * (point.distance / gain) <= limits.tol)) | (
             grad_norm == 0
         )
+        if gave_up is not None:
+            converged = converged & (start | (loss <= kept_loss))
         limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
+        if gave_up is not None:
+            limited = limited | gave_up
         epoch_loss = watch.epoch_loss
     else:
         epoch_loss = jnp.where(k % steps_per_epoch == 0, 0, watch.epoch_loss) + loss
@@ -144,7 +173,7 @@ def judge(
         (Status.DIVERGED, diverged),
         (Status.CONVERGED, converged),
         (Status.TARGET_REACHED, reached),
-        (Status.NON_FINITE, ~finite),
+        (Status.NON_FINITE, failed),
     ):
         code = jnp.where(holds, jnp.int32(status), code)
     return code, Watch(first_loss, first_grad_norm, mark, stalled, grad_norm, epoch_loss)
@@ -165,18 +194,22 @@ def explain(
     limits: Limits,
     steps_per_epoch: int | None,
     eps: float,
-    plain: bool,
+    how: Rates,
     success: bool,
 ) -> str:
-    """The sentence for a status, with its remedy; ``plain`` says that each step was x - lr * g."""
+    """The sentence for a status, with its remedy."""
     losses, grad_norms, rates = history
     noisy = steps_per_epoch is not None
-    # A single batch says little: with mini-batches, the mean of the first and of the last epoch.
+    # A single batch says little: with mini-batches, the mean of the first and of the last epoch. A full-batch run that
+    # did not fail speaks of the point that it returns.
     width = steps_per_epoch if noisy and status not in FAILURES else 1
-    first, last = f"{losses[:width].mean():.6g}", f"{losses[-width:].mean():.6g}"
+    end = steps if noisy or status in FAILURES else returned_step
+    first, last = f"{losses[:width].mean():.6g}", f"{losses[: end + 1][-width:].mean():.6g}"
     after = f"after {steps} step{'' if steps == 1 else 's'}"
     back = "" if returned_step == steps else f" The point of step {returned_step} is returned."
-    slower = _slower(grad_norms, rates, plain and not noisy)
+    tried = losses[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
+    plain = how is Rates.PLAIN and not noisy
+    slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(grad_norms, rates, plain)
     match status:
         case Status.CONVERGED if grad_norms[-1] == 0:
             return f"converged {after}: the gradient is exactly zero (loss {last})."
@@ -195,20 +228,27 @@ def explain(
         case Status.MAX_STEPS if not fell(losses, eps):
             return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
         case Status.MAX_STEPS:
+            another = "" if how is Rates.SEARCHED else ", or try another learning_rate"
             return (
-                f"stopped at max_steps={steps} before it converged: the loss fell from {first} to "
-                f"{np.min(losses):.6g}, the gradient norm is {grad_norms[-1]:.3g}.{back} Raise max_steps, or try "
-                "another learning_rate."
+                f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {last}, the gradient "
+                f"norm is {grad_norms[end]:.3g}.{back} Raise max_steps{another}."
+            )
+        case Status.PRECISION_LIMIT if how is Rates.SEARCHED and not success and not np.isfinite(tried):
+            return (
+                f"got stuck {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
+                "finite there. Start elsewhere, or make the loss finite around that point."
             )
         case Status.PRECISION_LIMIT if not fell(losses, eps):
+            rate = "" if how is Rates.SEARCHED else ", or the learning rate does not fit: try a larger or a smaller one"
             return (
                 f"nothing has changed {after}: the loss stays at {last}, within rounding ({eps:.1g} of it). Either the "
-                "start is a minimum already, or the learning rate does not fit: try a larger or a smaller one."
+                f"start is a minimum already{rate}, or the gradient is not that of the loss."
             )
         case Status.PRECISION_LIMIT if not success:
+            larger = "" if how is Rates.SEARCHED else "a larger rate or "
             return (
                 f"got stuck {after}: the loss {last} no longer changes by more than rounding ({eps:.1g} of it), though "
-                f"by its gradient (norm {grad_norms[-1]:.3g}) more may be gained. Try a larger rate or float64."
+                f"by its gradient (norm {grad_norms[end]:.3g}) more may be gained. Try {larger}float64."
             )
         case Status.PRECISION_LIMIT:
             return (
@@ -220,7 +260,12 @@ def explain(
         case Status.NON_FINITE if steps == 0:
             what = f"loss is {last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
             return f"the {what} at the start: start where the loss and its gradient are finite."
-        case Status.NON_FINITE if not np.isfinite(rates[:steps]).all() and not np.isnan(rates[:steps]).all():
+        case Status.NON_FINITE if losses[-1] == -np.inf:
+            return (
+                f"the loss became -inf at step {steps}, from {first} at the start: it has no lower bound, so no "
+                f"minimum can be found.{back} Check its sign, or add a penalty."
+            )
+        case Status.NON_FINITE if how is not Rates.OWNED and not np.isfinite(rates[:steps]).all():
             bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
             return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
         case Status.NON_FINITE:
@@ -232,9 +277,17 @@ def explain(
             return f"interrupted {after}: the loss went from {first} to {last}."
 
 
+def chosen_rates(rates: np.ndarray) -> str:
+    """What a message adds where nobody gave a rate."""
+    used = rates[rates > 0]  # not the one that leads back to where a search began
+    if not used.size:
+        return ""
+    return f" The learning rate was chosen at each step, between {used.min():.2g} and {used.max():.2g}."
+
+
 def fell(losses: np.ndarray, eps: float) -> bool:
-    """Whether the loss has fallen by more than rounding."""
-    return bool(losses[0] - np.min(losses) > _ROUNDING * eps * abs(losses[0]))
+    """Whether the loss has fallen by more than rounding; the trials of a search need not be finite."""
+    return bool(losses[0] - np.nanmin(losses) > _ROUNDING * eps * abs(losses[0]))
 
 
 def succeeded(status: Status, losses: np.ndarray, left: float, eps: float, *, noisy: bool, has_target: bool) -> bool:
@@ -245,7 +298,9 @@ def succeeded(status: Status, losses: np.ndarray, left: float, eps: float, *, no
         case Status.PRECISION_LIMIT:
             # Steps too small to change anything look just the same: they have gained nothing, or the gradient is still
             # large. Measured at true limits: left up to 1.4e5 eps |f|; where the rate had run out: from 3e6.
-            return fell(losses, eps) and left <= _NEAR * eps * max(abs(losses[0]), abs(losses[-1]))
+            # Where the loss is flat to rounding the gradient still goes as its root: of that, 30 times in float64.
+            share = max(_NEAR * eps, _NEAR_ROOT * eps**0.5)
+            return fell(losses, eps) and left <= share * max(abs(losses[0]), abs(np.nanmin(losses)))
         case Status.MAX_STEPS:
             return noisy and not has_target
     return False

@@ -1,0 +1,141 @@
+"""An optimizer and its rate as the loop uses them: checked to fit together, and asked in one way whatever they are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import ScheduleFreeState, schedule_free_eval_params
+
+from gdopt import _trees
+from gdopt._types import Optimizer, PyTree, Schedule
+from gdopt.errors import InputError
+from gdopt.optimizers import SpectralState, check_learning_rate, gd, spectral
+from gdopt.stopping import Rates
+
+
+class Rule(NamedTuple):
+    """An optimizer and its rate, checked to fit together."""
+
+    optimizer: Any
+    schedule: Schedule | None  # None: the rate is a number, or the optimizer owns it
+    rate: float  # of the number; NaN where a schedule or the optimizer has it
+
+    @property
+    def rates(self) -> Rates:
+        """Who decides the rates; whether an optimizer searches for them, its state tells: see `search`."""
+        if is_transformation(self.optimizer):
+            return Rates.OWNED
+        return Rates.PLAIN if self.optimizer is gd or self.optimizer is optax.sgd else Rates.GIVEN
+
+    def at(self, step: jax.Array, rate: Any) -> tuple[Any, jax.Array | None]:
+        """The transformation for a step and its rate, built inside the trace, so that no rate is ever compiled in.
+
+        None for the rate of an optimizer that owns it: see `owned_rate`.
+        """
+        if is_transformation(self.optimizer):
+            return self.optimizer, None
+        if self.schedule is not None:
+            rate = _rate_at(self.schedule, step)
+        built = self.optimizer(rate)
+        if not is_transformation(built):
+            raise InputError(
+                f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate: a factory such "
+                "as optax.adam returns an optax transformation."
+            )
+        return built, jnp.asarray(rate)
+
+
+def _rate_at(schedule: Schedule, step: jax.Array) -> Any:
+    try:
+        rate = schedule(step)
+    except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
+        raise InputError(
+            f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced integer, so "
+            f"choose with jnp.where instead of if. ({error})"
+        ) from error
+    if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
+        what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
+        raise InputError(f"the schedule gave {what} for a step: return one number.")
+    return rate
+
+
+def make_rule(optimizer: Optimizer, learning_rate: Any, *, noisy: bool) -> Rule:
+    """Checks that the optimizer is one, and that it and not two parties decide the rate."""
+    automatic = isinstance(learning_rate, str) and learning_rate == "auto"
+    if is_transformation(optimizer):
+        if not automatic:
+            raise InputError(
+                f"learning_rate={learning_rate!r} was given with an optimizer that is ready and owns its rate: leave "
+                "learning_rate out, or pass the factory itself, such as optax.adam in place of optax.adam(1e-3)."
+            )
+        return Rule(optimizer, None, float("nan"))
+    if not callable(optimizer) or isinstance(optimizer, type):
+        raise InputError(
+            f"optimizer={optimizer!r} is unknown: pass an optax transformation such as optax.adam(1e-3), or a factory "
+            "learning_rate -> transformation such as optax.adam or gdopt.gd."
+        )
+    if learning_rate is None:
+        raise InputError("learning_rate=None: leave it out to have it chosen, or pass a number or a schedule.")
+    if not automatic:
+        checked = check_learning_rate(learning_rate)
+        return Rule(optimizer, checked, float("nan")) if callable(checked) else Rule(optimizer, None, checked)
+    if noisy or optimizer is not gd:
+        why = "mini-batches or random keys" if noisy else f"optimizer={optimizer!r}"
+        raise InputError(
+            f"learning_rate='auto' is for gdopt.gd on a loss that is the same at each step, not for {why}: pass a "
+            "positive number such as 0.1 or a schedule step -> rate."
+        )
+    return Rule(spectral(), None, float("nan"))
+
+
+def is_transformation(optimizer: Any) -> bool:
+    """Whether it is ready: optax's protocol is a pair of functions (MultiSteps has it without being a tuple)."""
+    return callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
+
+
+def apply(
+    transformation: Any, updates: PyTree, state: PyTree, params: PyTree, /, **extras: Any
+) -> tuple[PyTree, PyTree]:
+    """``update`` with those of the extra arguments that it takes: some optimizers need them and others reject them.
+
+    What it takes cannot be read off: wrappers declare that they take everything, and hand it on to what does not.
+    """
+    while True:
+        try:
+            return transformation.update(updates, state, params, **extras)
+        except TypeError as error:
+            refused = re.search(r"(?:unexpected keyword argument|multiple values for argument) '(\w+)'", str(error))
+            if not refused or refused[1] not in extras:
+                raise
+            del extras[refused[1]]
+
+
+def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
+    """Where the optimizer's answer lies: at the params, but for schedule-free methods at the average they keep."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ScheduleFreeState))
+    for averaged in (node for node in nodes if isinstance(node, ScheduleFreeState)):
+
+        def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:
+            if isinstance(z, optax.MaskedNode):  # left to another optimizer
+                return y
+            return schedule_free_eval_params(averaged._replace(z=z), y).astype(y.dtype)
+
+        params = jax.tree.map(evaluate, averaged.z, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return params
+
+
+def owned_rate(state: PyTree) -> jax.Array:
+    """The rate of the last update of an optimizer that owns it, by optax's name for it; NaN where it does not tell."""
+    found = [leaf for _, leaf in optax.tree.get_all_with_path(state, "learning_rate") if _trees.is_array(leaf)]
+    rates = [rate for rate in found if jnp.ndim(rate) == 0]
+    return rates[0] if len(rates) == 1 else jnp.asarray(jnp.nan)
+
+
+def search(state: PyTree) -> SpectralState | None:
+    """The state of `spectral`, wherever it stands in the optimizer's: then points are trials, and may be taken back."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SpectralState))
+    return next((node for node in nodes if isinstance(node, SpectralState)), None)
