@@ -134,6 +134,7 @@ def spectral() -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: PyTree) -> SpectralState:
+        params = _trees.strong(params)
         blank = optax.tree.zeros_like(params)
         zero = jnp.zeros((), _scalar_dtype(params))
         none = jnp.int32(0)
@@ -146,7 +147,8 @@ def spectral() -> optax.GradientTransformationExtraArgs:
         del extra_args
         if params is None:
             raise InputError("spectral was updated without params: call update(grad, state, params, value=loss).")
-        grad, eps, value = updates, jnp.finfo(jnp.result_type(value)).eps, jnp.asarray(value, state.value.dtype)
+        params, grad = _trees.strong(params), _trees.strong(updates)
+        eps, value = jnp.finfo(jnp.result_type(value)).eps, jnp.asarray(value, state.value.dtype)
 
         # The step as it really is: what leads back from far off, x + (accepted - x), has the rounding of that far x.
         step = _trees.unit(optax.tree.sub(params, state.params))

@@ -18,7 +18,9 @@ class History(NamedTuple):
     """One entry per evaluation, as NumPy arrays; all three of entry k are of the same point, the one after k updates.
 
     N updates make N + 1 entries. ``learning_rate[k]`` is the rate of the update that was made *from* point k; the last
-    point has none, and an optimizer that owns its rate does not tell it: NaN.
+    point has none: NaN. An optimizer that owns its rate tells it by a ``learning_rate`` in its state, as `spectral` and
+    ``optax.lbfgs`` do; else NaN. Of a rate that is found at each step all trials are here, also those that were taken
+    back: their loss may be high, infinite or NaN, and their rate is that of the step from the last accepted point.
 
     Example:
         >>> import gdopt
