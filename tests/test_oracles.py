@@ -28,9 +28,11 @@ def softmax_loss(params, x, y, strength):
         (load_breast_cancer, "gd"),
         (load_breast_cancer, "nesterov"),
         (load_breast_cancer, "lbfgs"),
+        (load_breast_cancer, "spectral"),
         pytest.param(load_digits, "gd", marks=pytest.mark.slow),
         (load_digits, "nesterov"),
         pytest.param(load_digits, "lbfgs", marks=pytest.mark.slow),
+        (load_digits, "spectral"),
     ],
 )
 def test_logistic_regression_agrees_with_scikit_learn(load, method):
@@ -53,7 +55,8 @@ def test_logistic_regression_agrees_with_scikit_learn(load, method):
         optimizer, rate = {
             "gd": (gdopt.gd, 1 / smoothness),
             "nesterov": (lambda rate: optax.sgd(rate, momentum=0.95, nesterov=True), 1 / smoothness),
-            "lbfgs": (optax.lbfgs(), None),
+            "lbfgs": (optax.lbfgs(), "auto"),
+            "spectral": (gdopt.gd, "auto"),
         }[method]
         result = gdopt.minimize(
             softmax_loss,

@@ -62,7 +62,7 @@ RUNS: dict[str, tuple[Callable[[], Result], Status, int]] = {
         Status.DIVERGED,
         3,
     ),
-    "unknown rate": (lambda: gdopt.minimize(square, 1.0, optimizer=optax.lbfgs()), Status.CONVERGED, 2),
+    "unknown rate": (lambda: gdopt.minimize(square, 1.0, optimizer=optax.sgd(0.1)), Status.CONVERGED, 2),
     "one evaluation": (lambda: gdopt.minimize(square, 0.0, learning_rate=0.1), Status.CONVERGED, 2),
     "one step": (lambda: gdopt.minimize(square, 1.0, learning_rate=0.1, max_steps=1), Status.MAX_STEPS, 3),
     "stopped": (

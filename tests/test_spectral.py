@@ -148,7 +148,8 @@ def test_params_stay_in_the_range_of_their_dtype(dtype: Any) -> None:
             params, state, _ = descend(lambda x, s=slope: jnp.sum(s * x.astype(float)), jnp.ones(3, dtype), 700)
             assert np.isfinite(params).all()
             assert np.isfinite(state.params).all()
-            assert (state.params < -float(jnp.finfo(dtype).max) / 100).all()
+            farthest = float(jnp.finfo(dtype).max) * min(slope, 1 / slope)  # that rate and loss are in range as well
+            assert (state.params < -farthest / 1000).all()
 
 
 # --- it ends ---
@@ -179,11 +180,12 @@ UNBOUNDED = {
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("loss", UNBOUNDED.values(), ids=UNBOUNDED)
 def test_losses_without_a_minimum(loss: Any, dtype: Any) -> None:
-    """They end by themselves, never as a success, and with finite params."""
+    """They end with finite params and never as a success; slow falls go as far as the range of rates."""
     with jax.enable_x64(dtype == np.float64):
         result = gdopt.minimize(loss, jnp.array([0.5, 1.0], dtype))
-    assert result.status in (Status.NON_FINITE, Status.PRECISION_LIMIT), result
+    assert result.status in (Status.NON_FINITE, Status.PRECISION_LIMIT, Status.MAX_STEPS), result
     assert not result.success
+    assert result.loss < -50
     assert np.isfinite(result.params).all()
     assert np.isfinite(result.loss)
 
