@@ -167,6 +167,18 @@ def test_restart_at_the_minimum(dtype: Any, tol: float) -> None:
     assert again.steps <= 300
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["logistic", "rosenbrock", "wood", "pseudo_huber"])
+def test_all_that_the_dtype_gives(name: str, dtype: Any) -> None:
+    """With a tol of zero a loss that is not zero at its minimum ends at the limit of its precision, with success."""
+    problem = PROBLEMS[name]
+    with jax.enable_x64(dtype == np.float64):
+        result = gdopt.minimize(lambda x: problem.loss(x) + 1, problem.at(dtype).start, tol=0)
+    assert result.status in (Status.PRECISION_LIMIT, Status.CONVERGED), result
+    assert result.success, result
+    assert result.loss - problem.value - 1 <= 20 * float(jnp.finfo(dtype).eps)
+
+
 UNBOUNDED = {
     "linear": lambda x: x[0] - 2 * x[1],
     "concave": lambda x: -jnp.sum(x**2),

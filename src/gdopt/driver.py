@@ -137,7 +137,7 @@ def minimize(
     ended = time.perf_counter()
 
     steps, kept = len(history.loss) - 1, state.kept
-    how = Rates.SEARCHED if search(state.optimizer) else rule.rates
+    how = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
     at_limit = status is Status.PRECISION_LIMIT
     left = float(kept.grad_norm) * _distance(kept.params, problem.params) if at_limit else math.inf
     success = succeeded(

@@ -105,7 +105,7 @@ def compile(
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
         transformation, _ = rule.at(jnp.int32(0), inputs.rate)
         optimizer = transformation.init(inputs.start)
-        if steps_per_epoch is not None and search(optimizer):
+        if steps_per_epoch is not None and search(optimizer) is not None:
             raise InputError(
                 "optimizer holds gdopt.spectral(), which compares one value of the loss with the next: it is not for "
                 "mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave batch_size out."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -147,35 +148,42 @@ def spectral() -> optax.GradientTransformationExtraArgs:
         del extra_args
         if params is None:
             raise InputError("spectral was updated without params: call update(grad, state, params, value=loss).")
-        params, grad = _trees.strong(params), _trees.strong(updates)
-        eps, value = jnp.finfo(jnp.result_type(value)).eps, jnp.asarray(value, state.value.dtype)
-
-        # The step as it really is: what leads back from far off, x + (accepted - x), has the rounding of that far x.
-        step = _trees.unit(optax.tree.sub(params, state.params))
-        change = _trees.unit(optax.tree.sub(grad, state.grad))
-        slope = _dot(_trees.unit(state.grad), step)
-        moves = _trees.largest(step[0]) > 0
-        bound = state.reference + _SUFFICIENT * jnp.minimum(slope, 0) + _ROUNDING * eps * jnp.abs(state.reference)
-        first = state.accepted == 0
-        grad_size = _trees.largest(grad)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_size)
-        leads_on = (grad_size > 0) | (value <= state.value)  # a plateau may lie below the average, and ends all
-        accepted = first | (moves & finite & leads_on & (value <= bound))
-        rejected = jnp.where(accepted, 0, jnp.where(moves, state.rejected + 1, MAX_REJECTED))
-        gave_up = rejected == MAX_REJECTED
-
-        new = _trees.select(accepted, _accept(state, params, grad, value, step, change), state)
-        shorter = jnp.where(gave_up, 0, _shorter_rate(state, value, slope, _dot(step, change)))
-        rate = jnp.where(accepted, new.learning_rate, shorter)
-        new = new._replace(learning_rate=rate, accepted=jnp.where(gave_up, 0, new.accepted), rejected=rejected)
-
-        def leaf_update(x: jax.Array, accepted_x: jax.Array, g: jax.Array) -> jax.Array:
-            wide = rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
-            return ((accepted_x - x) - wide * g).astype(x.dtype)
-
-        return jax.tree.map(leaf_update, params, new.params, new.grad), new
+        return _update(updates, state, params, value)
 
     return optax.GradientTransformationExtraArgs(init, cast(Any, update))  # optax annotates it without extra arguments
+
+
+# jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.
+@functools.partial(jax.jit, inline=True)
+def _update(grad: PyTree, state: SpectralState, params: PyTree, value: Any) -> tuple[PyTree, SpectralState]:
+    """The way to the next trial, from the loss and the gradient at the last one."""
+    params, grad = _trees.strong(params), _trees.strong(grad)
+    eps, value = jnp.finfo(jnp.result_type(value)).eps, jnp.asarray(value, state.value.dtype)
+
+    # The step as it really is: what leads back from far off, x + (accepted - x), has the rounding of that far x.
+    step = _trees.unit(optax.tree.sub(params, state.params))
+    change = _trees.unit(optax.tree.sub(grad, state.grad))
+    slope = _dot(_trees.unit(state.grad), step)
+    moves = _trees.largest(step[0]) > 0
+    bound = state.reference + _SUFFICIENT * jnp.minimum(slope, 0) + _ROUNDING * eps * jnp.abs(state.reference)
+    first = state.accepted == 0
+    grad_size = _trees.largest(grad)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_size)
+    leads_on = (grad_size > 0) | (value <= state.value)  # a plateau may lie below the average, and ends all
+    accepted = first | (moves & finite & leads_on & (value <= bound))
+    rejected = jnp.where(accepted, 0, jnp.where(moves, state.rejected + 1, MAX_REJECTED))
+    gave_up = rejected == MAX_REJECTED
+
+    new = _trees.select(accepted, _accept(state, params, grad, value, step, change), state)
+    shorter = jnp.where(gave_up, 0, _shorter_rate(state, value, slope, _dot(step, change)))
+    rate = jnp.where(accepted, new.learning_rate, shorter)
+    new = new._replace(learning_rate=rate, accepted=jnp.where(gave_up, 0, new.accepted), rejected=rejected)
+
+    def leaf_update(x: jax.Array, accepted_x: jax.Array, g: jax.Array) -> jax.Array:
+        wide = rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
+        return ((accepted_x - x) - wide * g).astype(x.dtype)
+
+    return jax.tree.map(leaf_update, params, new.params, new.grad), new
 
 
 def _dot(a: Unit, b: Unit) -> jax.Array:
