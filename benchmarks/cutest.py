@@ -1,7 +1,7 @@
 """How many problems does gdopt.minimize solve with nothing but a loss and a start, against the quasi-Newton defaults?
 
     python -m pip install -e '.[benchmarks]'
-    python benchmarks/cutest.py              # about 25 minutes on 2 cores; --quick: 5; --markdown: for RESULTS.md
+    python benchmarks/cutest.py              # about 30 minutes on 2 cores; --quick: 3; --markdown: for RESULTS.md
     python benchmarks/cutest.py --picture docs/cutest.png     # and draws the share solved over the evaluations
 
 The problems are the 94 of ``cutest.json``: CUTEst's unconstrained ones, by sif2jax, with the best value known of each.
