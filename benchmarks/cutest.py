@@ -68,7 +68,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(every=1, budgets=(200, 1000, SHORT, 20_000), patience=300, rounds=15, repeats=3)
-QUICK = Effort(every=8, budgets=(200, 1000, SHORT), patience=20, rounds=5, repeats=1)
+QUICK = Effort(every=12, budgets=(200, 1000, SHORT), patience=20, rounds=3, repeats=1)
 
 
 # --- The problems.
@@ -293,7 +293,7 @@ def draw(results: Sequence[Measured], longest: int, path: str) -> None:
 def main() -> None:
     """Prints all tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="every eighth problem, fewer evaluations and rounds")
+    parser.add_argument("--quick", action="store_true", help="every twelfth problem, fewer evaluations and rounds")
     parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
     parser.add_argument("--picture", metavar="PATH", help="also draw the share of problems solved over the evaluations")
     options = parser.parse_args()
