@@ -17,9 +17,10 @@ class Status(enum.IntEnum):
     - ``CONVERGED``: what is left to gain is at most ``tol`` of what was gained, or the gradient is exactly zero.
     - ``TARGET_REACHED``: the loss is at or below ``target``.
     - ``MAX_STEPS``: the steps or epochs that were asked for are done.
-    - ``PRECISION_LIMIT``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding.
+    - ``PRECISION_LIMIT``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or the
+      search for a rate found no further step.
     - ``DIVERGED``: the loss has grown a millionfold and the gradient a thousandfold.
-    - ``NON_FINITE``: the loss or its gradient became infinite or NaN.
+    - ``NON_FINITE``: the loss or its gradient became infinite or NaN, other than at a trial that is taken back.
     - ``STOPPED``: the callback asked for the end.
     - ``INTERRUPTED``: Ctrl-C.
 
