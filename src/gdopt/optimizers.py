@@ -164,7 +164,7 @@ def _update(grad: PyTree, state: SpectralState, params: PyTree, value: Any) -> t
     step = _trees.unit(optax.tree.sub(params, state.params))
     change = _trees.unit(optax.tree.sub(grad, state.grad))
     slope = _dot(_trees.unit(state.grad), step)
-    moves = _trees.largest(step[0]) > 0
+    moves = _trees.vdot(step[0], step[0]) > 0  # which the rates need as well
     bound = state.reference + _SUFFICIENT * jnp.minimum(slope, 0) + _ROUNDING * eps * jnp.abs(state.reference)
     first = state.accepted == 0
     grad_size = _trees.largest(grad)

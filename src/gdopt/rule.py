@@ -116,8 +116,7 @@ def apply(
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
     """Where the optimizer's answer lies: at the params, but for schedule-free methods at the average they keep."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ScheduleFreeState))
-    for averaged in (node for node in nodes if isinstance(node, ScheduleFreeState)):
+    for averaged in _parts(state, ScheduleFreeState):
 
         def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:
             if isinstance(z, optax.MaskedNode):  # left to another optimizer
@@ -137,5 +136,10 @@ def owned_rate(state: PyTree) -> jax.Array:
 
 def search(state: PyTree) -> SpectralState | None:
     """The state of `spectral`, wherever it stands in the optimizer's: then points are trials, and may be taken back."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SpectralState))
-    return next((node for node in nodes if isinstance(node, SpectralState)), None)
+    return next(iter(_parts(state, SpectralState)), None)
+
+
+def _parts(state: PyTree, kind: type) -> list[Any]:
+    """The states of this kind within an optimizer's."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]

@@ -155,10 +155,9 @@ def judge(
         converged = ((gain > 0) & (point.distance > 0) & (grad_norm * (point.distance / gain) <= limits.tol)) | (
             grad_norm == 0
         )
-        if gave_up is not None:
-            converged = converged & (start | (loss <= kept_loss))
         limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
         if gave_up is not None:
+            converged = converged & (start | (loss <= kept_loss))  # a trial on a plateau higher up has no gradient, too
             limited = limited | gave_up
         epoch_loss = watch.epoch_loss
     else:
