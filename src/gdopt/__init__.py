@@ -5,8 +5,9 @@ from importlib.metadata import version
 from gdopt import plot, schedules
 from gdopt.driver import gd_step, minimize
 from gdopt.errors import GdoptError, InputError, NotConvergedError
+from gdopt.lr_finder import lr_find
 from gdopt.optimizers import gd, spectral
-from gdopt.result import History, Report, Result
+from gdopt.result import History, RangeTest, Refinement, Report, Result
 from gdopt.stopping import Status
 
 __version__ = version("gdopt")
@@ -16,11 +17,14 @@ __all__ = [
     "History",
     "InputError",
     "NotConvergedError",
+    "RangeTest",
+    "Refinement",
     "Report",
     "Result",
     "Status",
     "gd",
     "gd_step",
+    "lr_find",
     "minimize",
     "plot",
     "schedules",

@@ -9,24 +9,25 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.core
-import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees, loop
+from gdopt import _trees, loop, lr_finder
 from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
-from gdopt.data import Batches, check_data
+from gdopt.data import Batches
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
-from gdopt.problem import Problem, check_start, make_problem
+from gdopt.problem import Problem, make_problem
 from gdopt.progress import progress_bar
-from gdopt.result import History, Report, Result
-from gdopt.rule import make_rule, search
+from gdopt.result import History, RangeTest, Report, Result
+from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
+from gdopt.schedules import one_cycle
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
+from gdopt.task import Task, make_task, refuse_tracers
 
 _MAX_STEPS = 10_000
 _TOL = 1e-4
+_LEAST_TEST = 50  # steps of a range test
 
 
 def minimize(
@@ -110,20 +111,20 @@ def minimize(
         ('CONVERGED', 3.0)
     """
     began = time.perf_counter()
-    data, batches = check_data(data, batch_size)
-    _refuse_tracers(params, args, data, learning_rate, key)
-    noisy = batches is not None or with_key
-    rule = make_rule(optimizer, learning_rate, noisy=noisy)
+    refuse_tracers("minimize", params, args, learning_rate, key)
+    check_optimizer(optimizer)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
-    _refuse_tracers(problem.params)  # inside jit they are traced even if they come from outside
-    check_start(problem.params)
-    limits = Limits(_check_steps(max_steps, epochs, data, batches), _check_tol(tol, noisy), _check_target(target))
-    traced_args, args_rest = _split_args(args)
-    inputs = loop.Inputs(problem.params, data, traced_args, _check_key(key), rule.rate, limits)
-    inputs = jax.tree.map(jnp.asarray, inputs)  # placed once and not at each chunk; Python's numbers stay weakly typed
+    task = make_task("minimize", problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches, noisy = task.batches, task.steps_per_epoch is not None
+    limits = Limits(_check_steps(max_steps, epochs, task), _check_tol(tol, noisy), _check_target(target))
+    test = None
+    if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
+        test, learning_rate = _chosen(task, optimizer, int(limits.max_steps))
+    rule = make_rule(optimizer, learning_rate)
+    inputs = loop.place(task, rule.rate, limits, task.key)
 
     with progress_bar(progress, int(limits.max_steps)) as advance:
-        compiled = loop.compile(problem, rule, batches, inputs, args_rest, with_key=with_key)
+        compiled = loop.compile(task, rule, inputs)
         state = loop.begin(compiled, inputs)
         compiled_at = time.perf_counter()
 
@@ -161,6 +162,8 @@ def minimize(
     )
     if how is Rates.SEARCHED:
         message += chosen_rates(history.learning_rate)
+    if test is not None:
+        message += " The learning rate was chosen by a range test."
     result = Result(
         params=problem.rest.combine(kept.params),
         loss=float(kept.loss),
@@ -171,6 +174,7 @@ def minimize(
         success=success,
         history=history,
         steps_per_epoch=compiled.steps_per_epoch,
+        range_test=test,
         aux=kept.aux,
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
@@ -239,15 +243,19 @@ def _report(problem: Problem, step: int, state: loop.State, records: History, ba
     )
 
 
-def _refuse_tracers(*trees: PyTree) -> None:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees)):
-        raise InputError(
-            "minimize was called inside jit, vmap or grad: it runs its loop from Python, so call it outside; inside, "
-            "use gdopt.gd_step, or gdopt.gd with jax.lax.scan."
-        )
+def _chosen(task: Task, optimizer: Any, max_steps: int) -> tuple[RangeTest, Schedule]:
+    """The range test of `"auto"`, and the schedule that it leads to."""
+    fewest = max(max_steps // 5, _LEAST_TEST)
+    for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # a short one may drown in noise
+        ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
+        test = lr_finder.range_test(task, optimizer, ladder)
+        if test.suggestion is not None:
+            return test, one_cycle(test.suggestion, max_steps)
+    raise InputError(f"learning_rate='auto' found none: {test.message} Or pass a learning_rate.")
 
 
-def _check_steps(max_steps: Any, epochs: Any, data: PyTree, batches: Any) -> int:
+def _check_steps(max_steps: Any, epochs: Any, task: Task) -> int:
+    data, batches = task.data, task.batches
     asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
     if epochs is not None:
         if data is None:
@@ -269,20 +277,3 @@ def _check_tol(tol: Any, noisy: bool) -> float:
 
 def _check_target(target: Any) -> float:
     return -math.inf if target is None else number("target", target, lambda x: True, "a finite number")
-
-
-def _check_key(key: Any) -> jax.Array:
-    if key is None:
-        return jax.random.key(0)
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-        return key
-    if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
-        return jax.random.wrap_key_data(jnp.asarray(key))
-    raise InputError(f"key={key!r} is not one random key: pass jax.random.key(0), say.")
-
-
-def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
-    if not isinstance(args, tuple):
-        raise InputError(f"args is a {type(args).__name__}: pass a tuple, such as args=(x,).")
-    some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest

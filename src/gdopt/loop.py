@@ -17,29 +17,31 @@ from jax import lax
 
 from gdopt import _trees, program, stopping
 from gdopt._types import PyTree
-from gdopt.data import Batches
 from gdopt.errors import InputError
 from gdopt.optimizers import MAX_REJECTED
-from gdopt.problem import Problem
 from gdopt.result import History
 from gdopt.rule import Rule, apply, evaluation_params, owned_rate, search
 from gdopt.stopping import RUNNING, Evaluation, Limits, Status, Watch
+from gdopt.task import Task
 
 _CAPACITY = 4096  # records that a chunk has room for
 _FIRST_CHUNK = 16  # steps, before their time is known
-_LAST_STEP = 2**31 - 1
+LAST_STEP = 2**31 - 1
 _CHUNK_SECONDS = 0.05  # Ctrl-C and the progress bar wait for one chunk
 _BOUNDARY_SECONDS = 2e-4  # what the host takes between two
 
 
 class Inputs(NamedTuple):
-    """What stays the same over a run, as arguments of the compiled program: new values compile nothing."""
+    """What stays the same over a run, as arguments of the compiled program: new values compile nothing.
+
+    Runs side by side each have their own ``key`` and ``rate``, by a leading axis.
+    """
 
     start: PyTree
     data: PyTree
     args: PyTree
     key: jax.Array
-    rate: float
+    rate: Any  # a number, or a ladder of them (see `Rule.at`)
     limits: Limits
 
 
@@ -54,7 +56,7 @@ class Kept(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the next step needs."""
+    """What the next step needs; of runs side by side, which keep step, all but ``step`` has a leading axis."""
 
     step: jax.Array  # updates made, which is the number of the point in ``params``
     code: jax.Array  # RUNNING, or the Status that the last evaluation led to
@@ -74,18 +76,28 @@ class Compiled(NamedTuple):
     eps: float  # of the dtype in which the loss is computed
 
 
-def compile(
-    problem: Problem, rule: Rule, batches: Batches | None, inputs: Inputs, args_rest: _trees.Rest, *, with_key: bool
-) -> Compiled:
-    """Traces the loss once and shares the compiled loop with every equal problem."""
-    steps_per_epoch = batches.per_epoch if batches else 1 if with_key else None
+def place(task: Task, rate: Any, limits: Limits, key: jax.Array) -> Inputs:
+    """The inputs on the device: placed once and not at each chunk. Python's numbers stay weakly typed."""
+    return jax.tree.map(jnp.asarray, Inputs(task.problem.params, task.data, task.args, key, rate, limits))
+
+
+def compile(task: Task, rule: Rule, inputs: Inputs, *, trial: bool = False) -> Compiled:
+    """Traces the loss once and shares the compiled loop with every equal problem.
+
+    Where the inputs have many keys, it is the loop of as many runs side by side, each with its own key and rate. They
+    keep step, and one that has ended is left as it is. A ``trial`` is to show what its rates do, however small they
+    are: only failures and the number of steps end it.
+    """
+    problem, batches = task.problem, task.batches
+    steps_per_epoch = 1 if trial and task.steps_per_epoch is None else task.steps_per_epoch
+    side_by_side = jnp.ndim(inputs.key) > 0
 
     def loss_arguments(inputs: Inputs, order: PyTree, step: jax.Array) -> tuple[tuple, dict, PyTree]:
         data = inputs.data
         if batches:
             data, order = batches.take(data, order, jax.random.fold_in(inputs.key, 0), step)
-        key = {"key": jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step)} if with_key else {}
-        return (() if data is None else (data,)) + args_rest.combine(inputs.args), key, order
+        key = {"key": jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step)} if task.with_key else {}
+        return (() if data is None else (data,)) + task.args_rest.combine(inputs.args), key, order
 
     def evaluate(params: PyTree, inputs: Inputs, order: PyTree, step: jax.Array) -> tuple:
         args, key, order = loss_arguments(inputs, order, step)
@@ -93,7 +105,8 @@ def compile(
         return loss, aux, grad, order
 
     order = batches.first_order() if batches else None
-    evaluate, (loss, aux, _, _) = program.trace(evaluate, inputs.start, inputs, order, jnp.int32(0))
+    one = inputs._replace(key=inputs.key[0], rate=inputs.rate[0]) if side_by_side else inputs
+    evaluate, (loss, aux, _, _) = program.trace(evaluate, inputs.start, one, order, jnp.int32(0))
     loss_dtype = jnp.promote_types(loss.dtype, jnp.float32)
     norm_dtype = _trees.norm_dtype(inputs.start)
     record_dtype = jnp.result_type(loss_dtype, norm_dtype, float)
@@ -160,19 +173,22 @@ def compile(
         record = (value, grad_norm, jnp.where(running, rate, jnp.nan))
         return State(k + running, code, params, optimizer, order, watch, kept), record
 
+    if side_by_side:
+        start, step = _side_by_side(start, step)
+
     def chunk(state: State, limit: jax.Array, inputs: Inputs) -> tuple[State, jax.Array]:
         first = state.step
-        records = jnp.zeros((_CAPACITY, len(History._fields)), record_dtype)
+        records = jnp.zeros((_CAPACITY, *state.code.shape, len(History._fields)), record_dtype)
 
         def body(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
             state, records = carry
             at = state.step - first
             state, record = step(state, inputs)
-            row = jnp.stack([entry.astype(record_dtype) for entry in record])
-            return state, lax.dynamic_update_slice(records, row[None], (at, jnp.int32(0)))
+            row = jnp.stack([entry.astype(record_dtype) for entry in record], axis=-1)
+            return state, lax.dynamic_update_index_in_dim(records, row, at, 0)
 
         return lax.while_loop(
-            lambda carry: (carry[0].code == RUNNING) & (carry[0].step < limit), body, (state, records)
+            lambda carry: (carry[0].code == RUNNING).any() & (carry[0].step < limit), body, (state, records)
         )
 
     first, state = program.share(start, inputs)
@@ -180,10 +196,70 @@ def compile(
     return Compiled(first, many, steps_per_epoch, eps)
 
 
+def _side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
+    """Both for many runs by ``vmap``. The step's number is left out of it, so that epochs are shuffled under a true
+    ``cond``: batched, it would be a ``select``, and each step would pay for a shuffle."""
+    each_inputs = Inputs._make(0 if name in ("key", "rate") else None for name in Inputs._fields)
+    each_state = State._make(None if name == "step" else 0 for name in State._fields)
+
+    def one(state: State, inputs: Inputs) -> tuple[State, tuple]:
+        running = state.code == RUNNING
+        new, record = step(state, inputs)
+        record = jax.tree.map(lambda entry: jnp.where(running, entry, jnp.nan), record)
+        return _trees.select(running, new, state)._replace(step=state.step), record
+
+    def steps(state: State, inputs: Inputs) -> tuple[State, tuple]:
+        each = jax.vmap(one, in_axes=(each_state, each_inputs), out_axes=(each_state, 0))
+        new, records = each(state, inputs)
+        return new._replace(step=state.step + (new.code == RUNNING).any()), records
+
+    return lambda inputs: jax.vmap(start, (each_inputs,), each_state)(inputs), steps
+
+
 def begin(compiled: Compiled, inputs: Inputs) -> State:
     """The state before the first step, with everything compiled: by a chunk of no steps."""
     state, _ = compiled.chunk(compiled.start(inputs), np.int32(0), inputs)
     return jax.block_until_ready(state)
+
+
+def advance(
+    compiled: Compiled,
+    state: State,
+    inputs: Inputs,
+    between: Callable[[int, State, History], bool],
+    *,
+    until: int = LAST_STEP,
+    boundary: int | None = None,
+) -> tuple[State, History, Status | None]:
+    """Runs chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
+
+    ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
+    multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result. After a stop, the
+    state's last point is evaluated still. Returns what stopped it from outside, if anything did.
+    """
+    step, size, cause, records = int(state.step), _FIRST_CHUNK, None, []
+    with _ctrl_c() as interrupted:
+        while True:
+            size = min(size, _CAPACITY)
+            limit = step + size if boundary is None else min(step + size, (step // boundary + 1) * boundary)
+            began = time.perf_counter()
+            state, buffer = compiled.chunk(state, np.int32(min(limit, until)), inputs)
+            reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())  # waits for the chunk
+            seconds = time.perf_counter() - began
+            count = reached - step + (not running)
+            records.append(History(*np.array(np.moveaxis(np.asarray(buffer)[:count], -1, 0))))
+            step = reached
+            stop = cause is None and between(step, state, records[-1])
+            if not running or step == until:
+                break
+            if interrupted or stop:
+                cause = Status.INTERRUPTED if interrupted else Status.STOPPED
+                inputs = inputs._replace(
+                    limits=inputs.limits._replace(max_steps=np.int32(step))
+                )  # evaluates here, and ends
+            computing = max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9)
+            size = max(1, int(count * _CHUNK_SECONDS / computing))
+    return state, History(*(np.concatenate(entries) for entries in zip(*records, strict=True))), cause
 
 
 def run(
@@ -193,37 +269,13 @@ def run(
     between: Callable[[int, State, History], bool],
     boundary: int | None,
 ) -> tuple[State, History, Status]:
-    """Runs to the end, or until ``between`` says stop, or Ctrl-C; the state's last point is always evaluated.
-
-    ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
-    multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result.
-    """
-    step, size, cause, records = 0, _FIRST_CHUNK, None, []
-    with _ctrl_c() as interrupted:
-        while True:
-            size = min(size, _CAPACITY)
-            limit = step + size if boundary is None else min(step + size, (step // boundary + 1) * boundary)
-            began = time.perf_counter()
-            state, buffer = compiled.chunk(state, np.int32(min(limit, _LAST_STEP)), inputs)
-            reached, code = int(state.step), int(state.code)  # waits for the chunk
-            seconds = time.perf_counter() - began
-            count = reached - step + (code != RUNNING)
-            records.append(History(*np.array(np.asarray(buffer)[:count].T)))
-            step = reached
-            stop = cause is None and between(step, state, records[-1])
-            if code != RUNNING:
-                break
-            if interrupted or stop:
-                cause = Status.INTERRUPTED if interrupted else Status.STOPPED
-                inputs = inputs._replace(
-                    limits=inputs.limits._replace(max_steps=np.int32(step))
-                )  # evaluates here, and ends
-            computing = max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9)
-            size = max(1, int(count * _CHUNK_SECONDS / computing))
-    history = History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
-    status = cause if cause and code == Status.MAX_STEPS else Status(code)
+    """Runs to the end: see `advance`. Of an optimizer that keeps an average, the average is evaluated last."""
+    state, history, cause = advance(compiled, state, inputs, between, boundary=boundary)
+    code = Status(int(state.code))
+    status = cause if cause and code is Status.MAX_STEPS else code
     average = evaluation_params(state.optimizer, state.params)
     if average is not state.params and status not in stopping.FAILURES:
+        step = int(state.step)
         last = inputs._replace(limits=inputs.limits._replace(max_steps=np.int32(step)))
         state, _ = compiled.chunk(state._replace(code=np.int32(RUNNING), params=average), np.int32(step + 1), last)
     return state, history, status

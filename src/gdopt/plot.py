@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from gdopt.errors import GdoptError
-from gdopt.result import Result
+from gdopt._checks import whole_number
+from gdopt._types import Schedule
+from gdopt.errors import GdoptError, InputError
+from gdopt.result import RangeTest, Result
 
-__all__ = ["descent"]
+__all__ = ["descent", "lr_find", "schedule"]
 
 _DOTTED = 40  # the longest line that shows its points one by one
 _MEANS = 30  # the most points of the averaged line through a noisy one
@@ -38,15 +40,10 @@ def descent(result: Result) -> Any:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['loss', 'gradient norm', 'learning rate']
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise GdoptError('gdopt.plot needs matplotlib: pip install "gdopt[plot]"') from error
-
     loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history)
     learning_rate = learning_rate[: result.steps]  # no update is made from the last point
     panels = 3 if np.isfinite(learning_rate).any() else 2
-    figure = Figure(figsize=(7, 2 + 1.5 * panels), layout="constrained")
+    figure = _figure(2 + 1.5 * panels)
     rows = figure.subplots(panels, sharex=True, height_ratios=[2, 1, 1][:panels])
     steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
     rows[0].set_title(f"{result.status.name} after {steps}, returned loss {result.loss:.4g}")
@@ -63,6 +60,103 @@ def descent(result: Result) -> Any:
     rows[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.align_ylabels()
     return figure
+
+
+def lr_find(result: RangeTest, *, ax: Any = None) -> Any:
+    """Draws a range test: the loss over the rate, smoothed over raw, with the suggestions; and the rate over the steps.
+
+    Args:
+        result: what ``gdopt.lr_find`` returned.
+        ax: ``matplotlib.axes.Axes`` to draw the loss into, and nothing else; by default a new figure with both.
+
+    Returns:
+        The ``matplotlib.figure.Figure``, made without pyplot; with ``ax``, its figure. The upper edge lies a little
+        above the loss at the start, so the blow-up leaves the picture.
+
+    Raises:
+        GdoptError: when matplotlib is missing, with the command that installs it.
+
+    Example:
+        >>> import gdopt, jax.numpy as jnp
+        >>> test = gdopt.lr_find(lambda x: jnp.sum(x**2 * jnp.array([1.0, 9.0])), jnp.ones(2))
+        >>> figure = gdopt.plot.lr_find(test)
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['learning rate', 'step']
+    """
+    below = None
+    if ax is None:
+        figure = _figure(5.5)
+        ax, below = figure.subplots(2, height_ratios=[3, 1])
+    rates, raw, smoothed = result.learning_rate, result.losses, result.smoothed_loss
+    for row in raw:
+        ax.plot(rates, np.where(_drawable(row), row, np.nan), color="C0", alpha=0.3, linewidth=0.8)
+    ax.plot(rates, np.where(_drawable(smoothed), smoothed, np.nan), color="C0", label="smoothed loss")
+    for number, (name, rate) in enumerate(result.suggestions.items(), 1):
+        if rate is not None:
+            height = np.interp(np.log(rate), np.log(rates), smoothed)
+            ax.plot(rate, height, "o", color=f"C{number}", label=f"{name}: {rate:.2g}")
+    if result.suggestion is not None:
+        ax.axvline(result.suggestion, color="C1", linestyle="--", label=f"suggestion: {result.suggestion:.2g}")
+    drawn = smoothed[_drawable(smoothed)]
+    if drawn.size and drawn[0] > drawn.min():
+        fall = drawn[0] - drawn.min()
+        ax.set_ylim(min(drawn.min(), raw[_drawable(raw)].min()) - 0.1 * fall, drawn[0] + 0.4 * fall)
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("loss")
+    ax.legend(loc="best", fontsize="small")
+    if below is not None:
+        ax.set_title(
+            "no suggestion" if result.suggestion is None else f"suggested learning rate {result.suggestion:.3g}"
+        )
+        below.plot(np.arange(len(rates)), rates, color="C2")
+        below.set_yscale("log")
+        below.set_xlabel("step")
+        below.set_ylabel("learning rate")
+    return ax.figure
+
+
+def schedule(schedule: Schedule, steps: int, *, ax: Any = None) -> Any:
+    """Draws the rates of a schedule over so many steps.
+
+    Args:
+        schedule: any ``step -> rate``, gdopt's, optax's or your own.
+        steps: how many, from step 0 on.
+        ax: ``matplotlib.axes.Axes`` to draw into; by default a new figure.
+
+    Returns:
+        The ``matplotlib.figure.Figure``, made without pyplot; with ``ax``, its figure.
+
+    Raises:
+        GdoptError: when matplotlib is missing, with the command that installs it.
+        InputError: for a schedule that is no function, or steps that are no positive whole number.
+
+    Example:
+        >>> import gdopt
+        >>> figure = gdopt.plot.schedule(gdopt.schedules.triangular2(0.1, 0.5, step_size_up=20), 120)
+        >>> figure.axes[0].get_ylabel()
+        'learning rate'
+    """
+    if not callable(schedule):
+        raise InputError(f"schedule={schedule!r} is not a function: pass one step -> rate, such as those of schedules.")
+    rates = np.array([schedule(step) for step in range(whole_number("steps", steps))], float)
+    ax = _figure(3).subplots() if ax is None else ax
+    log = _spans_decades(rates) and np.median(rates) < rates.max() / 10
+    ax.plot(np.arange(len(rates)), rates, color="C2")
+    ax.set_yscale("log" if log else "linear")
+    if not log:
+        ax.set_ylim(bottom=0)
+    ax.set_xlabel("step")
+    ax.set_ylabel("learning rate")
+    return ax.figure
+
+
+def _figure(height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GdoptError('gdopt.plot needs matplotlib: pip install "gdopt[plot]"') from error
+    return Figure(figsize=(7, height), layout="constrained")
 
 
 def _line(axes: Any, label: str, values: np.ndarray, color: str, *, log: bool, each: int = 0) -> None:

@@ -56,6 +56,73 @@ class Report(NamedTuple):
     learning_rate: float
 
 
+class Refinement(NamedTuple):
+    """What the neighbours of a suggestion came to when they were trained side by side on the same batches.
+
+    ``loss[k]`` is the mean loss of the last steps with the constant rate ``learning_rate[k]``; infinite where the run
+    did not last.
+
+    Example:
+        >>> import gdopt, jax.numpy as jnp
+        >>> test = gdopt.lr_find(lambda x: jnp.sum(x**2), jnp.ones(3), refine=True)
+        >>> len(test.refinement.learning_rate), test.refinement.best == test.suggestion
+        (4, True)
+    """
+
+    learning_rate: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def best(self) -> float:
+        """The rate with the lowest loss."""
+        return float(self.learning_rate[np.argmin(self.loss)])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RangeTest:
+    """What a range test found, rate by rate.
+
+    As in a `History`, all entries k are of the same point: ``loss[k]`` is the loss there, on the batch whose gradient
+    the step with ``learning_rate[k]`` was made with. Entry 0 is the start.
+
+    Attributes:
+        learning_rate: (n,) the rates tried, up to where the last repeat ended.
+        loss: (n,) the mean over the repeats; NaN from where the first of them ended.
+        smoothed_loss: (n,) its exponential moving average, with a factor of 0.9 and bias-corrected; the rules read it.
+        losses: (repeats, n) the losses of each repeat; NaN from where it ended.
+        smoothed_losses: (repeats, n) their moving averages.
+        status: why it stopped: DIVERGED at the blow-up that a range test ends with, where a smoothed loss is four times
+            its best and above where it began; NON_FINITE where a loss or gradient became infinite or NaN; MAX_STEPS at
+            the last rate.
+        message: a sentence that says so, with the suggestion, or what to change to get one.
+        suggestion: the rate to use; None where the curve offers none.
+        suggestions: by rule, on ``smoothed_loss``: "basin", the middle of the basin around the minimum, is the default;
+            "steep", "valley", "slide" and "minimum" are fastai's, and None where they have too few points.
+        refinement: a `Refinement` with ``refine=True``, whose best rate is then the suggestion; else None.
+    """
+
+    learning_rate: np.ndarray
+    loss: np.ndarray
+    smoothed_loss: np.ndarray
+    losses: np.ndarray
+    smoothed_losses: np.ndarray
+    status: Status
+    message: str
+    suggestion: float | None
+    suggestions: dict[str, float | None]
+    refinement: Refinement | None
+
+    def __repr__(self) -> str:
+        by_rule = ", ".join(f"{n} {'none' if r is None else f'{r:.3g}'}" for n, r in self.suggestions.items())
+        rows = {
+            "status": self.status.name,
+            "message": self.message,
+            "suggestion": "none" if self.suggestion is None else f"{self.suggestion:.3g}",
+            "by rule": by_rule,
+        }
+        return _table("gdopt.RangeTest", rows)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """How a run ended, and what it found.
@@ -74,8 +141,10 @@ class Result:
         history: a `History`.
         steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone); None for a loss that is
             the same function at each step.
+        range_test: the `RangeTest` that ``learning_rate="auto"`` chose the rate by; None where none was made.
         aux: what the loss returned besides its value at ``params``; None without ``has_aux``.
-        compile_seconds: spent tracing and compiling (near zero when an equal program ran before).
+        compile_seconds: spent before the loop: tracing, compiling (near zero when an equal program ran before), and the
+            range test where there was one.
         run_seconds: spent in the loop.
 
     Example:
@@ -94,6 +163,7 @@ class Result:
     success: bool
     history: History
     steps_per_epoch: int | None
+    range_test: RangeTest | None
     aux: Any
     compile_seconds: float
     run_seconds: float
@@ -124,7 +194,12 @@ class Result:
         }
         if self.aux is not None:
             rows["aux"] = _summary(self.aux)
-        return "\n".join(["gdopt.Result", *(f"  {name:9} {value}" for name, value in rows.items())])
+        return _table("gdopt.Result", rows)
+
+
+def _table(title: str, rows: dict[str, str]) -> str:
+    width = max(map(len, rows)) + 1
+    return "\n".join([title, *(f"  {name:{width}}{value}" for name, value in rows.items())])
 
 
 def _summary(tree: PyTree) -> str:

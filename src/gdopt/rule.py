@@ -21,8 +21,8 @@ class Rule(NamedTuple):
     """An optimizer and its rate, checked to fit together."""
 
     optimizer: Any
-    schedule: Schedule | None  # None: the rate is a number, or the optimizer owns it
-    rate: float  # of the number; NaN where a schedule or the optimizer has it
+    schedule: Schedule | None = None  # None: the rate is a number, or the optimizer owns it
+    rate: float = float("nan")  # of the number; NaN where a schedule or the optimizer has it
 
     @property
     def rates(self) -> Rates:
@@ -34,12 +34,15 @@ class Rule(NamedTuple):
     def at(self, step: jax.Array, rate: Any) -> tuple[Any, jax.Array | None]:
         """The transformation for a step and its rate, built inside the trace, so that no rate is ever compiled in.
 
-        None for the rate of an optimizer that owns it: see `owned_rate`.
+        ``rate`` is a number or a ladder, the rates of the steps one by one and from its end on over again. None for the
+        rate of an optimizer that owns it: see `owned_rate`.
         """
         if is_transformation(self.optimizer):
             return self.optimizer, None
         if self.schedule is not None:
             rate = _rate_at(self.schedule, step)
+        elif jnp.ndim(rate):
+            rate = rate[step % len(rate)]
         built = self.optimizer(rate)
         if not is_transformation(built):
             raise InputError(
@@ -63,33 +66,36 @@ def _rate_at(schedule: Schedule, step: jax.Array) -> Any:
     return rate
 
 
-def make_rule(optimizer: Optimizer, learning_rate: Any, *, noisy: bool) -> Rule:
-    """Checks that the optimizer is one, and that it and not two parties decide the rate."""
-    automatic = isinstance(learning_rate, str) and learning_rate == "auto"
+def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
+    """Checks that the optimizer is one, and that it and not two parties decide the rate; "auto" makes it `spectral`."""
+    check_optimizer(optimizer)
     if is_transformation(optimizer):
-        if not automatic:
+        if not is_auto(learning_rate):
             raise InputError(
                 f"learning_rate={learning_rate!r} was given with an optimizer that is ready and owns its rate: leave "
                 "learning_rate out, or pass the factory itself, such as optax.adam in place of optax.adam(1e-3)."
             )
-        return Rule(optimizer, None, float("nan"))
-    if not callable(optimizer) or isinstance(optimizer, type):
+        return Rule(optimizer)
+    if is_auto(learning_rate):
+        return Rule(spectral())
+    if learning_rate is None:
+        raise InputError("learning_rate=None: leave it out to have it chosen, or pass a number or a schedule.")
+    checked = check_learning_rate(learning_rate)
+    return Rule(optimizer, schedule=checked) if callable(checked) else Rule(optimizer, rate=checked)
+
+
+def is_auto(learning_rate: Any) -> bool:
+    """Whether the rate is to be chosen."""
+    return isinstance(learning_rate, str) and learning_rate == "auto"
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises InputError for what is neither a transformation nor a factory."""
+    if not is_transformation(optimizer) and (not callable(optimizer) or isinstance(optimizer, type)):
         raise InputError(
             f"optimizer={optimizer!r} is unknown: pass an optax transformation such as optax.adam(1e-3), or a factory "
             "learning_rate -> transformation such as optax.adam or gdopt.gd."
         )
-    if learning_rate is None:
-        raise InputError("learning_rate=None: leave it out to have it chosen, or pass a number or a schedule.")
-    if not automatic:
-        checked = check_learning_rate(learning_rate)
-        return Rule(optimizer, checked, float("nan")) if callable(checked) else Rule(optimizer, None, checked)
-    if noisy or optimizer is not gd:
-        why = "mini-batches or random keys" if noisy else f"optimizer={optimizer!r}"
-        raise InputError(
-            f"learning_rate='auto' is for gdopt.gd on a loss that is the same at each step, not for {why}: pass a "
-            "positive number such as 0.1 or a schedule step -> rate."
-        )
-    return Rule(spectral(), None, float("nan"))
 
 
 def is_transformation(optimizer: Any) -> bool:

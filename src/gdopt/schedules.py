@@ -75,13 +75,19 @@ def range_test(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str = "ex
         >>> [round(float(lr(k)), 6) for k in range(7)]
         [0.0001, 0.001, 0.01, 0.1, 1.0, 1.0, 1.0]
     """
+    rates = ladder(start_lr, end_lr, num_steps, mode)
+    return lambda step: jnp.asarray(rates, float)[jnp.minimum(_count(step), len(rates) - 1)]
+
+
+def ladder(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str) -> np.ndarray:
+    """The rates of `range_test` in float64, both ends exact."""
     start, end = rate("start_lr", start_lr), rate("end_lr", end_lr)
     last = whole_number("num_steps", num_steps, least=2) - 1
     linear = one_of("mode", mode, ("exponential", "linear")) == "linear"
     x = np.arange(last + 1) / last
-    ladder = start + (end - start) * x if linear else start * (end / start) ** x
-    ladder[0], ladder[last] = start, end
-    return lambda step: jnp.asarray(ladder, float)[jnp.minimum(_count(step), last)]
+    rates = start + (end - start) * x if linear else start * (end / start) ** x
+    rates[0], rates[last] = start, end
+    return rates
 
 
 def cyclical(

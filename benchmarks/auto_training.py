@@ -1,0 +1,129 @@
+"""Which schedule should follow a range test, and what does training without a rate lose against the best rate?
+
+python benchmarks/auto_training.py [--quick] [--markdown]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import gdopt
+from gdopt import schedules
+from lr_finders import GRID, SEEDS, geometric
+from networks import TRAININGS, accuracy
+from tables import Row, print_heading, print_table, processes
+
+EPOCHS = (10, 30, 100)
+PACKAGES = ("gdopt", "jax", "optax", "scikit-learn")
+
+# What could follow a range test that suggests this rate, for so many steps.
+AFTER: dict[str, Callable[[float, int], Any]] = {
+    "constant": lambda rate, steps: rate,
+    "triangular2, 3 cycles": lambda rate, steps: schedules.triangular2(rate / 4, rate, steps // 6),
+    "one-cycle": lambda rate, steps: schedules.one_cycle(rate, steps),
+    "one-cycle to twice the suggestion": lambda rate, steps: schedules.one_cycle(2 * rate, steps),
+    "one-cycle to three times the suggestion": lambda rate, steps: schedules.one_cycle(3 * rate, steps),
+    "triangular2 to twice the suggestion": lambda rate, steps: schedules.triangular2(rate / 2, 2 * rate, steps // 6),
+    "cosine to zero": lambda rate, steps: lambda k: rate * (1 + jax.numpy.cos(jax.numpy.pi * k / steps)) / 2,
+}
+AUTO = '`learning_rate="auto"`'
+
+
+def measure(name: str, epochs: int, seed: int) -> dict[str, tuple[float, float, int]]:
+    """By schedule, and by grid rate: training loss, held-out accuracy (minus the loss for a regression), steps."""
+    training = TRAININGS[name]
+    rows, held = training.rows()
+    params = training.start(seed)
+    steps = len(rows[0]) // training.batch_size * epochs
+
+    def run(learning_rate: Any) -> tuple[float, float, int]:
+        began = float(training.loss(params, rows))
+        result = gdopt.minimize(
+            training.loss,
+            params,
+            data=rows,
+            batch_size=training.batch_size,
+            optimizer=training.optimizer,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            key=jax.random.key(seed),
+        )
+        loss = float(training.loss(result.params, rows))
+        test = result.range_test
+        if not result.success:
+            loss = max(loss, began)
+        return loss, accuracy(training, result.params, held), steps + (0 if test is None else len(test.loss))
+
+    automatic = gdopt.minimize(
+        training.loss,
+        params,
+        data=rows,
+        batch_size=training.batch_size,
+        optimizer=training.optimizer,
+        epochs=epochs,
+        key=jax.random.key(seed),
+    ).range_test
+    assert automatic is not None
+    assert automatic.suggestion is not None
+    suggestion = automatic.suggestion
+    tried = {name: run(after(suggestion, steps)) for name, after in AFTER.items()}
+    return {AUTO: run("auto")} | tried | {f"grid {rate:.3g}": run(rate) for rate in GRID}
+
+
+def tables(names: list[str], epochs: tuple[int, ...], seeds: int) -> tuple[list[Row], list[Row]]:
+    """Rows: the schedules over all trainings, by epochs; and the automatic rate on each training of classes."""
+    jobs = [(name, many, seed) for name in names for many in epochs for seed in range(seeds)]
+    with processes(os.cpu_count() or 1, x64=False) as pool:
+        runs = dict(zip(jobs, pool.map(measure, *zip(*jobs, strict=True), chunksize=seeds), strict=True))
+    loss: dict[str, dict[int, list[float]]] = {after: {many: [] for many in epochs} for after in (AUTO, *AFTER)}
+    automatic = []
+    for name in names:
+        for many in epochs:
+            seen = [runs[name, many, seed] for seed in range(seeds)]
+            grid = [key for key in seen[0] if key.startswith("grid")]
+            best = min(grid, key=lambda key: np.mean([np.log(run[key][0]) for run in seen]))
+            for after in loss:
+                loss[after][many] += [run[after][0] / run[best][0] for run in seen]
+            if TRAININGS[name].classes:
+                held = max(grid, key=lambda key: np.median([run[key][1] for run in seen]))
+                lost = np.array([run[held][1] - run[AUTO][1] for run in seen])
+                more = np.median([run[AUTO][2] / run[held][2] - 1 for run in seen])
+                cells = [f"{np.median([run[key][1] for run in seen]):.3f}" for key in (held, AUTO)]
+                cells += [f"{np.median(lost) * 100:+.1f}", f"{lost.max() * 100:+.1f}", f"{more:.0%}"]
+                automatic.append(Row(f"{name}, {many} epochs", cells))
+    rows = []
+    for after, by_epochs in loss.items():
+        every = np.concatenate([*by_epochs.values()])
+        cells = [f"{geometric(np.array(ratios)):.2f}" for ratios in by_epochs.values()]
+        rows.append(Row(after, [*cells, f"{every.max():.2f}"]))
+    return rows, automatic
+
+
+def main() -> None:
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="three seeds of three trainings, in about two minutes")
+    parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
+    options = parser.parse_args()
+
+    flags = " --quick" * options.quick + " --markdown" * options.markdown
+    print_heading("auto_training", flags, PACKAGES, options.markdown)
+    names = [*TRAININGS][1::2] if options.quick else [*TRAININGS]
+    epochs, seeds = (EPOCHS[:2], 3) if options.quick else (EPOCHS, SEEDS)
+    rows, automatic = tables(names, epochs, seeds)
+    title = f"Final training loss over the best of {len(GRID)} constant rates: {len(names)} trainings by {seeds} seeds"
+    print_table(
+        title, ["after the range test", *(f"{many} epochs" for many in epochs), "worst"], rows, options.markdown
+    )
+    header = ["training", "best of the grid", "automatic", "points lost, median", "worst", "more steps"]
+    print_table("Held-out accuracy without a learning rate", header, automatic, options.markdown)
+
+
+if __name__ == "__main__":
+    main()

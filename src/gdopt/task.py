@@ -1,0 +1,77 @@
+"""What a call is to work on, checked: a problem with its arguments, its data and its random key."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from gdopt import _trees
+from gdopt._types import PyTree
+from gdopt.data import Batches, check_data
+from gdopt.errors import InputError
+from gdopt.problem import Problem, check_start
+
+
+class Task(NamedTuple):
+    """A problem, and all that its loss is called with besides the params."""
+
+    problem: Problem
+    args: PyTree  # what is traced of them; None in place of functions and the like
+    args_rest: _trees.Rest
+    data: PyTree
+    batches: Batches | None
+    with_key: bool
+    key: jax.Array
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """None for a loss that is the same function at each step."""
+        return self.batches.per_epoch if self.batches else 1 if self.with_key else None
+
+
+def make_task(
+    caller: str,
+    problem: Problem,
+    *,
+    args: tuple,
+    data: PyTree,
+    batch_size: int | None,
+    with_key: bool,
+    key: jax.Array | None,
+) -> Task:
+    """Checks that all of it can be run on; raises InputError, before anything is traced, where not."""
+    data, batches = check_data(data, batch_size)
+    refuse_tracers(caller, problem.params, data)  # inside jit these are traced even if they come from outside
+    check_start(problem.params)
+    traced, rest = _split_args(args)
+    return Task(problem, traced, rest, data, batches, with_key, _check_key(key))
+
+
+def refuse_tracers(caller: str, *trees: PyTree) -> None:
+    """Raises InputError where one of the caller's arguments is being traced by jit, vmap or grad."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees)):
+        raise InputError(
+            f"{caller} was called inside jit, vmap or grad: it runs its loop from Python, so call it outside; inside, "
+            "use gdopt.gd_step, or gdopt.gd with jax.lax.scan."
+        )
+
+
+def _check_key(key: Any) -> jax.Array:
+    if key is None:
+        return jax.random.key(0)
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise InputError(f"key={key!r} is not one random key: pass jax.random.key(0), say.")
+
+
+def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
+    if not isinstance(args, tuple):
+        raise InputError(f"args is a {type(args).__name__}: pass a tuple, such as args=(x,).")
+    some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest
