@@ -387,19 +387,6 @@ def test_history_and_message_tell_the_rates() -> None:
 # --- bad input ---
 
 
-def test_auto_is_for_a_full_batch_and_gd() -> None:
-    line = lambda w, batch: jnp.mean((batch - w) ** 2)
-    for options in (
-        {"data": np.ones(6, np.float32), "batch_size": 2},
-        {"optimizer": optax.adam},
-        {"with_key": True},
-    ):
-        with pytest.raises(gdopt.InputError, match=r"learning_rate='auto' is for gdopt.gd on a loss that is the same"):
-            gdopt.minimize(line, 0.0, **options)
-    with pytest.raises(gdopt.InputError, match=r"holds gdopt.spectral\(\).*mini-batches"):
-        gdopt.minimize(line, 0.0, optimizer=gdopt.spectral(), data=np.ones(6, np.float32), batch_size=2)
-
-
 def test_all_of_the_data_at_each_step_is_a_full_batch() -> None:
     data = np.arange(6, dtype=np.float32)
     result = gdopt.minimize(lambda w, batch: jnp.mean((batch - w) ** 2), 0.0, data=data)

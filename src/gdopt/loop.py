@@ -20,7 +20,7 @@ from gdopt._types import PyTree
 from gdopt.errors import InputError
 from gdopt.optimizers import MAX_REJECTED
 from gdopt.result import History
-from gdopt.rule import Rule, apply, evaluation_params, owned_rate, search
+from gdopt.rule import Rule, apply, evaluation_params, inject, owned_rate, search
 from gdopt.stopping import RUNNING, Evaluation, Limits, Status, Watch
 from gdopt.task import Task
 
@@ -162,6 +162,7 @@ def compile(task: Task, rule: Rule, inputs: Inputs, *, trial: bool = False) -> C
             return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
 
         def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree]:
+            optimizer = optimizer if rate is None else inject(optimizer, rate)
             extras = {"value": loss, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
             updates, optimizer = apply(transformation, grad, optimizer, params, **extras)
             # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by

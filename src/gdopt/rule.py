@@ -140,6 +140,21 @@ def owned_rate(state: PyTree) -> jax.Array:
     return rates[0] if len(rates) == 1 else jnp.asarray(jnp.nan)
 
 
+def inject(state: PyTree, rate: jax.Array) -> PyTree:
+    """The state with this rate in it, where ``optax.inject_hyperparams`` keeps one: it would go on with its first."""
+    kept = [part for part in _parts(state, optax.InjectStatefulHyperparamsState) if "learning_rate" in part.hyperparams]
+    if len(kept) != 1:
+        return state
+
+    def replace(node: Any) -> Any:
+        if node is not kept[0]:
+            return node
+        old = node.hyperparams["learning_rate"]
+        return node._replace(hyperparams={**node.hyperparams, "learning_rate": rate.astype(old.dtype)})
+
+    return jax.tree.map(replace, state, is_leaf=lambda node: node is kept[0])
+
+
 def search(state: PyTree) -> SpectralState | None:
     """The state of `spectral`, wherever it stands in the optimizer's: then points are trials, and may be taken back."""
     return next(iter(_parts(state, SpectralState)), None)

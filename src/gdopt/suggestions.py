@@ -90,7 +90,7 @@ def suggest(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, *, blew
     above = ~inside[bottom:]
     right = bottom + int(above.argmax()) if above.any() else count - 1
     trail = min(_TRAIL, int(np.sum(rates > rates[-1] / 10**0.5)))
-    if left == head:
+    if left < 2 * head:
         return Verdict(None, f"The loss falls at once, at the rate {low} already: lower start_lr.", "lower")
     if not above.any() and not blew_up and rates[-1] < _FLAT * rates[left]:
         return Verdict(None, f"The loss falls, or stays low, up to the rate {high}: raise end_lr.", "higher")

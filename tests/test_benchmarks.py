@@ -1,0 +1,62 @@
+"""What the benchmarks read and report: CIFAR-10's file format, on files made here, and the rules of other libraries."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cifar10
+import lr_finders
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Files in the format of CIFAR-10's binary version: a label, 1024 red bytes, 1024 green, 1024 blue."""
+    random = np.random.default_rng(0)
+    for name in [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]:
+        records = random.integers(0, 256, (12, 3073), np.uint8)
+        records[:, 0] = np.arange(12) % 10
+        records.tofile(tmp_path / name)
+    return tmp_path
+
+
+def test_cifar10_files_are_read(directory: Path) -> None:
+    (images, labels), (held, _) = cifar10.load(directory)
+    assert images.shape == (60, 32, 32, 3)
+    assert held.shape == (12, 32, 32, 3)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.tile(np.arange(12) % 10, 5))
+    raw = (directory / "data_batch_2.bin").read_bytes()
+    row, column, channel = 5, 17, 2
+    assert images[13, row, column, channel] == raw[3073 + 1 + 1024 * channel + 32 * row + column]
+
+
+def test_a_broken_file_is_named(directory: Path) -> None:
+    (directory / "data_batch_3.bin").write_bytes(b"\x00" * 3074)
+    with pytest.raises(ValueError, match=r"data_batch_3.bin has 3074 bytes, which are not records of 3073"):
+        cifar10.load(directory)
+
+
+@pytest.mark.slow
+def test_the_papers_setting_runs(directory: Path) -> None:
+    import cyclical
+
+    table = cyclical.smith(str(directory), scale=1e-4)
+    assert [row.cells[0] for row in table] == ["7", "2", "4", "2"]
+    assert all(0 <= float(row.cells[1]) <= 1 for row in table)
+
+
+def curve(rates: np.ndarray) -> lr_finders.Curve:
+    """A loss that falls about 0.01 and blows up beyond 1."""
+    x = np.log10(rates)
+    return lr_finders.Curve(rates, 0.3 + 2 / (1 + 10 ** (2 * (x + 2))) + 10.0 ** (6 * x))
+
+
+@pytest.mark.parametrize("name", ["fastai", "lightning", "ignite", "torch_lr_finder"])
+def test_the_rules_of_others_make_sense_of_a_clear_curve(name: str) -> None:
+    rule = getattr(lr_finders, name)
+    rule = functools.partial(rule, "valley") if name == "fastai" else rule
+    assert 1e-4 < rule(curve) < 1

@@ -1,0 +1,304 @@
+"""``lr_find`` and ``learning_rate="auto"``: the library's own loop on a ladder of rates, and what comes of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import count_compilations
+from sklearn.datasets import load_breast_cancer
+from sklearn.preprocessing import scale
+
+import gdopt
+from gdopt import Status, schedules
+
+X, Y = load_breast_cancer(return_X_y=True)
+X, Y = scale(X).astype(np.float32), Y.astype(np.float32)
+START = np.zeros(30, np.float32)
+KEY = jax.random.key(3)
+
+
+def logistic(w: Any, batch: Any) -> jax.Array:
+    x, y = batch
+    logits = x @ w
+    return jnp.mean(jax.nn.softplus(logits) - y * logits)
+
+
+find = functools.partial(gdopt.lr_find, logistic, START, data=(X, Y), batch_size=32, num_steps=100, key=KEY)
+minimize = functools.partial(gdopt.minimize, logistic, START, data=(X, Y), batch_size=32)
+
+
+def bowl(x: Any) -> jax.Array:
+    """Steepest curvature 18: gradient descent diverges from a rate of 1/9 on."""
+    return jnp.sum(x**2 * jnp.array([1.0, 3.0, 9.0])) + 1
+
+
+def test_the_curve_is_that_of_minimize_on_the_same_ladder() -> None:
+    test = find(end_lr=0.1)
+    rates = schedules.range_test(1e-5, 0.1, 100)
+    history = minimize(learning_rate=rates, max_steps=100, key=jax.random.fold_in(KEY, 2)).history
+    np.testing.assert_allclose(test.losses[0, :100], history.loss[:100], rtol=1e-5)
+    np.testing.assert_allclose(test.learning_rate[:100], history.learning_rate[:100], rtol=1e-6)
+
+
+def test_each_repeat_is_a_run_of_its_own() -> None:
+    test = find(end_lr=0.1, repeats=3)
+    assert test.losses.shape == (3, len(test.learning_rate))
+    for row, key in zip(test.losses, jax.random.split(jax.random.fold_in(KEY, 2), 3), strict=True):
+        rates = schedules.range_test(1e-5, 0.1, 100)
+        history = minimize(learning_rate=rates, max_steps=100, key=key).history
+        np.testing.assert_allclose(row[:100], history.loss[:100], rtol=1e-5)
+    np.testing.assert_allclose(test.loss, test.losses.mean(axis=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["exponential", "linear"])
+def test_both_ends_are_exact(mode: str) -> None:
+    test = gdopt.lr_find(bowl, np.ones(3, np.float32), start_lr=3e-7, end_lr=0.07, num_steps=50, mode=mode)
+    assert test.learning_rate[0] == 3e-7
+    assert test.learning_rate[49] == 0.07  # the exponential one goes on
+    steps = np.diff(np.log(test.learning_rate) if mode == "exponential" else test.learning_rate)
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-9)
+
+
+def test_nothing_of_the_callers_changes_and_the_answer_is_the_same_each_time() -> None:
+    params = {"w": jnp.zeros(30), "frozen": 7}
+    loss = lambda params, batch: logistic(params["w"], batch)
+    again = functools.partial(
+        gdopt.lr_find, loss, params, data=(X, Y), batch_size=32, trainable={"w": True, "frozen": False}
+    )
+    first, second = again(), again()
+    np.testing.assert_array_equal(params["w"], 0)
+    np.testing.assert_array_equal(first.losses, second.losses)
+    assert first.suggestion == second.suggestion
+    assert not np.array_equal(first.losses, again(key=jax.random.key(1)).losses)
+
+
+def test_new_rates_new_data_and_a_fresh_lambda_compile_nothing() -> None:
+    def run(shift: float, **options: Any) -> gdopt.RangeTest:
+        rows = jnp.asarray(X) + shift, jnp.asarray(Y)
+        return gdopt.lr_find(lambda w, b: logistic(w, b), START, data=rows, batch_size=32, num_steps=60, **options)
+
+    run(0.0, refine=True)
+    with count_compilations() as counter:
+        longer = run(1.0, start_lr=1e-7, end_lr=1e-4, key=KEY, refine=True)
+    assert counter.count == 0, counter.names
+    assert longer.learning_rate[-1] > 1e-4  # the ladder has been extended, in the same program
+    with count_compilations() as counter:
+        run(0.0, repeats=2)
+        assert counter.count > 0
+        counter.names.clear()
+        run(1.0, repeats=2, start_lr=1e-4)
+    assert counter.count == 0, counter.names
+
+
+def test_it_stops_at_the_first_loss_that_is_not_finite() -> None:
+    test = gdopt.lr_find(lambda x: -jnp.log(jnp.sum(x)), np.ones(2, np.float32) / 2, num_steps=60, end_lr=1e6)
+    assert test.status in (Status.NON_FINITE, Status.MAX_STEPS)
+    hole = gdopt.lr_find(lambda x: jnp.where(x > 0.5, x**2, jnp.nan) + 1, 1.0, start_lr=1e-3)
+    assert hole.status is Status.NON_FINITE
+    assert "was not finite after the rate" in hole.message
+    assert np.isfinite(hole.loss).all()
+
+
+def test_it_stops_at_the_blow_up() -> None:
+    test = gdopt.lr_find(bowl, np.ones(3, np.float32))
+    assert test.status is Status.DIVERGED
+    assert np.isfinite(test.loss).all()
+    assert test.learning_rate[-1] < 2
+    assert test.smoothed_loss[-1] > max(4 * test.smoothed_loss.min(), test.loss[0]) > test.smoothed_loss[-2]
+    assert "the loss blew up at the rate" in test.message
+    assert 1 / 90 < test.suggestion < 1 / 9
+
+
+def test_repeats_that_end_earlier_leave_the_others_alone() -> None:
+    test = find(repeats=4, num_steps=150)
+    ends = np.isfinite(test.losses).sum(axis=1)
+    assert len(set(ends)) > 1
+    assert ends.max() == len(test.learning_rate)
+    assert np.isfinite(test.loss).sum() == np.isfinite(test.smoothed_loss).sum() == ends.min()
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e7])
+def test_a_ladder_without_the_end_that_matters_is_extended(factor: float) -> None:
+    usual = gdopt.lr_find(bowl, np.ones(3, np.float32)).suggestion
+    test = gdopt.lr_find(lambda x: factor * bowl(x), np.ones(3, np.float32))
+    assert test.suggestion == pytest.approx(usual / factor, rel=0.5)
+    steps = np.diff(np.log(test.learning_rate))
+    np.testing.assert_allclose(steps, np.log(1e6) / 299, rtol=1e-6)  # no rate is left out where sections meet
+
+
+def test_a_linear_ladder_is_as_it_was_asked_for() -> None:
+    test = gdopt.lr_find(bowl, np.ones(3, np.float32), start_lr=1e-5, end_lr=1e-2, mode="linear")
+    assert len(test.learning_rate) == 300
+    assert test.suggestion is None
+    assert "raise end_lr" in test.message
+
+
+@pytest.mark.parametrize(
+    ("loss", "start", "says"),
+    [
+        (lambda x: 0 * jnp.sum(x) + 2, 1.0, "The loss is flat from 1e-05 to .*may not depend on params"),
+        (lambda x: jnp.log(x), -1.0, "not finite at the start: start where both are finite"),
+        (lambda x: jnp.sqrt(x), 0.0, "not finite at the start"),  # its gradient
+        (lambda x: -x, 1.0, "falls, or stays low, up to the rate .*: raise end_lr"),
+    ],
+)
+def test_no_suggestion_has_a_reason(loss: Any, start: float, says: str) -> None:
+    test = gdopt.lr_find(loss, start, num_steps=40)
+    assert test.suggestion is None
+    with pytest.raises(AssertionError, match=f"No suggestion.*{says}"):
+        raise AssertionError(test.message)
+    assert "none" in repr(test)
+
+
+FACTORIES = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+    "lion": optax.lion,
+    "inject_hyperparams": optax.inject_hyperparams(optax.sgd),
+    "clipped": lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate)),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_the_suggestion_trains(name: str) -> None:
+    """From 0.69 to well below a half of it, and better than a rate far from it: for every kind of factory."""
+    found = find(optimizer=FACTORIES[name], num_steps=200).suggestion
+    final = []
+    for rate in (found, 30 * found, 1e-3 * found):
+        result = minimize(optimizer=FACTORIES[name], learning_rate=rate, epochs=6)
+        final.append(float(logistic(result.params, (X, Y))))
+    assert final[0] < 0.3
+    assert final[0] == min(final)
+
+
+def test_a_rate_that_an_injected_state_keeps_follows_the_schedule() -> None:
+    """optax.inject_hyperparams keeps the rate of its first step in its state."""
+    rates = schedules.triangular(0.01, 0.1, 3)
+    plain, injected = (
+        minimize(optimizer=optimizer, learning_rate=rates, max_steps=8)
+        for optimizer in (optax.sgd, optax.inject_hyperparams(optax.sgd))
+    )
+    np.testing.assert_allclose(injected.params, plain.params, rtol=1e-5)
+
+
+def test_refine_suggests_what_trained_best() -> None:
+    test = find(num_steps=200, refine=True, repeats=2)
+    rates, losses = test.refinement
+    assert rates[2] == test.suggestions["basin"]
+    assert test.suggestion == rates[losses.argmin()]
+    again = minimize(
+        learning_rate=float(rates[0]), max_steps=100, key=jax.random.split(jax.random.fold_in(KEY, 2), 2)[0]
+    )
+    other = minimize(
+        learning_rate=float(rates[0]), max_steps=100, key=jax.random.split(jax.random.fold_in(KEY, 2), 2)[1]
+    )
+    expected = np.mean([run.history.loss[50:100] for run in (again, other)])
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_refine_leaves_a_diverged_neighbour_out() -> None:
+    cliff = lambda x: jnp.sum(x**2) + jnp.where(jnp.sum(x**2) > 4.1, jnp.nan, 1.0)
+    test = gdopt.lr_find(cliff, np.ones(4, np.float32), refine=True)
+    assert test.suggestion is not None
+    assert np.isfinite(test.refinement.loss).any()
+
+
+def test_random_keys_and_aux() -> None:
+    def noisy(x: Any, *, key: Any) -> tuple[jax.Array, int]:
+        return bowl(x + 0.1 * jax.random.normal(key, x.shape)), 1
+
+    test = gdopt.lr_find(noisy, np.ones(3, np.float32), with_key=True, has_aux=True, repeats=2)
+    assert not np.array_equal(*test.losses)
+    assert 1 / 90 < test.suggestion < 1 / 9
+
+
+def test_float64_and_complex() -> None:
+    with jax.enable_x64(True):
+        test = gdopt.lr_find(lambda z: jnp.sum(jnp.abs(z - 1j) ** 2) + 1, np.zeros(2, np.complex128))
+        assert 0.01 < test.suggestion < 1
+
+
+BAD = {
+    "ready optimizer": ({"optimizer": optax.adam(1e-3)}, "optimizer is ready and owns its rate.*pass the factory"),
+    "no optimizer": ({"optimizer": 3}, "optimizer=3 is unknown"),
+    "ladder that falls": ({"start_lr": 1.0, "end_lr": 0.1}, "start_lr=1.0 is not below end_lr=0.1"),
+    "negative rate": ({"start_lr": -1.0}, "start_lr=-1.0"),
+    "one step": ({"num_steps": 1}, "num_steps=1"),
+    "no repeats": ({"repeats": 0}, "repeats=0"),
+    "mode": ({"mode": "log"}, "mode='log' is unknown"),
+    "batch size": ({"batch_size": 10**6}, "batch_size=1000000"),
+    "start": ({"params": np.full(30, np.nan, np.float32)}, "starts with nan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_compiles(name: str) -> None:
+    options, says = BAD[name]
+    with count_compilations() as counter, pytest.raises(gdopt.InputError, match=says):
+        gdopt.lr_find(**{"loss": logistic, "params": START, "data": (X, Y), "batch_size": 32} | options)
+    assert counter.count == 0
+
+
+def test_inside_jit_it_says_so() -> None:
+    with pytest.raises(gdopt.InputError, match="lr_find was called inside jit"):
+        jax.jit(lambda x: gdopt.lr_find(bowl, x).suggestion)(np.ones(3))
+
+
+def test_it_takes_what_minimize_takes() -> None:
+    ours, theirs = (inspect.signature(f).parameters for f in (gdopt.lr_find, gdopt.minimize))
+    shared = {"loss", "params", "args", "data", "batch_size", "optimizer", "has_aux", "with_key", "key", "trainable"}
+    assert shared == {*ours} & {*theirs}
+    assert all(ours[name] == theirs[name] for name in shared)
+
+
+# --- learning_rate="auto" ---
+
+
+def test_mini_batches_train_without_a_rate() -> None:
+    result = minimize(epochs=20)
+    assert result.success
+    assert float(jnp.mean((X @ result.params > 0) == Y)) > 0.975
+    test = result.range_test
+    assert test.suggestion is not None
+    assert f"{test.suggestion:.3g}" in result.message
+    steps = len(X) // 32 * 20
+    assert len(test.learning_rate) <= steps / 4
+    rates = result.history.learning_rate[:steps]
+    assert np.isfinite(rates).all()
+    assert repr(test.suggestion)
+
+
+def test_auto_is_lr_find_with_the_same_key() -> None:
+    test = minimize(epochs=20, key=KEY).range_test
+    again = find(num_steps=len(X) // 32 * 20 // 5)
+    np.testing.assert_array_equal(test.losses, again.losses)
+    assert test.suggestion == again.suggestion
+
+
+def test_another_optimizer_trains_without_a_rate() -> None:
+    result = gdopt.minimize(bowl, np.ones(3, np.float32), optimizer=optax.adam, max_steps=500)
+    assert result.loss < 1.001
+    assert result.range_test is not None
+
+
+def test_a_full_batch_of_gd_and_a_given_rate_need_no_range_test() -> None:
+    assert gdopt.minimize(bowl, np.ones(3, np.float32)).range_test is None
+    assert minimize(learning_rate=0.1, epochs=1).range_test is None
+
+
+def test_where_the_range_test_finds_none_the_error_says_why() -> None:
+    with pytest.raises(gdopt.InputError, match=r"learning_rate='auto' found none: .* flat .* Or pass a learning_rate"):
+        gdopt.minimize(lambda x, batch: jnp.mean(batch) + 0 * x, 1.0, data=np.ones(6, np.float32), batch_size=2)
+
+
+def test_spectral_is_not_for_mini_batches() -> None:
+    with pytest.raises(gdopt.InputError, match=r"holds gdopt.spectral\(\).*mini-batches"):
+        minimize(optimizer=gdopt.spectral())

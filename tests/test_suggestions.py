@@ -1,0 +1,125 @@
+"""What is read off a range test's curve, on curves that are known; the named rules are fastai's, point by point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdopt import suggestions
+
+FASTAI = np.load(Path(__file__).with_name("fastai_rules") / "rules.npz")
+CURVES = sorted({name.split("/")[0] for name in FASTAI.files})
+RATES = np.geomspace(1e-5, 10, 300)
+
+
+def curve(edge: float = 1.0, level: float = 0.3, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    """A loss that falls from 2.3 about a hundredth of the edge, and blows up beyond it."""
+    x = np.log10(RATES / edge)
+    loss = level + (2.3 - level) / (1 + 10 ** (2 * (x + 2))) + 10 ** np.minimum(6 * x, 6)
+    return loss + noise * np.random.default_rng(seed).normal(size=len(x))
+
+
+def suggest(losses: np.ndarray, rates: np.ndarray = RATES) -> suggestions.Verdict:
+    end = suggestions.end(losses)
+    losses = losses[:end]
+    return suggestions.suggest(rates[:end], losses, suggestions.smooth(losses), blew_up=end < len(rates))
+
+
+@pytest.mark.parametrize("rule", suggestions.RULES)
+@pytest.mark.parametrize("name", CURVES)
+def test_the_named_rules_are_fastais(name: str, rule: str) -> None:
+    found = suggestions.RULES[rule](FASTAI[f"{name}/rates"], FASTAI[f"{name}/losses"])
+    np.testing.assert_allclose(found, FASTAI[f"{name}/{rule}"], rtol=1e-12)
+
+
+def test_by_rule_reads_fastais_window() -> None:
+    smoothed = suggestions.smooth(curve(noise=0.05))
+    found = suggestions.by_rule(RATES, smoothed, 300)
+    window = slice(30, -5)
+    assert found == {name: rule(RATES[window], smoothed[window]) for name, rule in suggestions.RULES.items()}
+    assert found["steep"] == RATES[30 + np.gradient(smoothed[window]).argmin()]  # not where the loss is lowest
+    assert set(suggestions.by_rule(RATES[:40], smoothed[:40], 300).values()) == {None}  # too few points are left
+
+
+def test_smooth_is_the_weighted_mean_of_what_came_before() -> None:
+    losses = np.random.default_rng(0).normal(size=(2, 20))
+    for k in range(20):
+        weights = suggestions.BETA ** np.arange(k, -1, -1)
+        expected = (losses[:, : k + 1] * weights).sum(axis=1) / weights.sum()
+        np.testing.assert_allclose(suggestions.smooth(losses)[:, k], expected, rtol=1e-12)
+    assert suggestions.smooth(losses)[0, 0] == losses[0, 0]
+
+
+def test_a_curve_ends_before_what_is_not_finite_and_at_its_blow_up() -> None:
+    assert suggestions.end(np.array([1.0, np.nan, 1.0])) == 1
+    assert suggestions.end(np.array([np.inf])) == 0
+    assert suggestions.end(np.ones(50)) == 50
+    assert suggestions.end(np.append(np.ones(50), [1e3, 1e3])) == 51
+    assert suggestions.end(np.append(np.linspace(10, 1, 50), [9.0] * 50)) == 100  # back below its start is no blow-up
+    assert suggestions.end(np.append(np.linspace(-1, -10, 50), [100.0] * 50)) < 60  # nor need losses be positive
+    assert (
+        suggestions.end(np.append(np.linspace(1, 0, 90), np.full(50, 0.2))) == 140
+    )  # near zero, four times is nothing
+
+
+@pytest.mark.parametrize("edge", [1e-2, 1e-1, 1.0])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_the_suggestion_lies_within_a_decade_below_the_edge(edge: float, noise: float) -> None:
+    suggestion, reason, missing = suggest(curve(edge, noise=noise))
+    assert suggestion is not None
+    assert edge / 10 < suggestion < edge
+    assert reason == missing == ""
+
+
+def test_it_hardly_depends_on_the_noise() -> None:
+    found = [suggest(curve(noise=0.1, seed=seed)).suggestion for seed in range(20)]
+    assert max(found) < 1.6 * min(found)
+
+
+@given(st.floats(-3, 3), st.floats(-50, 50), st.integers(0, 5))
+def test_it_has_no_scale_and_no_origin(scale: float, offset: float, seed: int) -> None:
+    losses = curve(noise=0.05, seed=seed)[:270]  # before the blow-up, whose threshold knows where zero is
+    verdict = suggestions.suggest(RATES[:270], losses, suggestions.smooth(losses), blew_up=True)
+    moved = losses * 10**scale + offset
+    again = suggestions.suggest(RATES[:270], moved, suggestions.smooth(moved), blew_up=True)
+    if 10**scale > 1e-5 * abs(offset):  # else the fall is lost in rounding
+        assert again.suggestion == pytest.approx(verdict.suggestion, rel=0.1)  # rounding may move an edge by a rung
+
+
+@pytest.mark.parametrize(
+    ("losses", "rates", "says", "missing"),
+    [
+        (curve(100.0), RATES, r"falls, or stays low, up to the rate 10: raise end_lr", "higher"),
+        (np.full(300, 2.0), RATES, r"flat from 1e-05 to 10: raise end_lr", "higher"),
+        (2 + np.random.default_rng(0).normal(size=300), RATES, r"noise hides the fall: raise batch_size", "higher"),
+        (np.geomspace(1, 1e9, 300), RATES, r"rises from the rate 1e-05 on: lower start_lr", "lower"),
+        (
+            np.exp(-np.arange(300) / 3) + 1e3 * (RATES > 1),
+            RATES,
+            r"falls at once, at the rate 1e-05 already: lower start_lr",
+            "lower",
+        ),
+        (np.append(np.ones(250), np.full(50, 99.0)), RATES, r"not fall by more than its noise .* sign of the loss", ""),
+        (curve()[::20], RATES[::20], r"15 points, which is too few: raise num_steps", ""),
+    ],
+)
+def test_no_suggestion_comes_with_what_to_change(
+    losses: np.ndarray, rates: np.ndarray, says: str, missing: str
+) -> None:
+    verdict = suggest(losses, rates)
+    assert verdict.suggestion is None
+    assert verdict.missing == missing
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(verdict.reason)
+
+
+def test_a_floor_that_no_rate_leads_away_from_is_a_suggestion_too() -> None:
+    rates = np.geomspace(1e-5, 1e7, 600)
+    losses = 1 / (1 + (rates / 1e-2) ** 2)
+    verdict = suggest(losses, rates)
+    assert verdict.missing == "higher"  # a longer ladder might still show the end of it
+    assert 1e-2 < verdict.suggestion < 1e-1
