@@ -158,12 +158,10 @@ def test_no_suggestion_has_a_reason(loss: Any, start: float, says: str) -> None:
 
 
 FACTORIES = {
-    "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
     "lion": optax.lion,
     "inject_hyperparams": optax.inject_hyperparams(optax.sgd),
-    "clipped": lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate)),
 }
 
 

@@ -1,4 +1,4 @@
-"""``plot.descent``: the picture holds what the history holds, however the run ended, and can be saved."""
+"""The pictures hold what the results hold, however a run ended, and can be saved."""
 
 from __future__ import annotations
 
@@ -168,6 +168,69 @@ def test_steps_are_whole_numbers():
         figure.draw_without_rendering()
         ticks = figure.axes[-1].get_xticks()
         assert (ticks == np.round(ticks)).all()
+
+
+TESTS: dict[str, Callable[[], gdopt.RangeTest]] = {
+    "blown up": lambda: gdopt.lr_find(rows_loss, jnp.zeros(3), data=rows(), batch_size=8, repeats=3),
+    "no suggestion": lambda: gdopt.lr_find(lambda x: 0 * x + 2, 1.0, num_steps=20),
+    "not finite at the start": lambda: gdopt.lr_find(jnp.log, -1.0, num_steps=20),
+}
+range_test = functools.cache(lambda name: TESTS[name]())
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_a_range_test_is_drawn_as_it_was(name):
+    test = range_test(name)
+    figure = gdopt.plot.lr_find(test)
+    loss, rate = figure.axes
+    assert loss.get_xscale() == "log"
+    raw, (smoothed, *marks) = loss.lines[: len(test.losses)], loss.lines[len(test.losses) :]
+    for line, values in zip([*raw, smoothed], [*test.losses, test.smoothed_loss], strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), values)
+        np.testing.assert_array_equal(line.get_xdata(), test.learning_rate)
+    np.testing.assert_array_equal(rate.lines[0].get_ydata(), test.learning_rate)
+    found = [rate for rate in [*test.suggestions.values(), test.suggestion] if rate is not None]
+    assert [float(np.ravel(mark.get_xdata())[0]) for mark in marks] == found
+    figure.savefig(file := io.BytesIO())
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
+def test_the_blow_up_leaves_the_picture():
+    test = range_test("blown up")
+    low, high = gdopt.plot.lr_find(test).axes[0].get_ylim()
+    start, best = test.smoothed_loss[:20].max(), np.nanmin(test.smoothed_loss)
+    assert low < best
+    assert start < high < start + (start - best)
+    assert high < np.nanmax(test.losses)
+
+
+def test_a_schedule_is_drawn_step_by_step():
+    cycle = gdopt.schedules.triangular(0.1, 0.5, 4)
+    (axes,) = gdopt.plot.schedule(cycle, 20).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [cycle(k) for k in range(20)])
+    assert axes.get_yscale() == "linear"
+    (axes,) = gdopt.plot.schedule(gdopt.schedules.range_test(1e-6, 1.0, 30), 30).axes
+    assert axes.get_yscale() == "log"
+    with pytest.raises(gdopt.InputError, match="is not a function"):
+        gdopt.plot.schedule(0.1, 20)
+    with pytest.raises(gdopt.InputError, match="steps=0"):
+        gdopt.plot.schedule(cycle, 0)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda ax: gdopt.plot.lr_find(range_test("no suggestion"), ax=ax),
+        lambda ax: gdopt.plot.schedule(lambda k: 0.1, 9, ax=ax),
+    ],
+)
+def test_axes_of_ones_own_are_drawn_into(draw):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots(1, 2)
+    assert draw(axes[0]) is axes[0].figure
+    assert axes[0].lines
+    assert not axes[1].lines
 
 
 def test_it_needs_no_pyplot(monkeypatch):

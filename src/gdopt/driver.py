@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees, loop, lr_finder
@@ -21,13 +22,14 @@ from gdopt.problem import Problem, make_problem
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
 from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
-from gdopt.schedules import one_cycle
+from gdopt.schedules import triangular2
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
 from gdopt.task import Task, make_task, refuse_tracers
 
 _MAX_STEPS = 10_000
 _TOL = 1e-4
 _LEAST_TEST = 50  # steps of a range test
+_PEAK = 2.0  # of the cycles that follow it, times its suggestion: measured by benchmarks/auto_training.py
 
 
 def minimize(
@@ -68,9 +70,11 @@ def minimize(
             By default (None) each step sees all rows, unshuffled.
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
             transformation``: ``gdopt.gd``, the default; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``.
-        learning_rate: ``"auto"``, the default, finds the rate at every step of `gd` on a loss that is the same at each
-            step: it is short for ``optimizer=gdopt.spectral()``. For mini-batches, random keys and other factories give
-            a positive number, or a schedule ``step -> rate`` of gdopt's, optax's or your own.
+        learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
+            your own. Of `gd` on a loss that is the same at each step, "auto" finds the rate at every step: it is short
+            for ``optimizer=gdopt.spectral()``. With mini-batches, random keys and other factories it makes a range test
+            first, `lr_find` of a fifth of the steps (50 to 300), and then three cycles over all steps, `triangular2`
+            from half of what the test suggests to twice of it; so ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
         epochs: passes over the data after which to stop, of ``rows // batch_size`` updates each.
         tol: a full-batch run has converged once ``|g| |x - x0| <= tol (f(x0) - f(x))``, in 2-norms over all leaves: for
@@ -94,7 +98,7 @@ def minimize(
         NON_FINITE the best or the last good one. Ctrl-C ends the run with a result (INTERRUPTED), a second one raises.
 
     Raises:
-        InputError: for bad input, before anything compiles.
+        InputError: for bad input, before anything compiles; and where a range test finds no rate.
         NotConvergedError: with ``throw=True``, where ``Result.success`` would be False; it carries the result.
 
     Source: the convergence test is the convexity bound f(x) - f* <= |g| |x - x*| (Boyd & Vandenberghe, "Convex
@@ -163,7 +167,10 @@ def minimize(
     if how is Rates.SEARCHED:
         message += chosen_rates(history.learning_rate)
     if test is not None:
-        message += " The learning rate was chosen by a range test."
+        message += (
+            f" The learning rate was chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+            f"{test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice of it."
+        )
     result = Result(
         params=problem.rest.combine(kept.params),
         loss=float(kept.loss),
@@ -250,8 +257,14 @@ def _chosen(task: Task, optimizer: Any, max_steps: int) -> tuple[RangeTest, Sche
         ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
         test = lr_finder.range_test(task, optimizer, ladder)
         if test.suggestion is not None:
-            return test, one_cycle(test.suggestion, max_steps)
+            return test, _cycles(_PEAK * test.suggestion, max_steps)
     raise InputError(f"learning_rate='auto' found none: {test.message} Or pass a learning_rate.")
+
+
+def _cycles(peak: float, steps: int) -> Schedule:
+    """Smith's three cycles of halving height; the peak is closed over as an array: another one compiles nothing."""
+    highest, shape = jnp.asarray(peak, float), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
+    return lambda step: highest * shape(step)
 
 
 def _check_steps(max_steps: Any, epochs: Any, task: Task) -> int:

@@ -98,9 +98,10 @@ def lr_find(result: RangeTest, *, ax: Any = None) -> Any:
     if result.suggestion is not None:
         ax.axvline(result.suggestion, color="C1", linestyle="--", label=f"suggestion: {result.suggestion:.2g}")
     drawn = smoothed[_drawable(smoothed)]
-    if drawn.size and drawn[0] > drawn.min():
-        fall = drawn[0] - drawn.min()
-        ax.set_ylim(min(drawn.min(), raw[_drawable(raw)].min()) - 0.1 * fall, drawn[0] + 0.4 * fall)
+    top = drawn[: max(len(drawn) // 10, 1)].max(initial=-np.inf)
+    if drawn.size and top > drawn.min():
+        fall = top - drawn.min()
+        ax.set_ylim(min(drawn.min(), raw[_drawable(raw)].min()) - 0.1 * fall, top + 0.4 * fall)
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
     ax.set_ylabel("loss")
