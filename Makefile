@@ -20,7 +20,7 @@ demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits and d
 	$(VENV)/bin/python examples/digits.py
 
 pictures: $(VENV)/stamp-demo ## draw the pictures of the README anew
-	cd docs && ../$(VENV)/bin/python ../examples/digits.py && ../$(VENV)/bin/python ../examples/valley.py
+	cd docs && for name in digits valley finder; do ../$(VENV)/bin/python ../examples/$$name.py || exit; done
 
 test: lint types ## run every check: lint, types, tests, documentation and examples
 	$(RUN) pytest -n $(WORKERS)

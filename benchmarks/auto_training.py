@@ -39,20 +39,12 @@ def measure(name: str, epochs: int, seed: int) -> dict[str, tuple[float, float, 
     """By schedule, and by grid rate: training loss, held-out accuracy (minus the loss for a regression), steps."""
     training = TRAININGS[name]
     rows, held = training.rows()
-    params = training.start(seed)
+    began = float(training.loss(training.start(seed), rows))
     steps = len(rows[0]) // training.batch_size * epochs
 
     def run(learning_rate: Any) -> tuple[float, float, int]:
-        began = float(training.loss(params, rows))
-        result = gdopt.minimize(
-            training.loss,
-            params,
-            data=rows,
-            batch_size=training.batch_size,
-            optimizer=training.optimizer,
-            learning_rate=learning_rate,
-            epochs=epochs,
-            key=jax.random.key(seed),
+        result = training.run(
+            gdopt.minimize, seed, learning_rate=learning_rate, epochs=epochs, key=jax.random.key(seed)
         )
         loss = float(training.loss(result.params, rows))
         test = result.range_test
@@ -60,18 +52,8 @@ def measure(name: str, epochs: int, seed: int) -> dict[str, tuple[float, float, 
             loss = max(loss, began)
         return loss, accuracy(training, result.params, held), steps + (0 if test is None else len(test.loss))
 
-    automatic = gdopt.minimize(
-        training.loss,
-        params,
-        data=rows,
-        batch_size=training.batch_size,
-        optimizer=training.optimizer,
-        epochs=epochs,
-        key=jax.random.key(seed),
-    ).range_test
-    assert automatic is not None
-    assert automatic.suggestion is not None
-    suggestion = jax.numpy.asarray(automatic.suggestion)  # closed over as an array, it compiles nothing anew
+    automatic = training.run(gdopt.minimize, seed, epochs=epochs, key=jax.random.key(seed))
+    suggestion = jax.numpy.asarray(automatic.range_test.suggestion)  # as an array, it compiles nothing anew
 
     def scaled(shape: Any) -> Callable[[Any], Any]:
         return lambda step: suggestion * shape(step)

@@ -44,33 +44,9 @@ def trained(name: str, policy: str, top: float, epochs: int, seed: int) -> float
     rows, held = training.rows()
     shape = POLICIES[policy](len(rows[0]) // training.batch_size * epochs)
     highest = jax.numpy.asarray(top)  # closed over as an array, it compiles nothing anew
-    result = gdopt.minimize(
-        training.loss,
-        training.start(seed),
-        data=rows,
-        batch_size=training.batch_size,
-        optimizer=training.optimizer,
-        learning_rate=lambda step: highest * shape(step),
-        epochs=epochs,
-        key=jax.random.key(seed),
-    )
+    rates = lambda step: highest * shape(step)
+    result = training.run(gdopt.minimize, seed, learning_rate=rates, epochs=epochs, key=jax.random.key(seed))
     return accuracy(training, result.params, held) if result.success else 0.0
-
-
-def highest(name: str) -> float:
-    """The rate that a range test suggests, from five repeats."""
-    training = TRAININGS[name]
-    rows, _ = training.rows()
-    found = gdopt.lr_find(
-        training.loss,
-        training.start(0),
-        data=rows,
-        batch_size=training.batch_size,
-        optimizer=training.optimizer,
-        repeats=5,
-    )
-    assert found.suggestion is not None
-    return found.suggestion
 
 
 def table(names: tuple[str, ...], seeds: int) -> list[Row]:
@@ -88,7 +64,7 @@ def table(names: tuple[str, ...], seeds: int) -> list[Row]:
         for name in names:
             grid = mean_accuracies(name, "fixed", [*GRID], [EPOCHS] * len(GRID))
             best, goal = GRID[grid.argmax()], grid.max()
-            suggestion = highest(name)
+            suggestion = TRAININGS[name].run(gdopt.lr_find, 0, repeats=5).suggestion
             tops = {"best fixed rate": best, "suggestion": suggestion}
             for where, top in tops.items():
                 for policy in POLICIES:

@@ -109,18 +109,7 @@ def stopped(rates: np.ndarray, smoothed: np.ndarray, times: float) -> Curve:
 
 def measure(name: str, seed: int) -> dict[str, tuple[float, float, bool]]:
     """By finder, and by grid rate: the rate, the training loss in the end, and whether it diverged."""
-    training = TRAININGS[name]
-    rows, _ = training.rows()
-    params = training.start(seed)
-    find = functools.partial(
-        gdopt.lr_find,
-        training.loss,
-        params,
-        data=rows,
-        batch_size=training.batch_size,
-        optimizer=training.optimizer,
-        key=jax.random.key(1000 + seed),
-    )
+    find = functools.partial(TRAININGS[name].run, gdopt.lr_find, seed, key=jax.random.key(1000 + seed))
     curve = functools.partial(range_curve, name, seed)
     found = find()
     rates: dict[str, float | None] = {f"grid {rate:.3g}": rate for rate in GRID}
@@ -137,24 +126,16 @@ def measure(name: str, seed: int) -> dict[str, tuple[float, float, bool]]:
         "ignite": ignite(curve),
         "torch-lr-finder": torch_lr_finder(curve),
     }
-    return {finder: (rate or np.nan, *train(training, rows, params, rate, seed)) for finder, rate in rates.items()}
+    return {finder: (rate or np.nan, *train(TRAININGS[name], rate, seed)) for finder, rate in rates.items()}
 
 
-def train(training: Training, rows: Any, params: Any, rate: float | None, seed: int) -> tuple[float, bool]:
+def train(training: Training, rate: float | None, seed: int) -> tuple[float, bool]:
     """The loss over all rows after the training, and whether it diverged; without a rate, that of the start."""
-    began = float(training.loss(params, rows))
+    rows, _ = training.rows()
+    began = float(training.loss(training.start(seed), rows))
     if rate is None:
         return began, False
-    result = gdopt.minimize(
-        training.loss,
-        params,
-        data=rows,
-        batch_size=training.batch_size,
-        optimizer=training.optimizer,
-        learning_rate=rate,
-        epochs=EPOCHS,
-        key=jax.random.key(seed),
-    )
+    result = training.run(gdopt.minimize, seed, learning_rate=rate, epochs=EPOCHS, key=jax.random.key(seed))
     loss = float(training.loss(result.params, rows))
     diverged = not result.success or not loss < 0.9 * began
     return (max(loss, began) if diverged else loss), diverged
@@ -232,11 +213,11 @@ def time_table(rounds: int) -> tuple[list[str], list[Row]]:
     """Header and rows: a warm test of 200 rates on the digits MLP, in turn."""
     training = TRAININGS["digits, MLP"]
     rows, _ = training.rows()
-    rows, params = jax.tree.map(jnp.asarray, rows), training.start(0)
+    data, params = jax.tree.map(jnp.asarray, rows), training.start(0)
 
     def ours(**more: Any) -> Callable[[], Any]:
         return lambda: gdopt.lr_find(
-            training.loss, params, data=rows, batch_size=training.batch_size, num_steps=200, **more
+            training.loss, params, data=data, batch_size=training.batch_size, num_steps=200, **more
         )
 
     clocks = {"gdopt": ours(), "gdopt, `repeats=5`": ours(repeats=5), "gdopt, `refine=True`": ours(refine=True)}

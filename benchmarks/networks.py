@@ -41,6 +41,12 @@ class Training(NamedTuple):
             for key, i, o in zip(keys, self.sizes[:-1], self.sizes[1:], strict=True)
         ]
 
+    def run(self, solve: Callable[..., Any], seed: int, **options: Any) -> Any:
+        """``gdopt.minimize`` or ``gdopt.lr_find`` on it, from the seed's start."""
+        rows, _ = self.rows()
+        own = {"data": rows, "batch_size": self.batch_size, "optimizer": self.optimizer}
+        return solve(self.loss, self.start(seed), **own, **options)
+
     def outputs(self, params: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
         """What the network says of each row."""
         *hidden, last = params

@@ -92,3 +92,18 @@ result = box[0]
 
 if __name__ == "__main__":
     pytest.main([__file__])
+
+
+def test_ctrl_c_ends_a_range_test():
+    process = start(
+        """
+import threading
+import jax.numpy as jnp, gdopt
+threading.Timer(3, lambda: print("started", flush=True)).start()
+gdopt.lr_find(lambda x: jnp.sum(jnp.cosh(x @ x.T / 1000)), jnp.ones((1000, 1000)), num_steps=10**5, end_lr=1e-4)
+"""
+    )
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert errors.rstrip().endswith("KeyboardInterrupt")

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 from helpers import count_compilations
+from jax.extend import core
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import scale
 
 import gdopt
-from gdopt import Status, schedules
+from gdopt import Status, program, schedules
 
 X, Y = load_breast_cancer(return_X_y=True)
 X, Y = scale(X).astype(np.float32), Y.astype(np.float32)
@@ -55,6 +56,28 @@ def test_each_repeat_is_a_run_of_its_own() -> None:
         history = minimize(learning_rate=rates, max_steps=100, key=key).history
         np.testing.assert_allclose(row[:100], history.loss[:100], rtol=1e-5)
     np.testing.assert_allclose(test.loss, test.losses.mean(axis=0), rtol=1e-12)
+
+
+def test_runs_side_by_side_shuffle_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batched, the condition for it would turn into a selection, and each step would sort all rows."""
+    share, traced = program.share, []
+
+    def spy(function: Any, *args: Any, **options: Any) -> Any:
+        traced.append(jax.make_jaxpr(function)(*args))
+        return share(function, *args, **options)
+
+    def sorts(jaxpr: Any, inside_cond: bool = False) -> list[bool]:
+        found = [inside_cond for eqn in jaxpr.eqns if eqn.primitive.name == "sort"]
+        for eqn in jaxpr.eqns:
+            for inner in core.jaxprs_in_params(eqn.params):
+                found += sorts(inner, inside_cond or eqn.primitive.name == "cond")
+        return found
+
+    monkeypatch.setattr(program, "share", spy)
+    find(repeats=2, num_steps=20)
+    found = [flag for closed in traced for flag in sorts(closed.jaxpr)]
+    assert found
+    assert all(found)
 
 
 @pytest.mark.parametrize("mode", ["exponential", "linear"])
@@ -272,6 +295,18 @@ def test_mini_batches_train_without_a_rate() -> None:
     rates = result.history.learning_rate[:steps]
     assert np.isfinite(rates).all()
     assert repr(test.suggestion)
+
+
+def test_another_automatic_run_compiles_nothing() -> None:
+    def run(factor: float) -> gdopt.Result:
+        rows = factor * jnp.asarray(X), jnp.asarray(Y)
+        return gdopt.minimize(lambda w, b: logistic(w, b), START, data=rows, batch_size=32, max_steps=300)
+
+    first = run(1.0)
+    with count_compilations() as counter:
+        second = run(2.0)
+    assert counter.count == 0, counter.names
+    assert first.range_test.suggestion != second.range_test.suggestion
 
 
 def test_auto_is_lr_find_with_the_same_key() -> None:

@@ -245,12 +245,12 @@ def _result(
     losses = np.where(inside, curve.losses[:, :count], np.nan)
     smoothed_losses = np.where(inside, suggestions.smooth(np.where(inside, losses, 0)), np.nan)
     if curve.end == len(curve.rates):
-        status, why = Status.MAX_STEPS, "and the loss stayed finite"
+        status, why = Status.MAX_STEPS, ", and the loss stayed finite"
     else:
         ended = curve.losses[int(np.argmin(curve.ends)), : curve.end + 1]
         status = Status.DIVERGED if np.isfinite(ended).all() else Status.NON_FINITE
         at = f"the rate {curve.rates[max(curve.end - 1, 0)]:.2g}"
-        why = f"the loss blew up at {at}" if status is Status.DIVERGED else f"the loss was not finite after {at}"
+        why = f": the loss blew up at {at}" if status is Status.DIVERGED else f": the loss was not finite after {at}"
     tried = f"tried {max(curve.end, 1)} rates from {curve.rates[0]:.2g} to {curve.rates[max(curve.end - 1, 0)]:.2g}"
     found = f"Suggestion: {suggestion:.3g}." if suggestion is not None else f"No suggestion. {verdict.reason}"
     pad = np.full(count - curve.end, np.nan)
@@ -261,7 +261,7 @@ def _result(
         losses=losses,
         smoothed_losses=smoothed_losses,
         status=status,
-        message=f"{tried}; {why}. {found}",
+        message=f"{tried}{why}. {found}",
         suggestion=suggestion,
         suggestions={"basin": verdict.suggestion, **suggestions.by_rule(rates, smoothed, num_steps)},
         refinement=refinement,
