@@ -188,7 +188,9 @@ FACTORIES = {
 }
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize(
+    "name", ["momentum", "inject_hyperparams", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adam", "lion"))]
+)
 def test_the_suggestion_trains(name: str) -> None:
     """From 0.69 to well below a half of it, and better than a rate far from it: for every kind of factory."""
     found = find(optimizer=FACTORIES[name], num_steps=200).suggestion

@@ -51,7 +51,7 @@ def descend(loss: Any, params: Any, steps: int) -> tuple[Any, Any, jax.Array]:
 # --- it finds minima ---
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_known_minima(problem: Problem, dtype: Any) -> None:
     with jax.enable_x64(dtype == np.float64):
@@ -305,6 +305,7 @@ TREES = {
     "half and single": {"half": jnp.array([3.0, -2.0], jnp.float16), "single": jnp.array([1.0])},
     "bfloat16": jnp.array([3.0, -2.0], jnp.bfloat16),
 }
+ON_TREES = ["nested", "real and complex", "empty leaf", "half and single"]  # what the others are parts of
 
 
 def bowl(params: Any) -> jax.Array:
@@ -315,8 +316,9 @@ def bowl(params: Any) -> jax.Array:
     )
 
 
-@pytest.mark.parametrize("params", TREES.values(), ids=TREES)
-def test_any_tree_in_its_own_dtypes(params: Any) -> None:
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ON_TREES else pytest.mark.slow) for n in TREES])
+def test_any_tree_in_its_own_dtypes(name: str) -> None:
+    params = TREES[name]
     last, state, values = descend(bowl, params, steps=60)
     specs = lambda tree: jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
     assert specs(last) == specs(state.params) == specs(state.grad) == specs(params)

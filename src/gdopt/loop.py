@@ -207,7 +207,9 @@ def _side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
         running = state.code == RUNNING
         new, record = step(state, inputs)
         record = jax.tree.map(lambda entry: jnp.where(running, entry, jnp.nan), record)
-        return _trees.select(running, new, state)._replace(step=state.step), record
+        # All but the order of the rows, which is large and of no use to a run that has ended.
+        kept = _trees.select(running, new._replace(order=()), state._replace(order=()))
+        return kept._replace(step=state.step, order=new.order), record
 
     def steps(state: State, inputs: Inputs) -> tuple[State, tuple]:
         each = jax.vmap(one, in_axes=(each_state, each_inputs), out_axes=(each_state, 0))
