@@ -11,7 +11,6 @@ import importlib.metadata
 from pathlib import Path
 
 import numpy as np
-import torch
 
 RULES = ("steep", "valley", "slide", "minimum")
 
@@ -48,6 +47,8 @@ def curves() -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Asks all rules about all curves."""
+    import torch  # here, so that collecting doctests does not need it
+
     rules, arrays = fastai_rules(), {}
     for name, losses in curves().items():
         rates = np.logspace(-5, 1, 120)[-len(losses) :]
