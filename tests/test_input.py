@@ -95,6 +95,10 @@ BAD = {
     "nan target": ({"target": float("nan")}, "target=nan is not a finite number"),
     "key of int": ({"key": 0}, r"key=0 is not one random key: pass jax.random.key\(0\)"),
     "two keys": ({"key": jax.random.split(jax.random.key(0))}, "is not one random key"),
+    "a searched rate without the best": (
+        {"learning_rate": "auto", "keep_best": False},
+        "keep_best=False was given with a rate that is found at each step.*Pass a learning_rate, or leave keep_best",
+    ),
     "args no tuple": ({"args": [1.0]}, r"args is a list: pass a tuple, such as args=\(x,\)"),
 }
 

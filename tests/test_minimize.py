@@ -347,3 +347,36 @@ def test_repr_is_readable():
     assert lines[-1].startswith("  params    {'x': [")
     big = gdopt.minimize(lambda x: jnp.sum(x**2), jnp.ones((40, 30)), learning_rate=0.1)
     assert repr(big).endswith("params    float32[40, 30]")
+
+
+ZIGZAG = {"learning_rate": 0.3, "max_steps": 12, "tol": 0}  # on |x|: the last point is not the best
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["best", "last"])
+def test_without_the_best_the_last_point_is_returned(last):
+    seen = []
+    loss = lambda x: (jnp.abs(x - 0.1), {"x": x})
+    callback = lambda report: seen.append((report.loss, report.params))
+    result = gdopt.minimize(loss, 1.0, has_aux=True, keep_best=not last, callback=callback, **ZIGZAG)
+    losses = result.history.loss
+    assert losses[-1] > losses.min()
+    assert result.loss == (losses[-1] if last else losses.min())
+    assert float(loss(result.params)[0]) == result.loss
+    assert float(result.aux["x"]) == float(result.params)
+    assert seen[-1] == (result.loss, result.params)
+
+
+def test_without_the_best_a_failure_is_returned_as_it_is():
+    run = functools.partial(gdopt.minimize, lambda x: x - jnp.log(x), 0.1, learning_rate=9.0)
+    result = run(keep_best=False)
+    assert result.status is Status.NON_FINITE
+    assert np.isnan(result.loss)
+    assert "is returned" not in result.message
+    assert np.isfinite(run().loss)
+
+
+def test_without_the_best_an_average_is_still_returned():
+    optimizer = optax.contrib.schedule_free_sgd(0.05)
+    result = gdopt.minimize(quadratic, jnp.full(3, 3.0), optimizer=optimizer, max_steps=30, tol=0, keep_best=False)
+    assert result.loss != result.history.loss[-1]
+    assert result.loss == pytest.approx(float(quadratic(result.params)), rel=1e-6)

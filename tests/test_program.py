@@ -32,7 +32,7 @@ from jax import lax
 from jax.extend import core
 
 import gdopt
-from gdopt import program
+from gdopt import loop, program, schedules
 
 X = jnp.array([0.5, -1.0, 2.0])
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
@@ -42,9 +42,8 @@ ARRAYS_ARE_LITERALS = bool(getattr(jax.config, FLAG, False))
 
 def evaluate(loss: Callable, *args: Any) -> tuple:
     """Loss and gradient, traced, replayed and shared as in ``minimize``, without its loop around them."""
-    replay, _ = program.trace(jax.value_and_grad(loss), *args)
-    run, _ = program.share(lambda *args: replay(*args), *args)
-    return run(*args)
+    traced = program.trace(jax.value_and_grad(loss), *args)
+    return program.share(traced.replay, traced.constants, *args).call(traced.constants, *args)
 
 
 def minimize(loss: Callable, params: Any = X, *, max_steps: int = 3, **options: Any) -> tuple:
@@ -53,10 +52,6 @@ def minimize(loss: Callable, params: Any = X, *, max_steps: int = 3, **options: 
         options.setdefault("learning_rate", 0.1)
     result = gdopt.minimize(loss, params, max_steps=max_steps, **options)
     return eqx.filter(result.params, eqx.is_array), result.loss, result.history, result.aux
-
-
-def forget() -> None:
-    program._executable.cache_clear()
 
 
 def bits(tree: Any) -> list:
@@ -287,7 +282,7 @@ TRAPS: dict[str, tuple] = {
 def test_different_losses_have_different_answers(trap: tuple) -> None:
     make, first, second, *x = trap
     (x,) = x or (X,)
-    forget()
+    gdopt.clear_cache()
     other, shared = evaluate(make(first), x), evaluate(make(second), x)
     assert bits(evaluate(make(first), x)) == bits(other) != bits(shared)
     alone = jax.jit(jax.value_and_grad(make(second)))(x)
@@ -329,13 +324,13 @@ def test_changed_in_place_is_seen(make: Callable) -> None:
 @pytest.mark.parametrize("make", [square, jit_inside, looped(jit_inside)], ids=["bare", "jit", "loop"])
 def test_changed_in_place_does_not_change_what_is_kept(make: Callable) -> None:
     """Under another setting JAX compiles a kept program again, which must not read the caller's array as it is then."""
-    forget()
+    gdopt.clear_cache()
     array = raw(1, 1, 1)
     evaluate(make(array), X)
     array[:] = 30
     with jax.default_matmul_precision("highest"):
         later = evaluate(make(raw(1, 1, 1)), X)
-        forget()
+        gdopt.clear_cache()
         assert bits(later) == bits(evaluate(make(raw(1, 1, 1)), X))
 
 
@@ -357,17 +352,18 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("ask", [evaluate, lambda loss, x: minimize(loss, x)], ids=["evaluate", "minimize"])
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_settings_are_seen(setting: Callable) -> None:
+def test_settings_are_seen(setting: Callable, ask: Callable) -> None:
     def at(on):
         with setting(on):
-            return bits(evaluate(lambda x: jnp.sum((x @ x - jax.random.normal(KEY(0), (3,)) / 3) ** 2), jnp.ones(3)))
+            return bits(ask(lambda x: jnp.sum((x @ x - jax.random.normal(KEY(0), (3,)) / 3) ** 2), jnp.ones(3)))
 
-    forget()
+    gdopt.clear_cache()
     seen = [at(False), at(True), at(False), at(True)]
-    forget()
+    gdopt.clear_cache()
     alone = at(True)
-    forget()
+    gdopt.clear_cache()
     assert seen == [at(False), alone] * 2
 
 
@@ -403,6 +399,19 @@ def jitted_optimizer(factors: jax.Array) -> optax.GradientTransformation:
     return optax.stateless(jax.jit(lambda g, _: factors * g))
 
 
+_momentum = 0.0
+
+
+def _read_momentum(rate: Any) -> Any:
+    return optax.sgd(rate, momentum=_momentum)
+
+
+def _factory(momentum: float) -> Callable:
+    global _momentum
+    _momentum = momentum
+    return _read_momentum
+
+
 RUNS = {
     "constant of an optimizer": lambda c: minimize(
         square(1), optimizer=functools.partial(optax.adam, b1=c), learning_rate=1
@@ -417,6 +426,24 @@ RUNS = {
         square(1), learning_rate=lambda step: jnp.asarray([c, c, 0.1, 0.1])[step]
     ),
     "rule in a line search": lambda c: minimize(rule_vjp(1 + c), optimizer=optax.lbfgs()),
+    "rule in a factory's line search": lambda c: minimize(
+        rule_beside(c), optimizer=functools.partial(optax.lbfgs, memory_size=3), learning_rate=1.0
+    ),
+    "number in a factory of the caller's": lambda c: minimize(
+        square(1), optimizer=lambda rate: optax.sgd(rate, momentum=c), learning_rate=0.1
+    ),
+    "rebound global in a factory": lambda c: minimize(square(1), optimizer=_factory(c), learning_rate=0.1),
+    "True and 1": lambda c: minimize(
+        square(1), optimizer=functools.partial(optax.sgd, momentum=True if c < 0.5 else 0.1), learning_rate=0.1
+    ),
+    "number in a schedule's branch": lambda c: minimize(
+        square(1), learning_rate=lambda step: lax.cond(step > 1, lambda: c, lambda: 0.1)
+    ),
+    "type of a schedule's number": lambda c: minimize(
+        lambda x: jnp.sum((x - 1) ** 2).astype(jnp.float32),
+        NARROW,
+        learning_rate=lambda step: jnp.float32(c) if c < 0.5 else c,
+    ),
     "function in params": lambda c: minimize(lambda p: square(1)(p[0](p[1])), (jnp.sin if c < 0.5 else jnp.cos, X)),
     "text in args": lambda c: minimize(lambda x, s: square(len(s))(x), args=("ab" if c < 0.5 else "abc",)),
     "number in a module": lambda c: minimize(lambda line: square(line.number)(line.weight), Numbered(X, c)),
@@ -428,9 +455,9 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_different_runs_have_different_answers(run: Callable) -> None:
-    forget()
+    gdopt.clear_cache()
     other, shared = run(0.25), run(0.75)
-    forget()
+    gdopt.clear_cache()
     assert bits(shared) == bits(run(0.75)) != bits(other)
 
 
@@ -536,10 +563,10 @@ def test_random_expressions_answer_as_if_alone(ask: Callable, expression: tuple,
         function = build(expression, values, held)
         return bits(ask(lambda x: jnp.sum(function(x)) + 0.5 * jnp.sum(x**2), X))
 
-    forget()
+    gdopt.clear_cache()
     run(first)
     shared = run(second)
-    forget()
+    gdopt.clear_cache()
     assert shared == run(second)
 
 
@@ -583,12 +610,12 @@ TWINS: dict[str, tuple] = {
 @pytest.mark.skipif(ARRAYS_ARE_LITERALS, reason="new literals compile anew")
 @pytest.mark.parametrize(("make", "first", "second"), TWINS.values(), ids=TWINS)
 def test_equal_losses_of_fresh_objects_compile_nothing(make: Callable, first: Any, second: Any) -> None:
-    forget()
+    gdopt.clear_cache()
     evaluate(make(first), X)
     with count_compilations() as counter:
         shared = evaluate(make(second), X)
     assert counter.names == []
-    forget()
+    gdopt.clear_cache()
     assert bits(shared) == bits(evaluate(make(second), X))
 
 
@@ -608,7 +635,7 @@ def test_new_numbers_and_new_data_compile_nothing(how: str) -> None:
             call(np.zeros(3, np.float32), **{"learning_rate": 0.01, "max_steps": 4, "args": (0.1,), **options})
         return counter.count
 
-    forget()
+    gdopt.clear_cache()
     assert count() > 0
     assert count(seed=1) == 0
     assert count(learning_rate=0.02, max_steps=5, target=-1.0, key=KEY(5), args=(0.2,)) == 0
@@ -621,6 +648,116 @@ def test_new_numbers_and_new_data_compile_nothing(how: str) -> None:
         assert count(optimizer=optax.adam, learning_rate=0.1) == 0
         assert count(learning_rate=optax.cosine_decay_schedule(0.1, 10)) > 0
         assert count(learning_rate=optax.cosine_decay_schedule(0.1, 10)) == 0
+
+
+# name: makes the options of a call from a number. Other numbers, and objects made anew, are the same program.
+SCHEDULES = {
+    "constant": schedules.constant,
+    "triangular": lambda c: schedules.triangular(c / 4, c, step_size_up=2 + int(20 * c)),
+    "triangular2": lambda c: schedules.triangular2(c / 4, c, step_size_up=2 + int(20 * c), step_size_down=3),
+    "exp_range": lambda c: schedules.exp_range(c / 4, c, 4, gamma=1 - c),
+    "one_cycle": lambda c: schedules.one_cycle(c, total_steps=20 + int(10 * c)),
+    "range_test": lambda c: schedules.range_test(c / 10, c, 20),
+    "silver": lambda c: schedules.silver(1 / c),
+    "optax's cosine": lambda c: optax.cosine_decay_schedule(c, 10 + int(10 * c)),
+    "optax's warm-up": lambda c: optax.warmup_cosine_decay_schedule(c / 10, c, 5 + int(10 * c), 20),
+    "optax's pieces": lambda c: optax.piecewise_constant_schedule(c, {3: c, 4 + int(10 * c): 0.5}),
+    "optax's join": lambda c: optax.join_schedules([optax.constant_schedule(c), optax.linear_schedule(c, 0, 9)], [4]),
+    "the caller's": lambda c: lambda step: c / (1 + step * c),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_another_schedule_of_a_kind_compiles_nothing(make: Callable) -> None:
+    def rates(c):
+        return gdopt.minimize(square(1), X, learning_rate=make(c), max_steps=12, tol=0).history.learning_rate[:-1]
+
+    gdopt.clear_cache()
+    rates(0.11)
+    schedule = make(0.23)
+    expected = [float(schedule(step)) for step in range(12)]
+    with count_compilations() as counter:
+        got = rates(0.23)
+    assert counter.names == []
+    np.testing.assert_allclose(got, expected[: len(got)], rtol=3e-7)
+
+
+WARM = {
+    "spectral": lambda c: {"learning_rate": "auto", "tol": c},
+    "gd": lambda c: {"learning_rate": c},
+    "adam": lambda c: {"optimizer": optax.adam, "learning_rate": c},
+    "partial": lambda c: {"optimizer": functools.partial(optax.sgd, momentum=0.9, nesterov=True), "learning_rate": c},
+    "schedule": lambda c: {"learning_rate": schedules.triangular2(c / 4, c, 5)},
+    "args, batches, keys": lambda c: {
+        "learning_rate": c,
+        "data": (np.full((8, 3), c, np.float32),),
+        "batch_size": 4,
+        "with_key": True,
+        "key": KEY(int(100 * c)),
+        "max_steps": 3 + int(10 * c),
+    },
+}
+
+
+@pytest.mark.parametrize("make", WARM.values(), ids=WARM)
+def test_a_warm_call_traces_its_loss_alone(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, original = [], loop._make
+    monkeypatch.setattr(loop, "_make", lambda *args: made.append(1) or original(*args))
+
+    def run(c):
+        evaluations, center = [], jnp.float32(c) * RAMP  # closed over
+
+        def loss(params, batch=None, key=None):
+            evaluations.append(1)
+            shift = 0 if batch is None else jnp.mean(batch[0]) + jax.random.normal(key)
+            return jnp.sum((params["x"] - center - shift) ** 2)
+
+        options = {"max_steps": 5, "tol": None, **make(c)}
+        result = gdopt.minimize(loss, {"x": X}, **options)
+        assert len(evaluations) == 1
+        return bits((result.params, result.history))
+
+    gdopt.clear_cache()
+    run(0.1)
+    with count_compilations() as counter:
+        warm = run(0.2)
+    assert (len(made), counter.names) == (1, [])
+    gdopt.clear_cache()
+    assert warm == run(0.2)
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 0.1}, {"learning_rate": "auto"}], ids=["gd", "spectral"])
+def test_the_loss_is_compiled_at_one_place(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs, share = [], program.share
+
+    def spy(function, *args, **kwargs):
+        programs.append(jax.make_jaxpr(function)(*args))
+        return share(function, *args, **kwargs)
+
+    monkeypatch.setattr(program, "share", spy)
+    gdopt.clear_cache()
+    minimize(lambda x: jnp.sum(lax.erf_inv(x / 9)) ** 2, **options)
+    assert sum(str(closed).count("erf_inv") for closed in programs) == 1
+
+
+def test_equal_trees_are_not_always_the_same() -> None:
+    """As keys of a dict 1 == True; and the containers of an answer are those of the question."""
+
+    def keys(params):
+        result = minimize(lambda p: sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(p)), params)[0]
+        return [type(key) for key in result]
+
+    gdopt.clear_cache()
+    assert [keys({1: X}), keys({True: X}), keys({1: X})] == [[int], [bool], [int]]
+
+
+def test_a_cleared_cache_compiles_anew() -> None:
+    minimize(square(1))
+    for clear, compiles in ((lambda: None, False), (gdopt.clear_cache, True)):
+        clear()
+        with count_compilations() as counter:
+            minimize(square(1))
+        assert bool(counter.count) is compiles
 
 
 # ------------------------------------------------------------------------------ what is the caller's stays the caller's
@@ -678,8 +815,8 @@ def test_an_array_that_the_optimizer_holds_is_not_donated() -> None:
 def test_share_donates_the_first_argument_only_where_asked() -> None:
     function = lambda a, b: (a + b, a * b)
     a, b = ONES + 0, TWOS + 0
-    kept, _ = program.share(function, a, b)
-    donating, _ = program.share(function, a, b, donate_first=True)
+    kept = program.share(function, a, b).call
+    donating = program.share(function, a, b, donate_first=True).call
     assert bits(kept(a, b)) == bits(donating(a + 0, b)) == bits((a + b, a * b))
     assert not a.is_deleted()
     donating(a, b)
@@ -725,7 +862,7 @@ def test_no_array_is_kept(run: Callable) -> None:
         gc.collect()
         return sum(array.nbytes >= 4 * ROWS for array in jax.live_arrays())
 
-    forget()
+    gdopt.clear_cache()
     before, alive = big(), []
     for convert in (np.asarray, jnp.asarray):
         array = convert(np.random.default_rng(0).normal(size=ROWS).astype(np.float32))
@@ -737,8 +874,8 @@ def test_no_array_is_kept(run: Callable) -> None:
 
 
 def test_the_number_of_programs_is_bounded() -> None:
-    forget()
-    make = lambda i: program.share(lambda x: x * i, X)[0]
+    gdopt.clear_cache()
+    make = lambda i: program.share(lambda x: x * i, X).call
     runs = [make(i) for i in range(program._PROGRAMS + 10)]
     info = program._executable.cache_info()
     assert info.currsize == program._PROGRAMS < info.misses
@@ -753,10 +890,10 @@ def test_threads_get_their_own_answers() -> None:
     def answers(goal):
         return bits([answer(goal, raw(shift, 0, 0)) for shift in range(4)])
 
-    forget()
+    gdopt.clear_cache()
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(answers, [0.0, 1.0, 2.0, 3.0] * 2))
-    forget()
+    gdopt.clear_cache()
     assert together == [answers(goal) for goal in (0.0, 1.0, 2.0, 3.0)] * 2
     assert len({str(answer) for answer in together}) == 4
 

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from gdopt import plot, schedules
-from gdopt.driver import gd_step, minimize
+from gdopt.driver import clear_cache, gd_step, minimize
 from gdopt.errors import GdoptError, InputError, NotConvergedError
 from gdopt.lr_finder import lr_find
 from gdopt.optimizers import gd, spectral
@@ -22,6 +22,7 @@ __all__ = [
     "Report",
     "Result",
     "Status",
+    "clear_cache",
     "gd",
     "gd_step",
     "lr_find",

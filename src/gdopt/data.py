@@ -29,6 +29,14 @@ class Batches(NamedTuple):
         """The place of the shuffled order in the loop's state, before the first epoch."""
         return jnp.zeros(self.rows, jnp.int32)
 
+    def shapes(self, data: PyTree) -> PyTree:
+        """What a batch looks like."""
+
+        def batch(rows: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.batch_size, *rows.shape[1:]), rows.dtype, weak_type=rows.weak_type)
+
+        return jax.tree.map(batch, data)
+
     def take(self, data: PyTree, order: jax.Array, key: jax.Array, step: jax.Array) -> tuple[PyTree, jax.Array]:
         """The batch of a step, and the order of its epoch, which is drawn from the key and the epoch's number alone."""
 

@@ -6,13 +6,13 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees, loop, lr_finder
+from gdopt import _trees, loop, lr_finder, program
 from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.data import Batches
@@ -49,6 +49,7 @@ def minimize(
     with_key: bool = False,
     key: jax.Array | None = None,
     trainable: Any = None,
+    keep_best: bool = True,
     callback: Callable[[Report], Any] | None = None,
     progress: bool = False,
     throw: bool = False,
@@ -88,6 +89,9 @@ def minimize(
         key: where those keys and the shuffling come from; by default ``jax.random.key(0)``.
         trainable: what to optimise: a pytree of bools that is a prefix of params, or a function ``params -> `` such a
             mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
+        keep_best: keep a copy of the best point, of a noisy run the last good one, to be returned whatever comes after
+            it, as it is by default. Without it the last point is returned, be it good or not, and the run needs less
+            memory by one copy of params. Not for a rate that is found at each step, where the last point is a trial.
         callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
             mini-batches; a true return value stops the run.
         progress: show a progress bar (needs tqdm).
@@ -125,10 +129,9 @@ def minimize(
     if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
         test, learning_rate = _chosen(task, optimizer, int(limits.max_steps))
     rule = make_rule(optimizer, learning_rate)
-    inputs = loop.place(task, rule.rate, limits, task.key)
 
     with progress_bar(progress, int(limits.max_steps)) as advance:
-        compiled = loop.compile(task, rule, inputs)
+        compiled, inputs = loop.compile(task, rule, rule.rate, limits, task.key if noisy else None, keep_best=keep_best)
         state = loop.begin(compiled, inputs)
         compiled_at = time.perf_counter()
 
@@ -141,10 +144,10 @@ def minimize(
         )
     ended = time.perf_counter()
 
-    steps, kept = len(history.loss) - 1, state.kept
+    steps, kept, params = len(history.loss) - 1, state.kept, loop.returned_params(state)
     how = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
     at_limit = status is Status.PRECISION_LIMIT
-    left = float(kept.grad_norm) * _distance(kept.params, problem.params) if at_limit else math.inf
+    left = float(kept.grad_norm) * _distance(params, problem.params) if at_limit else math.inf
     success = succeeded(
         status,
         history.loss,
@@ -172,7 +175,7 @@ def minimize(
             f"{test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice of it."
         )
     result = Result(
-        params=problem.rest.combine(kept.params),
+        params=problem.rest.combine(params),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         steps=steps,
@@ -230,6 +233,19 @@ def _gd_step(
     return new, value
 
 
+def clear_cache() -> None:
+    """Forgets all compiled programs, which frees their memory; the next call compiles again.
+
+    There is no need to call it: no array of yours is kept, and no more than 128 programs are, the most recently used.
+
+    Example:
+        >>> import gdopt
+        >>> gdopt.clear_cache()
+    """
+    program.clear()
+    cast(Any, _gd_step).clear_cache()
+
+
 def _distance(params: PyTree, start: PyTree) -> float:
     """|x - x0|, on the host: one number at the end is not worth a compilation."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
@@ -243,7 +259,7 @@ def _report(problem: Problem, step: int, state: loop.State, records: History, ba
     return Report(
         step=step,
         epoch=step // (batches.per_epoch if batches else 1),
-        params=problem.rest.combine(_trees.copy(kept.params)),
+        params=problem.rest.combine(_trees.copy(loop.returned_params(state))),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         learning_rate=float(records.learning_rate[-1]),

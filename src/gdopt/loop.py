@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 import time
@@ -34,19 +35,24 @@ _BOUNDARY_SECONDS = 2e-4  # what the host takes between two
 class Inputs(NamedTuple):
     """What stays the same over a run, as arguments of the compiled program: new values compile nothing.
 
-    Runs side by side each have their own ``key`` and ``rate``, by a leading axis.
+    Arrays are on the device, Python's numbers are left as they are. Runs side by side each have their own ``key`` and
+    ``rate``, by a leading axis.
     """
 
     start: PyTree
     data: PyTree
     args: PyTree
-    key: jax.Array
-    rate: Any  # a number, or a ladder of them (see `Rule.at`)
+    key: Any  # None for a single run that draws nothing
+    rate: Any  # a number, or a ladder of them, the rates of the steps one by one
     limits: Limits
+    constants: PyTree  # what the loss and the schedule close over: see `compile`
 
 
 class Kept(NamedTuple):
-    """The point that comes back if the run ends badly: the best so far, or with a noisy loss the last good one."""
+    """The point that comes back if the run ends badly: the best so far, or with a noisy loss the last good one.
+
+    Where no params are to be kept, the last point evaluated, whose params are the state's: see `returned_params`.
+    """
 
     params: PyTree
     step: jax.Array
@@ -74,68 +80,108 @@ class Compiled(NamedTuple):
     chunk: Callable[..., tuple[State, jax.Array]]  # (state, limit, inputs) -> (state, rows of History)
     steps_per_epoch: int | None  # None: the loss is the same function at each step
     eps: float  # of the dtype in which the loss is computed
+    pace: list[float]  # the seconds of a step in the last run, where there was one
 
 
-def place(task: Task, rate: Any, limits: Limits, key: jax.Array) -> Inputs:
-    """The inputs on the device: placed once and not at each chunk. Python's numbers stay weakly typed."""
-    return jax.tree.map(jnp.asarray, Inputs(task.problem.params, task.data, task.args, key, rate, limits))
+def compile(
+    task: Task,
+    rule: Rule,
+    rate: Any,
+    limits: Limits,
+    key: jax.Array | None,
+    *,
+    trial: bool = False,
+    keep_best: bool = True,
+) -> tuple[Compiled, Inputs]:
+    """Traces the loss once and shares the compiled loop with every equal problem; it is to be given these inputs.
 
-
-def compile(task: Task, rule: Rule, inputs: Inputs, *, trial: bool = False) -> Compiled:
-    """Traces the loss once and shares the compiled loop with every equal problem.
-
-    Where the inputs have many keys, it is the loop of as many runs side by side, each with its own key and rate. They
+    Where there are many keys, it is the loop of as many runs side by side, each with its own key and rate. They
     keep step, and one that has ended is left as it is. A ``trial`` is to show what its rates do, however small they
-    are: only failures and the number of steps end it.
+    are: only failures and the number of steps end it. Without ``keep_best`` there is no point to fall back on.
     """
-    problem, batches = task.problem, task.batches
     steps_per_epoch = 1 if trial and task.steps_per_epoch is None else task.steps_per_epoch
-    side_by_side = jnp.ndim(inputs.key) > 0
+    start = task.problem.params
+    batch = task.batches.shapes(task.data) if task.batches else task.data
+    one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
+    loss = program.trace(task.value_and_grad, start, batch, task.args, one_key)
+    schedule = None
+    if rule.schedule is not None:
+        schedule = program.trace(rule.rate_at, np.int32(0), lift=True)
+    constants = loss.constants, schedule and schedule.constants
+    inputs = Inputs(start, task.data, task.args, key, rate, limits, constants)
 
-    def loss_arguments(inputs: Inputs, order: PyTree, step: jax.Array) -> tuple[tuple, dict, PyTree]:
-        data = inputs.data
-        if batches:
-            data, order = batches.take(data, order, jax.random.fold_in(inputs.key, 0), step)
-        key = {"key": jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step)} if task.with_key else {}
-        return (() if data is None else (data,)) + task.args_rest.combine(inputs.args), key, order
+    parts = loss.identity, rule.identity, schedule and schedule.identity
+    known = None not in parts[:2] and (schedule is None or schedule.identity is not None)
+    options = task.batches, steps_per_epoch, task.with_key, keep_best
+    found = program.place_for((*parts, *options) if known else None, inputs)
+    if found:
+        return found[0], inputs
+    compiled, closed = _make(task, rule, inputs, loss, schedule, steps_per_epoch, keep_best)
+    if closed:
+        found.append(compiled)
+    return compiled, inputs
 
-    def evaluate(params: PyTree, inputs: Inputs, order: PyTree, step: jax.Array) -> tuple:
-        args, key, order = loss_arguments(inputs, order, step)
-        (loss, aux), grad = problem.value_and_grad(params, *args, **key)
-        return loss, aux, grad, order
 
-    order = batches.first_order() if batches else None
-    one = inputs._replace(key=inputs.key[0], rate=inputs.rate[0]) if side_by_side else inputs
-    evaluate, (loss, aux, _, _) = program.trace(evaluate, inputs.start, one, order, jnp.int32(0))
+def _make(
+    task: Task,
+    rule: Rule,
+    inputs: Inputs,
+    traced_loss: program.Traced,
+    schedule: program.Traced | None,
+    steps_per_epoch: int | None,
+    keep_best: bool,
+) -> tuple[Compiled, bool]:
+    """The loop around a traced loss, and whether it depends on nothing else than on that trace and its inputs."""
+    batches = task.batches
+    (loss, aux), _ = traced_loss.out
     loss_dtype = jnp.promote_types(loss.dtype, jnp.float32)
     norm_dtype = _trees.norm_dtype(inputs.start)
     record_dtype = jnp.result_type(loss_dtype, norm_dtype, float)
     eps = float(jnp.finfo(loss.dtype).eps)
+    asked_again = []  # whether an optimizer has called the loss itself, in a trace of its own
+
+    def loss_inputs(inputs: Inputs, order: PyTree, step: jax.Array) -> tuple[tuple, PyTree]:
+        data = inputs.data
+        if batches:
+            data, order = batches.take(data, order, jax.random.fold_in(inputs.key, 0), step)
+        key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if task.with_key else None
+        return (data, inputs.args, key), order
+
+    def rate_at(inputs: Inputs, step: jax.Array) -> Any:
+        """The rate of a step: the schedule's, a number, or of a ladder the step's own, from its end on over again."""
+        if schedule is not None:
+            return schedule.replay(inputs.constants[1], step)
+        return inputs.rate[step % len(inputs.rate)] if jnp.ndim(inputs.rate) else inputs.rate
 
     def start(inputs: Inputs) -> State:
         nan = jnp.full((), jnp.nan, loss_dtype)
         norm = jnp.full((), jnp.nan, norm_dtype)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
-        transformation, _ = rule.at(jnp.int32(0), inputs.rate)
-        optimizer = transformation.init(inputs.start)
+        optimizer = rule.with_rate(rate_at(inputs, jnp.int32(0))).init(inputs.start)
         if steps_per_epoch is not None and search(optimizer) is not None:
             raise InputError(
                 "optimizer holds gdopt.spectral(), which compares one value of the loss with the next: it is not for "
                 "mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave batch_size out."
+            )
+        if not keep_best and search(optimizer) is not None:
+            raise InputError(
+                "keep_best=False was given with a rate that is found at each step, by gdopt.spectral(): the last point "
+                "may be a trial that is to be taken back. Pass a learning_rate, or leave keep_best out."
             )
         return State(
             step=jnp.int32(0),
             code=jnp.int32(RUNNING),
             params=_trees.copy(inputs.start),
             optimizer=_trees.copy(_trees.strong(optimizer)),
-            order=order,
+            order=batches.first_order() if batches else None,
             watch=stopping.first_watch(loss_dtype, norm.dtype),
-            kept=Kept(_trees.copy(inputs.start), jnp.int32(0), nan, norm, blank),
+            kept=Kept(_trees.copy(inputs.start) if keep_best else None, jnp.int32(0), nan, norm, blank),
         )
 
     def step(state: State, inputs: Inputs) -> tuple[State, tuple]:
         k, params = state.step, state.params
-        loss, aux, grad, order = evaluate(params, inputs, state.order, k)
+        given, order = loss_inputs(inputs, state.order, k)
+        (loss, aux), grad = traced_loss.replay(inputs.constants[0], params, *given)
         value, grad_norm = loss.astype(loss_dtype), _trees.norm(grad)
 
         away = jax.tree.map(jnp.subtract, params, inputs.start)
@@ -147,54 +193,62 @@ def compile(task: Task, rule: Rule, inputs: Inputs, *, trial: bool = False) -> C
         if steps_per_epoch is None:
             keep = (k == 0) | (jnp.isfinite(grad_norm) & jnp.isfinite(value) & (value < state.kept.loss))
         else:
-            failed = jnp.isin(code, jnp.asarray(stopping.FAILURES, jnp.int32))
+            failed = functools.reduce(jnp.logical_or, [code == status for status in stopping.FAILURES])
             keep = (k == 0) | jnp.where(running, stopping.is_good(watch, state.kept.loss, value), ~failed)
-        kept = _trees.select(keep, Kept(params, k, value, grad_norm, _trees.strong(aux)), state.kept)
-
-        transformation, rate = rule.at(k, inputs.rate)
+        kept = Kept(params if keep_best else None, k, value, grad_norm, _trees.strong(aux))
+        kept = _trees.select(keep, kept, state.kept) if keep_best else kept
 
         # optax's line searches refuse extra arguments that nobody takes: these names are for other optimizers.
         def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
-            args, key, _order = loss_arguments(inputs, order, k)
-            return problem.value(params, *args, **key)[0]
+            asked_again.append(True)
+            return task.value(params, *given)[0]
 
         def grad_fn(params: PyTree, _: Any) -> PyTree:
             return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
 
+        rate = None if rule.owns_rate else jnp.asarray(rate_at(inputs, k))
+
         def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree]:
             optimizer = optimizer if rate is None else inject(optimizer, rate)
             extras = {"value": loss, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
-            updates, optimizer = apply(transformation, grad, optimizer, params, **extras)
+            updates, optimizer = apply(rule.with_rate(rate), grad, optimizer, params, **extras)
             # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
             # hand fuses both, and last bits would differ.
             return optax.apply_updates(params, updates), _trees.strong(optimizer)
 
-        params, optimizer = lax.cond(running, update, lambda *same: same, params, state.optimizer)
-        rate = owned_rate(optimizer) if rate is None else rate
-        record = (value, grad_norm, jnp.where(running, rate, jnp.nan))
+        # Selected rather than under a cond, which costs more than it saves: all but a run's last step are made.
+        params, optimizer = _trees.select(running, update(params, state.optimizer), (params, state.optimizer))
+        used = owned_rate(optimizer) if rate is None else rate
+        record = (value, grad_norm, jnp.where(running, used, jnp.nan))
         return State(k + running, code, params, optimizer, order, watch, kept), record
 
-    if side_by_side:
+    if inputs.key is not None and inputs.key.ndim:
         start, step = _side_by_side(start, step)
 
     def chunk(state: State, limit: jax.Array, inputs: Inputs) -> tuple[State, jax.Array]:
         first = state.step
         records = jnp.zeros((_CAPACITY, *state.code.shape, len(History._fields)), record_dtype)
 
-        def body(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-            state, records = carry
+        carried, unpack = _trees.pack(state)
+
+        def body(carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+            state, records = unpack(carry[0]), carry[1]
             at = state.step - first
             state, record = step(state, inputs)
             row = jnp.stack([entry.astype(record_dtype) for entry in record], axis=-1)
-            return state, lax.dynamic_update_index_in_dim(records, row, at, 0)
+            return _trees.pack(state)[0], lax.dynamic_update_index_in_dim(records, row, at, 0)
 
-        return lax.while_loop(
-            lambda carry: (carry[0].code == RUNNING).any() & (carry[0].step < limit), body, (state, records)
-        )
+        def goes_on(carry: tuple[PyTree, jax.Array]) -> jax.Array:
+            state = unpack(carry[0])
+            return (state.code == RUNNING).any() & (state.step < limit)
 
-    first, state = program.share(start, inputs)
-    many, _ = program.share(chunk, state, np.int32(0), inputs, donate_first=True)
-    return Compiled(first, many, steps_per_epoch, eps)
+        carried, records = lax.while_loop(goes_on, body, (carried, records))
+        return unpack(carried), records
+
+    first = program.share(start, inputs)
+    many = program.share(chunk, first.out, np.int32(0), inputs, donate_first=True)
+    closed = first.closed and many.closed and not asked_again
+    return Compiled(first.call, many.call, steps_per_epoch, eps, pace=[]), closed
 
 
 def _side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
@@ -220,8 +274,10 @@ def _side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
 
 
 def begin(compiled: Compiled, inputs: Inputs) -> State:
-    """The state before the first step, with everything compiled: by a chunk of no steps."""
-    state, _ = compiled.chunk(compiled.start(inputs), np.int32(0), inputs)
+    """The state before the first step, with everything compiled: where nothing ran yet, by a chunk of no steps."""
+    state = compiled.start(inputs)
+    if not compiled.pace:
+        state, _ = compiled.chunk(state, np.int32(0), inputs)
     return jax.block_until_ready(state)
 
 
@@ -240,28 +296,27 @@ def advance(
     multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result. After a stop, the
     state's last point is evaluated still. Returns what stopped it from outside, if anything did.
     """
-    step, size, cause, records = int(state.step), _FIRST_CHUNK, None, []
+    step, cause, records = int(state.step), None, []
     with _ctrl_c() as interrupted:
         while True:
-            size = min(size, _CAPACITY)
-            limit = step + size if boundary is None else min(step + size, (step // boundary + 1) * boundary)
+            size = max(1, int(_CHUNK_SECONDS / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
+            limit = step + min(size, _CAPACITY)
+            limit = limit if boundary is None else min(limit, (step // boundary + 1) * boundary)
             began = time.perf_counter()
             state, buffer = compiled.chunk(state, np.int32(min(limit, until)), inputs)
             reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())  # waits for the chunk
             seconds = time.perf_counter() - began
             count = reached - step + (not running)
             records.append(History(*np.array(np.moveaxis(np.asarray(buffer)[:count], -1, 0))))
+            compiled.pace[:] = [max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9) / max(count, 1)]
             step = reached
             stop = cause is None and between(step, state, records[-1])
             if not running or step == until:
                 break
             if interrupted or stop:
                 cause = Status.INTERRUPTED if interrupted else Status.STOPPED
-                inputs = inputs._replace(
-                    limits=inputs.limits._replace(max_steps=np.int32(step))
-                )  # evaluates here, and ends
-            computing = max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9)
-            size = max(1, int(count * _CHUNK_SECONDS / computing))
+                here = inputs.limits._replace(max_steps=step)
+                inputs = inputs._replace(limits=here)  # evaluates once more, and ends
     return state, History(*(np.concatenate(entries) for entries in zip(*records, strict=True))), cause
 
 
@@ -279,9 +334,14 @@ def run(
     average = evaluation_params(state.optimizer, state.params)
     if average is not state.params and status not in stopping.FAILURES:
         step = int(state.step)
-        last = inputs._replace(limits=inputs.limits._replace(max_steps=np.int32(step)))
+        last = inputs._replace(limits=inputs.limits._replace(max_steps=step))
         state, _ = compiled.chunk(state._replace(code=np.int32(RUNNING), params=average), np.int32(step + 1), last)
     return state, history, status
+
+
+def returned_params(state: State) -> PyTree:
+    """The params that ``state.kept`` tells the loss of."""
+    return state.params if state.kept.params is None else state.kept.params
 
 
 @contextlib.contextmanager

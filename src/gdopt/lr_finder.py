@@ -209,8 +209,8 @@ def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
 
 def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[loop.Compiled, loop.State, Any]:
     """Runs side by side, one for each key and row of rates, before their first step."""
-    inputs = loop.place(task, rates, Limits(loop.LAST_STEP, 0.0, -math.inf), keys)
-    compiled = loop.compile(task, Rule(optimizer), inputs, trial=True)
+    limits = Limits(loop.LAST_STEP, 0.0, -math.inf)
+    compiled, inputs = loop.compile(task, Rule(optimizer), rates, limits, keys, trial=True)
     return compiled, loop.begin(compiled, inputs), inputs
 
 

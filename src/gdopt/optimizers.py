@@ -134,23 +134,26 @@ def spectral() -> optax.GradientTransformationExtraArgs:
         Array([3., 3.], dtype=float32)
     """
 
-    def init(params: PyTree) -> SpectralState:
-        params = _trees.strong(params)
-        blank = optax.tree.zeros_like(params)
-        zero = jnp.zeros((), _scalar_dtype(params))
-        none = jnp.int32(0)
-        threshold = zero + _THRESHOLD
-        return SpectralState(blank, blank, zero, zero, zero, zero, threshold, zero, zero, accepted=none, rejected=none)
+    return optax.GradientTransformationExtraArgs(_init, cast(Any, _checked_update))  # optax knows no extra arguments
 
-    def update(
-        updates: PyTree, state: SpectralState, params: PyTree | None = None, *, value: Any, **extra_args: Any
-    ) -> tuple[PyTree, SpectralState]:
-        del extra_args
-        if params is None:
-            raise InputError("spectral was updated without params: call update(grad, state, params, value=loss).")
-        return _update(updates, state, params, value)
 
-    return optax.GradientTransformationExtraArgs(init, cast(Any, update))  # optax annotates it without extra arguments
+# Not inside of `spectral`, so that each of its transformations is known to be the same.
+def _init(params: PyTree) -> SpectralState:
+    params = _trees.strong(params)
+    blank = optax.tree.zeros_like(params)
+    zero = jnp.zeros((), _scalar_dtype(params))
+    none = jnp.int32(0)
+    threshold = zero + _THRESHOLD
+    return SpectralState(blank, blank, zero, zero, zero, zero, threshold, zero, zero, accepted=none, rejected=none)
+
+
+def _checked_update(
+    updates: PyTree, state: SpectralState, params: PyTree | None = None, *, value: Any, **extra_args: Any
+) -> tuple[PyTree, SpectralState]:
+    del extra_args
+    if params is None:
+        raise InputError("spectral was updated without params: call update(grad, state, params, value=loss).")
+    return _update(updates, state, params, value)
 
 
 # jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.

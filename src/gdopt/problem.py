@@ -130,7 +130,7 @@ def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     elif isinstance(out, tuple):
         raise InputError(f"the loss returned a tuple of {len(out)}: return the value alone, or pass has_aux=True.")
     try:
-        value = jnp.asarray(value)
+        value = value if isinstance(value, jax.Array) else jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"the loss returned a {type(value).__name__}: return a scalar array.") from error
     if value.shape != ():

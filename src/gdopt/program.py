@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from gdopt import _trees
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -26,54 +27,105 @@ _PROGRAMS = 128  # compiled programs kept, the least recently used go first
 _SMALL = 1024  # bytes; a program with a larger array deep in its control flow is not kept: it would keep the array
 
 
-def trace(function: Callable, *args: PyTree, **kwargs: PyTree) -> tuple[Callable, PyTree]:
-    """The function traced once: a callable that replays the trace, and the shapes of what it returns."""
-    closed, out = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+class Traced(NamedTuple):
+    """A function as its trace, apart from the arrays that it closes over."""
 
-    def replay(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        return jax.tree.unflatten(treedef, _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves((args, kwargs))))
+    replay: Callable[..., PyTree]  # (constants, *args) -> what the function returns
+    constants: list[Any]
+    out: PyTree  # the shapes of what it returns
+    identity: Hashable | None  # equal only for traces that are, up to the constants' values; None: it cannot be told
 
-    treedef = jax.tree.structure(out)
-    return replay, out
+
+def trace(function: Callable, *args: PyTree, lift: bool = False) -> Traced:
+    """The function traced once. With ``lift``, the numbers written into it become constants like its arrays.
+
+    That costs the compiler what it knows of them, so it is for small functions such as schedules, which are made anew
+    with other numbers.
+    """
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    _refuse_tracers(closed.consts)
+    treedef, jaxpr, count = jax.tree.structure(out), closed.jaxpr, len(closed.consts)
+
+    def replay(constants: Sequence, *args: PyTree) -> PyTree:
+        numbers = iter(constants[count:]) if lift else None
+        return jax.tree.unflatten(treedef, _evaluate(jaxpr, constants[:count], jax.tree.leaves(args), numbers))
+
+    constants = [jnp.asarray(constant) for constant in closed.consts]
+    numbers = list(map(_number, _numbers(jaxpr))) if lift else []
+    return Traced(replay, constants + numbers, out, None if closed.effects else _fingerprint(jaxpr, lift))
 
 
 # Calls whose inner jaxpr may be written out in place: nothing differentiates a replayed trace any more.
 _CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
-def _evaluate(jaxpr: Any, constants: Sequence, arguments: Sequence) -> list:
-    """``jax.core.eval_jaxpr`` with calls written out.
+def _evaluate(jaxpr: Any, constants: Sequence, arguments: Sequence, numbers: Iterator | None) -> list:
+    """``jax.core.eval_jaxpr`` with calls written out, and with ``numbers`` in the places of those that were lifted.
 
     The arrays that an inner jit closes over are then constants of the outer trace, and become arguments like all
     others; and the rules of custom_jvp and custom_vjp, with what they close over, are dropped.
     """
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+    def read(atom: Any) -> Any:
+        if not isinstance(atom, core.Literal):
+            return values[atom]
+        return atom.val if numbers is None or not _is_number(atom) else next(numbers)
+
     for eqn in jaxpr.eqns:
-        inputs = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in eqn.invars]
+        inputs = [read(atom) for atom in eqn.invars]
         inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
         if inner is not None:
-            outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
+            outputs = _evaluate(inner.jaxpr, inner.consts, inputs, numbers)
         else:
             with eqn.ctx.manager:
                 outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
-    return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars]
 
 
-def share(function: Callable, *args: PyTree, donate_first: bool = False) -> tuple[Callable, PyTree]:
+def _numbers(jaxpr: Any) -> Iterator[Any]:
+    """The literals that `_evaluate` comes by, in its order."""
+    for eqn in jaxpr.eqns:
+        yield from filter(_is_number, eqn.invars)
+        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        if inner is not None:
+            yield from _numbers(inner.jaxpr)
+    yield from filter(_is_number, jaxpr.outvars)
+
+
+def _is_number(atom: Any) -> bool:
+    return isinstance(atom, core.Literal) and np.shape(atom.val) == ()
+
+
+def _number(literal: Any) -> Any:
+    """The value of a literal, as an argument of the same dtype and weakness."""
+    value = np.asarray(literal.val, literal.aval.dtype)
+    python = value.item()
+    weak = literal.aval.weak_type and jnp.result_type(type(python)) == value.dtype
+    return python if weak else value[()]
+
+
+class Shared(NamedTuple):
+    """A function as an executable."""
+
+    call: Callable[..., PyTree]
+    out: PyTree  # the shapes of what it returns
+    closed: bool  # whether all that it depends on are its arguments
+
+
+def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shared:
     """``jit`` for this function at these arguments, compiled anew only if no equal program ran before.
 
-    The function is traced now. Returns a callable for arguments of the same structure, shapes and dtypes, and the
-    shapes of what it returns. With ``donate_first`` the first argument's buffers are reused: they must not be the
-    caller's.
+    The function is traced now. What comes back is called with arguments of the same structure, shapes and dtypes. With
+    ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    _refuse_tracers(closed.consts)
     treedef = jax.tree.structure(out)
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
-    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
-        raise InputError("the loss closes over a value that is being traced (by jit, vmap or grad): call it outside.")
-    program = _Program(_fingerprint(closed.jaxpr, donated), closed.jaxpr, donated)
+    program = _Program(_fingerprint(closed.jaxpr), closed.jaxpr, donated)
     shareable = program.fingerprint is not None and not closed.effects
     run = _executable(program) if shareable else _executable.__wrapped__(program)
     constants = [jnp.asarray(constant) for constant in closed.consts]
@@ -82,7 +134,48 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> tupl
         leaves = jax.tree.leaves(args)
         return jax.tree.unflatten(treedef, run(leaves[:donated], leaves[donated:], constants))
 
-    return call, out
+    return Shared(call, out, shareable and not constants)
+
+
+def place_for(identity: Hashable | None, *args: PyTree) -> list:
+    """Where to keep, and to find again, what was made from traces of this identity for such arguments.
+
+    Empty at first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and
+    dtypes of the arguments, and JAX's settings; so, for one, on nothing that is not ``closed``.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    if identity is None or not _trees.is_plain(treedef):
+        return []
+    kinds = tuple(leaf.aval if isinstance(leaf, jax.Array) else _kind(leaf) for leaf in leaves)
+    return _place((identity, treedef, kinds, _settings()))
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _place(key: Hashable) -> list:
+    return []
+
+
+def _kind(number: Any) -> Hashable:
+    return type(number), np.shape(number), np.result_type(number)
+
+
+_SETTINGS = tuple(name for name in jax.config.values if hasattr(jax.config, name))
+
+
+def _settings() -> tuple:
+    """All of them, as seen by this thread: which of them a trace depends on is JAX's own business."""
+    return *(getattr(jax.config, name) for name in _SETTINGS), jax.sharding.get_abstract_mesh()
+
+
+def clear() -> None:
+    """Forgets all programs."""
+    _executable.cache_clear()
+    _place.cache_clear()
+
+
+def _refuse_tracers(constants: Sequence) -> None:
+    if any(isinstance(constant, jax.core.Tracer) for constant in constants):
+        raise InputError("the loss closes over a value that is being traced (by jit, vmap or grad): call it outside.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +199,16 @@ class _Unshareable(Exception):
     """The program depends on what cannot be compared, or may change later: it is compiled for this one call."""
 
 
-def _fingerprint(jaxpr: Any, donated: int) -> Hashable | None:
+def _fingerprint(jaxpr: Any, lifted: bool = False) -> Hashable | None:
     """Everything that the compiled program depends on, by value; None where a value cannot be compared."""
     try:
-        return donated, tuple(_jaxpr_parts(jaxpr))
+        return tuple(_jaxpr_parts(jaxpr, lifted))
     except _Unshareable:
         return None
 
 
-def _jaxpr_parts(jaxpr: Any) -> Iterator[Hashable]:
+def _jaxpr_parts(jaxpr: Any, lifted: bool = False) -> Iterator[Hashable]:
+    """With ``lifted``, the numbers that `_numbers` finds count by their kind alone."""
     numbers: dict[Any, int] = {}
 
     def bind(var: Any) -> Hashable:
@@ -122,15 +216,16 @@ def _jaxpr_parts(jaxpr: Any) -> Iterator[Hashable]:
         return var.aval
 
     def read(atom: Any) -> Hashable:
-        if isinstance(atom, core.Literal):
-            return "literal", atom.aval, _value(atom.val)
-        return numbers[atom]
+        if not isinstance(atom, core.Literal):
+            return numbers[atom]
+        return "literal", atom.aval, None if lifted and _is_number(atom) else _value(atom.val)
 
     yield tuple(map(bind, jaxpr.constvars)), tuple(map(bind, jaxpr.invars))
     for eqn in jaxpr.eqns:
         yield eqn.primitive, eqn.ctx, tuple(map(read, eqn.invars))
+        call = _CALLS.get(eqn.primitive.name)
         yield tuple(
-            (name, _value(value))
+            (name, _value(value, lifted and name == call))
             for name, value in eqn.params.items()
             # Nothing differentiates the finished program, so the rules of custom_jvp and custom_vjp, which print alike
             # when they differ, are out of play: only the primal function is compiled.
@@ -140,13 +235,13 @@ def _jaxpr_parts(jaxpr: Any) -> Iterator[Hashable]:
     yield tuple(map(read, jaxpr.outvars))
 
 
-def _value(value: Any) -> Hashable:
+def _value(value: Any, lifted: bool = False) -> Hashable:
     """A value as part of a fingerprint. Equality must mean "compiles to the same": 0.0 == -0.0 and 1 == True do not."""
     match value:
         case core.Jaxpr():
             return tuple(_jaxpr_parts(value))
         case core.ClosedJaxpr():  # an inner jit keeps the arrays that it closes over here
-            return tuple(_jaxpr_parts(value.jaxpr)), tuple(map(_value, value.consts))
+            return tuple(_jaxpr_parts(value.jaxpr, lifted)), tuple(map(_value, value.consts))
         case tuple() | list():
             return type(value), tuple(map(_value, value))
         case dict():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
+from collections.abc import Hashable
+from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,39 +35,59 @@ class Rule(NamedTuple):
             return Rates.OWNED
         return Rates.PLAIN if self.optimizer is gd or self.optimizer is optax.sgd else Rates.GIVEN
 
-    def at(self, step: jax.Array, rate: Any) -> tuple[Any, jax.Array | None]:
-        """The transformation for a step and its rate, built inside the trace, so that no rate is ever compiled in.
+    @property
+    def owns_rate(self) -> bool:
+        """Whether the optimizer is ready and has its own rate: see `owned_rate`."""
+        return is_transformation(self.optimizer)
 
-        ``rate`` is a number or a ladder, the rates of the steps one by one and from its end on over again. None for the
-        rate of an optimizer that owns it: see `owned_rate`.
-        """
-        if is_transformation(self.optimizer):
-            return self.optimizer, None
-        if self.schedule is not None:
-            rate = _rate_at(self.schedule, step)
-        elif jnp.ndim(rate):
-            rate = rate[step % len(rate)]
+    def with_rate(self, rate: Any) -> Any:
+        """The transformation for a rate, built inside the trace, so that no rate is ever compiled in."""
+        if self.owns_rate:
+            return self.optimizer
         built = self.optimizer(rate)
         if not is_transformation(built):
             raise InputError(
                 f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate: a factory such "
                 "as optax.adam returns an optax transformation."
             )
-        return built, jnp.asarray(rate)
+        return built
+
+    def rate_at(self, step: jax.Array) -> Any:
+        """The schedule's rate of a step."""
+        schedule: Any = self.schedule
+        try:
+            rate = schedule(step)
+        except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
+            raise InputError(
+                f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced "
+                f"integer, so choose with jnp.where instead of if. ({error})"
+            ) from error
+        if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
+            what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
+            raise InputError(f"the schedule gave {what} for a step: return one number.")
+        return rate
+
+    @property
+    def identity(self) -> Hashable | None:
+        """Equal only for optimizers that make the same updates; None where that shows in their trace alone."""
+        optimizer = self.optimizer
+        if is_transformation(optimizer):
+            functions = optimizer.init, optimizer.update
+            return functions if all(map(_is_fixed, functions)) else None
+        if type(optimizer) is not functools.partial:
+            return optimizer if _is_fixed(optimizer) else None
+        numbers = (*optimizer.args, *optimizer.keywords.values())
+        if not _is_fixed(optimizer.func) or not all(type(x) in (bool, int, float, str, NoneType) for x in numbers):
+            return None
+        return optimizer.func, tuple(optimizer.keywords), tuple((type(x), repr(x)) for x in numbers)
 
 
-def _rate_at(schedule: Schedule, step: jax.Array) -> Any:
-    try:
-        rate = schedule(step)
-    except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
-        raise InputError(
-            f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced integer, so "
-            f"choose with jnp.where instead of if. ({error})"
-        ) from error
-    if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
-        what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
-        raise InputError(f"the schedule gave {what} for a step: return one number.")
-    return rate
+def _is_fixed(function: Any) -> bool:
+    """Whether it is one of optax's or gdopt's own functions, which nobody changes, and closes over nothing."""
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return False
+    module = sys.modules.get(function.__module__)
+    return function.__module__.split(".")[0] in ("gdopt", "optax") and vars(module).get(function.__name__) is function
 
 
 def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:

@@ -151,9 +151,7 @@ def cyclical(
 
     def schedule(step):
         k = _count(step)
-        c, r = 1 + k // (up + down), k % (up + down)
-        # Smith's |k/S - 2c + 1|, for two step sizes and without differences of large numbers
-        height = jnp.where(r <= up, _fraction(r, up), _fraction(up + down - r, down))
+        c, height = _cycle(k, up, down)
         return _between(base, top, height * scale(k, c))
 
     return schedule
@@ -313,11 +311,28 @@ def silver(smoothness: Scalar) -> Schedule:
     return schedule
 
 
+# jit, so that a schedule made of these is traced in a few operations: a loop traces it at each call.
+
+
+@jax.jit
+def _cycle(k: jax.Array, up: int, down: int) -> tuple[jax.Array, jax.Array]:
+    """The number of the cycle, 1 first, and the height within it, from 0 to 1 and back."""
+    c, r = 1 + k // (up + down), k % (up + down)
+    # Smith's |k/S - 2c + 1|, for two step sizes and without differences of large numbers
+    return c, jnp.where(r <= up, _fraction(r, up), _fraction(up + down - r, down))
+
+
 def _between(low: Any, high: Any, weight: jax.Array) -> jax.Array:
     """low + (high - low) weight, from the nearer end: exact at both ends, and never outside them by rounding."""
-    return jnp.where(weight < 0.5, low + (high - low) * weight, high - (high - low) * (1 - weight))
+    return _blend(low, high, high - low, weight)
 
 
+@jax.jit
+def _blend(low: Any, high: Any, span: Any, weight: jax.Array) -> jax.Array:
+    return jnp.where(weight < 0.5, low + span * weight, high - span * (1 - weight))
+
+
+@jax.jit
 def _fraction(part: jax.Array, whole: float) -> jax.Array:
     """part / whole, and exactly 1 where they are equal: XLA multiplies by 1 / whole, which may round to less."""
     return jnp.where(part == whole, 1.0, part.astype(float) / whole)
@@ -329,7 +344,12 @@ def _power(base: float, k: jax.Array) -> jax.Array:
     With the digits d of k to base 256 it is the product of base**(256**i d), factors from tables made in float64.
     """
     tables = base ** np.outer(256.0 ** np.arange(k.dtype.itemsize), np.arange(256))
-    factors = (jnp.asarray(table, float)[(k >> 8 * i) & 255] for i, table in enumerate(tables))
+    return _product_by_digits(jnp.asarray(tables, float), k)
+
+
+@jax.jit
+def _product_by_digits(tables: jax.Array, k: jax.Array) -> jax.Array:
+    factors = (table[(k >> 8 * i) & 255] for i, table in enumerate(tables))
     return functools.reduce(jnp.multiply, factors)
 
 

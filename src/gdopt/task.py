@@ -25,12 +25,33 @@ class Task(NamedTuple):
     data: PyTree
     batches: Batches | None
     with_key: bool
-    key: jax.Array
+    given_key: jax.Array | None
+
+    @property
+    def key(self) -> jax.Array:
+        """The one that all random numbers of a call are drawn from."""
+        return jax.random.key(0) if self.given_key is None else self.given_key
 
     @property
     def steps_per_epoch(self) -> int | None:
         """None for a loss that is the same function at each step."""
         return self.batches.per_epoch if self.batches else 1 if self.with_key else None
+
+    def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        """(loss, aux) of all data or of a batch of them; the key only where the loss takes one."""
+        given, keys = self._given(data, args, key)
+        return self.problem.value(params, *given, **keys)
+
+    def value_and_grad(
+        self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None
+    ) -> tuple[tuple[jax.Array, Any], PyTree]:
+        """((loss, aux), gradient)."""
+        given, keys = self._given(data, args, key)
+        return self.problem.value_and_grad(params, *given, **keys)
+
+    def _given(self, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[tuple, dict]:
+        rest = self.args_rest.combine(args)
+        return rest if data is None else (data, *rest), {"key": key} if self.with_key else {}
 
 
 def make_task(
@@ -60,9 +81,9 @@ def refuse_tracers(caller: str, *trees: PyTree) -> None:
         )
 
 
-def _check_key(key: Any) -> jax.Array:
+def _check_key(key: Any) -> jax.Array | None:
     if key is None:
-        return jax.random.key(0)
+        return None
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
