@@ -138,6 +138,9 @@ TAKES = {"sam": (), "sam_clipped": (), "sam_opaque": ("grad_fn",)}  # extra argu
 TAKES |= dict.fromkeys(("backtracking", "lbfgs"), ("value", "grad", "value_fn"))
 TELLS_RATE = {"spectral", "lbfgs", "backtracking", "inject_hyperparams"}  # by `learning_rate` in its state
 FULL_BATCH = {"spectral"}  # refuses a noisy loss
+# Losses compared with a loop by hand, where not all: muon makes the gradient orthogonal, which near rank 1 turns on its
+# rounding. Two loops by hand, from starts 1e-8 apart, agree to 1e-5 up to here, and to 1e-1 ten steps later.
+COMPARED = {"muon": 17}
 EXACT = {"gd", "sgd", "momentum", "nesterov"}  # the same bits as in a loop by hand, whatever XLA fuses
 
 # One of each kind is run on batches, too; the others with `make test-slow`, as compiling takes a second for each.
@@ -290,7 +293,7 @@ def test_structure_and_dtypes_are_kept(case: Case, monkeypatch: pytest.MonkeyPat
     def stop(compiled: Any, inputs: Any) -> None:
         state = jax.eval_shape(compiled.start, inputs)
         after, _ = jax.eval_shape(compiled.chunk, state, np.int32(1), inputs)
-        raise Traced(state, after)
+        raise Traced(*jax.eval_shape(lambda *both: [packed.tree() for packed in both], state, after))
 
     monkeypatch.setattr(loop, "begin", stop)
     for run, dtype in ((fit, jnp.bfloat16), (fit if case.name in FULL_BATCH else fit_batches, jnp.float64)):
@@ -359,7 +362,7 @@ def test_same_as_a_loop_by_hand(case: Case) -> None:
         updates, state = transformation.update(grad, state, params, **extras)
         return optax.apply_updates(params, updates), state, value
 
-    history = case.short.result.history.loss
+    history = case.short.result.history.loss[: COMPARED.get(case.name)]
     params, losses = Regression.start(), []
     state = at(0.1 if rate is not None else None, 0).init(params)
     for k in range(len(history)):

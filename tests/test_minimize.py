@@ -153,6 +153,11 @@ def test_params_keep_structure_dtypes_and_what_is_no_array():
     assert result.success
 
 
+def test_scalars_come_back_as_arrays():
+    result = gdopt.minimize(lambda p: (p["a"] ** 2 + p["b"] ** 2, {"n": p["a"]}), {"a": 1.0, "b": 2.0}, has_aux=True)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((result.params, result.aux)))
+
+
 def test_float64_digits_are_kept():
     with jax.enable_x64(True):
         result = gdopt.minimize(lambda x: (x - 1 / 3) ** 2, np.float64(0), learning_rate=0.3, tol=1e-14)

@@ -185,7 +185,7 @@ def minimize(
         history=history,
         steps_per_epoch=compiled.steps_per_epoch,
         range_test=test,
-        aux=kept.aux,
+        aux=jax.tree.map(jnp.asarray, kept.aux),
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
     )

@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from gdopt import _trees, program, stopping
+from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 from gdopt.optimizers import MAX_REJECTED
@@ -76,8 +77,10 @@ class State(NamedTuple):
 class Compiled(NamedTuple):
     """A problem made ready to run."""
 
-    start: Callable[..., State]
-    chunk: Callable[..., tuple[State, jax.Array]]  # (state, limit, inputs) -> (state, rows of History)
+    start: Callable[[Inputs], Packed]
+    chunk: Callable[
+        [Packed, Any, Inputs], tuple[Packed, jax.Array]
+    ]  # (state, limit, inputs) -> (state, History's rows)
     steps_per_epoch: int | None  # None: the loss is the same function at each step
     eps: float  # of the dtype in which the loss is computed
     pace: list[float]  # the seconds of a step in the last run, where there was one
@@ -225,27 +228,28 @@ def _make(
     if inputs.key is not None and inputs.key.ndim:
         start, step = _side_by_side(start, step)
 
-    def chunk(state: State, limit: jax.Array, inputs: Inputs) -> tuple[State, jax.Array]:
+    def packed_start(inputs: Inputs) -> Packed:
+        return _trees.pack(start(inputs))
+
+    def chunk(packed: Packed, limit: jax.Array, inputs: Inputs) -> tuple[Packed, jax.Array]:
+        state = packed.tree()
         first = state.step
         records = jnp.zeros((_CAPACITY, *state.code.shape, len(History._fields)), record_dtype)
 
-        carried, unpack = _trees.pack(state)
-
-        def body(carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
-            state, records = unpack(carry[0]), carry[1]
+        def body(carry: tuple[Packed, jax.Array]) -> tuple[Packed, jax.Array]:
+            state, records = carry[0].tree(), carry[1]
             at = state.step - first
             state, record = step(state, inputs)
             row = jnp.stack([entry.astype(record_dtype) for entry in record], axis=-1)
-            return _trees.pack(state)[0], lax.dynamic_update_index_in_dim(records, row, at, 0)
+            return _trees.pack(state), lax.dynamic_update_index_in_dim(records, row, at, 0)
 
-        def goes_on(carry: tuple[PyTree, jax.Array]) -> jax.Array:
-            state = unpack(carry[0])
+        def goes_on(carry: tuple[Packed, jax.Array]) -> jax.Array:
+            state = carry[0].tree()
             return (state.code == RUNNING).any() & (state.step < limit)
 
-        carried, records = lax.while_loop(goes_on, body, (carried, records))
-        return unpack(carried), records
+        return lax.while_loop(goes_on, body, (packed, records))
 
-    first = program.share(start, inputs)
+    first = program.share(packed_start, inputs)
     many = program.share(chunk, first.out, np.int32(0), inputs, donate_first=True)
     closed = first.closed and many.closed and not asked_again
     return Compiled(first.call, many.call, steps_per_epoch, eps, pace=[]), closed
@@ -273,7 +277,7 @@ def _side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
     return lambda inputs: jax.vmap(start, (each_inputs,), each_state)(inputs), steps
 
 
-def begin(compiled: Compiled, inputs: Inputs) -> State:
+def begin(compiled: Compiled, inputs: Inputs) -> Packed:
     """The state before the first step, with everything compiled: where nothing ran yet, by a chunk of no steps."""
     state = compiled.start(inputs)
     if not compiled.pace:
@@ -283,28 +287,29 @@ def begin(compiled: Compiled, inputs: Inputs) -> State:
 
 def advance(
     compiled: Compiled,
-    state: State,
+    packed: Packed,
     inputs: Inputs,
     between: Callable[[int, State, History], bool],
     *,
     until: int = LAST_STEP,
     boundary: int | None = None,
-) -> tuple[State, History, Status | None]:
+) -> tuple[Packed, History, Status | None]:
     """Runs chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
 
     ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
     multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result. After a stop, the
     state's last point is evaluated still. Returns what stopped it from outside, if anything did.
     """
-    step, cause, records = int(state.step), None, []
+    step, cause, records = int(packed.tree().step), None, []
     with _ctrl_c() as interrupted:
         while True:
             size = max(1, int(_CHUNK_SECONDS / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
             limit = step + min(size, _CAPACITY)
             limit = limit if boundary is None else min(limit, (step // boundary + 1) * boundary)
             began = time.perf_counter()
-            state, buffer = compiled.chunk(state, np.int32(min(limit, until)), inputs)
-            reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())  # waits for the chunk
+            packed, buffer = compiled.chunk(packed, np.int32(min(limit, until)), inputs)
+            state = packed.tree()  # waits for the chunk
+            reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())
             seconds = time.perf_counter() - began
             count = reached - step + (not running)
             records.append(History(*np.array(np.moveaxis(np.asarray(buffer)[:count], -1, 0))))
@@ -317,31 +322,33 @@ def advance(
                 cause = Status.INTERRUPTED if interrupted else Status.STOPPED
                 here = inputs.limits._replace(max_steps=step)
                 inputs = inputs._replace(limits=here)  # evaluates once more, and ends
-    return state, History(*(np.concatenate(entries) for entries in zip(*records, strict=True))), cause
+    return packed, History(*(np.concatenate(entries) for entries in zip(*records, strict=True))), cause
 
 
 def run(
     compiled: Compiled,
-    state: State,
+    packed: Packed,
     inputs: Inputs,
     between: Callable[[int, State, History], bool],
     boundary: int | None,
 ) -> tuple[State, History, Status]:
     """Runs to the end: see `advance`. Of an optimizer that keeps an average, the average is evaluated last."""
-    state, history, cause = advance(compiled, state, inputs, between, boundary=boundary)
+    packed, history, cause = advance(compiled, packed, inputs, between, boundary=boundary)
+    state = packed.tree()
     code = Status(int(state.code))
     status = cause if cause and code is Status.MAX_STEPS else code
     average = evaluation_params(state.optimizer, state.params)
     if average is not state.params and status not in stopping.FAILURES:
         step = int(state.step)
         last = inputs._replace(limits=inputs.limits._replace(max_steps=step))
-        state, _ = compiled.chunk(state._replace(code=np.int32(RUNNING), params=average), np.int32(step + 1), last)
+        again = _trees.pack(state._replace(code=np.int32(RUNNING), params=average))
+        state = compiled.chunk(again, np.int32(step + 1), last)[0].tree()
     return state, history, status
 
 
 def returned_params(state: State) -> PyTree:
     """The params that ``state.kept`` tells the loss of."""
-    return state.params if state.kept.params is None else state.kept.params
+    return jax.tree.map(jnp.asarray, state.params if state.kept.params is None else state.kept.params)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import loop, suggestions
+from gdopt import _trees, loop, suggestions
 from gdopt._checks import one_of, rate, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.errors import InputError
@@ -207,7 +207,7 @@ def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
     return jnp.asarray(np.broadcast_to(rates, (*keys.shape, len(rates))), float)
 
 
-def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[loop.Compiled, loop.State, Any]:
+def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[loop.Compiled, _trees.Packed, Any]:
     """Runs side by side, one for each key and row of rates, before their first step."""
     limits = Limits(loop.LAST_STEP, 0.0, -math.inf)
     compiled, inputs = loop.compile(task, Rule(optimizer), rates, limits, keys, trial=True)
