@@ -1,16 +1,20 @@
-"""What the benchmarks share: fresh processes to run in, and how their tables are printed."""
+"""What the benchmarks share: clocks, fresh processes to run in, and how their tables are printed."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Row(NamedTuple):
@@ -65,3 +69,44 @@ def processes(count: int, x64: bool) -> ProcessPoolExecutor:
 
 def _set_x64(x64: bool) -> None:
     jax.config.update("jax_enable_x64", x64)
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    """The options of a script, and as ``flags`` what repeats its run."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
+    parser.add_argument("--picture", metavar="PATH", help="also draw the main table")
+    options = parser.parse_args()
+    options.flags = " --quick" * options.quick + " --markdown" * options.markdown
+    options.flags += f" --picture {options.picture}" * bool(options.picture)
+    return options
+
+
+def installed(packages: Iterable[str]) -> list[str]:
+    """Those of the packages that are there; not all peers are dependencies of the benchmarks."""
+    return [package for package in packages if importlib.util.find_spec(package.replace("-", "_"))]
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """The seconds until all results of a run are there."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def interleaved(clocks: Mapping[str, Callable[[], float]], rounds: int) -> np.ndarray:
+    """Every clock once in each round, in turn: (round, clock)."""
+    return np.array([[clock() for clock in clocks.values()] for _ in range(rounds)])
+
+
+def ratios(times: np.ndarray) -> list[str]:
+    """Each clock's median ratio to the first one of the same round, with the quartiles."""
+    quantiles = np.quantile(times / times[:, :1], (0.25, 0.5, 0.75), axis=0).T
+    return [f"{median:.2f} ({low:.2f}-{high:.2f})" for low, median, high in quantiles]
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a fresh process in which nothing ran yet."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,41 +95,45 @@ def strong(tree: PyTree) -> PyTree:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A tree with its scalars in one vector for each dtype.
+    """A tree with its small leaves in one vector for each dtype.
 
-    Each scalar that a compiled loop carries costs XLA a small program of its own: 10 ms to compile, and on a CPU 50 ns
-    of each step.
+    Each array that a compiled loop carries or computes costs XLA a small program of its own: 10 ms to compile, and on a
+    CPU 50 ns of each step.
     """
 
     vectors: list[Any]
-    others: list[Any]
+    others: list[Any]  # None in place of the small leaves
     treedef: Any = dataclasses.field(metadata={"static": True})
-    places: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})  # among the tree's leaves
+    places: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...] = dataclasses.field(metadata={"static": True})
+    # of each vector: where its leaves stand in the tree, and their shapes
 
     def tree(self) -> PyTree:
-        """The tree again; outside of a trace, with its scalars as NumPy's."""
+        """The tree again; outside of a trace, with its small leaves as NumPy's."""
         leaves = list(self.others)
         for vector, places in zip(self.vectors, self.places, strict=True):
-            traced = isinstance(vector, jax.core.Tracer)
+            traced, begin = isinstance(vector, jax.core.Tracer), 0
             numbers = vector if traced else np.asarray(vector)
-            for index, place in enumerate(places):
-                leaves[place] = lax.index_in_dim(numbers, index, keepdims=False) if traced else numbers[index]
+            for place, shape in places:
+                end = begin + math.prod(shape)
+                part = lax.slice_in_dim(numbers, begin, end) if traced else numbers[begin:end]
+                leaves[place] = part.reshape(shape) if shape or traced else part[0]
+                begin = end
         return self.treedef.unflatten(leaves)
 
 
-def pack(tree: PyTree) -> Packed:
-    """The tree with its scalars in vectors; see `Packed.tree` for the way back."""
+def pack(tree: PyTree, most: int = 1) -> Packed:
+    """The tree with its leaves of at most so many entries in vectors; see `Packed.tree` for the way back."""
     leaves, treedef = jax.tree.flatten(tree)
-    places: dict[Any, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for place, leaf in enumerate(leaves):
-        if leaf.shape == () and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            places.setdefault(leaf.dtype, []).append(place)
-    groups = tuple(map(tuple, places.values()))
-    numbers = [[leaves[place] for place in group] for group in groups]
-    vectors = [np.stack(n) if all(isinstance(x, np.generic) for x in n) else jnp.stack(n) for n in numbers]
-    for place in sum(groups, ()):
+        if leaf.size <= most and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            groups.setdefault(leaf.dtype, []).append(place)
+    parts = [[leaves[place].reshape(-1) for place in group] for group in groups.values()]
+    vectors = [(np if all(isinstance(x, np.ndarray) for x in p) else jnp).concatenate(p) for p in parts]
+    places = tuple(tuple((place, leaves[place].shape) for place in group) for group in groups.values())
+    for place in itertools.chain(*groups.values()):
         leaves[place] = None
-    return Packed(vectors, leaves, treedef, groups)
+    return Packed(vectors, leaves, treedef, places)
 
 
 def copy(tree: PyTree) -> PyTree:

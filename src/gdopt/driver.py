@@ -18,7 +18,7 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.data import Batches
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
-from gdopt.problem import Problem, make_problem
+from gdopt.problem import Problem, make_problem, value_and_grad
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
 from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
@@ -185,7 +185,7 @@ def minimize(
         history=history,
         steps_per_epoch=compiled.steps_per_epoch,
         range_test=test,
-        aux=jax.tree.map(jnp.asarray, kept.aux),
+        aux=jax.tree.map(jax.device_put, kept.aux),
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
     )
@@ -228,7 +228,7 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
 def _gd_step(
     loss: Loss, rest: _trees.Rest, params: PyTree, learning_rate: Any, args: tuple
 ) -> tuple[PyTree, jax.Array]:
-    (value, _), grad = Problem(loss, params, rest).value_and_grad(params, *args)
+    (value, _), grad = value_and_grad(Problem(loss, params, rest).value)(params, *args)
     new = jax.tree.map(lambda x, g: (x - learning_rate * g).astype(x.dtype), params, grad)
     return new, value
 

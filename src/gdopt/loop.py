@@ -21,12 +21,14 @@ from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 from gdopt.optimizers import MAX_REJECTED
+from gdopt.problem import value_and_grad
 from gdopt.result import History
 from gdopt.rule import Rule, apply, evaluation_params, inject, owned_rate, search
 from gdopt.stopping import RUNNING, Evaluation, Limits, Status, Watch
 from gdopt.task import Task
 
 _CAPACITY = 4096  # records that a chunk has room for
+_SMALL = 4096  # entries of an array that is computed with together with others
 _FIRST_CHUNK = 16  # steps, before their time is known
 LAST_STEP = 2**31 - 1
 _CHUNK_SECONDS = 0.05  # Ctrl-C and the progress bar wait for one chunk
@@ -46,7 +48,7 @@ class Inputs(NamedTuple):
     key: Any  # None for a single run that draws nothing
     rate: Any  # a number, or a ladder of them, the rates of the steps one by one
     limits: Limits
-    constants: PyTree  # what the loss and the schedule close over: see `compile`
+    constants: tuple[list, list, list]  # of the loss, of its derivative beyond that, and of the schedule
 
 
 class Kept(NamedTuple):
@@ -55,7 +57,7 @@ class Kept(NamedTuple):
     Where no params are to be kept, the last point evaluated, whose params are the state's: see `returned_params`.
     """
 
-    params: PyTree
+    params: Packed | None
     step: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
@@ -106,23 +108,36 @@ def compile(
     start = task.problem.params
     batch = task.batches.shapes(task.data) if task.batches else task.data
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
-    loss = program.trace(task.value_and_grad, start, batch, task.args, one_key)
-    schedule = None
-    if rule.schedule is not None:
-        schedule = program.trace(rule.rate_at, np.int32(0), lift=True)
-    constants = loss.constants, schedule and schedule.constants
-    inputs = Inputs(start, task.data, task.args, key, rate, limits, constants)
+    value = program.trace(task.value, start, batch, task.args, one_key, rules=True)
 
-    parts = loss.identity, rule.identity, schedule and schedule.identity
-    known = None not in parts[:2] and (schedule is None or schedule.identity is not None)
-    options = task.batches, steps_per_epoch, task.with_key, keep_best
-    found = program.place_for((*parts, *options) if known else None, inputs)
+    def differentiated() -> program.Traced:
+        both = value_and_grad(lambda params, constants, *given: value.replay(constants, params, *given))
+        return program.trace(both, start, value.constants, batch, task.args, one_key)
+
+    # What a loss computes tells its gradient, but where it has derivative rules of its own.
+    loss = None if value.identity is not None else differentiated()
+    identity = value.identity if loss is None else loss.identity
+    schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
+    identities = [identity, rule.identity] + ([] if schedule is None else [schedule.identity])
+    options = loss is None, task.batches, steps_per_epoch, task.with_key, keep_best
+
+    constants = value.constants, loss.constants if loss else [], schedule.constants if schedule else []
+    inputs = Inputs(start, task.data, task.args, key, rate, limits, constants)
+    found = program.place_for(None if None in identities else (*identities, *options), inputs)
     if found:
         return found[0], inputs
+    if loss is None:
+        loss = differentiated()
+        inputs = inputs._replace(constants=(value.constants, loss.constants, constants[2]))
     compiled, closed = _make(task, rule, inputs, loss, schedule, steps_per_epoch, keep_best)
-    if closed:
+    if closed and len(inputs.constants[1]) == len(constants[1]):
         found.append(compiled)
     return compiled, inputs
+
+
+def compact(params: PyTree) -> Packed:
+    """The params as few arrays, which costs much less per step where there are many small ones."""
+    return _trees.pack(params, _SMALL)
 
 
 def _make(
@@ -153,7 +168,7 @@ def _make(
     def rate_at(inputs: Inputs, step: jax.Array) -> Any:
         """The rate of a step: the schedule's, a number, or of a ladder the step's own, from its end on over again."""
         if schedule is not None:
-            return schedule.replay(inputs.constants[1], step)
+            return schedule.replay(inputs.constants[2], step)
         return inputs.rate[step % len(inputs.rate)] if jnp.ndim(inputs.rate) else inputs.rate
 
     def start(inputs: Inputs) -> State:
@@ -178,16 +193,17 @@ def _make(
             optimizer=_trees.copy(_trees.strong(optimizer)),
             order=batches.first_order() if batches else None,
             watch=stopping.first_watch(loss_dtype, norm.dtype),
-            kept=Kept(_trees.copy(inputs.start) if keep_best else None, jnp.int32(0), nan, norm, blank),
+            kept=Kept(_trees.copy(compact(inputs.start)) if keep_best else None, jnp.int32(0), nan, norm, blank),
         )
 
     def step(state: State, inputs: Inputs) -> tuple[State, tuple]:
         k, params = state.step, state.params
         given, order = loss_inputs(inputs, state.order, k)
-        (loss, aux), grad = traced_loss.replay(inputs.constants[0], params, *given)
-        value, grad_norm = loss.astype(loss_dtype), _trees.norm(grad)
+        (loss, aux), grad = traced_loss.replay(inputs.constants[1], params, inputs.constants[0], *given)
+        value, grad_norm = loss.astype(loss_dtype), _trees.norm(compact(grad))
 
-        away = jax.tree.map(jnp.subtract, params, inputs.start)
+        here = compact(params)
+        away = jax.tree.map(jnp.subtract, here, compact(inputs.start))
         point = Evaluation(k, value, grad_norm, _trees.quick_norm(away))
         found = search(state.optimizer)
         gave_up = None if found is None else found.rejected >= MAX_REJECTED
@@ -198,7 +214,7 @@ def _make(
         else:
             failed = functools.reduce(jnp.logical_or, [code == status for status in stopping.FAILURES])
             keep = (k == 0) | jnp.where(running, stopping.is_good(watch, state.kept.loss, value), ~failed)
-        kept = Kept(params if keep_best else None, k, value, grad_norm, _trees.strong(aux))
+        kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))
         kept = _trees.select(keep, kept, state.kept) if keep_best else kept
 
         # optax's line searches refuse extra arguments that nobody takes: these names are for other optimizers.
@@ -348,7 +364,16 @@ def run(
 
 def returned_params(state: State) -> PyTree:
     """The params that ``state.kept`` tells the loss of."""
-    return jax.tree.map(jnp.asarray, state.params if state.kept.params is None else state.kept.params)
+    params = state.params if state.kept.params is None else state.kept.params.tree()
+
+    def placed(leaf: Any, like: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        array = jax.device_put(leaf)
+        shared = isinstance(like, jax.Array) and array.sharding != like.sharding
+        return jax.device_put(leaf, like.sharding) if shared else array
+
+    return jax.tree.map(placed, params, state.params)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,18 @@ class Problem(NamedTuple):
         """(loss, aux); raises InputError for a loss that returns anything but a scalar."""
         return _checked(self.loss(self.rest.combine(params), *args, **key), self.has_aux)
 
-    def value_and_grad(self, params: PyTree, *args: Any, **key: Any) -> tuple[tuple[jax.Array, Any], PyTree]:
-        """((loss, aux), gradient); JAX's gradient of a complex leaf is the conjugate of the steepest ascent."""
-        value, grad = jax.value_and_grad(self.value, has_aux=True)(params, *args, **key)
-        return value, jax.tree.map(jnp.conj, grad)
+
+def value_and_grad(value: Callable[..., tuple]) -> Callable[..., tuple[tuple, PyTree]]:
+    """((loss, aux), gradient) of a function that returns (loss, aux), with respect to its first argument.
+
+    JAX's gradient of a complex leaf is the conjugate of the steepest ascent.
+    """
+
+    def both(*args: Any) -> tuple[tuple, PyTree]:
+        value_and_aux, grad = jax.value_and_grad(value, has_aux=True)(*args)
+        return value_and_aux, jax.tree.map(jnp.conj, grad)
+
+    return both
 
 
 def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None) -> Problem:

@@ -17,7 +17,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from gdopt import _trees
 from gdopt._types import PyTree
@@ -25,6 +24,13 @@ from gdopt.errors import InputError
 
 _PROGRAMS = 128  # compiled programs kept, the least recently used go first
 _SMALL = 1024  # bytes; a program with a larger array deep in its control flow is not kept: it would keep the array
+
+
+@functools.cache
+def _core() -> Any:
+    from jax.extend import core  # here, because it takes 20 ms: it brings Pallas with it
+
+    return core
 
 
 class Traced(NamedTuple):
@@ -36,11 +42,14 @@ class Traced(NamedTuple):
     identity: Hashable | None  # equal only for traces that are, up to the constants' values; None: it cannot be told
 
 
-def trace(function: Callable, *args: PyTree, lift: bool = False) -> Traced:
-    """The function traced once. With ``lift``, the numbers written into it become constants like its arrays.
+def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False) -> Traced:
+    """The function traced once.
 
-    That costs the compiler what it knows of them, so it is for small functions such as schedules, which are made anew
-    with other numbers.
+    With ``lift``, the numbers written into it become constants like its arrays. That costs the compiler what it knows
+    of them, so it is for small functions such as schedules, which are made anew with other numbers.
+
+    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp, and as these are
+    functions, which equality does not tell, the identity of a trace with some is None.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     _refuse_tracers(closed.consts)
@@ -48,35 +57,47 @@ def trace(function: Callable, *args: PyTree, lift: bool = False) -> Traced:
 
     def replay(constants: Sequence, *args: PyTree) -> PyTree:
         numbers = iter(constants[count:]) if lift else None
-        return jax.tree.unflatten(treedef, _evaluate(jaxpr, constants[:count], jax.tree.leaves(args), numbers))
+        leaves = jax.tree.leaves(args)
+        return jax.tree.unflatten(treedef, _evaluate(jaxpr, constants[:count], leaves, numbers, rules))
 
     constants = [jnp.asarray(constant) for constant in closed.consts]
     numbers = list(map(_number, _numbers(jaxpr))) if lift else []
-    return Traced(replay, constants + numbers, out, None if closed.effects else _fingerprint(jaxpr, lift))
+    known = not closed.effects and not (rules and _has_rules(jaxpr))
+    return Traced(replay, constants + numbers, out, _fingerprint(jaxpr, lift) if known else None)
 
 
-# Calls whose inner jaxpr may be written out in place: nothing differentiates a replayed trace any more.
-_CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+_RULES = ("custom_jvp_call", "custom_vjp_call")
+# Calls whose inner jaxpr may be written out in place; those with rules where nothing differentiates the replay.
+_CALLS = {"jit": "jaxpr"} | dict.fromkeys(_RULES, "call_jaxpr")
 
 
-def _evaluate(jaxpr: Any, constants: Sequence, arguments: Sequence, numbers: Iterator | None) -> list:
+def _has_rules(jaxpr: Any) -> bool:
+    inside = _core().jaxprs_in_params
+    return any(eqn.primitive.name in _RULES or any(map(_has_rules, inside(eqn.params))) for eqn in jaxpr.eqns)
+
+
+def _evaluate(
+    jaxpr: Any, constants: Sequence, arguments: Sequence, numbers: Iterator | None, rules: bool = False
+) -> list:
     """``jax.core.eval_jaxpr`` with calls written out, and with ``numbers`` in the places of those that were lifted.
 
     The arrays that an inner jit closes over are then constants of the outer trace, and become arguments like all
-    others; and the rules of custom_jvp and custom_vjp, with what they close over, are dropped.
+    others; and without ``rules`` those of custom_jvp and custom_vjp, with what they close over, are dropped.
     """
+    literal = _core().Literal
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
 
     def read(atom: Any) -> Any:
-        if not isinstance(atom, core.Literal):
+        if not isinstance(atom, literal):
             return values[atom]
         return atom.val if numbers is None or not _is_number(atom) else next(numbers)
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        name = eqn.primitive.name
+        inner = None if rules and name in _RULES else eqn.params.get(_CALLS.get(name, ""))
         if inner is not None:
-            outputs = _evaluate(inner.jaxpr, inner.consts, inputs, numbers)
+            outputs = _evaluate(inner.jaxpr, inner.consts, inputs, numbers, rules)
         else:
             with eqn.ctx.manager:
                 outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
@@ -96,7 +117,7 @@ def _numbers(jaxpr: Any) -> Iterator[Any]:
 
 
 def _is_number(atom: Any) -> bool:
-    return isinstance(atom, core.Literal) and np.shape(atom.val) == ()
+    return isinstance(atom, _core().Literal) and np.shape(atom.val) == ()
 
 
 def _number(literal: Any) -> Any:
@@ -210,13 +231,14 @@ def _fingerprint(jaxpr: Any, lifted: bool = False) -> Hashable | None:
 def _jaxpr_parts(jaxpr: Any, lifted: bool = False) -> Iterator[Hashable]:
     """With ``lifted``, the numbers that `_numbers` finds count by their kind alone."""
     numbers: dict[Any, int] = {}
+    literal = _core().Literal
 
     def bind(var: Any) -> Hashable:
         numbers[var] = len(numbers)
         return var.aval
 
     def read(atom: Any) -> Hashable:
-        if not isinstance(atom, core.Literal):
+        if not isinstance(atom, literal):
             return numbers[atom]
         return "literal", atom.aval, None if lifted and _is_number(atom) else _value(atom.val)
 
@@ -229,7 +251,7 @@ def _jaxpr_parts(jaxpr: Any, lifted: bool = False) -> Iterator[Hashable]:
             for name, value in eqn.params.items()
             # Nothing differentiates the finished program, so the rules of custom_jvp and custom_vjp, which print alike
             # when they differ, are out of play: only the primal function is compiled.
-            if not (eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call") and name not in ("call_jaxpr", "name"))
+            if not (eqn.primitive.name in _RULES and name not in ("call_jaxpr", "name"))
         )
         yield tuple(map(bind, eqn.outvars))
     yield tuple(map(read, jaxpr.outvars))
@@ -237,6 +259,7 @@ def _jaxpr_parts(jaxpr: Any, lifted: bool = False) -> Iterator[Hashable]:
 
 def _value(value: Any, lifted: bool = False) -> Hashable:
     """A value as part of a fingerprint. Equality must mean "compiles to the same": 0.0 == -0.0 and 1 == True do not."""
+    core = _core()
     match value:
         case core.Jaxpr():
             return tuple(_jaxpr_parts(value))

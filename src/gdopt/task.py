@@ -39,19 +39,9 @@ class Task(NamedTuple):
 
     def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """(loss, aux) of all data or of a batch of them; the key only where the loss takes one."""
-        given, keys = self._given(data, args, key)
-        return self.problem.value(params, *given, **keys)
-
-    def value_and_grad(
-        self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None
-    ) -> tuple[tuple[jax.Array, Any], PyTree]:
-        """((loss, aux), gradient)."""
-        given, keys = self._given(data, args, key)
-        return self.problem.value_and_grad(params, *given, **keys)
-
-    def _given(self, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[tuple, dict]:
-        rest = self.args_rest.combine(args)
-        return rest if data is None else (data, *rest), {"key": key} if self.with_key else {}
+        given = self.args_rest.combine(args)
+        given = given if data is None else (data, *given)
+        return self.problem.value(params, *given, **({"key": key} if self.with_key else {}))
 
 
 def make_task(
