@@ -41,9 +41,12 @@ ARRAYS_ARE_LITERALS = bool(getattr(jax.config, FLAG, False))
 
 
 def evaluate(loss: Callable, *args: Any) -> tuple:
-    """Loss and gradient, traced, replayed and shared as in ``minimize``, without its loop around them."""
-    traced = program.trace(jax.value_and_grad(loss), *args)
-    return program.share(traced.replay, traced.constants, *args).call(traced.constants, *args)
+    """Loss and gradient, traced, differentiated, replayed and shared as in ``minimize``, without its loop around."""
+    value = program.trace(loss, *args, rules=True)
+    both = jax.value_and_grad(lambda params, constants, *args: value.replay(constants, params, *args))
+    traced = program.trace(both, args[0], value.constants, *args[1:])
+    given = traced.constants, args[0], value.constants, *args[1:]
+    return program.share(traced.replay, *given).call(*given)
 
 
 def minimize(loss: Callable, params: Any = X, *, max_steps: int = 3, **options: Any) -> tuple:
@@ -287,6 +290,13 @@ def test_different_losses_have_different_answers(trap: tuple) -> None:
     assert bits(evaluate(make(first), x)) == bits(other) != bits(shared)
     alone = jax.jit(jax.value_and_grad(make(second)))(x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), shared, alone)
+
+    # and what a warm call goes by tells them apart, but for the values of their arrays
+    seen = [program.trace(make(value), x, rules=True) for value in (first, second)]
+    if seen[0].identity is not None and seen[0].identity == seen[1].identity:
+        is_key = lambda array: jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        arrays = [[jax.random.key_data(a) if is_key(a) else a for a in trace.constants] for trace in seen]
+        assert bits(arrays[0]) != bits(arrays[1])
 
 
 @pytest.mark.skipif(not hasattr(jax.config, FLAG), reason="this JAX has no such flag")
@@ -682,12 +692,20 @@ def test_another_schedule_of_a_kind_compiles_nothing(make: Callable) -> None:
     np.testing.assert_allclose(got, expected[: len(got)], rtol=3e-7)
 
 
+@pytest.mark.parametrize("make", [rule_jvp, rule_vjp, rule_beside], ids=["jvp", "vjp", "beside"])
+def test_a_forward_trace_with_rules_has_no_identity(make: Callable) -> None:
+    for loss in (make(1.0), jax.jit(make(1.0)), looped(make)(1.0)):
+        assert program.trace(loss, X, rules=True).identity is None
+    assert program.trace(square(1), X, rules=True).identity is not None
+
+
 WARM = {
     "spectral": lambda c: {"learning_rate": "auto", "tol": c},
     "gd": lambda c: {"learning_rate": c},
     "adam": lambda c: {"optimizer": optax.adam, "learning_rate": c},
     "partial": lambda c: {"optimizer": functools.partial(optax.sgd, momentum=0.9, nesterov=True), "learning_rate": c},
     "schedule": lambda c: {"learning_rate": schedules.triangular2(c / 4, c, 5)},
+    "rules": lambda c: {"learning_rate": c, "args": (jax.nn.softplus,)},
     "args, batches, keys": lambda c: {
         "learning_rate": c,
         "data": (np.full((8, 3), c, np.float32),),
@@ -709,8 +727,9 @@ def test_a_warm_call_traces_its_loss_alone(make: Callable, monkeypatch: pytest.M
 
         def loss(params, batch=None, key=None):
             evaluations.append(1)
-            shift = 0 if batch is None else jnp.mean(batch[0]) + jax.random.normal(key)
-            return jnp.sum((params["x"] - center - shift) ** 2)
+            given = jnp.mean(batch[0]) + jax.random.normal(key) if key is not None else 0
+            bent = batch(params["x"]) if callable(batch) else params["x"]
+            return jnp.sum((bent - center - given) ** 2)
 
         options = {"max_steps": 5, "tol": None, **make(c)}
         result = gdopt.minimize(loss, {"x": X}, **options)
