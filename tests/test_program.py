@@ -315,6 +315,14 @@ def test_where_arrays_are_literals() -> None:
 _goal: Any = 1.0
 
 
+def test_the_same_function_is_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = lambda x: _goal * jnp.sum(x)
+    run = lambda: float(evaluate(loss, X)[0])
+    first = run()
+    monkeypatch.setitem(globals(), "_goal", 3.0)
+    assert run() == pytest.approx(3 * first)
+
+
 def test_a_rebound_global_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = lambda x: jnp.sum((x - _goal) ** 2)
     for goal in (1.0, 2.0, ONES, TWOS, raw(1, 1, 1), raw(2, 2, 2)):
@@ -693,10 +701,16 @@ def test_another_schedule_of_a_kind_compiles_nothing(make: Callable) -> None:
 
 
 @pytest.mark.parametrize("make", [rule_jvp, rule_vjp, rule_beside], ids=["jvp", "vjp", "beside"])
-def test_a_forward_trace_with_rules_has_no_identity(make: Callable) -> None:
-    for loss in (make(1.0), jax.jit(make(1.0)), looped(make)(1.0)):
-        assert program.trace(loss, X, rules=True).identity is None
-    assert program.trace(square(1), X, rules=True).identity is not None
+def test_the_identity_of_a_trace_that_is_differentiated_tells_its_rules(make: Callable) -> None:
+    def identity(loss):
+        return program.trace(loss, X, rules=True).identity
+
+    for loss in (make(1.0), looped(make)(1.0)):
+        assert identity(loss) != identity(loss)
+    kept, other = jax.jit(make(1.0)), jax.jit(make(2.0))
+    assert identity(kept) == identity(kept) != identity(other)
+    assert identity(looped(lambda _: kept)(1)) == identity(looped(lambda _: kept)(1)) is not None
+    assert identity(square(1)) == identity(square(1)) is not None
 
 
 WARM = {
@@ -705,7 +719,8 @@ WARM = {
     "adam": lambda c: {"optimizer": optax.adam, "learning_rate": c},
     "partial": lambda c: {"optimizer": functools.partial(optax.sgd, momentum=0.9, nesterov=True), "learning_rate": c},
     "schedule": lambda c: {"learning_rate": schedules.triangular2(c / 4, c, 5)},
-    "rules": lambda c: {"learning_rate": c, "args": (jax.nn.softplus,)},
+    "a rule": lambda c: {"learning_rate": c, "args": (jax.nn.relu,)},
+    "a rule in a jit": lambda c: {"learning_rate": c, "args": (jax.nn.softplus,)},
     "args, batches, keys": lambda c: {
         "learning_rate": c,
         "data": (np.full((8, 3), c, np.float32),),

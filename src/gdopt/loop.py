@@ -48,7 +48,8 @@ class Inputs(NamedTuple):
     key: Any  # None for a single run that draws nothing
     rate: Any  # a number, or a ladder of them, the rates of the steps one by one
     limits: Limits
-    constants: tuple[list, list, list]  # of the loss, of its derivative beyond that, and of the schedule
+    constants: list[Any]  # that the loss closes over
+    numbers: list[Any] | None  # of the schedule
 
 
 class Kept(NamedTuple):
@@ -114,25 +115,23 @@ def compile(
         both = value_and_grad(lambda params, constants, *given: value.replay(constants, params, *given))
         return program.trace(both, start, value.constants, batch, task.args, one_key)
 
-    # What a loss computes tells its gradient, but where it has derivative rules of its own.
-    loss = None if value.identity is not None else differentiated()
-    identity = value.identity if loss is None else loss.identity
     schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
-    identities = [identity, rule.identity] + ([] if schedule is None else [schedule.identity])
-    options = loss is None, task.batches, steps_per_epoch, task.with_key, keep_best
+    inputs = Inputs(start, task.data, task.args, key, rate, limits, value.constants, schedule and schedule.constants)
+    options = rule.identity, schedule and schedule.identity, task.batches, steps_per_epoch, task.with_key, keep_best
+    known = rule.identity is not None and (schedule is None or schedule.identity is not None)
 
-    constants = value.constants, loss.constants if loss else [], schedule.constants if schedule else []
-    inputs = Inputs(start, task.data, task.args, key, rate, limits, constants)
-    found = program.place_for(None if None in identities else (*identities, *options), inputs)
-    if found:
-        return found[0], inputs
-    if loss is None:
+    # A trace of the loss tells its gradient, too; but where it has new derivative rules, only a trace of that does.
+    seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
+    if not seen:
         loss = differentiated()
-        inputs = inputs._replace(constants=(value.constants, loss.constants, constants[2]))
-    compiled, closed = _make(task, rule, inputs, loss, schedule, steps_per_epoch, keep_best)
-    if closed and len(inputs.constants[1]) == len(constants[1]):
-        found.append(compiled)
-    return compiled, inputs
+        kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
+        if not kept:
+            compiled, closed = _make(task, rule, inputs, loss, schedule, steps_per_epoch, keep_best)
+            if not closed:
+                return compiled, inputs
+            kept.append(compiled)
+        seen.append(kept[0])
+    return seen[0], inputs
 
 
 def compact(params: PyTree) -> Packed:
@@ -168,7 +167,7 @@ def _make(
     def rate_at(inputs: Inputs, step: jax.Array) -> Any:
         """The rate of a step: the schedule's, a number, or of a ladder the step's own, from its end on over again."""
         if schedule is not None:
-            return schedule.replay(inputs.constants[2], step)
+            return schedule.replay(inputs.numbers, step)
         return inputs.rate[step % len(inputs.rate)] if jnp.ndim(inputs.rate) else inputs.rate
 
     def start(inputs: Inputs) -> State:
@@ -199,7 +198,7 @@ def _make(
     def step(state: State, inputs: Inputs) -> tuple[State, tuple]:
         k, params = state.step, state.params
         given, order = loss_inputs(inputs, state.order, k)
-        (loss, aux), grad = traced_loss.replay(inputs.constants[1], params, inputs.constants[0], *given)
+        (loss, aux), grad = traced_loss.replay(traced_loss.constants, params, inputs.constants, *given)
         value, grad_norm = loss.astype(loss_dtype), _trees.norm(compact(grad))
 
         here = compact(params)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,11 +49,11 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     With ``lift``, the numbers written into it become constants like its arrays. That costs the compiler what it knows
     of them, so it is for small functions such as schedules, which are made anew with other numbers.
 
-    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp, and as these are
-    functions, which equality does not tell, the identity of a trace with some is None.
+    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp, and the identity
+    tells them apart, too. These are functions, made anew at each trace but where an inner jit keeps its own, so traces
+    that are equal may have different identities.
     """
-    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-    _refuse_tracers(closed.consts)
+    closed, out = _jaxpr(function, *args)
     treedef, jaxpr, count = jax.tree.structure(out), closed.jaxpr, len(closed.consts)
 
     def replay(constants: Sequence, *args: PyTree) -> PyTree:
@@ -62,18 +63,22 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
 
     constants = [jnp.asarray(constant) for constant in closed.consts]
     numbers = list(map(_number, _numbers(jaxpr))) if lift else []
-    known = not closed.effects and not (rules and _has_rules(jaxpr))
-    return Traced(replay, constants + numbers, out, _fingerprint(jaxpr, lift) if known else None)
+    identity = None if closed.effects else _fingerprint(jaxpr, lift, rules)
+    return Traced(replay, constants + numbers, out, identity)
 
 
-_RULES = ("custom_jvp_call", "custom_vjp_call")
+_RULES = {"custom_jvp_call": ("jvp_jaxpr_fun",), "custom_vjp_call": ("fwd_jaxpr_thunk", "bwd")}
 # Calls whose inner jaxpr may be written out in place; those with rules where nothing differentiates the replay.
 _CALLS = {"jit": "jaxpr"} | dict.fromkeys(_RULES, "call_jaxpr")
 
 
-def _has_rules(jaxpr: Any) -> bool:
-    inside = _core().jaxprs_in_params
-    return any(eqn.primitive.name in _RULES or any(map(_has_rules, inside(eqn.params))) for eqn in jaxpr.eqns)
+def _rules(jaxpr: Any) -> Iterator[Hashable]:
+    """The derivative rules in a trace: by weak references, as they may close over the caller's arrays."""
+    for eqn in jaxpr.eqns:
+        for name in _RULES.get(eqn.primitive.name, ()):
+            yield weakref.ref(getattr(eqn.params[name], "f", eqn.params[name]))
+        for inner in _core().jaxprs_in_params(eqn.params):
+            yield from _rules(inner)
 
 
 def _evaluate(
@@ -142,8 +147,7 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     The function is traced now. What comes back is called with arguments of the same structure, shapes and dtypes. With
     ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
     """
-    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-    _refuse_tracers(closed.consts)
+    closed, out = _jaxpr(function, *args)
     treedef = jax.tree.structure(out)
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
     program = _Program(_fingerprint(closed.jaxpr), closed.jaxpr, donated)
@@ -158,21 +162,27 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     return Shared(call, out, shareable and not constants)
 
 
-def place_for(identity: Hashable | None, *args: PyTree) -> list:
+def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -> list:
     """Where to keep, and to find again, what was made from traces of this identity for such arguments.
 
-    Empty at first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and
+    Places of ``passing`` identities, many of which may never come again, push out none but their own kind. Empty at
+    first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and
     dtypes of the arguments, and JAX's settings; so, for one, on nothing that is not ``closed``.
     """
     leaves, treedef = jax.tree.flatten(args)
     if identity is None or not _trees.is_plain(treedef):
         return []
     kinds = tuple(leaf.aval if isinstance(leaf, jax.Array) else _kind(leaf) for leaf in leaves)
-    return _place((identity, treedef, kinds, _settings()))
+    return (_passing_place if passing else _place)((identity, treedef, kinds, _settings()))
 
 
 @functools.lru_cache(maxsize=_PROGRAMS)
 def _place(key: Hashable) -> list:
+    return []
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _passing_place(key: Hashable) -> list:
     return []
 
 
@@ -192,11 +202,18 @@ def clear() -> None:
     """Forgets all programs."""
     _executable.cache_clear()
     _place.cache_clear()
+    _passing_place.cache_clear()
 
 
-def _refuse_tracers(constants: Sequence) -> None:
-    if any(isinstance(constant, jax.core.Tracer) for constant in constants):
+def _jaxpr(function: Callable, *args: PyTree) -> tuple[Any, PyTree]:
+    """The trace, made now, and the shapes of what the function returns."""
+    new = lambda *args: function(
+        *args
+    )  # JAX keeps the trace of a function that it knows, whatever it reads has changed
+    closed, out = jax.make_jaxpr(new, return_shape=True)(*args)
+    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
         raise InputError("the loss closes over a value that is being traced (by jit, vmap or grad): call it outside.")
+    return closed, out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +237,10 @@ class _Unshareable(Exception):
     """The program depends on what cannot be compared, or may change later: it is compiled for this one call."""
 
 
-def _fingerprint(jaxpr: Any, lifted: bool = False) -> Hashable | None:
+def _fingerprint(jaxpr: Any, lifted: bool = False, rules: bool = False) -> Hashable | None:
     """Everything that the compiled program depends on, by value; None where a value cannot be compared."""
     try:
-        return tuple(_jaxpr_parts(jaxpr, lifted))
+        return tuple(_jaxpr_parts(jaxpr, lifted)), tuple(_rules(jaxpr)) if rules else ()
     except _Unshareable:
         return None
 
