@@ -11,7 +11,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures test test-slow lint types format surface constraints clean
+.PHONY: help demo pictures bench test test-slow lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits and d
 
 pictures: $(VENV)/stamp-demo ## draw the pictures of the README anew
 	cd docs && for name in digits valley finder; do ../$(VENV)/bin/python ../examples/$$name.py || exit; done
+
+bench: $(VENV)/stamp-dev ## run the benchmarks and write benchmarks/RESULTS.md; QUICK=1 for half an hour, SCRIPTS="memory scaling" for some
+	$(VENV)/bin/python benchmarks/run_all.py $(if $(QUICK),--quick) $(SCRIPTS)
 
 test: lint types ## run every check: lint, types, tests, documentation and examples
 	$(RUN) pytest -n $(WORKERS)

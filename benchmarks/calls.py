@@ -1,4 +1,14 @@
-"""The timed calls of cutest.py: gdopt.minimize against optimistix's BFGS, to the same loss."""
+"""How long does a call take that comes to the same loss, by gdopt.minimize and by optimistix's BFGS?
+
+    python -m pip install -e '.[benchmarks]'
+    python benchmarks/calls.py                      # some minutes; --quick: under 2; --markdown: for RESULTS.md
+
+Five problems in float64. BFGS is given just the steps that it needs to come as low as gdopt is asked to, ``best + 1e-5
+* (start - best)``, with the best of long runs of both and of SciPy's L-BFGS-B. The network has many minima, so there
+each is asked to come that near to the best of its own long run. Warm calls run in turn, round after round, and a ratio
+is taken within its round; first calls run each in a fresh process, and compile. optimistix finds its program by the
+function object, where gdopt traces the loss at each call.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +26,7 @@ from sklearn.preprocessing import scale
 
 import gdopt
 from solvers import SHORT, Loss, by_gdopt, by_scipy, first_within, optimistix_bfgs, recorded
-from tables import Row, processes
+from tables import Row, arguments, print_heading, print_table, processes
 
 
 class Aims(NamedTuple):
@@ -77,6 +87,7 @@ def tanh_network() -> tuple[Loss, jax.Array]:
 
 
 TAU = 1e-5
+PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "scipy", "scikit-learn", "numpy")
 PATIENCE = 60  # seconds for a long run of SciPy's
 CALLS = {
     "chained Rosenbrock, 10": chained_rosenbrock,
@@ -149,3 +160,19 @@ def call_table(budget: int, rounds: int, repeats: int) -> tuple[list[str], list[
         print(f"\rtimed calls: {len(rows)} of {len(CALLS)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return ["gdopt / BFGS", "warm", "first", "warm, ms", "first, ms", "evaluations", "misses the target"], rows
+
+
+def main() -> None:
+    """Prints the table."""
+    options = arguments(__doc__)
+    print_heading("calls", options.flags, PACKAGES, options.markdown)
+    budget, rounds, repeats = (SHORT, 3, 1) if options.quick else (20_000, 15, 3)
+    header, rows = call_table(budget, rounds, repeats)
+    title = "Time of a call to 1e-5 in float64 as a ratio to that of optimistix `BFGS`: median (quartiles)"
+    print_table(title, header, rows, options.markdown)
+    if options.picture:
+        raise SystemExit("calls.py draws no picture.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """How many problems does gdopt.minimize solve with nothing but a loss and a start, against the quasi-Newton defaults?
 
     python -m pip install -e '.[benchmarks]'
-    python benchmarks/cutest.py              # about 30 minutes on 2 cores; --quick: 3; --markdown: for RESULTS.md
+    python benchmarks/cutest.py              # under 30 minutes on 2 cores; --quick: 3; --markdown: for RESULTS.md
     python benchmarks/cutest.py --picture docs/cutest.png     # and draws the share solved over the evaluations
 
 The problems are the 94 of ``cutest.json``: CUTEst's unconstrained ones, by sif2jax, with the best value known of each.
@@ -14,11 +14,6 @@ The first two tables compare the evaluations. The third has what ``gdopt.minimiz
 a CONVERGED is wrong where the loss, evaluated in float64 at the returned params, is further from the best known than
 ten times ``tol`` of the start's distance, as it is at another local minimum too; and the evaluations needed are those
 after which that distance was ``tol``.
-
-The fourth has the time of whole calls against optimistix's BFGS, which is given just the steps that it needs to come as
-low as gdopt is asked to: ``best + 1e-5 * (start - best)``, with the best of long runs of both and of SciPy's L-BFGS-B.
-The network has many minima, so there each is asked to come that near to the best of its own long run. Warm calls run in
-turn, round after round, and a ratio is taken within its round; first calls run each in a fresh process, and compile.
 """
 
 from __future__ import annotations
@@ -44,7 +39,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import gdopt
-from calls import call_table
 from solvers import LONG, SHORT, SOLVERS, Loss, first_within, is_finite, value_and_grad
 from tables import Row, plain, print_heading, print_table, processes
 
@@ -63,12 +57,10 @@ class Effort(NamedTuple):
     every: int  # each problem, or each second, third ...
     budgets: Sequence[int]  # evaluations
     patience: float  # seconds for one run of SciPy's
-    rounds: int  # of the timed calls
-    repeats: int  # of a first call
 
 
-FULL = Effort(every=1, budgets=(200, 1000, SHORT, 20_000), patience=300, rounds=15, repeats=3)
-QUICK = Effort(every=12, budgets=(200, 1000, SHORT), patience=20, rounds=3, repeats=1)
+FULL = Effort(every=1, budgets=(200, 1000, SHORT, 20_000), patience=300)
+QUICK = Effort(every=12, budgets=(200, 1000, SHORT), patience=20)
 
 
 # --- The problems.
@@ -293,7 +285,7 @@ def draw(results: Sequence[Measured], longest: int, path: str) -> None:
 def main() -> None:
     """Prints all tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="every twelfth problem, fewer evaluations and rounds")
+    parser.add_argument("--quick", action="store_true", help="every twelfth problem, fewer evaluations")
     parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
     parser.add_argument("--picture", metavar="PATH", help="also draw the share of problems solved over the evaluations")
     options = parser.parse_args()
@@ -320,8 +312,6 @@ def main() -> None:
     print_table(title, *stop_table(results), options.markdown)
     if options.picture:
         draw(results, max(effort.budgets), options.picture)
-    title = f"Time of a call to {short(TAU)} in float64 as a ratio to that of optimistix `BFGS`: median (quartiles)"
-    print_table(title, *call_table(max(effort.budgets), effort.rounds, effort.repeats), options.markdown)
 
 
 if __name__ == "__main__":

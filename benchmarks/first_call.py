@@ -116,7 +116,7 @@ def call_times(name: str) -> list[tuple[float, int]]:
     """For each of HOW the seconds and what was compiled. For a process in which nothing ran yet."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **metadata: str | int) -> None:
+    def listen(event: str, duration_secs: float, **metadata: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
@@ -226,7 +226,7 @@ def draw(times: dict[str, np.ndarray], path: str) -> None:
     axes.set_yscale("log")
     axes.set_xticks(np.arange(len(HOW)), HOW)
     axes.set_ylabel("whole call, ms")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -49,7 +49,8 @@ def problems(count: int) -> tuple[jax.Array, jax.Array]:
 
 def spectral_fit(data: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The loop that one writes around an optax optimizer, to its end on the device."""
-    optimizer, both = gdopt.spectral(), jax.value_and_grad(loss)
+    optimizer: Any = gdopt.spectral()
+    both = jax.value_and_grad(loss)
 
     def step(carry: tuple) -> tuple:
         params, state, k, _ = carry

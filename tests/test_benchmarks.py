@@ -10,6 +10,7 @@ import pytest
 
 import cifar10
 import lr_finders
+import run_all
 
 
 @pytest.fixture
@@ -60,3 +61,23 @@ def test_the_rules_of_others_make_sense_of_a_clear_curve(name: str) -> None:
     rule = getattr(lr_finders, name)
     rule = functools.partial(rule, "valley") if name == "fastai" else rule
     assert 1e-4 < rule(curve) < 1
+
+
+def test_a_run_replaces_its_own_section_and_keeps_the_remarks() -> None:
+    results = f"# Results\n\n## one\n\nold\n\n{run_all.END}\n\nRemark.\n\n## two\n\nold\n\n## three\n\nold\n"
+    once = run_all.replaced(results, "one", "## one\n\nnew\n")
+    assert once == results.replace("old", "new", 1)
+    twice = run_all.replaced(once, "two", "## two\n\nnew\n")
+    assert twice.count("new") == 2
+    assert "Remark." in twice
+    assert f"{run_all.END}\n\n## three\n\nold" in twice
+    assert run_all.replaced(twice, "two", "## two\n\nnew\n") == twice
+    assert run_all.replaced(twice, "four", "## four\n\nnew\n").endswith(f"## four\n\nnew\n\n{run_all.END}\n")
+
+
+def test_every_section_of_the_results_is_of_a_script() -> None:
+    results = run_all.RESULTS.read_text()
+    sections = [line.removeprefix("## ") for line in results.splitlines() if line.startswith("## ")]
+    assert sorted(sections) == sorted(run_all.PICTURES)
+    assert results.count(run_all.END) == len(sections)
+    assert all((run_all.HERE / f"{name}.py").exists() for name in run_all.PICTURES)

@@ -144,8 +144,8 @@ COMPARED = {"muon": 17}
 EXACT = {"gd", "sgd", "momentum", "nesterov"}  # the same bits as in a loop by hand, whatever XLA fuses
 
 # One of each kind is run on batches, too; the others with `make test-slow`, as compiling takes a second for each.
-ON_BATCHES = {"gd", "adam_scheduled", "inject_hyperparams_factory", "lbfgs", "mechanize", "momo", "multi_steps"}
-ON_BATCHES |= {"noisy_sgd", "sam_opaque", "schedule_free_sgd"}
+ON_BATCHES = {"gd", "adam_scheduled", "inject_hyperparams_factory", "lbfgs", "multi_steps", "sam_opaque"}
+ON_BATCHES |= {"noisy_sgd", "schedule_free_sgd"}
 
 _LONG, _SHORT, _RATES = 2500, 40, 16  # steps
 _TOL = 1e-4  # the default of minimize
@@ -438,7 +438,11 @@ def gd_step_by_hand() -> Any:
     return jax.jit(step)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+# Of optax's, which are all alike to the loop, three are run, the others with `make test-slow`.
+RUN = {"optax_cosine", "optax_join", "optax_piecewise_interpolate"} | {n for n in SCHEDULES if n[:5] != "optax"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in RUN else pytest.mark.slow) for n in SCHEDULES])
 def test_schedule_in_minimize(name: str) -> None:
     run = fit(gdopt.gd, SCHEDULES[name], max_steps=_RATES, tol=0)
     losses, _, rates = run.result.history

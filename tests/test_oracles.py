@@ -26,11 +26,11 @@ def softmax_loss(params, x, y, strength):
     ("load", "method"),
     [
         (load_breast_cancer, "gd"),
-        (load_breast_cancer, "nesterov"),
+        pytest.param(load_breast_cancer, "nesterov", marks=pytest.mark.slow),
         (load_breast_cancer, "lbfgs"),
         (load_breast_cancer, "spectral"),
         pytest.param(load_digits, "gd", marks=pytest.mark.slow),
-        (load_digits, "nesterov"),
+        pytest.param(load_digits, "nesterov", marks=pytest.mark.slow),
         pytest.param(load_digits, "lbfgs", marks=pytest.mark.slow),
         (load_digits, "spectral"),
     ],

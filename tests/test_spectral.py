@@ -51,8 +51,17 @@ def descend(loss: Any, params: Any, steps: int) -> tuple[Any, Any, jax.Array]:
 # --- it finds minima ---
 
 
-@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+# Each compiles for a second: one of each kind is run, the others and float64 with `make test-slow`.
+DTYPES = [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)]
+USUAL = {"rosenbrock", "beale", "wood", "logistic", "pseudo_huber", "complex"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "problem",
+    [pytest.param(p, marks=[] if n in USUAL else pytest.mark.slow) for n, p in PROBLEMS.items()],
+    ids=PROBLEMS,
+)
 def test_known_minima(problem: Problem, dtype: Any) -> None:
     with jax.enable_x64(dtype == np.float64):
         result = gdopt.minimize(problem.loss, problem.at(dtype).start)
@@ -167,7 +176,7 @@ def test_restart_at_the_minimum(dtype: Any, tol: float) -> None:
     assert again.steps <= 300
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["logistic", "rosenbrock", "wood", "pseudo_huber"])
 def test_all_that_the_dtype_gives(name: str, dtype: Any) -> None:
     """With a tol of zero a loss that is not zero at its minimum ends at the limit of its precision, with success."""
@@ -189,7 +198,7 @@ UNBOUNDED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", UNBOUNDED.values(), ids=UNBOUNDED)
 def test_losses_without_a_minimum(loss: Any, dtype: Any) -> None:
     """They end with finite params and never as a success; slow falls go as far as the range of rates."""

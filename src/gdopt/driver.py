@@ -91,7 +91,8 @@ def minimize(
             mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
         keep_best: keep a copy of the best point, of a noisy run the last good one, to be returned whatever comes after
             it, as it is by default. Without it the last point is returned, be it good or not, and the run needs less
-            memory by one copy of params. Not for a rate that is found at each step, where the last point is a trial.
+            memory: by one copy of params, and on a CPU by another that XLA makes for its sake. Not for a rate that is
+            found at each step, where the last point is a trial.
         callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
             mini-batches; a true return value stops the run.
         progress: show a progress bar (needs tqdm).
