@@ -66,6 +66,18 @@ def raw(*values: float) -> np.ndarray:
     return np.asarray(values, np.float32)
 
 
+def spied(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The traces of what is shared from here on."""
+    programs, share = [], program.share
+
+    def spy(function, *args, **kwargs):
+        programs.append(jax.make_jaxpr(function)(*args))
+        return share(function, *args, **kwargs)
+
+    monkeypatch.setattr(program, "share", spy)
+    return programs
+
+
 # -------------------------------------------------------------------- losses made from one value each, which look alike
 
 
@@ -778,13 +790,7 @@ def test_other_settings_are_other_places() -> None:
 
 @pytest.mark.parametrize("options", [{"learning_rate": 0.1}, {"learning_rate": "auto"}], ids=["gd", "spectral"])
 def test_the_loss_is_compiled_at_one_place(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs, share = [], program.share
-
-    def spy(function, *args, **kwargs):
-        programs.append(jax.make_jaxpr(function)(*args))
-        return share(function, *args, **kwargs)
-
-    monkeypatch.setattr(program, "share", spy)
+    programs = spied(monkeypatch)
     gdopt.clear_cache()
     minimize(lambda x: jnp.sum(lax.erf_inv(x / 9)) ** 2, **options)
     assert sum(str(closed).count("erf_inv") for closed in programs) == 1
@@ -944,13 +950,7 @@ def test_the_number_of_places_is_bounded() -> None:
 
 
 def test_no_array_is_written_into_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs, share = [], program.share
-
-    def spy(function, *args, **kwargs):
-        programs.append(jax.make_jaxpr(function)(*args))
-        return share(function, *args, **kwargs)
-
-    monkeypatch.setattr(program, "share", spy)
+    programs = spied(monkeypatch)
     gdopt.clear_cache()
     data = jnp.asarray(np.random.default_rng(0).normal(size=ROWS).astype(np.float32))
     _run(lambda x: jnp.mean((x - data) ** 2) + jax.jit(lambda x: jnp.sum(x * data))(x))
