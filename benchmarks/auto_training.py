@@ -5,7 +5,6 @@ python benchmarks/auto_training.py [--quick] [--markdown]
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ import gdopt
 from gdopt import schedules
 from lr_finders import GRID, SEEDS, geometric
 from networks import TRAININGS, accuracy
-from tables import Row, print_heading, print_table, processes
+from tables import Row, arguments, print_heading, print_table, processes
 
 EPOCHS = (10, 30)
 PACKAGES = ("gdopt", "jax", "optax", "scikit-learn")
@@ -93,13 +92,8 @@ def tables(names: list[str], epochs: tuple[int, ...], seeds: int) -> tuple[list[
 
 def main() -> None:
     """Prints both tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three seeds of three trainings, in about two minutes")
-    parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
-    options = parser.parse_args()
-
-    flags = " --quick" * options.quick + " --markdown" * options.markdown
-    print_heading("auto_training", flags, PACKAGES, options.markdown)
+    options = arguments(__doc__, "three seeds of three trainings, in about two minutes")
+    print_heading("auto_training", options.flags, PACKAGES, options.markdown)
     names = [*TRAININGS][1::2] if options.quick else [*TRAININGS]
     epochs, seeds = (EPOCHS, 3) if options.quick else (EPOCHS, SEEDS)
     rows, automatic = tables(names, epochs, seeds)

@@ -12,10 +12,9 @@ function object, where gdopt traces the loss at each call.
 
 from __future__ import annotations
 
+import functools
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from sklearn.preprocessing import scale
 
 import gdopt
 from solvers import SHORT, Loss, by_gdopt, by_scipy, first_within, optimistix_bfgs, recorded
-from tables import Row, arguments, print_heading, print_table, processes
+from tables import Row, alone, arguments, interleaved, print_heading, print_table, seconds
 
 
 class Aims(NamedTuple):
@@ -100,12 +99,9 @@ CALLS = {
 
 def call(library: str, loss: Loss, start: jax.Array, aims: Aims) -> float:
     """The seconds of one whole call, until its results are there."""
-    began = time.perf_counter()
     if library == "gdopt":
-        jax.block_until_ready(gdopt.minimize(loss, start, target=aims.target, tol=0).params)
-    else:
-        jax.block_until_ready(optimistix_bfgs(loss, start, aims.steps))
-    return time.perf_counter() - began
+        return seconds(lambda: gdopt.minimize(loss, start, target=aims.target, tol=0).params)
+    return seconds(lambda: optimistix_bfgs(loss, start, aims.steps))
 
 
 def find_aims(name: str, budget: int) -> Aims:
@@ -131,8 +127,8 @@ def warm_seconds(name: str, budget: int, rounds: int) -> tuple[Aims, np.ndarray]
     """What to aim at, and the seconds of each round of warm calls: (round, library)."""
     aims = find_aims(name, budget)
     loss, start = CALLS[name]()
-    times = [[call(library, loss, start, aims) for library in ("gdopt", "BFGS")] for _ in range(2 + rounds)]
-    return aims, np.array(times[2:])
+    clocks = {library: functools.partial(call, library, loss, start, aims) for library in ("gdopt", "BFGS")}
+    return aims, interleaved(clocks, 2 + rounds)[2:]
 
 
 def first_seconds(library: str, name: str, aims: Aims) -> float:
@@ -145,14 +141,11 @@ def first_seconds(library: str, name: str, aims: Aims) -> float:
 def call_table(budget: int, rounds: int, repeats: int) -> tuple[list[str], list[Row]]:
     """One row for each of CALLS, which runs with nothing beside it. A first call is repeated in fresh processes."""
 
-    def alone(task: Callable[..., Any], *arguments: Any) -> Any:
-        with processes(1, x64=True) as pool:
-            return pool.submit(task, *arguments).result()
-
     rows = []
     for name in CALLS:
-        aims, warm = alone(warm_seconds, name, budget, rounds)
-        first = np.array([[alone(first_seconds, who, name, aims) for who in ("gdopt", "BFGS")] for _ in range(repeats)])
+        aims, warm = alone(warm_seconds, name, budget, rounds, x64=True)
+        clocks = {who: functools.partial(alone, first_seconds, who, name, aims, x64=True) for who in ("gdopt", "BFGS")}
+        first = interleaved(clocks, repeats)
         low, ratio, high = np.quantile(warm[:, 0] / warm[:, 1], (0.25, 0.5, 0.75))
         cells = [f"{ratio:.2f} ({low:.2f}-{high:.2f})", f"{np.median(first[:, 0] / first[:, 1]):.2f}"]
         cells += [" / ".join(f"{1e3 * t:.3g}" for t in np.median(times, axis=0)) for times in (warm, first)]
@@ -164,14 +157,12 @@ def call_table(budget: int, rounds: int, repeats: int) -> tuple[list[str], list[
 
 def main() -> None:
     """Prints the table."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "smaller budgets and fewer rounds")
     print_heading("calls", options.flags, PACKAGES, options.markdown)
     budget, rounds, repeats = (SHORT, 3, 1) if options.quick else (20_000, 15, 3)
     header, rows = call_table(budget, rounds, repeats)
     title = "Time of a call to 1e-5 in float64 as a ratio to that of optimistix `BFGS`: median (quartiles)"
     print_table(title, header, rows, options.markdown)
-    if options.picture:
-        raise SystemExit("calls.py draws no picture.")
 
 
 if __name__ == "__main__":

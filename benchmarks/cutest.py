@@ -18,7 +18,6 @@ after which that distance was ``tol``.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import importlib.util
@@ -40,7 +39,7 @@ import numpy as np
 
 import gdopt
 from solvers import LONG, SHORT, SOLVERS, Loss, first_within, is_finite, value_and_grad
-from tables import Row, plain, print_heading, print_table, processes
+from tables import Row, arguments, plain, print_heading, print_table, processes
 
 TAUS = (1e-3, 1e-5, 1e-7)
 TAU = 1e-5  # of the comparison and the picture
@@ -284,19 +283,17 @@ def draw(results: Sequence[Measured], longest: int, path: str) -> None:
 
 def main() -> None:
     """Prints all tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="every twelfth problem, fewer evaluations")
-    parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
-    parser.add_argument("--picture", metavar="PATH", help="also draw the share of problems solved over the evaluations")
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        "every twelfth problem, fewer evaluations",
+        "also draw the share of problems solved over the evaluations",
+    )
     effort = QUICK if options.quick else FULL
     cases = load_cases(effort.every)
     cores = os.cpu_count() or 1
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # SciPy's, in the processes to come, of which each has one core
 
-    flags = " --quick" * options.quick + " --markdown" * options.markdown
-    flags += f" --picture {options.picture}" * bool(options.picture)
-    print_heading("cutest", flags, PACKAGES, options.markdown)
+    print_heading("cutest", options.flags, PACKAGES, options.markdown)
     with processes(cores, x64=False) as pool:
         stops = spread(pool, "stops in float32", find_stops, cases)
     with processes(cores, x64=True) as pool:

@@ -14,6 +14,7 @@ beside it, what of that is JAX's own tracing of the loss. The third is the CPU t
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import subprocess
@@ -29,7 +30,7 @@ import numpy as np
 import optax
 
 from loop_overhead import Loss, logistic_data, logistic_loss, scan_by_hand
-from tables import Row, alone, arguments, installed, print_heading, print_table, seconds
+from tables import Row, alone, arguments, installed, interleaved, plain, print_heading, print_table, seconds
 
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "jaxopt", "scipy", "numpy", "torch")
 STEPS, RATE, ROWS, COLUMNS = 1000, 0.05, 1000, 50
@@ -184,7 +185,7 @@ def warm_table(rounds: int) -> tuple[list[str], list[Row]]:
     for run in clocks.values():
         run()
         run()
-    times = np.array([[seconds(run) for run in clocks.values()] for _ in range(rounds)])
+    times = interleaved({name: functools.partial(seconds, run) for name, run in clocks.items()}, rounds)
     low, median, high = np.quantile(times, (0.25, 0.5, 0.75), axis=0) * 1e3
     more = np.median(times / times[:, :1], axis=0)
     rows = [
@@ -222,7 +223,7 @@ def draw(times: dict[str, np.ndarray], path: str) -> None:
     axes = figure.subplots()
     for k, (name, of) in enumerate(times.items()):
         places = np.arange(len(HOW)) + (k - len(times) / 2) * 0.13
-        axes.bar(places, np.median(of, axis=0) * 1e3, 0.12, label=name.replace("`", ""))
+        axes.bar(places, np.median(of, axis=0) * 1e3, 0.12, label=plain(name))
     axes.set_yscale("log")
     axes.set_xticks(np.arange(len(HOW)), HOW)
     axes.set_ylabel("whole call, ms")
@@ -232,7 +233,7 @@ def draw(times: dict[str, np.ndarray], path: str) -> None:
 
 def main() -> None:
     """Prints the tables."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "fewer rounds", "also draw the first table")
     print_heading("first_call", options.flags, installed(PACKAGES), options.markdown)
     header, rows, times = call_table(2 if options.quick else 7)
     print_table(f"{STEPS} steps on {ROWS} x {COLUMNS}, the data closed over", header, rows, options.markdown)

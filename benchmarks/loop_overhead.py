@@ -27,7 +27,7 @@ import optimistix
 from jax import lax
 
 import gdopt
-from tables import Row, arguments, installed, interleaved, print_heading, print_table, ratios, seconds
+from tables import Row, arguments, installed, interleaved, plain, print_heading, print_table, ratios, seconds
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # jaxopt is no longer maintained, and says so
@@ -233,7 +233,7 @@ def draw(medians: dict[str, list[float]], path: str) -> None:
         axes.barh(places, [medians[name][k] for name in names], 0.25, label=f"a step of {size.name}")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_yticks(np.arange(len(names)), [name.replace("`", "") for name in names])
+    axes.set_yticks(np.arange(len(names)), list(map(plain, names)))
     axes.set_xlabel("time per step, over that of a hand-written lax.scan")
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -241,7 +241,7 @@ def draw(medians: dict[str, list[float]], path: str) -> None:
 
 def main() -> None:
     """Prints the table."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "fewer rounds", "also draw the table")
     print_heading("loop_overhead", options.flags, installed(PACKAGES), options.markdown)
     header, rows, medians = step_table(SIZES, options.quick)
     title = "Time per step, as a ratio to the hand-written loop: median (quartiles)"

@@ -5,7 +5,6 @@ python benchmarks/lr_finders.py [--quick] [--markdown]
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
@@ -21,7 +20,7 @@ import numpy as np
 import gdopt
 from gdopt.suggestions import RULES
 from networks import TRAININGS, Training
-from tables import Row, print_heading, print_table, processes
+from tables import Row, arguments, print_heading, print_table, processes
 
 EPOCHS = 10
 SEEDS = 10
@@ -261,13 +260,8 @@ def torch_clock(rows: Any) -> Callable[[], Any]:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three seeds of three trainings, in under two minutes")
-    parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
-    options = parser.parse_args()
-
-    flags = " --quick" * options.quick + " --markdown" * options.markdown
-    print_heading("lr_finders", flags, PACKAGES, options.markdown)
+    options = arguments(__doc__, "three seeds of three trainings, in under two minutes")
+    print_heading("lr_finders", options.flags, PACKAGES, options.markdown)
     names = [*TRAININGS][1::2] if options.quick else [*TRAININGS]
     seeds = 3 if options.quick else SEEDS
     header, rows, by_header, by_rows = quality_table(names, seeds)

@@ -25,7 +25,7 @@ import scipy.optimize
 from jax import lax
 
 import gdopt
-from tables import Row, arguments, installed, interleaved, print_heading, print_table, ratios, seconds
+from tables import Row, arguments, draw_bars, installed, interleaved, print_heading, print_table, ratios, seconds
 
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "scipy", "numpy")
 ROWS, COLUMNS = 40, 4
@@ -110,22 +110,9 @@ def fits(features: jax.Array, labels: jax.Array) -> dict[str, Callable[[], Any]]
     }
 
 
-def draw(milliseconds: dict[str, float], path: str) -> None:
-    """Milliseconds per fit as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots()
-    names = list(milliseconds)[::-1]
-    axes.barh([name.replace("`", "") for name in names], [milliseconds[name] for name in names])
-    axes.set_xscale("log")
-    axes.set_xlabel("ms per fit")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Prints the table."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "a hundred fits", "also draw the table")
     print_heading("many_fits", options.flags, installed(PACKAGES), options.markdown)
     count, rounds = (100, 3) if options.quick else (1000, 5)
     features, labels = problems(count)
@@ -144,7 +131,7 @@ def main() -> None:
     header = [f"{count} fits", "ms per fit", "ratio", "worst gap"]
     print_table("All fits, warm: the ratio to the first row, median (quartiles)", header, rows, options.markdown)
     if options.picture:
-        draw(milliseconds, options.picture)
+        draw_bars(milliseconds, "ms per fit", options.picture, log=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from tables import Row, alone, arguments, installed, print_heading, print_table
+from tables import Row, alone, arguments, draw_bars, installed, print_heading, print_table
 
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "numpy")
 STEPS, RATE = 10, 0.1
@@ -53,6 +53,9 @@ def peak_megabytes() -> float:
 def logistic_loss(params: jax.Array, data: tuple[jax.Array, jax.Array]) -> jax.Array:
     logits = data[0] @ params
     return jnp.mean(jnp.logaddexp(0.0, logits) - data[1] * logits)
+
+
+# The loss and the loop of loop_overhead.py once more: importing that imports its peers, whose memory would count here.
 
 
 def scan(loss: Callable[..., jax.Array], params: jax.Array, *args: Any) -> jax.Array:
@@ -126,21 +129,9 @@ LAYERS: dict[str, dict[str, Any]] = {
 LIBRARIES = ("hand-written `lax.scan`", "`gdopt.minimize`", "optimistix `GradientDescent`")
 
 
-def draw(peaks: dict[str, float], path: str) -> None:
-    """The second table as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    names = list(peaks)[::-1]
-    axes.barh([name.replace("`", "") for name in names], [peaks[name] for name in names])
-    axes.set_xlabel("peak memory, in sizes of the params")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Prints both tables."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "smaller sizes, once each", "also draw the second table")
     print_heading("memory", options.flags, installed(PACKAGES), options.markdown)
     repeats, rows, width = (1, 125_000, 8192) if options.quick else (3, 500_000, 16_384)
 
@@ -159,7 +150,7 @@ def main() -> None:
     title = f"Peak memory with {width**2 * 4 / 1e9:.2f} GB of params, in sizes of them"
     print_table(title, ["run", "params"], table, options.markdown)
     if options.picture:
-        draw(peaks, options.picture)
+        draw_bars(peaks, "peak memory, in sizes of the params", options.picture)
 
 
 if __name__ == "__main__":

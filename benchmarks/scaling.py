@@ -30,7 +30,7 @@ import optax
 
 import gdopt
 from loop_overhead import logistic_data, logistic_loss, scan_by_hand
-from tables import Row, arguments, interleaved, print_heading, print_table, ratios, seconds
+from tables import Row, arguments, interleaved, plain, print_heading, print_table, ratios, seconds
 
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "numpy")
 RATE = 0.01
@@ -72,10 +72,15 @@ def grown(name: str, sizes: list[int], make: Callable[[int], tuple], rounds: int
             clock()
         times = interleaved(clocks, rounds if size < LARGE else min(rounds, 3))
         medians[size] = np.median(times, axis=0) * 1e6
-        rows.append(Row(f"{size:.0e}".replace("+0", ""), [f"{medians[size][0]:.3g} us", *ratios(times)[1:]]))
+        rows.append(Row(short(size), [f"{medians[size][0]:.3g} us", *ratios(times)[1:]]))
         del params, data, clocks
         gc.collect()
     return [name, *loops(parabola, jnp.zeros(1), (), 1, RATE)], rows, medians
+
+
+def short(size: int) -> str:
+    """1e4 and the like."""
+    return f"{size:.0e}".replace("+0", "")
 
 
 def make_parabola(size: int) -> tuple:
@@ -127,7 +132,7 @@ def update_table(sizes: list[int], rounds: int) -> tuple[list[str], list[Row]]:
         took = np.median(times[:, 2])
         gigabytes = 4 * size / 1e9
         cells = [f"{2 * gigabytes / copying:.3g}", f"{3 * gigabytes / took:.3g}", f"{took / (1.5 * copying):.2f}"]
-        rows.append(Row(f"{size:.0e}".replace("+0", ""), cells))
+        rows.append(Row(short(size), cells))
         del arrays, source, clocks
         gc.collect()
     return ["params", "copy, GB/s", "update, GB/s", "update / ideal"], rows
@@ -140,7 +145,7 @@ def draw(medians: dict[int, np.ndarray], path: str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for k, name in enumerate(loops(parabola, jnp.zeros(1), (), 1, RATE)):
-        axes.loglog(list(medians), [of[k] for of in medians.values()], marker="o", label=name.replace("`", ""))
+        axes.loglog(list(medians), [of[k] for of in medians.values()], marker="o", label=plain(name))
     axes.set_xlabel("params")
     axes.set_ylabel("time per step, us")
     axes.legend()
@@ -149,7 +154,7 @@ def draw(medians: dict[int, np.ndarray], path: str) -> None:
 
 def main() -> None:
     """Prints the tables."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "fewer rounds, up to 1e7 params", "also draw the first table")
     print_heading("scaling", options.flags, PACKAGES, options.markdown)
     largest = 7 if options.quick else 9 if ON_GPU else 8
     rounds = 3 if options.quick else 7

@@ -71,15 +71,17 @@ def _set_x64(x64: bool) -> None:
     jax.config.update("jax_enable_x64", x64)
 
 
-def arguments(doc: str | None) -> argparse.Namespace:
-    """The options of a script, and as ``flags`` what repeats its run."""
+def arguments(doc: str | None, quick: str, picture: str | None = None) -> argparse.Namespace:
+    """The options of a script, with what is said of them, and as ``flags`` what repeats its run."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
-    parser.add_argument("--picture", metavar="PATH", help="also draw the main table")
+    if picture:
+        parser.add_argument("--picture", metavar="PATH", help=picture)
     options = parser.parse_args()
     options.flags = " --quick" * options.quick + " --markdown" * options.markdown
-    options.flags += f" --picture {options.picture}" * bool(options.picture)
+    if picture and options.picture:
+        options.flags += f" --picture {options.picture}"
     return options
 
 
@@ -106,7 +108,19 @@ def ratios(times: np.ndarray) -> list[str]:
     return [f"{median:.2f} ({low:.2f}-{high:.2f})" for low, median, high in quantiles]
 
 
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+def alone(function: Callable[..., Any], *arguments: Any, x64: bool = False) -> Any:
     """What the function returns in a fresh process in which nothing ran yet."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with processes(1, x64) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def draw_bars(values: Mapping[str, float], label: str, path: str, *, log: bool = False) -> None:
+    """One bar for each value, from the top down."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + len(values) / 3), layout="constrained")
+    axes = figure.subplots()
+    names = list(values)[::-1]
+    axes.barh(list(map(plain, names)), [values[name] for name in names], log=log)
+    axes.set_xlabel(label)
+    figure.savefig(path, dpi=120)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import jax
 import jax.monitoring
+import pytest
+
+from gdopt import program
 
 
 @dataclass
@@ -50,3 +55,15 @@ def count_compilations() -> Iterator[Compilations]:
         yield counter
     finally:
         _counters[:] = [other for other in _counters if other is not counter]
+
+
+def shared_traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The traces of what ``program`` shares from here on, filled as it does."""
+    share, traces = program.share, []
+
+    def spy(function: Callable, *args: Any, **options: Any) -> program.Shared:
+        traces.append(jax.make_jaxpr(function)(*args))
+        return share(function, *args, **options)
+
+    monkeypatch.setattr(program, "share", spy)
+    return traces

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations
+from helpers import count_compilations, shared_traces
 from jax.extend import core
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import scale
 
 import gdopt
-from gdopt import Status, program, schedules
+from gdopt import Status, schedules
 
 X, Y = load_breast_cancer(return_X_y=True)
 X, Y = scale(X).astype(np.float32), Y.astype(np.float32)
@@ -60,11 +60,6 @@ def test_each_repeat_is_a_run_of_its_own() -> None:
 
 def test_runs_side_by_side_shuffle_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batched, the condition for it would turn into a selection, and each step would sort all rows."""
-    share, traced = program.share, []
-
-    def spy(function: Any, *args: Any, **options: Any) -> Any:
-        traced.append(jax.make_jaxpr(function)(*args))
-        return share(function, *args, **options)
 
     def sorts(jaxpr: Any, inside_cond: bool = False) -> list[bool]:
         found = [inside_cond for eqn in jaxpr.eqns if eqn.primitive.name == "sort"]
@@ -73,7 +68,7 @@ def test_runs_side_by_side_shuffle_once_an_epoch(monkeypatch: pytest.MonkeyPatch
                 found += sorts(inner, inside_cond or eqn.primitive.name == "cond")
         return found
 
-    monkeypatch.setattr(program, "share", spy)
+    traced = shared_traces(monkeypatch)
     find(repeats=2, num_steps=20)
     found = [flag for closed in traced for flag in sorts(closed.jaxpr)]
     assert found

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations
+from helpers import count_compilations, shared_traces
 from hypothesis import given, settings
 from jax import lax
 from jax.extend import core
@@ -64,18 +64,6 @@ def bits(tree: Any) -> list:
 
 def raw(*values: float) -> np.ndarray:
     return np.asarray(values, np.float32)
-
-
-def spied(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The traces of what is shared from here on."""
-    programs, share = [], program.share
-
-    def spy(function, *args, **kwargs):
-        programs.append(jax.make_jaxpr(function)(*args))
-        return share(function, *args, **kwargs)
-
-    monkeypatch.setattr(program, "share", spy)
-    return programs
 
 
 # -------------------------------------------------------------------- losses made from one value each, which look alike
@@ -790,7 +778,7 @@ def test_other_settings_are_other_places() -> None:
 
 @pytest.mark.parametrize("options", [{"learning_rate": 0.1}, {"learning_rate": "auto"}], ids=["gd", "spectral"])
 def test_the_loss_is_compiled_at_one_place(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = spied(monkeypatch)
+    programs = shared_traces(monkeypatch)
     gdopt.clear_cache()
     minimize(lambda x: jnp.sum(lax.erf_inv(x / 9)) ** 2, **options)
     assert sum(str(closed).count("erf_inv") for closed in programs) == 1
@@ -950,7 +938,7 @@ def test_the_number_of_places_is_bounded() -> None:
 
 
 def test_no_array_is_written_into_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = spied(monkeypatch)
+    programs = shared_traces(monkeypatch)
     gdopt.clear_cache()
     data = jnp.asarray(np.random.default_rng(0).normal(size=ROWS).astype(np.float32))
     _run(lambda x: jnp.mean((x - data) ** 2) + jax.jit(lambda x: jnp.sum(x * data))(x))

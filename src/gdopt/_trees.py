@@ -34,7 +34,7 @@ def norm(tree: PyTree) -> jax.Array:
     def scaled() -> jax.Array:
         exact = 2.0 ** (limits.maxexp * 3 // 4)  # squares over it, or times it, are in range
         scale = jnp.where(quick > 1, exact, 1 / exact).astype(quick.dtype)
-        return scale * quick_norm(jax.tree.map(lambda leaf: _wide(leaf, tree) / scale, tree))
+        return scale * quick_norm(jax.tree.map(lambda leaf: _wide(leaf, quick.dtype) / scale, tree))
 
     return lax.cond((quick > least) & (quick < jnp.inf), lambda: quick, scaled)
 
@@ -63,13 +63,14 @@ def quick_norm(tree: PyTree) -> jax.Array:
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """The real part of the inner product over all entries of all leaves, in the dtype of norms."""
+    dtype = norm_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    products = [jnp.vdot(_wide(x, a), _wide(y, a), precision="highest").real for x, y in pairs]
-    return sum(products, jnp.zeros((), norm_dtype(a)))
+    products = [jnp.vdot(_wide(x, dtype), _wide(y, dtype), precision="highest").real for x, y in pairs]
+    return sum(products, jnp.zeros((), dtype))
 
 
-def _wide(leaf: jax.Array, tree: PyTree) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, norm_dtype(tree)))
+def _wide(leaf: jax.Array, dtype: Any) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, dtype))
 
 
 def norm_dtype(tree: PyTree) -> Any:
@@ -104,8 +105,8 @@ class Packed:
     vectors: list[Any]
     others: list[Any]  # None in place of the small leaves
     treedef: Any = dataclasses.field(metadata={"static": True})
+    # Of each vector: where its leaves stand in the tree, and their shapes.
     places: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...] = dataclasses.field(metadata={"static": True})
-    # of each vector: where its leaves stand in the tree, and their shapes
 
     def tree(self) -> PyTree:
         """The tree again; outside of a trace, with its small leaves as NumPy's."""

@@ -81,9 +81,8 @@ class Compiled(NamedTuple):
     """A problem made ready to run."""
 
     start: Callable[[Inputs], Packed]
-    chunk: Callable[
-        [Packed, Any, Inputs], tuple[Packed, jax.Array]
-    ]  # (state, limit, inputs) -> (state, History's rows)
+    # (state, limit, inputs) -> (state, rows of the history)
+    chunk: Callable[[Packed, Any, Inputs], tuple[Packed, jax.Array]]
     steps_per_epoch: int | None  # None: the loss is the same function at each step
     eps: float  # of the dtype in which the loss is computed
     pace: list[float]  # the seconds of a step in the last run, where there was one

@@ -166,8 +166,8 @@ def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -
     """Where to keep, and to find again, what was made from traces of this identity for such arguments.
 
     Places of ``passing`` identities, many of which may never come again, push out none but their own kind. Empty at
-    first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and
-    dtypes of the arguments, and JAX's settings; so, for one, on nothing that is not ``closed``.
+    first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and dtypes of the
+    arguments, and JAX's settings; so, for one, on nothing that is not ``closed``.
     """
     leaves, treedef = jax.tree.flatten(args)
     if identity is None or not _trees.is_plain(treedef):
@@ -207,9 +207,8 @@ def clear() -> None:
 
 def _jaxpr(function: Callable, *args: PyTree) -> tuple[Any, PyTree]:
     """The trace, made now, and the shapes of what the function returns."""
-    new = lambda *args: function(
-        *args
-    )  # JAX keeps the trace of a function that it knows, whatever it reads has changed
+    # Wrapped anew: JAX keeps the trace of a function that it knows, whatever that reads may have changed.
+    new = lambda *args: function(*args)
     closed, out = jax.make_jaxpr(new, return_shape=True)(*args)
     if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
         raise InputError("the loss closes over a value that is being traced (by jit, vmap or grad): call it outside.")

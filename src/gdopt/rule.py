@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     @property
     def rates(self) -> Rates:
         """Who decides the rates; whether an optimizer searches for them, its state tells: see `search`."""
-        if is_transformation(self.optimizer):
+        if self.owns_rate:
             return Rates.OWNED
         return Rates.PLAIN if self.optimizer is gd or self.optimizer is optax.sgd else Rates.GIVEN
 
@@ -71,7 +71,7 @@ class Rule(NamedTuple):
     def identity(self) -> Hashable | None:
         """Equal only for optimizers that make the same updates; None where that shows in their trace alone."""
         optimizer = self.optimizer
-        if is_transformation(optimizer):
+        if self.owns_rate:
             functions = optimizer.init, optimizer.update
             return functions if all(map(_is_fixed, functions)) else None
         if type(optimizer) is not functools.partial:
