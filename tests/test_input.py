@@ -71,7 +71,7 @@ BAD = {
     "no arrays in data": (BATCHES | {"data": ()}, "one number of rows"),
     "lists in data": (BATCHES | {"data": ([1.0], y)}, r"data\[0\]\[0\] is a float, not an array"),
     "scalar in data": (BATCHES | {"data": (X, np.float32(1))}, r"data\[1\] is a scalar"),
-    "generator of data": (BATCHES | {"data": iter([X])}, "data is a list_iterator, not an array"),
+    "iterator and batch_size": (BATCHES | {"data": iter([X])}, "batch_size=2 was given with data that come in batches"),
     "zero rows": (BATCHES | {"data": (X[:0], y[:0])}, "data has zero rows"),
     "batch over the rows": (BATCHES | {"batch_size": 7}, "batch_size=7 is over the 6 rows"),
     "batch of zero": (BATCHES | {"batch_size": 0}, "batch_size=0 is not a whole number from 1"),
@@ -115,12 +115,6 @@ def test_input_errors_are_value_errors_too():
     with pytest.raises(ValueError, match="learning_rate=-1 is not"):
         gdopt.minimize(square, 1.0, learning_rate=-1)
     assert issubclass(gdopt.InputError, gdopt.GdoptError)
-
-
-@pytest.mark.parametrize("transform", [jax.jit, jax.grad, lambda f: lambda x: jax.vmap(f)(x[None])])
-def test_inside_a_transformation_it_says_so(transform):
-    with pytest.raises(gdopt.InputError, match="inside jit, vmap or grad"):
-        transform(lambda x: gdopt.minimize(square, x, learning_rate=0.1).params)(jnp.asarray(1.0))
 
 
 def test_an_uncalled_optax_optimizer_is_a_factory():

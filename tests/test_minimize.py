@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 
 import gdopt
-from gdopt import Status, loop
+from gdopt import Status, run
 
 CURVATURES = jnp.array([1.0, 4.0, 10.0])
 
@@ -76,7 +76,7 @@ def test_chunk_sizes_change_no_bit(monkeypatch, batch_size):
     random = np.random.default_rng(0)
     X = random.normal(size=(50, 3)).astype(np.float32)
 
-    def run():
+    def results():
         result = gdopt.minimize(
             lambda w, x: jnp.mean((x @ w - 1) ** 2),
             np.zeros(3, np.float32),
@@ -88,11 +88,11 @@ def test_chunk_sizes_change_no_bit(monkeypatch, batch_size):
         )
         return *result.history, result.params, result.loss
 
-    usual = run()
+    usual = results()
     for first, seconds in ((1, 0.0), (2, 0.0), (13, 1e-4), (97, 1.0)):
-        monkeypatch.setattr(loop, "_FIRST_CHUNK", first)
-        monkeypatch.setattr(loop, "_CHUNK_SECONDS", seconds)  # 0 makes every further chunk one step long
-        for one, other in zip(usual, run(), strict=True):
+        monkeypatch.setattr(run, "_FIRST_CHUNK", first)
+        monkeypatch.setattr(run, "_CHUNK_SECONDS", seconds)  # 0 makes every further chunk one step long
+        for one, other in zip(usual, results(), strict=True):
             np.testing.assert_array_equal(one, other)
 
 

@@ -513,14 +513,6 @@ def test_the_vanilla_step_tells_static_numbers_apart(loss: Callable, numbers: tu
         assert float(gdopt.gd_step(loss, Numbered(X, number), 0.1)[1]) == float(loss(Numbered(X, number)))
 
 
-@pytest.mark.parametrize(
-    "transform", [jax.jit, jax.grad, lambda f: lambda x: jax.vmap(f)(x[None])], ids=["jit", "grad", "vmap"]
-)
-def test_a_loss_that_closes_over_a_tracer_is_refused(transform: Callable) -> None:
-    with pytest.raises(gdopt.InputError):
-        transform(lambda a: gdopt.minimize(lambda x: (x - a) ** 2, 3.0, learning_rate=0.1, max_steps=2).params)(X[0])
-
-
 # -------------------------------------------------------------------------------------- random expressions, bit for bit
 
 VALUES = st.lists(st.sampled_from([0.0, -0.0, 1.0, 1, True, 0.5, 0.1, NEXT, float("inf"), 2]), min_size=3, max_size=3)

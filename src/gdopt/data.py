@@ -1,12 +1,14 @@
-"""Batches of data that lives on the device: shuffled anew in every epoch, each row at most once per epoch."""
+"""Batches: of data that live on the device, shuffled anew in every epoch; and of streams, as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gdopt import _trees
@@ -37,25 +39,170 @@ class Batches(NamedTuple):
 
         return jax.tree.map(batch, data)
 
-    def take(self, data: PyTree, order: jax.Array, key: jax.Array, step: jax.Array) -> tuple[PyTree, jax.Array]:
-        """The batch of a step, and the order of its epoch, which is drawn from the key and the epoch's number alone."""
+    def order(self, key: jax.Array, step: jax.Array) -> jax.Array:
+        """The shuffled order of the epoch that a step is in, drawn from the key and the epoch's number alone."""
+        shuffled = jax.random.permutation(jax.random.fold_in(key, step // self.per_epoch), self.rows)
+        return shuffled.astype(jnp.int32)
 
-        def shuffle():
-            return jax.random.permutation(jax.random.fold_in(key, step // self.per_epoch), self.rows).astype(jnp.int32)
-
-        position = step % self.per_epoch
-        order = lax.cond(position == 0, shuffle, lambda: order)
-        index = lax.dynamic_slice(order, (position * self.batch_size,), (self.batch_size,))
-        return jax.tree.map(lambda array: array[index], data), order
+    def take(self, data: PyTree, order: jax.Array, step: jax.Array) -> PyTree:
+        """The batch of a step."""
+        begin = step % self.per_epoch * self.batch_size
+        index = lax.dynamic_slice(order, (begin,), (self.batch_size,))
+        return jax.tree.map(lambda array: array[index], data)
 
 
-def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
-    """The data as device arrays, and how to batch them; None where each step sees all of them."""
+class Batch(NamedTuple):
+    """One batch of a stream, on the device."""
+
+    data: PyTree
+    begins: bool  # a pass over the stream
+    ends: bool
+    steps: int  # of its pass so far, with this one
+
+
+class Stream:
+    """Batches from an iterable, gone through once per epoch, or from a function that returns one for each epoch."""
+
+    def __init__(self, source: Any):
+        self._source = source
+        iterator = self.open()
+        self.once = iterator is source
+        self._first = next(iterator, None)
+        if self._first is None:
+            raise InputError(
+                f"data={source!r} gave no batch. "
+                + (
+                    "An iterator can be gone through once, and this one is at its end: pass a function that returns a "
+                    "new one, as in data=lambda: batches(), or an iterable that can be gone through again."
+                    if self.once
+                    else "Pass one that gives at least one batch."
+                )
+            )
+        self._opened: Iterator | None = iterator
+        self.example = _on_device(self._first)
+
+    @property
+    def length(self) -> int | None:
+        """The batches of a pass, by what the iterable says."""
+        return len(self._source) if hasattr(self._source, "__len__") else None
+
+    def open(self) -> Iterator:
+        """The batches of one more pass."""
+        source = self._source if isinstance(self._source, Iterable) else self._source()
+        if not isinstance(source, Iterable):
+            raise InputError(
+                f"data={self._source!r} returned a {type(source).__name__}: return an iterable of batches for an epoch."
+            )
+        return iter(source)
+
+    def begin(self) -> Iterator:
+        """The batches of a first pass; those of the pass that was begun to look at its first, where nobody has them."""
+        opened, self._opened = self._opened, None
+        return self.open() if opened is None else itertools.chain([self._first], opened)
+
+    def feed(self, passes: int | None = None, most: int | None = None) -> Feed:
+        """The batches of so many passes, and no more than so many."""
+        return Feed(self, passes, most)
+
+
+class Feed:
+    """A stream on its way: each batch is moved to the device while the step before it is computed."""
+
+    def __init__(self, stream: Stream, passes: int | None, most: int | None):
+        self.passes = 0  # begun
+        self.steps_per_epoch: int | None = None  # of the first pass, once that is known
+        self.why = ""  # it ended before it should have
+        self._stream, self._passes, self._most = stream, passes, most
+        self._cut = False  # at the most batches that were asked for: what would have come is not known
+        self._walk = self._batches()
+        self._ahead = next(self._walk, None)
+        self._given: Batch | None = None
+
+    def next(self) -> Batch | None:
+        """The next batch; None at the end."""
+        if self._ahead is None:
+            return None
+        (data, begins), self._ahead = self._ahead, next(self._walk, None)
+        self.passes += begins
+        steps = 1 if begins or self._given is None else self._given.steps + 1
+        ends = not self._cut if self._ahead is None else self._ahead[1]
+        if ends and self.steps_per_epoch is None:
+            self.steps_per_epoch = steps
+        self._given = Batch(data, begins, ends, steps)
+        return self._given
+
+    @property
+    def last(self) -> Batch:
+        """The batch given last."""
+        assert self._given is not None
+        return self._given
+
+    def _batches(self) -> Iterator[tuple[PyTree, bool]]:
+        """Each batch, on the device, with whether a pass begins with it."""
+        count, structure = 0, jax.tree.structure(self._stream.example)
+        iterator = self._stream.begin()
+        for passes in itertools.count(1):
+            begins = True
+            while count != self._most:
+                batch = next(iterator, None)
+                if batch is None:
+                    break
+                data = _on_device(batch)
+                if jax.tree.structure(data) != structure:
+                    raise InputError(
+                        f"batch {count} of data has the structure {jax.tree.structure(data)}, where the first had "
+                        f"{structure}: give all batches the same."
+                    )
+                yield data, begins
+                begins, count = False, count + 1
+            if count == self._most:
+                self._cut = True
+                return
+            if begins:
+                self.why = (
+                    "An iterator can be gone through once: for more passes, give data as a function that returns a new "
+                    "one each time, or as an iterable that can be gone through again."
+                )
+            if begins or passes == self._passes:
+                return
+            iterator = self._stream.open()
+
+
+def _on_device(batch: Any) -> PyTree:
+    """A batch as JAX's arrays, of its own memory: loaders may use theirs again."""
+
+    def moved(path: tuple, leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        array = np.asarray(leaf)
+        if array.dtype.kind not in "biufcV":  # V: bfloat16 and the like
+            raise InputError(
+                f"{_trees.path_name(path, 'a batch of data')} is a {type(leaf).__name__}, not an array of numbers: "
+                "give batches that are pytrees of NumPy or JAX arrays, or of torch tensors."
+            )
+        return jnp.array(array)
+
+    return jax.tree_util.tree_map_with_path(moved, batch)
+
+
+def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream | None]:
+    """The data as device arrays, and how to batch them; None where each step sees all of them.
+
+    Of a stream, the data are its first batch.
+    """
+    if is_stream(data):
+        if batch_size is not None:
+            raise InputError(
+                f"batch_size={batch_size!r} was given with data that come in batches: leave batch_size out, or pass "
+                "arrays."
+            )
+        stream = Stream(data)
+        return stream.example, stream
     if data is None:
         if batch_size is not None:
             raise InputError(f"batch_size={batch_size!r} was given without data: pass data=, or leave batch_size out.")
         return None, None
-    leaves = jax.tree_util.tree_leaves_with_path(data, is_leaf=_is_stream)
+    leaves = jax.tree_util.tree_leaves_with_path(data)
     lengths = {}
     for path, leaf in leaves:
         name = _trees.path_name(path, "data")
@@ -83,6 +230,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None]:
     return jax.tree.map(jnp.asarray, data), batches
 
 
-def _is_stream(node: Any) -> bool:
-    """Whether it yields batches rather than holding arrays: a generator, a loader; JAX warns before it says so."""
-    return isinstance(node, Iterable) and not isinstance(node, Mapping | Sequence) and not hasattr(node, "shape")
+def is_stream(data: Any) -> bool:
+    """Whether it gives batches rather than holding arrays: a generator, a loader, a function that returns one."""
+    leaf = jax.tree_util.all_leaves([data]) and not hasattr(data, "shape")
+    return leaf and not isinstance(data, str | bytes) and (isinstance(data, Iterable) or callable(data))

@@ -6,16 +6,15 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees, loop, lr_finder, program
+from gdopt import _trees, loop, lr_finder, program, run
 from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
-from gdopt.data import Batches
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
 from gdopt.problem import Problem, make_problem, value_and_grad
@@ -24,7 +23,7 @@ from gdopt.result import History, RangeTest, Report, Result
 from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
-from gdopt.task import Task, make_task, refuse_tracers
+from gdopt.task import Task, make_task
 
 _MAX_STEPS = 10_000
 _TOL = 1e-4
@@ -66,9 +65,13 @@ def minimize(
         params: any pytree. Float and complex leaves (arrays, and numbers in dicts, lists and tuples) are optimised in
             their own dtype; functions, strings, None and numbers inside modules are carried along.
         args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``.
-        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device.
-        batch_size: rows per step. The data are shuffled anew in each epoch; rows that fill no batch sit that epoch out.
-            By default (None) each step sees all rows, unshuffled.
+        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream: an
+            iterable of batches (a torch ``DataLoader``, a grain loader), gone through once per epoch, or a function
+            that returns one. Batches are pytrees of NumPy or JAX arrays or torch tensors, moved to the device while the
+            step before is computed. Each makes one update, also a last one with fewer rows; the point after the last
+            update is evaluated on the last batch once more.
+        batch_size: rows per step, for arrays. They are shuffled anew in each epoch; rows that fill no batch sit that
+            epoch out. By default (None) each step sees all rows, unshuffled.
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
             transformation``: ``gdopt.gd``, the default; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``.
         learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
@@ -77,7 +80,7 @@ def minimize(
             first, `lr_find` of a fifth of the steps (50 to 300), and then three cycles over all steps, `triangular2`
             from half of what the test suggests to twice of it; so ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
-        epochs: passes over the data after which to stop, of ``rows // batch_size`` updates each.
+        epochs: passes over the data after which to stop; of arrays, ``rows // batch_size`` updates each.
         tol: a full-batch run has converged once ``|g| |x - x0| <= tol (f(x0) - f(x))``, in 2-norms over all leaves: for
             a convex loss, what is left to gain is then about ``tol`` of what was gained. Has no scale: multiplying the
             loss or the params changes nothing. Default 1e-4, which four of five CUTEst problems of benchmarks/ come
@@ -99,7 +102,13 @@ def minimize(
         throw: raise where the run does not end with success, instead of saying so in the result.
 
     Returns:
-        A `Result`. A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or
+        A `Result`, also inside of ``jit``, ``vmap`` and ``grad``. There the whole run is one ``while_loop``, numbers
+        are arrays, and derivatives with respect to ``args``, ``data`` and what the loss closes over are those of the
+        minimum, by the implicit function theorem: NaN where the run had no success, zero for the start and the rate,
+        and an error for mini-batches and keys. They are as exact as the minimum, so lower ``tol`` for them; and call
+        ``jax.jit`` around what you differentiate more than once.
+
+        A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or
         NON_FINITE the best or the last good one. Ctrl-C ends the run with a result (INTERRUPTED), a second one raises.
 
     Raises:
@@ -120,54 +129,77 @@ def minimize(
         ('CONVERGED', 3.0)
     """
     began = time.perf_counter()
-    refuse_tracers("minimize", params, args, learning_rate, key)
     check_optimizer(optimizer)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
-    task = make_task("minimize", problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
-    batches, noisy = task.batches, task.steps_per_epoch is not None
-    limits = Limits(_check_steps(max_steps, epochs, task), _check_tol(tol, noisy), _check_target(target))
+    task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches, stream, noisy = task.batches, task.stream, task.noisy
+    steps = _check_steps(max_steps, epochs, task)
+    limits = Limits(steps.most, _check_tol(tol, noisy), _check_target(target))
     test = None
     if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
-        test, learning_rate = _chosen(task, optimizer, int(limits.max_steps))
+        test, learning_rate = _chosen(task, optimizer, steps)
     rule = make_rule(optimizer, learning_rate)
 
-    with progress_bar(progress, int(limits.max_steps)) as advance:
-        compiled, inputs = loop.compile(task, rule, rule.rate, limits, task.key if noisy else None, keep_best=keep_best)
-        state = loop.begin(compiled, inputs)
+    def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
+        key = task.key if noisy else None
+        some = task._replace(data=data)
+        return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=target is not None)
+
+    compiled, inputs = compile(task.data)
+    if isinstance(compiled, loop.Whole):
+        _refuse_host_visits(callback=callback, progress=progress, throw=throw, data=stream and data)
+        return _inside(compiled.solve(compiled.constants, inputs), task)
+    streamed, boundary = None, batches.per_epoch if batches and callback else None
+    if stream is not None:
+        feed = stream.feed(steps.epochs, steps.batches)
+        streamed = run.Streamed(feed, compile, pause=callback is not None)
+
+    with progress_bar(progress, steps.expected) as advance:
+        state = run.begin(compiled, inputs)
         compiled_at = time.perf_counter()
 
         def between(step: int, state: loop.State, records: History) -> bool:
             advance(step, records.loss[-1])
-            return callback is not None and bool(callback(_report(problem, step, state, records, batches)))
+            if callback is None:
+                return False
+            epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
+            return bool(callback(_report(problem, step, epoch, state, records)))
 
-        state, history, status = loop.run(
-            compiled, state, inputs, between, boundary=batches.per_epoch if batches and callback else None
-        )
+        state, history, status = run.run(compiled, state, inputs, between, boundary=boundary, streamed=streamed)
     ended = time.perf_counter()
 
-    steps, kept, params = len(history.loss) - 1, state.kept, loop.returned_params(state)
+    made, kept, params = len(history.loss) - 1, state.kept, run.returned_params(state)
+    steps_per_epoch = task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch
     how = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
     at_limit = status is Status.PRECISION_LIMIT
     left = float(kept.grad_norm) * _distance(params, problem.params) if at_limit else math.inf
-    success = succeeded(
-        status,
-        history.loss,
-        left,
-        compiled.eps,
-        noisy=noisy,
-        has_target=target is not None,
+    success = bool(
+        succeeded(
+            status,
+            history.loss[0],
+            np.nanmin(history.loss) if np.isfinite(history.loss[0]) else math.inf,
+            left,
+            compiled.eps,
+            noisy=noisy,
+            has_target=target is not None,
+        )
     )
+    if status is Status.DATA_EXHAUSTED:  # which is all there is to ask for where nothing else was
+        success = max_steps is None and epochs is None and target is None
     message = explain(
         status,
-        steps=steps,
+        steps=made,
         returned_step=int(kept.step),
         history=history,
         limits=limits,
-        steps_per_epoch=compiled.steps_per_epoch,
+        noisy=noisy,
+        steps_per_epoch=steps_per_epoch,
         eps=compiled.eps,
         how=how,
         success=success,
     )
+    if status is Status.DATA_EXHAUSTED and streamed is not None and not success:
+        message += f" {streamed.feed.why}"
     if how is Rates.SEARCHED:
         message += chosen_rates(history.learning_rate)
     if test is not None:
@@ -179,18 +211,46 @@ def minimize(
         params=problem.rest.combine(params),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
-        steps=steps,
+        steps=made,
         status=status,
         message=message,
         success=success,
         history=history,
-        steps_per_epoch=compiled.steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
         range_test=test,
         aux=jax.tree.map(jax.device_put, kept.aux),
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
     )
     return result.raise_for_status() if throw else result
+
+
+def _refuse_host_visits(**options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise InputError(
+                f"{name}={value!r} was given to minimize inside jit, vmap or grad, where the whole run is one compiled "
+                f"program that nobody can look into or stop: leave {name} out, and look at the result."
+            )
+
+
+def _inside(outcome: Any, task: Task) -> Result:
+    """The result of a run that is being traced: its numbers are arrays."""
+    return Result(
+        params=task.problem.rest.combine(outcome.params),
+        loss=outcome.loss,
+        grad_norm=outcome.grad_norm,
+        steps=outcome.steps,
+        status=outcome.code,
+        message="ran inside jit, vmap or grad: status holds the number of a gdopt.Status, without a sentence.",
+        success=outcome.success,
+        history=cast(Any, None),
+        steps_per_epoch=task.steps_per_epoch,
+        range_test=None,
+        aux=outcome.aux,
+        compile_seconds=0.0,
+        run_seconds=0.0,
+    )
 
 
 def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:
@@ -255,20 +315,26 @@ def _distance(params: PyTree, start: PyTree) -> float:
     )
 
 
-def _report(problem: Problem, step: int, state: loop.State, records: History, batches: Batches | None) -> Report:
+def _report(problem: Problem, step: int, epoch: int, state: loop.State, records: History) -> Report:
     kept = state.kept
     return Report(
         step=step,
-        epoch=step // (batches.per_epoch if batches else 1),
-        params=problem.rest.combine(_trees.copy(loop.returned_params(state))),
+        epoch=epoch,
+        params=problem.rest.combine(_trees.copy(run.returned_params(state))),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         learning_rate=float(records.learning_rate[-1]),
     )
 
 
-def _chosen(task: Task, optimizer: Any, max_steps: int) -> tuple[RangeTest, Schedule]:
+def _chosen(task: Task, optimizer: Any, steps: _Steps) -> tuple[RangeTest, Schedule]:
     """The range test of `"auto"`, and the schedule that it leads to."""
+    max_steps = steps.expected
+    if max_steps is None:
+        raise InputError(
+            f"epochs={steps.epochs} was given with a stream that does not tell how many batches it has, and "
+            "learning_rate='auto' plans its cycles over all steps: pass max_steps as well, or a learning_rate."
+        )
     fewest = max(max_steps // 5, _LEAST_TEST)
     for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # a short one may drown in noise
         ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
@@ -284,14 +350,31 @@ def _cycles(peak: float, steps: int) -> Schedule:
     return lambda step: highest * shape(step)
 
 
-def _check_steps(max_steps: Any, epochs: Any, task: Task) -> int:
-    data, batches = task.data, task.batches
+class _Steps(NamedTuple):
+    """What a run is asked to make."""
+
+    most: int  # steps
+    epochs: int | None  # where these are to be counted as they come
+    batches: int | None  # the most to take from a stream
+    expected: int | None  # steps, as far as that can be told
+
+
+def _check_steps(max_steps: Any, epochs: Any, task: Task) -> _Steps:
+    data, batches, stream = task.data, task.batches, task.stream
     asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
     if epochs is not None:
         if data is None:
             raise InputError(f"epochs={epochs!r} was given without data: pass data=, or max_steps= in place of epochs.")
-        asked.append(whole_number("epochs", epochs) * (batches.per_epoch if batches else 1))
-    return whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
+        epochs = whole_number("epochs", epochs)
+    if stream is not None:
+        most = asked[0] if asked else None if epochs else _MAX_STEPS
+        of_epochs = epochs and stream.length and epochs * stream.length
+        expected = min((steps for steps in (most, of_epochs) if steps), default=None)
+        return _Steps(loop.LAST_STEP if most is None else most, epochs, most, expected)
+    if epochs is not None:
+        asked.append(epochs * (batches.per_epoch if batches else 1))
+    most = whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
+    return _Steps(most, None, None, most)
 
 
 def _check_tol(tol: Any, noisy: bool) -> float:

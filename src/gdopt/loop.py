@@ -1,13 +1,10 @@
-"""The loop, once: ``step`` (evaluate, test, update), ``chunk`` (many steps, compiled), ``run`` (chunk after chunk)."""
+"""The loop, once: ``step`` (evaluate, test, update), compiled as ``chunk`` (many steps, for `run` to call again and
+again), or inside of somebody's ``jit``, ``vmap`` or ``grad`` as ``whole`` (all steps)."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,20 +16,19 @@ from jax import lax
 from gdopt import _trees, program, stopping
 from gdopt._trees import Packed
 from gdopt._types import PyTree
+from gdopt.data import Batches
 from gdopt.errors import InputError
+from gdopt.implicit import differentiable
 from gdopt.optimizers import MAX_REJECTED
 from gdopt.problem import value_and_grad
 from gdopt.result import History
 from gdopt.rule import Rule, apply, evaluation_params, inject, owned_rate, search
-from gdopt.stopping import RUNNING, Evaluation, Limits, Status, Watch
+from gdopt.stopping import RUNNING, Epoch, Evaluation, Limits, Watch
 from gdopt.task import Task
 
-_CAPACITY = 4096  # records that a chunk has room for
+CAPACITY = 4096  # rows of the history that a carry has room for
 _SMALL = 4096  # entries of an array that is computed with together with others
-_FIRST_CHUNK = 16  # steps, before their time is known
 LAST_STEP = 2**31 - 1
-_CHUNK_SECONDS = 0.05  # Ctrl-C and the progress bar wait for one chunk
-_BOUNDARY_SECONDS = 2e-4  # what the host takes between two
 
 
 class Inputs(NamedTuple):
@@ -50,6 +46,7 @@ class Inputs(NamedTuple):
     limits: Limits
     constants: list[Any]  # that the loss closes over
     numbers: list[Any] | None  # of the schedule
+    epoch: Epoch | None = None  # of a stream, whose batches are the data in turn
 
 
 class Kept(NamedTuple):
@@ -77,15 +74,37 @@ class State(NamedTuple):
     kept: Kept
 
 
+Carry = tuple[Packed, jax.Array]  # the state, and the rows of the history that the host has not read yet
+
+
+class Outcome(NamedTuple):
+    """What ``whole`` ends with."""
+
+    params: PyTree
+    loss: jax.Array
+    grad_norm: jax.Array
+    aux: PyTree
+    steps: jax.Array
+    code: jax.Array
+    success: jax.Array
+
+
 class Compiled(NamedTuple):
     """A problem made ready to run."""
 
-    start: Callable[[Inputs], Packed]
-    # (state, limit, inputs) -> (state, rows of the history)
-    chunk: Callable[[Packed, Any, Inputs], tuple[Packed, jax.Array]]
-    steps_per_epoch: int | None  # None: the loss is the same function at each step
+    start: Callable[[Inputs], Carry]
+    # (carry, step of the first row, limit, inputs) -> (carry, code)
+    chunk: Callable[[Carry, Any, Any, Inputs], tuple[Carry, jax.Array]]
+    carry: PyTree  # the shapes of it
     eps: float  # of the dtype in which the loss is computed
     pace: list[float]  # the seconds of a step in the last run, where there was one
+
+
+class Whole(NamedTuple):
+    """A problem made ready to run inside of a transformation, all steps at once."""
+
+    solve: Callable[[list, Inputs], Outcome]
+    constants: list[Any]  # that the optimizer closes over
 
 
 def compile(
@@ -97,14 +116,17 @@ def compile(
     *,
     trial: bool = False,
     keep_best: bool = True,
-) -> tuple[Compiled, Inputs]:
+    has_target: bool = False,
+) -> tuple[Compiled | Whole, Inputs]:
     """Traces the loss once and shares the compiled loop with every equal problem; it is to be given these inputs.
+
+    Where one of them is being traced by jit, vmap or grad, so is all of the loop.
 
     Where there are many keys, it is the loop of as many runs side by side, each with its own key and rate. They
     keep step, and one that has ended is left as it is. A ``trial`` is to show what its rates do, however small they
     are: only failures and the number of steps end it. Without ``keep_best`` there is no point to fall back on.
     """
-    steps_per_epoch = 1 if trial and task.steps_per_epoch is None else task.steps_per_epoch
+    noisy = task.noisy or trial
     start = task.problem.params
     batch = task.batches.shapes(task.data) if task.batches else task.data
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
@@ -115,8 +137,12 @@ def compile(
         return program.trace(both, start, value.constants, batch, task.args, one_key)
 
     schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
-    inputs = Inputs(start, task.data, task.args, key, rate, limits, value.constants, schedule and schedule.constants)
-    options = rule.identity, schedule and schedule.identity, task.batches, steps_per_epoch, task.with_key, keep_best
+    numbers = schedule and schedule.constants
+    epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
+    inputs = Inputs(start, task.data, task.args, key, rate, limits, value.constants, numbers, epoch)
+    inside = program.is_traced(inputs)
+    settings = Settings(noisy, task.batches, task.with_key, keep_best, has_target, inside)
+    options = rule.identity, schedule and schedule.identity, settings
     known = rule.identity is not None and (schedule is None or schedule.identity is not None)
 
     # A trace of the loss tells its gradient, too; but where it has new derivative rules, only a trace of that does.
@@ -125,12 +151,35 @@ def compile(
         loss = differentiated()
         kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
         if not kept:
-            compiled, closed = _make(task, rule, inputs, loss, schedule, steps_per_epoch, keep_best)
+            made, closed = _make(task, rule, inputs, loss, schedule, settings)
             if not closed:
-                return compiled, inputs
-            kept.append(compiled)
+                return _differentiable(made, value, noisy), inputs
+            kept.append(made)
         seen.append(kept[0])
-    return seen[0], inputs
+    return _differentiable(seen[0], value, noisy), inputs
+
+
+class Settings(NamedTuple):
+    """What a program depends on besides traces and the shapes of its inputs; hashable."""
+
+    noisy: bool  # the loss is another function at each step
+    batches: Batches | None
+    with_key: bool
+    keep_best: bool
+    has_target: bool  # which decides on success
+    inside: bool  # of a jit, vmap or grad
+
+
+def _differentiable(made: Compiled | Whole, value: program.Traced, noisy: bool) -> Compiled | Whole:
+    """What is to run inside of a transformation, with the derivatives of a minimum."""
+    if isinstance(made, Compiled):
+        return made
+
+    def of(params: PyTree, constants: list, *given: PyTree) -> tuple[jax.Array, PyTree]:
+        return value.replay(constants, params, *given, None)
+
+    known = lambda _, inputs: (inputs.constants, inputs.data, inputs.args)
+    return made._replace(solve=differentiable(made.solve, of, known, defined=not noisy))
 
 
 def compact(params: PyTree) -> Packed:
@@ -144,24 +193,58 @@ def _make(
     inputs: Inputs,
     traced_loss: program.Traced,
     schedule: program.Traced | None,
-    steps_per_epoch: int | None,
-    keep_best: bool,
-) -> tuple[Compiled, bool]:
+    settings: Settings,
+) -> tuple[Compiled | Whole, bool]:
     """The loop around a traced loss, and whether it depends on nothing else than on that trace and its inputs."""
-    batches = task.batches
+    asked_again: list[bool] = []  # whether an optimizer has called the loss itself, in a trace of its own
+    start, step = _functions(task, rule, inputs, traced_loss, schedule, settings, asked_again)
+    eps = float(jnp.finfo(traced_loss.out[0][0].dtype).eps)
+    if not settings.inside:
+        if inputs.key is not None and inputs.key.ndim:
+            start, step = _side_by_side(start, step)
+        first = program.share(_first(start, inputs, traced_loss), inputs)
+        many = program.share(_chunk(step), first.out, np.int32(0), np.int32(0), inputs, donate_first=True)
+        if not program.is_traced(first.constants, many.constants):
+            closed = first.closed and many.closed and not asked_again
+            return Compiled(first.call, many.call, first.out, eps, pace=[]), closed
+        settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
+        start, step = _functions(task, rule, inputs, traced_loss, schedule, settings, asked_again)
+    whole = program.share(_whole(start, step, settings, eps), inputs)
+    return Whole(whole.run, whole.constants), whole.closed and not asked_again
+
+
+def _functions(
+    task: Task,
+    rule: Rule,
+    inputs: Inputs,
+    traced_loss: program.Traced,
+    schedule: program.Traced | None,
+    settings: Settings,
+    asked_again: list[bool],
+) -> tuple[Callable[[Inputs], State], Callable[[State, Inputs], tuple[State, tuple]]]:
+    """The state before the first step, and a step."""
+    batches, keep_best = settings.batches, settings.keep_best
     (loss, aux), _ = traced_loss.out
     loss_dtype = jnp.promote_types(loss.dtype, jnp.float32)
     norm_dtype = _trees.norm_dtype(inputs.start)
-    record_dtype = jnp.result_type(loss_dtype, norm_dtype, float)
     eps = float(jnp.finfo(loss.dtype).eps)
-    asked_again = []  # whether an optimizer has called the loss itself, in a trace of its own
 
     def loss_inputs(inputs: Inputs, order: PyTree, step: jax.Array) -> tuple[tuple, PyTree]:
         data = inputs.data
         if batches:
-            data, order = batches.take(data, order, jax.random.fold_in(inputs.key, 0), step)
-        key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if task.with_key else None
+            if not settings.inside:  # there `_whole` shuffles
+                key = jax.random.fold_in(inputs.key, 0)
+                drawn = functools.partial(batches.order, key, step)
+                order = lax.cond(step % batches.per_epoch == 0, drawn, lambda: order)
+            data = batches.take(data, order, step)
+        key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if settings.with_key else None
         return (data, inputs.args, key), order
+
+    def epoch_of(inputs: Inputs, step: jax.Array) -> Epoch | None:
+        if not settings.noisy or inputs.epoch is not None:
+            return inputs.epoch
+        steps = batches.per_epoch if batches else 1
+        return Epoch(step % steps == 0, step % steps == steps - 1, steps)
 
     def rate_at(inputs: Inputs, step: jax.Array) -> Any:
         """The rate of a step: the schedule's, a number, or of a ladder the step's own, from its end on over again."""
@@ -174,7 +257,7 @@ def _make(
         norm = jnp.full((), jnp.nan, norm_dtype)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
         optimizer = rule.with_rate(rate_at(inputs, jnp.int32(0))).init(inputs.start)
-        if steps_per_epoch is not None and search(optimizer) is not None:
+        if settings.noisy and search(optimizer) is not None:
             raise InputError(
                 "optimizer holds gdopt.spectral(), which compares one value of the loss with the next: it is not for "
                 "mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave batch_size out."
@@ -205,9 +288,10 @@ def _make(
         point = Evaluation(k, value, grad_norm, _trees.quick_norm(away))
         found = search(state.optimizer)
         gave_up = None if found is None else found.rejected >= MAX_REJECTED
-        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, gave_up, eps, steps_per_epoch)
+        epoch = epoch_of(inputs, k)
+        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, gave_up, eps, epoch)
         running = code == RUNNING
-        if steps_per_epoch is None:
+        if not settings.noisy:
             keep = (k == 0) | (jnp.isfinite(grad_norm) & jnp.isfinite(value) & (value < state.kept.loss))
         else:
             failed = functools.reduce(jnp.logical_or, [code == status for status in stopping.FAILURES])
@@ -239,34 +323,90 @@ def _make(
         record = (value, grad_norm, jnp.where(running, used, jnp.nan))
         return State(k + running, code, params, optimizer, order, watch, kept), record
 
-    if inputs.key is not None and inputs.key.ndim:
-        start, step = _side_by_side(start, step)
+    return start, step
 
-    def packed_start(inputs: Inputs) -> Packed:
-        return _trees.pack(start(inputs))
 
-    def chunk(packed: Packed, limit: jax.Array, inputs: Inputs) -> tuple[Packed, jax.Array]:
-        state = packed.tree()
-        first = state.step
-        records = jnp.zeros((_CAPACITY, *state.code.shape, len(History._fields)), record_dtype)
+def _first(start: Callable[[Inputs], State], inputs: Inputs, traced_loss: program.Traced) -> Callable[[Inputs], Carry]:
+    """``start`` with room for the first rows of the history."""
+    loss = traced_loss.out[0][0].dtype
+    dtype = jnp.result_type(loss, jnp.float32, _trees.norm_dtype(inputs.start), float)
 
-        def body(carry: tuple[Packed, jax.Array]) -> tuple[Packed, jax.Array]:
+    def first(inputs: Inputs) -> Carry:
+        state = start(inputs)
+        return _trees.pack(state), jnp.zeros((CAPACITY, *state.code.shape, len(History._fields)), dtype)
+
+    return first
+
+
+def _chunk(step: Callable[[State, Inputs], tuple[State, tuple]]) -> Callable:
+    """Many steps, up to a limit or the end, as one ``while_loop``."""
+
+    def chunk(carry: Carry, first: jax.Array, limit: jax.Array, inputs: Inputs) -> tuple[Carry, jax.Array]:
+        def body(carry: Carry) -> Carry:
             state, records = carry[0].tree(), carry[1]
             at = state.step - first
             state, record = step(state, inputs)
-            row = jnp.stack([entry.astype(record_dtype) for entry in record], axis=-1)
+            row = jnp.stack([entry.astype(records.dtype) for entry in record], axis=-1)
             return _trees.pack(state), lax.dynamic_update_index_in_dim(records, row, at, 0)
 
-        def goes_on(carry: tuple[Packed, jax.Array]) -> jax.Array:
+        def goes_on(carry: Carry) -> jax.Array:
             state = carry[0].tree()
             return (state.code == RUNNING).any() & (state.step < limit)
 
-        return lax.while_loop(goes_on, body, (packed, records))
+        carry = lax.while_loop(goes_on, body, carry)
+        return carry, carry[0].tree().code
 
-    first = program.share(packed_start, inputs)
-    many = program.share(chunk, first.out, np.int32(0), inputs, donate_first=True)
-    closed = first.closed and many.closed and not asked_again
-    return Compiled(first.call, many.call, steps_per_epoch, eps, pace=[]), closed
+    return chunk
+
+
+def _whole(start: Callable, step: Callable, settings: Settings, eps: float) -> Callable[[Inputs], Outcome]:
+    """All steps in one program. Mini-batches take a loop in a loop, so that a vmap of it shuffles once per epoch and
+    not at each step, where a batched ``cond`` would do both of what it is to choose from."""
+    batches = settings.batches
+
+    def steps(packed: Packed, inputs: Inputs, limit: Any = LAST_STEP) -> Packed:
+        def goes_on(packed: Packed) -> jax.Array:
+            state = packed.tree()
+            return (state.code == RUNNING) & (state.step < limit)
+
+        return lax.while_loop(goes_on, lambda packed: _trees.pack(step(packed.tree(), inputs)[0]), packed)
+
+    def shuffled(state: State, inputs: Inputs) -> State:
+        return state._replace(order=batches.order(jax.random.fold_in(inputs.key, 0), state.step)) if batches else state
+
+    def epoch(packed: Packed, inputs: Inputs, per_epoch: int) -> Packed:
+        state = shuffled(packed.tree(), inputs)
+        return steps(_trees.pack(state), inputs, (state.step // per_epoch + 1) * per_epoch)
+
+    def whole(inputs: Inputs) -> Outcome:
+        packed = _trees.pack(start(inputs))
+        if batches:
+            running = lambda packed: packed.tree().code == RUNNING
+            per_epoch = batches.per_epoch
+            packed = lax.while_loop(running, lambda packed: epoch(packed, inputs, per_epoch), packed)
+        else:
+            packed = steps(packed, inputs)
+        state = ended = packed.tree()
+        average = evaluation_params(state.optimizer, state.params)
+        if average is not state.params:
+            last = inputs._replace(limits=inputs.limits._replace(max_steps=state.step))
+            again = shuffled(state._replace(code=jnp.int32(RUNNING), params=average), inputs)
+            failed = functools.reduce(jnp.logical_or, [state.code == status for status in stopping.FAILURES])
+            state = _trees.select(failed, state, step(again, last)[0])
+        params, kept = returned_params(state), state.kept
+        distance = _trees.norm(jax.tree.map(jnp.subtract, params, inputs.start))
+        success = stopping.succeeded(
+            ended.code,
+            ended.watch.first_loss,
+            kept.loss,
+            kept.grad_norm * distance,
+            eps,
+            noisy=settings.noisy,
+            has_target=settings.has_target,
+        )
+        return Outcome(params, kept.loss, kept.grad_norm, kept.aux, ended.step, ended.code, success)
+
+    return whole
 
 
 def _side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
@@ -291,108 +431,6 @@ def _side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
     return lambda inputs: jax.vmap(start, (each_inputs,), each_state)(inputs), steps
 
 
-def begin(compiled: Compiled, inputs: Inputs) -> Packed:
-    """The state before the first step, with everything compiled: where nothing ran yet, by a chunk of no steps."""
-    state = compiled.start(inputs)
-    if not compiled.pace:
-        state, _ = compiled.chunk(state, np.int32(0), inputs)
-    return jax.block_until_ready(state)
-
-
-def advance(
-    compiled: Compiled,
-    packed: Packed,
-    inputs: Inputs,
-    between: Callable[[int, State, History], bool],
-    *,
-    until: int = LAST_STEP,
-    boundary: int | None = None,
-) -> tuple[Packed, History, Status | None]:
-    """Runs chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
-
-    ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
-    multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result. After a stop, the
-    state's last point is evaluated still. Returns what stopped it from outside, if anything did.
-    """
-    step, cause, records = int(packed.tree().step), None, []
-    with _ctrl_c() as interrupted:
-        while True:
-            size = max(1, int(_CHUNK_SECONDS / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
-            limit = step + min(size, _CAPACITY)
-            limit = limit if boundary is None else min(limit, (step // boundary + 1) * boundary)
-            began = time.perf_counter()
-            packed, buffer = compiled.chunk(packed, np.int32(min(limit, until)), inputs)
-            state = packed.tree()  # waits for the chunk
-            reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())
-            seconds = time.perf_counter() - began
-            count = reached - step + (not running)
-            records.append(History(*np.array(np.moveaxis(np.asarray(buffer)[:count], -1, 0))))
-            compiled.pace[:] = [max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9) / max(count, 1)]
-            step = reached
-            stop = cause is None and between(step, state, records[-1])
-            if not running or step == until:
-                break
-            if interrupted or stop:
-                cause = Status.INTERRUPTED if interrupted else Status.STOPPED
-                here = inputs.limits._replace(max_steps=step)
-                inputs = inputs._replace(limits=here)  # evaluates once more, and ends
-    return packed, History(*(np.concatenate(entries) for entries in zip(*records, strict=True))), cause
-
-
-def run(
-    compiled: Compiled,
-    packed: Packed,
-    inputs: Inputs,
-    between: Callable[[int, State, History], bool],
-    boundary: int | None,
-) -> tuple[State, History, Status]:
-    """Runs to the end: see `advance`. Of an optimizer that keeps an average, the average is evaluated last."""
-    packed, history, cause = advance(compiled, packed, inputs, between, boundary=boundary)
-    state = packed.tree()
-    code = Status(int(state.code))
-    status = cause if cause and code is Status.MAX_STEPS else code
-    average = evaluation_params(state.optimizer, state.params)
-    if average is not state.params and status not in stopping.FAILURES:
-        step = int(state.step)
-        last = inputs._replace(limits=inputs.limits._replace(max_steps=step))
-        again = _trees.pack(state._replace(code=np.int32(RUNNING), params=average))
-        state = compiled.chunk(again, np.int32(step + 1), last)[0].tree()
-    return state, history, status
-
-
 def returned_params(state: State) -> PyTree:
     """The params that ``state.kept`` tells the loss of."""
-    params = state.params if state.kept.params is None else state.kept.params.tree()
-
-    def placed(leaf: Any, like: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array):
-            return leaf
-        array = jax.device_put(leaf)
-        shared = isinstance(like, jax.Array) and array.sharding != like.sharding
-        return jax.device_put(leaf, like.sharding) if shared else array
-
-    return jax.tree.map(placed, params, state.params)
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[list[bool]]:
-    """A list that is no longer empty after Ctrl-C, which then ends the run with its state intact.
-
-    An exception would come between any two bytecodes, also where the old state is donated and the new one not yet
-    bound. A second Ctrl-C raises KeyboardInterrupt as ever. Somebody else's handler, or another thread, is left alone.
-    """
-    pressed: list[bool] = []
-    usual = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
-        yield pressed
-        return
-
-    def handler(signum: int, frame: Any) -> None:
-        pressed.append(True)
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    return state.params if state.kept.params is None else state.kept.params.tree()

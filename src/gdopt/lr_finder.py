@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees, loop, suggestions
+from gdopt import loop, run, suggestions
 from gdopt._checks import one_of, rate, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.errors import InputError
@@ -19,7 +21,7 @@ from gdopt.result import History, RangeTest, Refinement
 from gdopt.rule import Rule, check_optimizer, is_transformation
 from gdopt.schedules import ladder
 from gdopt.stopping import Limits, Status
-from gdopt.task import Task, make_task, refuse_tracers
+from gdopt.task import Task, make_task
 
 START_LR, END_LR, NUM_STEPS = 1e-5, 10.0, 300  # 50 rates to a decade
 _EXTENSIONS = 2  # of the ladder, to each side
@@ -100,12 +102,11 @@ def lr_find(
         >>> 0.1 < test.suggestion < 1.0
         True
     """
-    refuse_tracers("lr_find", params, args, key)
     steps = check_ladder(start_lr, end_lr, num_steps, mode)
     repeats = whole_number("repeats", repeats)
     _check_factory(optimizer)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
-    task = make_task("lr_find", problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
     return range_test(task, optimizer, steps, repeats=repeats, refine=refine)
 
 
@@ -148,6 +149,11 @@ def _check_factory(optimizer: Any) -> None:
 
 def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, refine: bool = False) -> RangeTest:
     """`lr_find` for a task that is checked."""
+    if task.stream is not None and task.stream.once:
+        raise InputError(
+            "data is an iterator, which can be gone through once, and a range test goes through the first batches and "
+            "leaves them to the training: pass a function that returns a new iterator each time, or a learning_rate."
+        )
     keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
     keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
     curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
@@ -179,7 +185,7 @@ class _Curve(NamedTuple):
 
 def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
     """Section after section from the lowest given up, until the curve says enough; every repeat from the start."""
-    compiled, state, inputs = _begin(task, optimizer, keys, _each(steps.section(lowest), keys))
+    advance, state, inputs = _begin(task, optimizer, keys, _each(steps.section(lowest), keys))
     rates, records = np.empty(0), []
 
     def all_over(step: int, state: loop.State, history: History) -> bool:
@@ -191,9 +197,8 @@ def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: i
     while True:
         rates = np.append(rates, steps.section(section))
         inputs = inputs._replace(rate=_each(steps.section(section), keys))
-        state, _, cause = loop.advance(compiled, state, inputs, all_over, until=len(rates))
-        if cause is Status.INTERRUPTED:
-            raise KeyboardInterrupt
+        state, _, cause = advance(state, inputs, all_over, until=len(rates))
+        _check_cause(cause)
         losses = np.concatenate(records)[: len(rates)].T
         curve = _Curve(rates, losses, [suggestions.end(row) for row in losses])
         verdict = _verdict(curve)
@@ -207,11 +212,29 @@ def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
     return jnp.asarray(np.broadcast_to(rates, (*keys.shape, len(rates))), float)
 
 
-def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[loop.Compiled, _trees.Packed, Any]:
-    """Runs side by side, one for each key and row of rates, before their first step."""
-    limits = Limits(loop.LAST_STEP, 0.0, -math.inf)
-    compiled, inputs = loop.compile(task, Rule(optimizer), rates, limits, keys, trial=True)
-    return compiled, loop.begin(compiled, inputs), inputs
+def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, loop.Carry, loop.Inputs]:
+    """Runs side by side, one for each key and row of rates, before their first step, and `run.advance` for them."""
+
+    def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
+        limits = Limits(loop.LAST_STEP, 0.0, -math.inf)
+        return loop.compile(task._replace(data=data), Rule(optimizer), rates, limits, keys, trial=True)
+
+    compiled, inputs = compile(task.data)
+    if isinstance(compiled, loop.Whole):
+        raise InputError(
+            "lr_find was called inside jit, vmap or grad, by itself or by learning_rate='auto' for a loss or an "
+            "optimizer that needs a range test: its curve is read in Python. Call gdopt.lr_find outside, and pass its "
+            "suggestion as the learning_rate."
+        )
+    streamed = None if task.stream is None else run.Streamed(task.stream.feed(), compile, pause=False)
+    return functools.partial(run.advance, compiled, streamed=streamed), run.begin(compiled, inputs), inputs
+
+
+def _check_cause(cause: Status | None) -> None:
+    if cause is Status.INTERRUPTED:
+        raise KeyboardInterrupt
+    if cause is Status.DATA_EXHAUSTED:
+        raise InputError("data ended during a range test, which needs some hundred batches: pass more of them.")
 
 
 def _verdict(curve: _Curve) -> suggestions.Verdict:
@@ -226,10 +249,9 @@ def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> R
     rates = suggestion * _NEIGHBOURS
     keys = jnp.atleast_1d(keys)
     lanes = jnp.asarray(np.repeat(rates, len(keys))[:, None], float)
-    compiled, state, inputs = _begin(task, optimizer, jnp.tile(keys, len(rates)), lanes)
-    _, history, cause = loop.advance(compiled, state, inputs, lambda *_: False, until=_REFINING_STEPS)
-    if cause is Status.INTERRUPTED:
-        raise KeyboardInterrupt
+    advance, state, inputs = _begin(task, optimizer, jnp.tile(keys, len(rates)), lanes)
+    _, history, cause = advance(state, inputs, lambda *_: False, until=_REFINING_STEPS)
+    _check_cause(cause)
     last = np.full((_JUDGED, len(lanes)), np.inf)  # where a run ended before
     measured = history.loss[_REFINING_STEPS - _JUDGED :]
     last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)

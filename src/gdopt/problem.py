@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,8 +70,10 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
 
 
 def check_start(params: PyTree) -> None:
-    """Raises InputError where the start has an infinite or NaN entry."""
+    """Raises InputError where the start has an infinite or NaN entry; one that is traced has none yet."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
         finite = np.isfinite(np.asarray(leaf))
         if not finite.all():
             at = tuple(int(i) for i in np.argwhere(~finite)[0])

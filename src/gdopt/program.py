@@ -21,7 +21,6 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._types import PyTree
-from gdopt.errors import InputError
 
 _PROGRAMS = 128  # compiled programs kept, the least recently used go first
 _SMALL = 1024  # bytes; a program with a larger array deep in its control flow is not kept: it would keep the array
@@ -136,9 +135,19 @@ def _number(literal: Any) -> Any:
 class Shared(NamedTuple):
     """A function as an executable."""
 
-    call: Callable[..., PyTree]
+    run: Callable[..., PyTree]  # (constants, *args) -> what the function returns
+    constants: list[Any]  # that it closes over
     out: PyTree  # the shapes of what it returns
-    closed: bool  # whether all that it depends on are its arguments
+    shareable: bool
+
+    @property
+    def closed(self) -> bool:
+        """Whether all that it depends on are its arguments."""
+        return self.shareable and not self.constants
+
+    def call(self, *args: PyTree) -> PyTree:
+        """What the function returns."""
+        return self.run(self.constants, *args)
 
 
 def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shared:
@@ -155,11 +164,18 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     run = _executable(program) if shareable else _executable.__wrapped__(program)
     constants = [jnp.asarray(constant) for constant in closed.consts]
 
-    def call(*args: PyTree) -> PyTree:
+    def call(constants: list, *args: PyTree) -> PyTree:
         leaves = jax.tree.leaves(args)
         return jax.tree.unflatten(treedef, run(leaves[:donated], leaves[donated:], constants))
 
-    return Shared(call, out, shareable and not constants)
+    return Shared(call, constants, out, shareable)
+
+
+def is_traced(*trees: PyTree) -> bool:
+    """Whether there is no computing with these values now, as jit, vmap or grad traces one of them or, as jit does,
+    everything."""
+    leaves = *jax.tree.leaves(trees), jnp.asarray(0.0)
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -> list:
@@ -210,8 +226,6 @@ def _jaxpr(function: Callable, *args: PyTree) -> tuple[Any, PyTree]:
     # Wrapped anew: JAX keeps the trace of a function that it knows, whatever that reads may have changed.
     new = lambda *args: function(*args)
     closed, out = jax.make_jaxpr(new, return_shape=True)(*args)
-    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
-        raise InputError("the loss closes over a value that is being traced (by jit, vmap or grad): call it outside.")
     return closed, out
 
 

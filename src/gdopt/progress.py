@@ -9,7 +9,7 @@ from gdopt.errors import GdoptError
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool, max_steps: int) -> Iterator[Callable[[int, float], None]]:
+def progress_bar(shown: bool, max_steps: int | None) -> Iterator[Callable[[int, float], None]]:
     """A function of the steps made and the last loss, which moves a tqdm bar where one is to be shown."""
     if not shown:
         yield lambda step, loss: None

@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from gdopt._types import PyTree
-from gdopt.errors import NotConvergedError
+from gdopt.errors import GdoptError, NotConvergedError
 from gdopt.stopping import Status
 
 
@@ -127,20 +128,25 @@ class RangeTest:
 class Result:
     """How a run ended, and what it found.
 
+    A pytree, which may be returned from ``jit``, ``vmap`` and the like. Where `minimize` was called inside of these,
+    all numbers are arrays, with a leading axis after a vmap; ``status`` holds the number of a `Status`; and there is no
+    history, as its length is not known.
+
     Attributes:
         params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
             last good one. In the structure, dtypes and containers of the params that were given.
         loss: the loss of ``params`` (with mini-batches, on the last batch).
         grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves.
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
-        status: a `Status`.
+        status: a `Status`; ``Status(int(result.status))`` after a jit.
         message: a sentence that says what happened and, where that helps, what to try.
         success: whether the run ended as asked: CONVERGED or TARGET_REACHED; PRECISION_LIMIT where the loss fell and
             the gradient says that little is left; for a noisy loss without a target MAX_STEPS, where nothing else was
             asked for.
-        history: a `History`.
-        steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone); None for a loss that is
-            the same function at each step.
+        history: a `History`; None inside of jit, vmap and grad.
+        steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone), of a stream those of
+            its first pass; None for a loss that is the same function at each step, and for a stream that went no
+            further.
         range_test: the `RangeTest` that ``learning_rate="auto"`` chose the rate by; None where none was made.
         aux: what the loss returned besides its value at ``params``; None without ``has_aux``.
         compile_seconds: spent before the loop: tracing, compiling (near zero when an equal program ran before), and the
@@ -172,29 +178,47 @@ class Result:
         """This result, if the run ended with success.
 
         Raises:
-            NotConvergedError: otherwise, with the message, and the result as its ``result``.
+            NotConvergedError: otherwise, with the message, and the result as its ``result``; of many runs side by side,
+                with how many ended how.
 
         Example:
             >>> import gdopt
             >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.4).raise_for_status().success
             True
         """
-        if not self.success:
+        if isinstance(self.success, jax.core.Tracer):
+            raise GdoptError("raise_for_status was called inside jit, vmap or grad: nothing can be raised there yet.")
+        if np.all(self.success):
+            return self
+        if self.history is not None:
             raise NotConvergedError(f"{self.status.name}: {self.message}", self)
-        return self
+        codes, counts = np.unique(np.asarray(self.status)[~np.asarray(self.success)], return_counts=True)
+        ends = ", ".join(f"{Status(code).name} ({count})" for code, count in zip(codes, counts, strict=True))
+        raise NotConvergedError(f"{counts.sum()} of {np.size(self.success)} runs ended without success: {ends}.", self)
 
     def __repr__(self) -> str:
+        outside = self.history is not None
         rows = {
-            "status": self.status.name,
+            "status": self.status.name if outside else _summary(self.status),
             "message": self.message,
-            "loss": f"{self.loss:.6g}",
-            "grad_norm": f"{self.grad_norm:.3g}",
-            "steps": self.steps,
+            "loss": f"{self.loss:.6g}" if outside else _summary(self.loss),
+            "grad_norm": f"{self.grad_norm:.3g}" if outside else _summary(self.grad_norm),
+            "steps": f"{self.steps}" if outside else _summary(self.steps),
             "params": _summary(self.params),
         }
         if self.aux is not None:
             rows["aux"] = _summary(self.aux)
         return _table("gdopt.Result", rows)
+
+
+def _make_pytree(cls: type, *meta: str) -> None:
+    """All fields but these are its children."""
+    data = [field.name for field in dataclasses.fields(cls) if field.name not in meta]
+    jax.tree_util.register_dataclass(cls, data, meta)
+
+
+_make_pytree(RangeTest, "status", "message")
+_make_pytree(Result, "message", "steps_per_epoch", "compile_seconds", "run_seconds")
 
 
 def _table(title: str, rows: dict[str, str]) -> str:
@@ -208,7 +232,11 @@ def _summary(tree: PyTree) -> str:
     def leaf_summary(leaf) -> Any:
         if not hasattr(leaf, "dtype"):
             return leaf
-        if leaf.size <= 6 and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if (
+            leaf.size <= 6
+            and not isinstance(leaf, jax.core.Tracer)
+            and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        ):
             return _Bare(np.array2string(np.asarray(leaf), precision=4, separator=", ").replace("\n", ""))
         return _Bare(f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]")
 

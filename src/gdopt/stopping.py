@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Status(enum.IntEnum):
     - ``NON_FINITE``: the loss or its gradient became infinite or NaN, other than at a trial that is taken back.
     - ``STOPPED``: the callback asked for the end.
     - ``INTERRUPTED``: Ctrl-C.
+    - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
 
     Example:
         >>> import gdopt
@@ -38,6 +39,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 6
     STOPPED = 7
     INTERRUPTED = 8
+    DATA_EXHAUSTED = 9
 
 
 class Rates(enum.Enum):
@@ -60,6 +62,7 @@ _STALLED_UPDATES = 50
 _PER_UPDATE = 20
 _NEAR = 3e5
 _NEAR_ROOT = 30
+_PART = 10  # of a stream that ended in its first pass, so much at either end is compared
 _ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
 
 
@@ -80,6 +83,14 @@ class Watch(NamedTuple):
     stalled: jax.Array  # how long it has not, in units of 1 / _PER_UPDATE updates
     grad_norm: jax.Array  # of the last evaluation
     epoch_loss: jax.Array  # sum of this epoch's losses
+
+
+class Epoch(NamedTuple):
+    """Where an evaluation of a noisy loss stands in its pass over the data."""
+
+    begins: jax.Array | bool
+    ends: jax.Array | bool
+    steps: jax.Array | int  # of the whole pass; read where it ends
 
 
 class Evaluation(NamedTuple):
@@ -105,7 +116,7 @@ def first_watch(loss_dtype, norm_dtype) -> Watch:
 
 
 # jit, inlined, so that these forty small operations are traced once in a process and not at each call.
-@functools.partial(jax.jit, static_argnums=(5, 6), inline=True)
+@functools.partial(jax.jit, static_argnums=5, inline=True)
 def judge(
     watch: Watch,
     kept_loss: jax.Array,
@@ -113,11 +124,11 @@ def judge(
     limits: Limits,
     gave_up: jax.Array | None,
     eps: float,
-    steps_per_epoch: int | None,
+    epoch: Epoch | None,
 ) -> tuple[jax.Array, Watch]:
     """The code of this evaluation (RUNNING or a Status) and what to remember; ``kept_loss`` is of the point to return.
 
-    ``steps_per_epoch`` is None for a loss that is the same function at each step. For a noisy one (mini-batches, random
+    ``epoch`` is None for a loss that is the same function at each step. For a noisy one (mini-batches, random
     keys) a single small gradient says nothing, so only the target (on the mean of an epoch), divergence and the number
     of steps are tested.
 
@@ -147,7 +158,7 @@ def judge(
     wanders = ~(loss <= mark + _ROUNDING * rounding)
     stalled = jnp.where(gained | wanders, 0, watch.stalled + jnp.where(grad_norm == watch.grad_norm, 1, _PER_UPDATE))
 
-    if steps_per_epoch is None:
+    if epoch is None:
         reached = loss <= limits.target
         # For convex f, f(x) - f* <= |g| |x - x*|, with |x - x0| for the unknown distance: what is left is at most tol
         # of what was gained. No step size appears, so tiny rates and accumulating optimizers cannot fool it.
@@ -161,9 +172,8 @@ def judge(
             limited = limited | gave_up
         epoch_loss = watch.epoch_loss
     else:
-        epoch_loss = jnp.where(k % steps_per_epoch == 0, 0, watch.epoch_loss) + loss
-        ended = k % steps_per_epoch == steps_per_epoch - 1
-        reached = ended & (epoch_loss / steps_per_epoch <= limits.target)
+        epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
+        reached = epoch.ends & (epoch_loss / epoch.steps <= limits.target)
         converged = limited = jnp.asarray(False)
 
     code = jnp.int32(RUNNING)
@@ -192,6 +202,7 @@ def explain(
     returned_step: int,
     history: tuple[np.ndarray, np.ndarray, np.ndarray],
     limits: Limits,
+    noisy: bool,
     steps_per_epoch: int | None,
     eps: float,
     how: Rates,
@@ -199,10 +210,9 @@ def explain(
 ) -> str:
     """The sentence for a status, with its remedy."""
     losses, grad_norms, rates = history
-    noisy = steps_per_epoch is not None
     # A single batch says little: with mini-batches, the mean of the first and of the last epoch. A full-batch run that
     # did not fail speaks of the point that it returns.
-    width = steps_per_epoch if noisy and status not in FAILURES else 1
+    width = (steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
     end = steps if noisy or status in FAILURES else returned_step
     first, last = f"{losses[:width].mean():.6g}", f"{losses[: end + 1][-width:].mean():.6g}"
     after = f"after {steps} step{'' if steps == 1 else 's'}"
@@ -222,7 +232,7 @@ def explain(
             what = "mean loss of an epoch" if noisy else "loss"
             return f"reached the target {after}: the {what}, {last}, is at or below {float(limits.target):g}."
         case Status.MAX_STEPS if noisy:
-            epochs = "" if steps_per_epoch == 1 else f" ({steps / steps_per_epoch:g} epochs)"
+            epochs = "" if steps_per_epoch in (1, None) else f" ({steps / steps_per_epoch:g} epochs)"
             worse = f" That is no fall. {slower}" if losses[-width:].mean() >= losses[:width].mean() else ""
             return f"took the {steps} steps asked for{epochs}: the loss went from {first} to {last}.{worse}"
         case Status.MAX_STEPS if not fell(losses, eps):
@@ -273,6 +283,8 @@ def explain(
             return f"the {what} at step {steps}, from a loss of {first} at the start.{back} {slower}"
         case Status.STOPPED:
             return f"stopped by the callback {after}: the loss went from {first} to {last}."
+        case Status.DATA_EXHAUSTED:
+            return f"the data ended {after}: the loss went from {first} to {last}."
         case Status.INTERRUPTED:
             return f"interrupted {after}: the loss went from {first} to {last}."
 
@@ -287,23 +299,26 @@ def chosen_rates(rates: np.ndarray) -> str:
 
 def fell(losses: np.ndarray, eps: float) -> bool:
     """Whether the loss has fallen by more than rounding; the trials of a search need not be finite."""
-    return bool(losses[0] - np.nanmin(losses) > _ROUNDING * eps * abs(losses[0]))
+    return bool(_fell(losses[0], np.nanmin(losses), eps))
 
 
-def succeeded(status: Status, losses: np.ndarray, left: float, eps: float, *, noisy: bool, has_target: bool) -> bool:
-    """Whether a run ended as asked; ``left`` is |g| |x - x0|, the convexity bound of what is left to gain."""
-    match status:
-        case Status.CONVERGED | Status.TARGET_REACHED:
-            return True
-        case Status.PRECISION_LIMIT:
-            # Steps too small to change anything look just the same: they have gained nothing, or the gradient is still
-            # large. Measured at true limits: left up to 1.4e5 eps |f|; where the rate had run out: from 3e6.
-            # Where the loss is flat to rounding the gradient still goes as its root: of that, 30 times in float64.
-            share = max(_NEAR * eps, _NEAR_ROOT * eps**0.5)
-            return fell(losses, eps) and left <= share * max(abs(losses[0]), abs(np.nanmin(losses)))
-        case Status.MAX_STEPS:
-            return noisy and not has_target
-    return False
+def _fell(first: Any, best: Any, eps: float) -> Any:
+    return first - best > _ROUNDING * eps * abs(first)
+
+
+def succeeded(code: Any, first: Any, best: Any, left: Any, eps: float, *, noisy: bool, has_target: bool) -> Any:
+    """Whether a run ended as asked; all of it may be traced.
+
+    ``left`` is |g| |x - x0|, the convexity bound of what is left to gain.
+    """
+    # Steps too small to change anything look just like the precision limit: they have gained nothing, or the gradient
+    # is still large. Measured at true limits: left up to 1.4e5 eps |f|; where the rate had run out: from 3e6.
+    # Where the loss is flat to rounding the gradient still goes as its root: of that, 30 times in float64.
+    share = max(_NEAR * eps, _NEAR_ROOT * eps**0.5)
+    little = (left <= share * abs(first)) | (left <= share * abs(best))
+    at_limit = (code == Status.PRECISION_LIMIT) & _fell(first, best, eps) & little
+    done = (code == Status.MAX_STEPS) & (noisy and not has_target)
+    return (code == Status.CONVERGED) | (code == Status.TARGET_REACHED) | at_limit | done
 
 
 def _slower(grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:

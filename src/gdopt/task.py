@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees
 from gdopt._types import PyTree
-from gdopt.data import Batches, check_data
+from gdopt.data import Batches, Stream, check_data
 from gdopt.errors import InputError
 from gdopt.problem import Problem, check_start
 
@@ -22,8 +21,9 @@ class Task(NamedTuple):
     problem: Problem
     args: PyTree  # what is traced of them; None in place of functions and the like
     args_rest: _trees.Rest
-    data: PyTree
+    data: PyTree  # of a stream, the first batch
     batches: Batches | None
+    stream: Stream | None
     with_key: bool
     given_key: jax.Array | None
 
@@ -33,8 +33,15 @@ class Task(NamedTuple):
         return jax.random.key(0) if self.given_key is None else self.given_key
 
     @property
+    def noisy(self) -> bool:
+        """Whether the loss is another function at each step."""
+        return self.with_key or self.batches is not None or self.stream is not None
+
+    @property
     def steps_per_epoch(self) -> int | None:
-        """None for a loss that is the same function at each step."""
+        """None for a loss that is the same function at each step, and for a stream."""
+        if self.stream is not None:
+            return None
         return self.batches.per_epoch if self.batches else 1 if self.with_key else None
 
     def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
@@ -45,7 +52,6 @@ class Task(NamedTuple):
 
 
 def make_task(
-    caller: str,
     problem: Problem,
     *,
     args: tuple,
@@ -55,20 +61,11 @@ def make_task(
     key: jax.Array | None,
 ) -> Task:
     """Checks that all of it can be run on; raises InputError, before anything is traced, where not."""
-    data, batches = check_data(data, batch_size)
-    refuse_tracers(caller, problem.params, data)  # inside jit these are traced even if they come from outside
+    data, cut = check_data(data, batch_size)
+    batches, stream = (None, cut) if isinstance(cut, Stream) else (cut, None)
     check_start(problem.params)
     traced, rest = _split_args(args)
-    return Task(problem, traced, rest, data, batches, with_key, _check_key(key))
-
-
-def refuse_tracers(caller: str, *trees: PyTree) -> None:
-    """Raises InputError where one of the caller's arguments is being traced by jit, vmap or grad."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees)):
-        raise InputError(
-            f"{caller} was called inside jit, vmap or grad: it runs its loop from Python, so call it outside; inside, "
-            "use gdopt.gd_step, or gdopt.gd with jax.lax.scan."
-        )
+    return Task(problem, traced, rest, data, batches, stream, with_key, _check_key(key))
 
 
 def _check_key(key: Any) -> jax.Array | None:

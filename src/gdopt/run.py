@@ -1,0 +1,218 @@
+"""The host's side of a run: chunk after chunk, sized by time; between two it reports, and listens for Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdopt import _trees, loop, stopping
+from gdopt._types import PyTree
+from gdopt.data import Feed
+from gdopt.errors import InputError
+from gdopt.loop import CAPACITY, LAST_STEP, Carry, Compiled, Inputs, State
+from gdopt.result import History
+from gdopt.rule import evaluation_params
+from gdopt.stopping import RUNNING, Epoch, Status
+
+_FIRST_CHUNK = 16  # steps, before their time is known
+_CHUNK_SECONDS = 0.05  # Ctrl-C and the progress bar wait for one chunk
+_BOUNDARY_SECONDS = 2e-4  # what the host takes between two
+_SHAPES = 2  # of batches that are taken without a word: full ones, and one that is not
+
+
+def begin(compiled: Compiled, inputs: Inputs) -> Carry:
+    """The state before the first step, with everything compiled: where nothing ran yet, by a chunk of no steps."""
+    carry = compiled.start(inputs)
+    if not compiled.pace:
+        carry, _ = compiled.chunk(carry, np.int32(0), np.int32(0), inputs)
+    return jax.block_until_ready(carry)
+
+
+class Streamed:
+    """Steps on the batches of a stream, each dispatched while the one before is computed."""
+
+    def __init__(self, feed: Feed, compile_for: Callable[[PyTree], tuple[Any, Inputs]], *, pause: bool):
+        self.feed = feed
+        self.ended = False
+        self._compile_for, self._pause = compile_for, pause  # at the end of each pass
+        self._programs: dict[Any, tuple[Compiled, list]] = {}  # by the shapes of batches
+
+    @property
+    def passes_made(self) -> int:
+        """Passes that are complete with the batch given last."""
+        return self.feed.passes - (not self.feed.last.ends)
+
+    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list, *, last: bool) -> Carry:
+        """From step ``first`` to ``limit``, or less; with ``last``, the batch before once more."""
+        before = None
+        for step in range(first, limit):
+            batch = self.feed.last._replace(ends=False) if last else self.feed.next()
+            if batch is None:
+                self.ended = True
+                break
+            compiled, constants = self._program(batch.data)
+            given = inputs._replace(data=batch.data, constants=constants, epoch=Epoch(*batch[1:]))
+            carry, code = compiled.chunk(carry, np.int32(first), np.int32(step + 1), given)
+            if before is not None and not (np.asarray(before) == RUNNING).any():
+                break  # so this step was none, and the batches ahead are not needed
+            before = code
+            if interrupted or (self._pause and batch.ends):
+                break
+        return carry
+
+    def _program(self, data: PyTree) -> tuple[Compiled, list]:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
+        if shapes not in self._programs:
+            if len(self._programs) == _SHAPES:
+                warnings.warn(
+                    f"the batches of data come in more than {_SHAPES} shapes, now with {list(shapes)}, and the step is "
+                    "compiled anew for each: pad them, or leave out those that are not full.",
+                    UserWarning,
+                    stacklevel=6,  # the caller of minimize
+                )
+            compiled, inputs = self._compile_for(data)
+            for other, _ in self._programs.values():
+                if jax.tree.map(_kind, compiled.carry) != jax.tree.map(_kind, other.carry):
+                    raise InputError(
+                        f"the loss returned an aux whose shapes depend on those of the batch, {list(shapes)}: return "
+                        "one that does not, or give batches of one shape."
+                    )
+            self._programs[shapes] = compiled, inputs.constants
+        return self._programs[shapes]
+
+
+def _kind(leaf: Any) -> tuple:
+    return leaf.shape, leaf.dtype
+
+
+def advance(
+    compiled: Compiled,
+    carry: Carry,
+    inputs: Inputs,
+    between: Callable[[int, State, History], bool],
+    *,
+    until: int = LAST_STEP,
+    boundary: int | None = None,
+    streamed: Streamed | None = None,
+) -> tuple[Carry, History, Status | None]:
+    """Runs chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
+
+    ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
+    multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result. After a stop, the
+    state's last point is evaluated still. Returns what stopped it from outside, if anything did.
+    """
+    step, cause, records = int(carry[0].tree().step), None, []
+    stop = last = False
+    with ctrl_c() as interrupted:
+        while True:
+            size = max(1, int(_CHUNK_SECONDS / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
+            limit = step + min(size, CAPACITY)
+            limit = limit if boundary is None else min(limit, (step // boundary + 1) * boundary)
+            limit = min(limit, until)
+            began = time.perf_counter()
+            if streamed is None:
+                carry, _ = compiled.chunk(carry, np.int32(step), np.int32(limit), inputs)
+            else:
+                carry = streamed.advance(carry, inputs, step, limit, interrupted, last=last)
+            state = carry[0].tree()  # waits for the chunk
+            reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())
+            seconds = time.perf_counter() - began
+            count = reached - step + (not running)
+            records.append(_history(carry, count))
+            if count:
+                compiled.pace[:] = [max(seconds - _BOUNDARY_SECONDS, seconds / 10, 1e-9) / count]
+                step = reached
+                stop = cause is None and between(step, state, records[-1])
+            if not running or step == until:
+                break
+            last = bool(interrupted or stop or (streamed is not None and streamed.ended))
+            if last:
+                if interrupted or stop:
+                    cause = Status.INTERRUPTED if interrupted else Status.STOPPED
+                elif streamed is not None and streamed.feed.why:
+                    cause = Status.DATA_EXHAUSTED
+                here = inputs.limits._replace(max_steps=step)
+                inputs = inputs._replace(limits=here)  # evaluates once more, and ends
+    return carry, joined(records), cause
+
+
+def _history(carry: Carry, count: int) -> History:
+    """The first rows that the carry holds."""
+    return History(*np.array(np.moveaxis(np.asarray(carry[1])[:count], -1, 0)))
+
+
+def joined(records: list[History]) -> History:
+    """One history of many."""
+    return History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
+
+
+def run(
+    compiled: Compiled,
+    carry: Carry,
+    inputs: Inputs,
+    between: Callable[[int, State, History], bool],
+    *,
+    boundary: int | None,
+    streamed: Streamed | None,
+) -> tuple[State, History, Status]:
+    """Runs to the end: see `advance`. Of an optimizer that keeps an average, the average is evaluated last."""
+    carry, history, cause = advance(compiled, carry, inputs, between, boundary=boundary, streamed=streamed)
+    state = carry[0].tree()
+    code = Status(int(state.code))
+    status = cause if cause and code is Status.MAX_STEPS else code
+    average = evaluation_params(state.optimizer, state.params)
+    if average is not state.params and status not in stopping.FAILURES:
+        step = np.int32(state.step)
+        last = inputs._replace(limits=inputs.limits._replace(max_steps=int(step)))
+        again = _trees.pack(state._replace(code=np.int32(RUNNING), params=average))
+        if streamed is None:
+            carry, _ = compiled.chunk((again, carry[1]), step, step + 1, last)
+        else:
+            carry = streamed.advance((again, carry[1]), last, int(step), int(step) + 1, [], last=True)
+        state = carry[0].tree()
+    return state, history, status
+
+
+def returned_params(state: State) -> PyTree:
+    """The params that ``state.kept`` tells the loss of, on the devices where the params are."""
+
+    def placed(leaf: Any, like: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        array = jax.device_put(leaf)
+        shared = isinstance(like, jax.Array) and array.sharding != like.sharding
+        return jax.device_put(leaf, like.sharding) if shared else array
+
+    return jax.tree.map(placed, loop.returned_params(state), state.params)
+
+
+@contextlib.contextmanager
+def ctrl_c() -> Iterator[list[bool]]:
+    """A list that is no longer empty after Ctrl-C, which then ends the run with its state intact.
+
+    An exception would come between any two bytecodes, also where the old state is donated and the new one not yet
+    bound. A second Ctrl-C raises KeyboardInterrupt as ever. Somebody else's handler, or another thread, is left alone.
+    """
+    pressed: list[bool] = []
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield pressed
+        return
+
+    def handler(signum: int, frame: Any) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -1,0 +1,317 @@
+"""Inside of jit, vmap and grad a run is one while_loop with the same numbers, and its minimum has derivatives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import count_compilations
+from sklearn.datasets import load_diabetes
+
+import gdopt
+from gdopt import Status
+
+CURVATURES = jnp.array([1.0, 4.0, 9.0])
+ROWS = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
+START = {"w": jnp.array([3.0, -2.0, 1.0]), "b": jnp.float32(0.5)}
+
+
+def quadratic(x, center=1.0):
+    return 0.5 * jnp.sum(CURVATURES * (x - center) ** 2)
+
+
+def fit(params, rows, scale=1.0):
+    return jnp.mean((rows @ params["w"] + params["b"] - scale * jnp.sin(3 * rows[:, 0])) ** 2)
+
+
+def noisy_fit(params, rows, key):
+    return fit(params, rows) + 0.1 * jax.random.normal(key) * params["b"]
+
+
+CALLS = {
+    "spectral": {"args": (ROWS,)},
+    "gd": {"args": (ROWS,), "learning_rate": 0.1},
+    "adam, schedule": {"args": (ROWS,), "optimizer": optax.adam, "learning_rate": optax.cosine_decay_schedule(0.1, 30)},
+    "lbfgs": {"args": (ROWS,), "optimizer": optax.lbfgs()},
+    "batches": {"data": ROWS, "batch_size": 5, "learning_rate": 0.1, "max_steps": 19},
+    "batches, keys": {"loss": noisy_fit, "data": ROWS, "batch_size": 8, "learning_rate": 0.1, "with_key": True},
+    "averaged": {
+        "data": ROWS,
+        "batch_size": 8,
+        "optimizer": optax.contrib.schedule_free_sgd(0.1),
+        "max_steps": 12,  # a multiple of an epoch: the average is evaluated on the next one's first batch
+    },
+    "no best": {"args": (ROWS,), "learning_rate": 0.1, "keep_best": False},
+    "a few params": {"args": (ROWS,), "trainable": {"w": True, "b": False}},
+}
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_inside_jit_it_comes_to_the_same(options: dict[str, Any]) -> None:
+    options = {"max_steps": 40, **options}
+    loss = options.pop("loss", fit)
+    outside = gdopt.minimize(loss, START, **options)
+    inside = jax.jit(lambda params: gdopt.minimize(loss, params, **options))(START)
+    assert (int(inside.steps), Status(int(inside.status))) == (outside.steps, outside.status)
+    assert bool(inside.success) == outside.success
+    assert jax.tree.map(jnp.shape, inside.params) == jax.tree.map(jnp.shape, outside.params)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7)
+    jax.tree.map(close, inside.params, outside.params)
+    close(inside.loss, outside.loss)
+    assert inside.history is None
+
+
+def test_it_is_one_loop_without_host_visits() -> None:
+    jaxpr = str(jax.make_jaxpr(lambda x: gdopt.minimize(quadratic, x).params)(jnp.zeros(3)))
+    assert jaxpr.count("while[") == 1
+    assert "callback" not in jaxpr
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, lambda f: lambda x: jax.vmap(f)(x[None])[0]])
+@pytest.mark.parametrize("how", ["loss", "schedule", "optimizer", "params", "data"])
+def test_any_of_its_inputs_may_be_traced(transform, how: str) -> None:
+    def run(a):
+        loss = lambda x, *data: (x - sum(data)) ** 2
+        options: dict[str, Any] = {"learning_rate": 0.25, "max_steps": 3}
+        start = 1.0
+        if how == "loss":
+            loss = lambda x: (x - a) ** 2
+        elif how == "schedule":
+            options["learning_rate"] = lambda step: 0.25 * a
+        elif how == "optimizer":
+            options["optimizer"] = lambda rate: optax.sgd(rate * a)
+        elif how == "params":
+            start = a
+        else:
+            options["data"] = (jnp.ones(2) * a,)
+            loss = lambda x, d: jnp.mean((x - d[0]) ** 2)
+        return jnp.sum(gdopt.minimize(loss, start, tol=1.0, **options).params)
+
+    got = transform(run)(jnp.float32(1.0))
+    if transform is jax.grad:
+        moves = 1.0 if how in ("loss", "data") else 0.0  # neither rates nor the start move a minimum
+        assert got == moves
+    else:
+        assert 0 <= got <= 1
+
+
+def test_a_vmap_equals_one_run_after_the_other() -> None:
+    centers = jnp.array([0.0, 1.0, -50.0])
+    many = jax.vmap(lambda c: gdopt.minimize(lambda x: quadratic(x, c), jnp.zeros(3)))(centers)
+    for k, center in enumerate(centers):
+        one = gdopt.minimize(quadratic, jnp.zeros(3), args=(center,))
+        assert (int(many.steps[k]), int(many.status[k])) == (one.steps, one.status)
+        np.testing.assert_allclose(many.params[k], one.params, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_has_ended_does_not_change_while_the_slowest_goes_on() -> None:
+    rates = jnp.array([0.2, 0.1, 1e-3, 30.0])
+    sweep = jax.jit(jax.vmap(lambda rate: gdopt.minimize(quadratic, jnp.zeros(3), learning_rate=rate, max_steps=500)))
+    together = sweep(rates)
+    assert [Status(int(code)).name for code in together.status] == ["CONVERGED", "CONVERGED", "MAX_STEPS", "DIVERGED"]
+    alone = sweep(jnp.array([0.2, 0.1, 0.2, 0.2]))
+    first_two = lambda result: jax.tree.map(lambda leaf: np.asarray(leaf[:2]).tobytes(), result)
+    assert first_two(together) == first_two(alone)
+    assert together.steps[0] < together.steps[2] == 500
+
+
+def test_a_second_vmap_outside_of_jit_compiles_nothing() -> None:
+    def sweep(scale):
+        return jax.vmap(lambda c: gdopt.minimize(lambda x: quadratic(x, scale * c), jnp.zeros(3)))(centers).params
+
+    centers = jnp.array([1.0, 2.0])
+    sweep(jnp.float32(1.0))
+    with count_compilations() as counter:
+        sweep(jnp.float32(2.0))
+    assert counter.names == []
+
+
+def test_mini_batches_in_a_vmap_are_shuffled_once_an_epoch() -> None:
+    run = lambda rate: gdopt.minimize(fit, START, data=ROWS, batch_size=6, learning_rate=rate, epochs=3).params
+    jaxpr = str(jax.make_jaxpr(jax.vmap(run))(jnp.array([0.1, 0.2])))
+    before, inner = jaxpr.split("while[", 2)[1:]
+    assert before.count("sort[") + inner.split("] ", 1)[0].count("sort[") >= 1
+    assert jaxpr.count("while[") >= 2
+    rates = jnp.array([0.1, 0.2])
+    many = jax.vmap(run)(rates)
+    for k in range(2):
+        one = gdopt.minimize(fit, START, data=ROWS, batch_size=6, learning_rate=float(rates[k]), epochs=3).params
+        np.testing.assert_allclose(many["w"][k], one["w"], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- derivatives
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def ridge(x64):
+    """The data, minimize's solution by penalty and data, and the closed form."""
+    X, y = load_diabetes(return_X_y=True)
+    X, y = jnp.asarray(X / X.std(0)), jnp.asarray((y - y.mean()) / y.std())
+
+    def solved(penalty, X=X):
+        loss = lambda w: jnp.mean((X @ w - y) ** 2) + penalty * jnp.sum(w**2)  # closes over both
+        return gdopt.minimize(loss, jnp.zeros(10), tol=1e-16).params
+
+    def closed(penalty, X=X):
+        return jnp.linalg.solve(X.T @ X / len(y) + penalty * jnp.eye(10), X.T @ y / len(y))
+
+    return X, solved, closed
+
+
+@pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
+def test_the_ridge_solution_by_its_penalty(ridge, derivative) -> None:
+    _, solved, closed = ridge
+    np.testing.assert_allclose(jax.jit(derivative(solved))(0.1), jax.jacfwd(closed)(0.1), rtol=0, atol=1e-6)
+
+
+def test_the_ridge_solution_by_every_entry_of_the_data(ridge) -> None:
+    X, solved, closed = ridge
+    first = lambda way: jax.jit(jax.grad(lambda X: way(0.1, X)[2]))(X)
+    np.testing.assert_allclose(first(solved), first(closed), rtol=0, atol=1e-8)
+
+
+def test_the_second_derivative_of_the_ridge_solution(ridge) -> None:
+    _, solved, closed = ridge
+    twice = lambda way: jax.jit(jax.jacfwd(jax.jacrev(way)))(0.1)
+    np.testing.assert_allclose(twice(solved), twice(closed), rtol=1e-5)
+
+
+def test_derivatives_against_finite_differences(x64) -> None:
+    """A loss with no closed form, params in a dict, and theta in args, of which a part is an integer."""
+    rows = jnp.asarray(ROWS, float)
+
+    def loss(params, theta):
+        margin = rows[:, : theta["columns"].size] @ params["w"] + params["b"]
+        return jnp.mean(jnp.logaddexp(0, margin * jnp.sign(rows[:, 0] + 0.3)) + theta["penalty"] * margin**2)
+
+    def answer(penalty):
+        theta = {"penalty": penalty, "columns": jnp.arange(3)}
+        start = {"w": jnp.zeros(3), "b": jnp.zeros(())}
+        result = gdopt.minimize(loss, start, args=(theta,), tol=1e-16)
+        return result.params["w"][0] * 2 + result.params["b"], result.loss
+
+    forward, h, plain = jax.jit(jax.jacfwd(answer))(0.1), 1e-4, jax.jit(answer)
+    differences = [(a - b) / (2 * h) for a, b in zip(plain(0.1 + h), plain(0.1 - h), strict=True)]
+    np.testing.assert_allclose(forward, differences, rtol=1e-5)
+
+
+def test_the_loss_and_the_aux_move_with_the_minimum(x64) -> None:
+    def run(center):
+        loss = lambda x: (0.5 * jnp.sum(CURVATURES * (x - center) ** 2) + center**2, {"x": x, "n": jnp.arange(2)})
+        result = gdopt.minimize(loss, jnp.zeros(3), has_aux=True, tol=1e-16)
+        return result.loss, result.aux["x"], result.grad_norm
+
+    loss_dot, x_dot, norm_dot = jax.jit(jax.jacrev(run))(0.7)
+    np.testing.assert_allclose(loss_dot, 1.4, rtol=1e-9)
+    np.testing.assert_allclose(x_dot, np.ones(3), rtol=1e-9)
+    assert norm_dot == 0
+
+
+def test_complex_params_have_derivatives_too(x64) -> None:
+    """|z - a|^2 + (Re z - 1)^2 has its minimum at ((1 + Re a)/2, Im a): no complex-linear function of a."""
+
+    def answer(parts):
+        a = jax.lax.complex(*parts)
+        loss = lambda z: jnp.abs(z - a) ** 2 + (z.real - 1) ** 2
+        z = gdopt.minimize(loss, jnp.asarray(0j), tol=1e-16).params
+        return z.real, z.imag
+
+    got = jax.jit(jax.jacrev(answer))((jnp.float64(2.0), jnp.float64(3.0)))
+    np.testing.assert_allclose(got, [[0.5, 0.0], [0.0, 1.0]], atol=1e-8)
+
+
+def test_ill_conditioned_minima(x64) -> None:
+    """A condition number of 1e7, in 40 dimensions."""
+    turned = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (40, 40)))[0]
+    hessian = turned @ jnp.diag(jnp.logspace(-5, 2, 40)) @ turned.T
+    to = turned @ (jnp.logspace(-5, 2, 40) * jnp.arange(40.0))
+
+    def answer(theta):
+        loss = lambda x: 0.5 * x @ hessian @ x - theta * to @ x
+        return gdopt.minimize(loss, theta * jnp.linalg.solve(hessian, to), tol=1e-3, target=1e9).params
+
+    got = jax.jit(jax.jacfwd(answer))(1.0)
+    np.testing.assert_allclose(got, jnp.linalg.solve(hessian, to), rtol=1e-6)
+
+
+def test_params_that_the_loss_ignores_do_no_harm(x64) -> None:
+    run = lambda a: gdopt.minimize(lambda p: (p["x"] - a) ** 2, {"x": 0.0, "idle": jnp.ones(2)}, tol=1e-12).params
+    got = jax.jit(jax.jacfwd(run))(2.0)
+    np.testing.assert_allclose(got["x"], 1.0, rtol=1e-9)
+    assert not np.any(got["idle"])
+
+
+def test_no_derivative_where_there_is_none() -> None:
+    unfinished = lambda a: gdopt.minimize(quadratic, jnp.zeros(3), args=(a,), learning_rate=1e-3, max_steps=3)
+    assert not jax.jit(unfinished)(1.0).success
+    assert np.isnan(jax.jit(jax.jacrev(lambda a: unfinished(a).params))(1.0)).all()
+    flat = lambda a: gdopt.minimize(lambda x: x**4 - a * x, 0.0).params  # the minimum moves infinitely fast at a = 0
+    assert np.isnan(jax.jit(jax.jacfwd(flat))(0.0))
+
+
+@pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("options", ["batches", "batches, keys"])
+def test_through_mini_batches_there_is_no_derivative(derivative, options: str) -> None:
+    call = {"max_steps": 3, **CALLS[options]}
+    loss = call.pop("loss", fit)
+    run = lambda b: gdopt.minimize(loss, {**START, "b": b}, **call).params["b"]
+    with pytest.raises(gdopt.InputError, match="differentiated through a run of mini-batches or random keys"):
+        derivative(run)(jnp.float32(0.5))
+    assert derivative(lambda b: jax.lax.stop_gradient(run(jax.lax.stop_gradient(b))))(jnp.float32(0.5)) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- the result
+
+
+def test_a_result_comes_out_of_a_jit() -> None:
+    result = jax.jit(lambda x: gdopt.minimize(quadratic, x))(jnp.zeros(3))
+    assert result.raise_for_status() is result
+    assert repr(result).startswith("gdopt.Result")
+    assert "inside jit, vmap or grad" in result.message
+    outside = gdopt.minimize(quadratic, jnp.zeros(3))
+    assert jax.tree.map(lambda leaf: leaf, outside).message == outside.message
+
+
+def test_many_results_are_raised_as_one() -> None:
+    rates = jnp.array([0.1, 1e-5, 100.0, 1e-6])
+    results = jax.vmap(lambda rate: gdopt.minimize(quadratic, jnp.zeros(3), learning_rate=rate, max_steps=99))(rates)
+    with pytest.raises(gdopt.NotConvergedError, match=r"3 of 4 runs ended without success: MAX_STEPS \(2\), DIV"):
+        results.raise_for_status()
+    assert "float32[4, 3]" in repr(results)
+
+
+def test_a_traced_result_cannot_be_raised_but_printed() -> None:
+    def run(x):
+        result = gdopt.minimize(quadratic, x)
+        assert "float32[3]" in repr(result)
+        return result.raise_for_status().params
+
+    with pytest.raises(gdopt.GdoptError, match="raise_for_status was called inside jit"):
+        jax.jit(run)(jnp.zeros(3))
+
+
+REFUSED = {
+    "callback": ({"callback": print}, r"callback=<built-in function print> was given to minimize inside jit"),
+    "progress": ({"progress": True}, "progress=True was given to minimize inside jit"),
+    "throw": ({"throw": True}, "throw=True was given to minimize inside jit"),
+    "a stream": ({"data": lambda: iter([ROWS]), "learning_rate": 0.1}, "data=.* was given to minimize inside jit"),
+    "a range test": ({"args": (ROWS,), "optimizer": optax.adam}, "lr_find was called inside jit"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_needs_the_host_is_refused(options: dict[str, Any], message: str) -> None:
+    options = {"args": (ROWS,)} | options if "data" not in options else options
+    with pytest.raises(gdopt.InputError, match=message):
+        jax.jit(lambda b: gdopt.minimize(fit, {**START, "b": b}, **options).params)(0.5)
