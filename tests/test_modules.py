@@ -399,8 +399,9 @@ def test_keys_of_both_kinds():
         gdopt.minimize(loss, legacy)
 
 
-def test_a_step_of_a_module():
-    make, loss = KINDS["equinox MLP"]
+@pytest.mark.parametrize("kind", ["equinox MLP", "nnx", "nested"])
+def test_a_step_of_a_module(kind):
+    make, loss = KINDS[kind]
     new, value = gdopt.gd_step(loss, make(), 0.05, X, Y)
     assert jax.tree.structure(new) == jax.tree.structure(make())
     assert float(loss(new, X, Y)) < float(value) == pytest.approx(float(loss(make(), X, Y)), rel=1e-5)

@@ -63,7 +63,8 @@ def minimize(
     Args:
         loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``: a real floating-point scalar.
         params: any pytree. Float and complex leaves (arrays, and numbers in dicts, lists and tuples) are optimised in
-            their own dtype; functions, strings, None and numbers inside modules are carried along.
+            their own dtype; functions, strings, None, random keys and numbers inside modules are carried along, and so
+            are all variables of Flax's nnx but its Params, unless ``trainable`` names them.
         args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``.
         data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream: an
             iterable of batches (a torch ``DataLoader``, a grain loader), gone through once per epoch, or a function
@@ -285,7 +286,7 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
     return problem.rest.combine(new), value
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _gd_step(
     loss: Loss, rest: _trees.Rest, params: PyTree, learning_rate: Any, args: tuple
 ) -> tuple[PyTree, jax.Array]:
