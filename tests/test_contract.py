@@ -17,6 +17,7 @@ from problems import PROBLEMS, Problem
 
 import gdopt
 from gdopt import loop, schedules
+from gdopt import run as host
 from gdopt.stopping import FAILURES
 
 # --- the lists; functions, so that a test can have everything made anew ---
@@ -230,8 +231,8 @@ def _fit(problem: Regression, loss: str, optimizer: Any, rate: Any, start: Any, 
 
 def single_steps(patch: pytest.MonkeyPatch) -> None:
     """Makes each chunk one step long, without any change to the compiled program."""
-    patch.setattr(loop, "_FIRST_CHUNK", 1)
-    patch.setattr(loop, "_CHUNK_SECONDS", 0.0)
+    patch.setattr(host, "_FIRST_CHUNK", 1)
+    patch.setattr(host, "_CHUNK_SECONDS", 0.0)
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -304,10 +305,11 @@ def test_structure_and_dtypes_are_kept(case: Case, monkeypatch: pytest.MonkeyPat
 
     def stop(compiled: Any, inputs: Any) -> None:
         state = jax.eval_shape(compiled.start, inputs)
-        after, _ = jax.eval_shape(compiled.chunk, state, np.int32(1), inputs)
-        raise Traced(state, *jax.eval_shape(lambda packed: (packed, packed.tree().params, returned(packed)), after))
+        after, _ = jax.eval_shape(compiled.chunk, state, np.int32(0), np.int32(1), inputs)
+        look = lambda carry: (carry, carry[0].tree().params, returned(carry[0]))
+        raise Traced(state, *jax.eval_shape(look, after))
 
-    monkeypatch.setattr(loop, "begin", stop)
+    monkeypatch.setattr(host, "begin", stop)
     for run, dtype in ((fit, jnp.bfloat16), (fit if case.name in FULL_BATCH else fit_batches, jnp.float64)):
         with jax.enable_x64(dtype == jnp.float64):
             start = Regression.start(dtype)
@@ -500,9 +502,9 @@ def test_schedule_in_jit_vmap_and_sgd(name: str) -> None:
 def test_capacity_of_a_chunk_changes_no_bit(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program, so this is not in the runs of each optimizer."""
     expected = fit(optax.adam, 0.1, max_steps=50, tol=0).result
-    monkeypatch.setattr(loop, "_CAPACITY", capacity)
-    monkeypatch.setattr(loop, "_FIRST_CHUNK", 1)
-    monkeypatch.setattr(loop, "_CHUNK_SECONDS", 1e9)
+    monkeypatch.setattr(loop, "CAPACITY", capacity)
+    monkeypatch.setattr(host, "_FIRST_CHUNK", 1)
+    monkeypatch.setattr(host, "_CHUNK_SECONDS", 1e9)
     found = fit(optax.adam, 0.1, max_steps=50, tol=0).result
     assert same_bits(found.history, expected.history)
     assert same_bits(found.params, expected.params)

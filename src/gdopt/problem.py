@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _nnx, _trees
+from gdopt._checks import warn
 from gdopt._types import Loss, PyTree
 from gdopt.errors import InputError
 
@@ -80,6 +80,8 @@ def check_start(params: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, jax.core.Tracer):
             continue
+        if not leaf.is_fully_addressable:  # the other processes see to the other parts
+            leaf = leaf.addressable_data(0)
         finite = np.isfinite(np.asarray(leaf))
         if not finite.all():
             at = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -142,11 +144,9 @@ def _warn_of_narrowing(params: PyTree) -> None:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != _dtype(leaf):
-            warnings.warn(
+            warn(
                 f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {_dtype(leaf)}. For 64 bits call "
-                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
-                UserWarning,
-                stacklevel=4,  # the caller of minimize or gd_step
+                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params."
             )
             return
 
