@@ -94,7 +94,7 @@ def test_there_is_one_bar(answers) -> None:
         ),
         (
             "fails early",
-            ["process 1 ended the run: InputError: learning_rate=-1 is not", "InputError: learning_rate=-1"],
+            ["process 1 ended the run: InputError: max_steps=-1 is not", "InputError: max_steps=-1"],
         ),
         (
             "another rate",
@@ -103,7 +103,7 @@ def test_there_is_one_bar(answers) -> None:
                 "another learning_rate: learning_rate is 1.1 in process 1, and 0.1 in process 0",
             ],
         ),
-        ("closed over", ["pass arrays that the loss closes over in args="] * 2),
+        pytest.param("closed over", ["pass arrays that the loss closes over in args="] * 2, marks=pytest.mark.slow),
     ],
 )
 def test_an_error_in_one_ends_both_with_its_message(case: str, messages: list[str]) -> None:

@@ -18,10 +18,10 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
 from gdopt.problem import Problem, make_problem, value_and_grad
-from gdopt.processes import Peers, check_joined, described, joined, peers
+from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
-from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
+from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
 from gdopt.task import Task, make_task
@@ -138,6 +138,13 @@ def minimize(
     batches, stream, noisy = task.batches, task.stream, task.noisy
     steps = _check_steps(max_steps, epochs, task)
     limits = Limits(steps.most, _check_tol(tol, noisy), _check_target(target))
+    given = {
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "limits": (*steps, *limits),
+        "keep_best": keep_best,
+    }
+    loop.check_alike(task, **given, callback=callback is not None)
     test = None
     if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
         test, learning_rate = _chosen(task, optimizer, steps)
@@ -153,8 +160,6 @@ def minimize(
         _refuse_host_visits(callback=callback, progress=progress, throw=throw, data=stream and data)
         return _inside(compiled.solve(compiled.constants, inputs), task)
     check_joined(inputs)
-    if others := peers():
-        _compare(others, task, inputs, optimizer, rule, steps, keep_best=keep_best, callback=callback is not None)
     streamed, boundary = None, batches.per_epoch if batches and callback else None
     if stream is not None:
         feed = stream.feed(steps.epochs, steps.batches)
@@ -229,32 +234,6 @@ def minimize(
         run_seconds=ended - compiled_at,
     )
     return result.raise_for_status() if throw else result
-
-
-def _compare(
-    others: Peers, task: Task, inputs: loop.Inputs, optimizer: Any, rule: Rule, steps: _Steps, **options: Any
-) -> None:
-    """Raises InputError where the processes were not called alike."""
-    ladder = [] if rule.schedule is None else [float(rule.schedule(step)) for step in (0, 1, 10, 100, 1000)]
-    others.compare(
-        loss=program.text(
-            task.value,
-            inputs.start,
-            task.batches.shapes(inputs.data) if task.batches else inputs.data,
-            inputs.args,
-            task.key,
-        ),
-        params=described(inputs.start),
-        data=described(inputs.data),
-        args=described(inputs.args),
-        optimizer=optimizer,
-        learning_rate=ladder or rule.rate,
-        limits=tuple(inputs.limits),
-        steps=tuple(steps),
-        batch_size=task.batches and task.batches.batch_size,
-        key=described(inputs.key),
-        settings={"float": jax.dtypes.canonicalize_dtype(float).name, **options},
-    )
 
 
 def _refuse_host_visits(**options: Any) -> None:
