@@ -179,61 +179,95 @@ def minimize(
         state, history, status = run.run(compiled, state, inputs, between, boundary=boundary, streamed=streamed)
     ended = time.perf_counter()
 
-    made, kept, params = len(history.loss) - 1, state.kept, run.returned_params(state)
-    steps_per_epoch = task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch
-    how = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
-    at_limit = status is Status.PRECISION_LIMIT
-    left = float(kept.grad_norm) * _distance(params, inputs.start) if at_limit else math.inf
-    success = bool(
-        succeeded(
-            status,
-            history.loss[0],
-            np.nanmin(history.loss) if np.isfinite(history.loss[0]) else math.inf,
-            left,
-            compiled.eps,
-            noisy=noisy,
-            has_target=target is not None,
-        )
-    )
-    if status is Status.DATA_EXHAUSTED:  # which is all there is to ask for where nothing else was
-        success = max_steps is None and epochs is None and target is None
-    message = explain(
-        status,
-        steps=made,
-        returned_step=int(kept.step),
+    kept, params = state.kept, run.returned_params(state)
+    ending = _Ending(
+        status=status,
         history=history,
-        limits=limits,
+        returned_step=int(kept.step),
+        left=float(kept.grad_norm) * _distance(params, inputs.start) if status is Status.PRECISION_LIMIT else math.inf,
         noisy=noisy,
-        steps_per_epoch=steps_per_epoch,
+        has_target=target is not None,
+        has_steps=max_steps is not None or epochs is not None,
+        steps_per_epoch=task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch,
+        limits=limits,
         eps=compiled.eps,
-        how=how,
-        success=success,
+        rates=rule.rates if search(state.optimizer) is None else Rates.SEARCHED,
+        range_test=test,
+        why_exhausted="" if streamed is None else streamed.feed.why,
     )
-    if status is Status.DATA_EXHAUSTED and streamed is not None and not success:
-        message += f" {streamed.feed.why}"
-    if how is Rates.SEARCHED:
-        message += chosen_rates(history.learning_rate)
-    if test is not None:
-        message += (
-            f" The learning rate was chosen by a range test of {len(test.learning_rate)} steps, which suggested "
-            f"{test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice of it."
-        )
     result = Result(
         params=problem.rest.combine(params),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
-        steps=made,
+        steps=ending.steps,
         status=status,
-        message=message,
-        success=success,
+        message=ending.message,
+        success=ending.success,
         history=history,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=ending.steps_per_epoch,
         range_test=test,
         aux=jax.tree.map(jax.device_put, kept.aux),
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
     )
     return result.raise_for_status() if throw else result
+
+
+class _Ending(NamedTuple):
+    """How a run ended, and what decides on what is said of it."""
+
+    status: Status
+    history: History
+    returned_step: int
+    left: float
+    noisy: bool
+    has_target: bool
+    has_steps: bool  # or epochs
+    steps_per_epoch: int | None
+    limits: Limits
+    eps: float
+    rates: Rates
+    range_test: RangeTest | None
+    why_exhausted: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.history.loss) - 1
+
+    @property
+    def success(self) -> bool:
+        if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
+            return not (self.has_steps or self.has_target)
+        first = self.history.loss[0]
+        best = np.nanmin(self.history.loss) if np.isfinite(first) else math.inf
+        options = {"noisy": self.noisy, "has_target": self.has_target}
+        return bool(succeeded(self.status, first, best, self.left, self.eps, **options))
+
+    @property
+    def message(self) -> str:
+        message = explain(
+            self.status,
+            steps=self.steps,
+            returned_step=self.returned_step,
+            history=self.history,
+            limits=self.limits,
+            noisy=self.noisy,
+            steps_per_epoch=self.steps_per_epoch,
+            eps=self.eps,
+            how=self.rates,
+            success=self.success,
+        )
+        if self.status is Status.DATA_EXHAUSTED and not self.success:
+            message += f" {self.why_exhausted}"
+        if self.rates is Rates.SEARCHED:
+            message += chosen_rates(self.history.learning_rate)
+        if self.range_test is not None:
+            message += (
+                f" The learning rate was chosen by a range test of {len(self.range_test.learning_rate)} steps, which "
+                f"suggested {self.range_test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice "
+                "of it."
+            )
+        return message
 
 
 def _refuse_host_visits(**options: Any) -> None:

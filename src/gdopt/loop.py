@@ -170,9 +170,8 @@ def check_alike(task: Task, **given: Any) -> None:
     if others is None:
         return
     batch = task.batches.shapes(task.data) if task.batches else task.data
-    rate: Any = given.get("learning_rate")
-    if callable(rate):
-        given["learning_rate"] = [float(rate(step)) for step in (0, 1, 10, 100, 1000)]
+    if callable(given.get("learning_rate")):
+        given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
         loss=program.text(task.value, task.problem.params, batch, task.args, task.key),
         params=described(task.problem.params),
