@@ -272,6 +272,17 @@ def test_params_that_the_loss_ignores_do_no_harm(x64) -> None:
     assert not np.any(got["idle"])
 
 
+def test_the_minimum_moves_with_params_that_are_held(x64) -> None:
+    """Those that ``trainable`` leaves out are what the loss depends on, like its args."""
+
+    def run(held):
+        loss = lambda p: (p["x"] - 3 * p["held"]) ** 2
+        return gdopt.minimize(loss, {"x": 0.0, "held": held}, trainable={"x": True, "held": False}, tol=1e-12).params
+
+    got = jax.jit(jax.jacrev(run))(2.0)
+    np.testing.assert_allclose([got["x"], got["held"]], [3.0, 1.0], rtol=1e-9)
+
+
 def test_no_derivative_where_there_is_none() -> None:
     unfinished = lambda a: gdopt.minimize(quadratic, jnp.zeros(3), args=(a,), learning_rate=1e-3, max_steps=3)
     assert not jax.jit(unfinished)(1.0).success
@@ -301,6 +312,8 @@ def test_a_result_comes_out_of_a_jit() -> None:
     result = jax.jit(lambda x: gdopt.minimize(quadratic, x))(jnp.zeros(3))
     assert result.raise_for_status() is result
     assert repr(result).startswith("gdopt.Result")
+    with pytest.raises(gdopt.InputError, match="result has no history"):
+        gdopt.plot.descent(result)
     assert "inside jit, vmap or grad" in result.message
     outside = gdopt.minimize(quadratic, jnp.zeros(3))
     assert jax.tree.map(lambda leaf: leaf, outside).message == outside.message
