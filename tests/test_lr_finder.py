@@ -263,9 +263,10 @@ def test_bad_input_is_refused_before_anything_compiles(name: str) -> None:
     assert counter.count == 0
 
 
-def test_inside_jit_it_says_so() -> None:
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_inside_jit_it_says_so(repeats: int) -> None:
     with pytest.raises(gdopt.InputError, match="lr_find was called inside jit"):
-        jax.jit(lambda x: gdopt.lr_find(bowl, x).suggestion)(np.ones(3))
+        jax.jit(lambda x: gdopt.lr_find(bowl, x, repeats=repeats).suggestion)(np.ones(3))
 
 
 def test_it_takes_what_minimize_takes() -> None:

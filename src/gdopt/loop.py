@@ -32,6 +32,11 @@ from gdopt.task import Task
 CAPACITY = 4096  # rows of the history that a carry has room for
 _SMALL = 4096  # entries of an array that is computed with together with others
 LAST_STEP = 2**31 - 1
+_TRIAL_INSIDE = (
+    "lr_find was called inside jit, vmap or grad, by itself or by learning_rate='auto' for a loss or an optimizer that "
+    "needs a range test: its curve is read in Python. Call gdopt.lr_find outside, and pass its suggestion as the "
+    "learning_rate."
+)
 
 
 class Inputs(NamedTuple):
@@ -146,8 +151,10 @@ def compile(
     epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
     inputs, layout = _placed(Inputs(start, data, args, key, rate, limits, value.constants, numbers, epoch))
     inside = program.is_traced(inputs)
-    settings = Settings(noisy, task.batches, task.with_key, keep_best, has_target, inside, None if inside else layout)
-    options = rule.identity, schedule and schedule.identity, settings
+    if inside and trial:
+        raise InputError(_TRIAL_INSIDE)
+    settings = Settings(noisy, task.batches, task.with_key, keep_best, inside, None if inside else layout)
+    options = rule.identity, schedule and schedule.identity, settings, inside and has_target
     known = rule.identity is not None and (schedule is None or schedule.identity is not None)
 
     # A trace of the loss tells its gradient, too; but where it has new derivative rules, only a trace of that does.
@@ -156,7 +163,7 @@ def compile(
         loss = differentiated()
         kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
         if not kept:
-            made, closed = _make(task, rule, inputs, loss, schedule, settings)
+            made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)
             if not closed:
                 return _differentiable(made, value, noisy), inputs
             kept.append(made)
@@ -190,7 +197,6 @@ class Settings(NamedTuple):
     batches: Batches | None
     with_key: bool
     keep_best: bool
-    has_target: bool  # which decides on success
     inside: bool  # of a jit, vmap or grad
     layout: Layout | None = None  # of many devices
 
@@ -240,6 +246,7 @@ def _make(
     traced_loss: program.Traced,
     schedule: program.Traced | None,
     settings: Settings,
+    has_target: bool,
 ) -> tuple[Compiled | Whole, bool]:
     """The loop around a traced loss, and whether it depends on nothing else than on that trace and its inputs."""
     asked_again: list[bool] = []  # whether an optimizer has called the loss itself, in a trace of its own
@@ -254,9 +261,11 @@ def _make(
         if not program.is_traced(first.constants, many.constants):
             closed = first.closed and many.closed and not asked_again
             return Compiled(first.call, many.call, first.out, eps, pace=[]), closed
+        if inputs.key is not None and inputs.key.ndim:
+            raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
         start, step = _functions(task, rule, inputs, traced_loss, schedule, settings, asked_again)
-    whole = program.share(_whole(start, step, settings, eps), inputs)
+    whole = program.share(_whole(start, step, settings, has_target, eps), inputs)
     return Whole(whole.run, whole.constants), whole.closed and not asked_again
 
 
@@ -416,7 +425,9 @@ def _chunk(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere: Cal
     return chunk
 
 
-def _whole(start: Callable, step: Callable, settings: Settings, eps: float) -> Callable[[Inputs], Outcome]:
+def _whole(
+    start: Callable, step: Callable, settings: Settings, has_target: bool, eps: float
+) -> Callable[[Inputs], Outcome]:
     """All steps in one program. Mini-batches take a loop in a loop, so that a vmap of it shuffles once per epoch and
     not at each step, where a batched ``cond`` would do both of what it is to choose from."""
     batches = settings.batches
@@ -459,7 +470,7 @@ def _whole(start: Callable, step: Callable, settings: Settings, eps: float) -> C
             kept.grad_norm * distance,
             eps,
             noisy=settings.noisy,
-            has_target=settings.has_target,
+            has_target=has_target,
         )
         return Outcome(params, kept.loss, kept.grad_norm, kept.aux, ended.step, ended.code, success)
 

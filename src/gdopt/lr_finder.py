@@ -223,12 +223,7 @@ def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tup
         return loop.compile(task._replace(data=data), Rule(optimizer), rates, limits, keys, trial=True)
 
     compiled, inputs = compile(task.data)
-    if isinstance(compiled, loop.Whole):
-        raise InputError(
-            "lr_find was called inside jit, vmap or grad, by itself or by learning_rate='auto' for a loss or an "
-            "optimizer that needs a range test: its curve is read in Python. Call gdopt.lr_find outside, and pass its "
-            "suggestion as the learning_rate."
-        )
+    assert isinstance(compiled, loop.Compiled)  # InputError inside of a jit
     check_joined(inputs)
     streamed = None if task.stream is None else run.Streamed(task.stream.feed(), compile, pause=False)
     return functools.partial(run.advance, compiled, streamed=streamed), run.begin(compiled, inputs), inputs
