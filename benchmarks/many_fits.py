@@ -4,10 +4,15 @@
     python benchmarks/many_fits.py                  # about 2 minutes; --quick: under 1, a hundred fits
 
 Logistic regressions of 40 rows by 4 columns with a small penalty, each on data of its own, from zeros. In a loop each
-library is called once per fit, as a user would, with its own defaults for when to stop; all at once are a hand-written
-``while_loop`` around ``gdopt.spectral()`` under ``jax.vmap`` (a fit that has converged is left as it is), optimistix
-under ``jax.vmap``, and one call of ``gdopt.minimize`` on the sum of all losses, which it sees as one problem. The worst
-gap is the largest distance of a final loss to the best that any of them found for that fit.
+library is called once per fit, as a user would, with its own defaults for when to stop; all at once are
+``gdopt.minimize`` under ``jax.vmap`` (a fit that has converged is left as it is), a hand-written ``while_loop`` around
+``gdopt.spectral()``, optimistix under ``jax.vmap``, and one call of ``gdopt.minimize`` on the sum of all losses, which
+it sees as one problem. The worst gap is the largest distance of a final loss to the best that any of them found for
+that fit.
+
+Then sweeps: one fit from as many starts, and with as many learning rates, by one ``jax.vmap``. The slowest decides how
+long the others are kept, so their answers are compared, bit for bit, with those of a sweep in which the slowest half is
+replaced by a fast one.
 """
 
 from __future__ import annotations
@@ -90,6 +95,7 @@ def fits(features: jax.Array, labels: jax.Array) -> dict[str, Callable[[], Any]]
             found.append(x)
         return found
 
+    at_once_minimize = jax.jit(jax.vmap(lambda data: gdopt.minimize(loss, start, args=(data,)).params))
     at_once, at_once_bfgs = jax.jit(jax.vmap(spectral_fit)), jax.jit(jax.vmap(bfgs_fit))
     return {
         "a loop of `gdopt.minimize(loss, params, args=...)`": lambda: [
@@ -102,6 +108,7 @@ def fits(features: jax.Array, labels: jax.Array) -> dict[str, Callable[[], Any]]
         "one `gdopt.minimize` of the sum": lambda: (
             gdopt.minimize(sum_of_all, jnp.zeros((len(each), COLUMNS)), args=(all_data,), tol=1e-6).params
         ),
+        "`jax.vmap` of `gdopt.minimize`": lambda: at_once_minimize(all_data),
         "`jax.vmap` of a loop around `gdopt.spectral()`": lambda: at_once(all_data),
         "a loop of optimistix `BFGS`": lambda: [bfgs_fit(data) for data in each],
         "`jax.vmap` of optimistix `BFGS`": lambda: at_once_bfgs(all_data),
@@ -110,8 +117,55 @@ def fits(features: jax.Array, labels: jax.Array) -> dict[str, Callable[[], Any]]
     }
 
 
+def sweeps(count: int, rounds: int) -> list[Row]:
+    """One fit from many starts and with many rates: a loop of calls, one vmap, and whether the fast ones last."""
+    features, labels = problems(1)
+    data = features[0], labels[0]
+
+    def from_start(start: Any) -> gdopt.Result:
+        return gdopt.minimize(loss, start, args=(data,))
+
+    def with_rate(rate: Any) -> gdopt.Result:
+        return gdopt.minimize(loss, jnp.zeros(COLUMNS), args=(data,), learning_rate=rate, max_steps=5000)
+
+    random = np.random.default_rng(1)
+    starts = jnp.asarray(10.0 ** random.uniform(-2, 2, (count, 1)) * random.standard_normal((count, COLUMNS)), float)
+    rows = []
+    for name, run, values in (
+        ("starts", from_start, starts),
+        ("rates, 1e-3 to 100", with_rate, jnp.logspace(-3, 2, count)),
+    ):
+        sweep = jax.jit(jax.vmap(run))
+        each = list(values) if values.ndim > 1 else [float(value) for value in values]
+        together = sweep(values)
+        slow = together.steps > jnp.median(together.steps)
+        place = jnp.argmin(together.steps)
+        alone = sweep(jnp.where(slow.reshape(-1, *[1] * (values.ndim - 1)), values[place], values))
+        changed = sum(
+            int(np.any(np.asarray(a)[~slow] != np.asarray(b)[~slow]))
+            for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True)
+        )
+        steps = np.asarray(together.steps)
+        times = interleaved(
+            {
+                "loop": functools.partial(
+                    seconds, lambda run=run, each=each: [run(value) for value in each][-1].params
+                ),
+                "vmap": functools.partial(seconds, lambda sweep=sweep, values=values: sweep(values).params),
+            },
+            rounds,
+        )
+        per_run = np.median(times, axis=0) / count * 1e3
+        spread = f"{steps.min()} / {int(np.median(steps))} / {steps.max()}"
+        share = f"{np.mean(np.asarray(together.success)):.1%}"
+        rows.append(
+            Row(name, [f"{per_run[0]:.3g}", f"{per_run[1]:.3g}", ratios(times)[1], spread, share, f"{changed}"])
+        )
+    return rows
+
+
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     options = arguments(__doc__, "a hundred fits", "also draw the table")
     print_heading("many_fits", options.flags, installed(PACKAGES), options.markdown)
     count, rounds = (100, 3) if options.quick else (1000, 5)
@@ -130,6 +184,10 @@ def main() -> None:
     ]
     header = [f"{count} fits", "ms per fit", "ratio", "worst gap"]
     print_table("All fits, warm: the ratio to the first row, median (quartiles)", header, rows, options.markdown)
+    header = [f"{count} of", "loop, ms per run", "vmap, ms per run", "ratio", "steps, least / median / most"]
+    header += ["with success", "numbers that changed"]
+    title = "Sweeps by one `jax.vmap` of `gdopt.minimize`, against a loop of calls"
+    print_table(title, header, sweeps(count, min(rounds, 3)), options.markdown)
     if options.picture:
         draw_bars(milliseconds, "ms per fit", options.picture, log=True)
 

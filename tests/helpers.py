@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +55,11 @@ def count_compilations() -> Iterator[Compilations]:
         yield counter
     finally:
         _counters[:] = [other for other in _counters if other is not counter]
+
+
+def some_of(names: Iterable[str], usual: Container[str]) -> list[Any]:
+    """All names as parameters of a test; the ones that are not usual are slow."""
+    return [pytest.param(name, marks=[] if name in usual else pytest.mark.slow) for name in names]
 
 
 def shared_traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations
+from helpers import count_compilations, some_of
 from jax.flatten_util import ravel_pytree
 from optax import contrib
 from problems import PROBLEMS, Problem
 
 import gdopt
 from gdopt import loop, schedules
+from gdopt import run as host
 from gdopt.stopping import FAILURES
 
 # --- the lists; functions, so that a test can have everything made anew ---
@@ -143,9 +144,18 @@ FULL_BATCH = {"spectral"}  # refuses a noisy loss
 COMPARED = {"muon": 17}
 EXACT = {"gd", "sgd", "momentum", "nesterov"}  # the same bits as in a loop by hand, whatever XLA fuses
 
-# One of each kind is run on batches, too; the others with `make test-slow`, as compiling takes a second for each.
-ON_BATCHES = {"gd", "adam_scheduled", "inject_hyperparams_factory", "lbfgs", "multi_steps", "sam_opaque"}
-ON_BATCHES |= {"noisy_sgd", "schedule_free_sgd"}
+# Compiling takes a second for each, so one of each kind is run, and on batches fewer; the others with `make test-slow`.
+# To the loop these are what the name beside them is: they differ in optax's arithmetic alone.
+ALIKE = {
+    "sgd": "gd",
+    "nesterov": "momentum",
+    "clipped": "own",
+    "sam_clipped": "sam",
+    "schedule_free_adamw": "schedule_free_sgd",
+}
+ALIKE |= dict.fromkeys(("adafactor", "lamb", "lion", "radam", "rmsprop", "yogi"), "adam")
+ALIKE |= {"dowg": "dog", "cocob": "prodigy", "dadapt_adamw": "prodigy", "momo_adam": "momo"}
+ON_BATCHES = {"gd", "backtracking", "multi_steps", "sam_opaque", "noisy_sgd", "schedule_free_sgd"}
 
 _LONG, _SHORT, _RATES = 2500, 40, 16  # steps
 _TOL = 1e-4  # the default of minimize
@@ -221,8 +231,8 @@ def _fit(problem: Regression, loss: str, optimizer: Any, rate: Any, start: Any, 
 
 def single_steps(patch: pytest.MonkeyPatch) -> None:
     """Makes each chunk one step long, without any change to the compiled program."""
-    patch.setattr(loop, "_FIRST_CHUNK", 1)
-    patch.setattr(loop, "_CHUNK_SECONDS", 0.0)
+    patch.setattr(host, "_FIRST_CHUNK", 1)
+    patch.setattr(host, "_CHUNK_SECONDS", 0.0)
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -250,7 +260,7 @@ class Case(NamedTuple):
     anew: Fit  # another optimizer object, another rate, other data, another lambda
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+@pytest.fixture(scope="module", params=some_of(OPTIMIZERS, OPTIMIZERS.keys() - ALIKE.keys()))
 def case(request: pytest.FixtureRequest) -> Case:
     name = request.param
     optimizer, rate = OPTIMIZERS[name]
@@ -295,10 +305,11 @@ def test_structure_and_dtypes_are_kept(case: Case, monkeypatch: pytest.MonkeyPat
 
     def stop(compiled: Any, inputs: Any) -> None:
         state = jax.eval_shape(compiled.start, inputs)
-        after, _ = jax.eval_shape(compiled.chunk, state, np.int32(1), inputs)
-        raise Traced(state, *jax.eval_shape(lambda packed: (packed, packed.tree().params, returned(packed)), after))
+        after, _ = jax.eval_shape(compiled.chunk, state, np.int32(0), np.int32(1), inputs)
+        look = lambda carry: (carry, carry[0].tree().params, returned(carry[0]))
+        raise Traced(state, *jax.eval_shape(look, after))
 
-    monkeypatch.setattr(loop, "begin", stop)
+    monkeypatch.setattr(host, "begin", stop)
     for run, dtype in ((fit, jnp.bfloat16), (fit if case.name in FULL_BATCH else fit_batches, jnp.float64)):
         with jax.enable_x64(dtype == jnp.float64):
             start = Regression.start(dtype)
@@ -381,10 +392,7 @@ def test_first_update_moves(case: Case) -> None:
     assert losses[first] != losses[0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in ON_BATCHES else pytest.mark.slow) for n in OPTIMIZERS if n not in FULL_BATCH],
-)
+@pytest.mark.parametrize("name", some_of([n for n in OPTIMIZERS if n not in FULL_BATCH], ON_BATCHES))
 def test_mini_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row once per epoch, the first batch first; and float64 kept, the loss traced once, no bit due to chunks."""
     per_epoch, first = _ROWS // _BATCH, FIRST_MOVE.get(name, 1)
@@ -438,11 +446,20 @@ def gd_step_by_hand() -> Any:
     return jax.jit(step)
 
 
-# Of optax's, which are all alike to the loop, three are run, the others with `make test-slow`.
-RUN = {"optax_cosine", "optax_join", "optax_piecewise_interpolate"} | {n for n in SCHEDULES if n[:5] != "optax"}
+# Of optax's, which are all alike to the loop, and of the cyclical ones some are run, the others with `make test-slow`.
+USUAL = {
+    "constant",
+    "range_test",
+    "cyclical",
+    "triangular2",
+    "one_cycle",
+    "silver",
+    "own_function",
+    "own_whole_numbers",
+}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in RUN else pytest.mark.slow) for n in SCHEDULES])
+@pytest.mark.parametrize("name", some_of(SCHEDULES, USUAL | {"optax_cosine", "optax_join"}))
 def test_schedule_in_minimize(name: str) -> None:
     run = fit(gdopt.gd, SCHEDULES[name], max_steps=_RATES, tol=0)
     losses, _, rates = run.result.history
@@ -461,14 +478,15 @@ def test_schedule_in_minimize(name: str) -> None:
     assert run.traces == anew.traces == 1
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_schedule_in_jit_vmap_and_sgd(schedule: Any) -> None:
+@pytest.mark.parametrize("name", some_of(SCHEDULES, USUAL | {"optax_join"}))
+def test_schedule_in_jit_vmap_and_sgd(name: str) -> None:
+    schedule = SCHEDULES[name]
     expected = rates_of(schedule)
     assert np.isfinite(expected).all()
     assert (expected >= 0).all()
     jitted, sgd = jax.jit(schedule), optax.sgd(schedule)
     assert_rates_equal([jitted(k) for k in range(_RATES)], expected)
-    assert_rates_equal(jax.vmap(schedule)(jnp.arange(_RATES)), expected)
+    assert_rates_equal(jax.jit(jax.vmap(schedule))(jnp.arange(_RATES)), expected)
 
     def update(state: Any, _: None) -> tuple[Any, jax.Array]:
         step, state = sgd.update(jnp.float32(1), state)
@@ -484,9 +502,9 @@ def test_schedule_in_jit_vmap_and_sgd(schedule: Any) -> None:
 def test_capacity_of_a_chunk_changes_no_bit(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program, so this is not in the runs of each optimizer."""
     expected = fit(optax.adam, 0.1, max_steps=50, tol=0).result
-    monkeypatch.setattr(loop, "_CAPACITY", capacity)
-    monkeypatch.setattr(loop, "_FIRST_CHUNK", 1)
-    monkeypatch.setattr(loop, "_CHUNK_SECONDS", 1e9)
+    monkeypatch.setattr(loop, "CAPACITY", capacity)
+    monkeypatch.setattr(host, "_FIRST_CHUNK", 1)
+    monkeypatch.setattr(host, "_CHUNK_SECONDS", 1e9)
     found = fit(optax.adam, 0.1, max_steps=50, tol=0).result
     assert same_bits(found.history, expected.history)
     assert same_bits(found.params, expected.params)
@@ -520,7 +538,8 @@ def test_extra_arguments_belong_to_the_step() -> None:
 
 
 def test_lists_are_consistent() -> None:
-    assert {*TRACES, *FIRST_MOVE, *TAKES, *EXACT, *ON_BATCHES, *TELLS_RATE, *FULL_BATCH} <= {*OPTIMIZERS}
+    assert {*TRACES, *FIRST_MOVE, *TAKES, *EXACT, *ON_BATCHES, *TELLS_RATE, *FULL_BATCH, *ALIKE} <= {*OPTIMIZERS}
+    assert {*ALIKE.values()} <= {*OPTIMIZERS} - {*ALIKE}
 
 
 # --- and the problems that other tests take from problems.py ---

@@ -77,7 +77,13 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         jax.config.update("jax_enable_x64", x64)
 
 
-@pytest.mark.parametrize("example", [pytest.param(example, id=example.name) for example in EXAMPLES])
+# Each compiles for ten seconds or more. The blocks of README.md make the calls of these, too.
+SLOW = {"automatic.py", "finder.py"}
+
+
+@pytest.mark.parametrize(
+    "example", [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else []) for e in EXAMPLES]
+)
 def test_example(example: Path, tmp_path: Path) -> None:
     started = time.time()
     run = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -71,7 +71,10 @@ BAD = {
     "no arrays in data": (BATCHES | {"data": ()}, "one number of rows"),
     "lists in data": (BATCHES | {"data": ([1.0], y)}, r"data\[0\]\[0\] is a float, not an array"),
     "scalar in data": (BATCHES | {"data": (X, np.float32(1))}, r"data\[1\] is a scalar"),
-    "iterator and batch_size": (BATCHES | {"data": iter([X])}, "batch_size=2 was given with data that come in batches"),
+    "iterator and batch_size": (
+        BATCHES | {"data": iter([X]), "batch_size": 2},
+        "batch_size=2 was given with data that come",
+    ),
     "zero rows": (BATCHES | {"data": (X[:0], y[:0])}, "data has zero rows"),
     "batch over the rows": (BATCHES | {"batch_size": 7}, "batch_size=7 is over the 6 rows"),
     "batch of zero": (BATCHES | {"batch_size": 0}, "batch_size=0 is not a whole number from 1"),

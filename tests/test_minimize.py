@@ -235,7 +235,7 @@ def count_visits(rows, batch_size, **limits):
     return visits, np.asarray(visits.params, int)
 
 
-@pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (12, 1), (100, 25)])
+@pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (12, 1), pytest.param(100, 25, marks=pytest.mark.slow)])
 def test_every_row_is_used_once_in_every_epoch(rows, batch_size):
     for epochs in (1, 3):
         result, visits = count_visits(rows, batch_size, epochs=epochs)

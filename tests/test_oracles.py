@@ -27,12 +27,12 @@ def softmax_loss(params, x, y, strength):
     [
         (load_breast_cancer, "gd"),
         pytest.param(load_breast_cancer, "nesterov", marks=pytest.mark.slow),
-        (load_breast_cancer, "lbfgs"),
+        pytest.param(load_breast_cancer, "lbfgs", marks=pytest.mark.slow),
         (load_breast_cancer, "spectral"),
         pytest.param(load_digits, "gd", marks=pytest.mark.slow),
         pytest.param(load_digits, "nesterov", marks=pytest.mark.slow),
         pytest.param(load_digits, "lbfgs", marks=pytest.mark.slow),
-        (load_digits, "spectral"),
+        pytest.param(load_digits, "spectral", marks=pytest.mark.slow),
     ],
 )
 def test_logistic_regression_agrees_with_scikit_learn(load, method):

@@ -22,7 +22,7 @@ import gdopt
 
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = Path(__file__).with_name("public_surface.txt")
-HEAVY = {"matplotlib", "orbax", "scipy.optimize", "sklearn", "tqdm"}
+HEAVY = {"equinox", "flax", "matplotlib", "orbax", "scipy.optimize", "sklearn", "tqdm"}
 
 
 def test_import_loads_nothing_heavy() -> None:

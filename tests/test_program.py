@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations, shared_traces
+from helpers import count_compilations, shared_traces, some_of
 from hypothesis import given, settings
 from jax import lax
 from jax.extend import core
@@ -281,9 +281,13 @@ TRAPS: dict[str, tuple] = {
 }
 
 
-@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
-def test_different_losses_have_different_answers(trap: tuple) -> None:
-    make, first, second, *x = trap
+# Parameters of primitives are all seen in the same way: some are run, the others with `make test-slow`.
+LIKE_OTHERS = {"indices", "axis of a gather", "scatter", "order of a sort", "contracted axes", "reduced axis"}
+
+
+@pytest.mark.parametrize("name", some_of(TRAPS, TRAPS.keys() - LIKE_OTHERS))
+def test_different_losses_have_different_answers(name: str) -> None:
+    make, first, second, *x = TRAPS[name]
     (x,) = x or (X,)
     gdopt.clear_cache()
     other, shared = evaluate(make(first), x), evaluate(make(second), x)
@@ -302,7 +306,8 @@ def test_different_losses_have_different_answers(trap: tuple) -> None:
 @pytest.mark.skipif(not hasattr(jax.config, FLAG), reason="this JAX has no such flag")
 @pytest.mark.skipif(ARRAYS_ARE_LITERALS, reason="this is the other process")
 def test_where_arrays_are_literals() -> None:
-    arrays = "different_losses and (inner or loop or key) or no_array_is_kept and jitted or changed_in_place and kept"
+    arrays = "different_losses and (inner or loop or key and not sort)"
+    arrays += " or no_array_is_kept and jitted or changed_in_place and kept"
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", arrays],
         env={**os.environ, FLAG.upper(): "1"},
@@ -380,7 +385,7 @@ ASKS = [(evaluate, name) for name in SETTINGS] + [
 def test_settings_are_seen(ask: Callable, name: str) -> None:
     def at(on):
         with SETTINGS[name](on):
-            return bits(ask(lambda x: jnp.sum((x @ x - jax.random.normal(KEY(0), (3,)) / 3) ** 2), jnp.ones(3)))
+            return bits(ask(lambda x: jnp.sum((x @ x - jax.random.uniform(KEY(0), (3,)) / 3) ** 2), jnp.ones(3)))
 
     gdopt.clear_cache()
     seen = [at(False), at(True), at(False), at(True)]
@@ -422,6 +427,12 @@ def jitted_optimizer(factors: jax.Array) -> optax.GradientTransformation:
     return optax.stateless(jax.jit(lambda g, _: factors * g))
 
 
+def _descend_alone(_: Any, state: Any, params: Any, *, value_fn: Callable, **others: Any) -> tuple:
+    """As line searches do: it differentiates the loss in a loop of its own. They take ten times as long to compile."""
+    there = lax.fori_loop(0, 3, lambda _, x: x - 0.01 * jax.grad(value_fn)(x), params)
+    return there - params, state
+
+
 _momentum = 0.0
 
 
@@ -449,6 +460,9 @@ RUNS = {
         square(1), learning_rate=lambda step: jnp.asarray([c, c, 0.1, 0.1])[step]
     ),
     "rule in a line search": lambda c: minimize(rule_vjp(1 + c), optimizer=optax.lbfgs()),
+    "rule in an optimizer's loop": lambda c: minimize(
+        rule_vjp(1 + c), optimizer=optax.GradientTransformationExtraArgs(lambda _: (), _descend_alone)
+    ),
     "rule in a factory's line search": lambda c: minimize(
         rule_beside(c), optimizer=functools.partial(optax.lbfgs, memory_size=3), learning_rate=1.0
     ),
@@ -476,8 +490,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_different_runs_have_different_answers(run: Callable) -> None:
+@pytest.mark.parametrize("name", some_of(RUNS, RUNS.keys() - {"rule in a line search"}))
+def test_different_runs_have_different_answers(name: str) -> None:
+    run = RUNS[name]
     gdopt.clear_cache()
     other, shared = run(0.25), run(0.75)
     gdopt.clear_cache()
@@ -567,8 +582,9 @@ def build(expression: tuple, values: list, held: list[np.ndarray]) -> Callable:
     }.get(kind) or (lambda x: getattr(jnp, kind)(*([f(x)] if g is None else [f(x), g(x)])))
 
 
-@given(st.sampled_from([evaluate, minimize]), EXPRESSIONS, VALUES, VALUES)
-@settings(max_examples=max(1, settings().max_examples // 3))
+# Of three examples one is of minimize, which takes three times as long, but does with the loss what evaluate does.
+@given(st.sampled_from([evaluate, evaluate, minimize]), EXPRESSIONS, VALUES, VALUES)
+@settings(max_examples=max(1, settings().max_examples // 4))
 def test_random_expressions_answer_as_if_alone(ask: Callable, expression: tuple, first: list, second: list) -> None:
     held = [np.zeros(3, np.float32) for _ in range(3)]
 
@@ -654,8 +670,9 @@ def test_new_numbers_and_new_data_compile_nothing(how: str) -> None:
     assert count() > 0
     assert count(seed=1) == 0
     assert count(learning_rate=0.02, max_steps=5, target=-1.0, key=KEY(5), args=(0.2,)) == 0
-    assert count(rows=25) > 0
-    assert count(rows=25, seed=1) == 0
+    if how in ("data", "closed over"):
+        assert count(rows=25) > 0
+        assert count(rows=25, seed=1) == 0
     if how == "data":
         assert count(tol=1e-3) == 0
         assert count(args=(np.float32(0.1),)) > 0  # strong, where Python's float is weak
@@ -682,8 +699,10 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
-def test_another_schedule_of_a_kind_compiles_nothing(make: Callable) -> None:
+@pytest.mark.parametrize("name", some_of(SCHEDULES, SCHEDULES.keys() - {"triangular", "optax's cosine"}))
+def test_another_schedule_of_a_kind_compiles_nothing(name: str) -> None:
+    make = SCHEDULES[name]
+
     def rates(c):
         return gdopt.minimize(square(1), X, learning_rate=make(c), max_steps=12, tol=0).history.learning_rate[:-1]
 
@@ -892,8 +911,8 @@ KEEPERS = {
 }
 
 
-@pytest.mark.parametrize("run", KEEPERS.values(), ids=KEEPERS)
-def test_no_array_is_kept(run: Callable) -> None:
+@pytest.mark.parametrize("name", some_of(KEEPERS, KEEPERS.keys() - {"data"}))  # which batches are cut from
+def test_no_array_is_kept(name: str) -> None:
     def big() -> int:
         gc.collect()
         return sum(array.nbytes >= 4 * ROWS for array in jax.live_arrays())
@@ -902,7 +921,7 @@ def test_no_array_is_kept(run: Callable) -> None:
     before, alive = big(), []
     for convert in (np.asarray, jnp.asarray):
         array = convert(np.random.default_rng(0).normal(size=ROWS).astype(np.float32))
-        run(array)
+        KEEPERS[name](array)
         alive.append(weakref.ref(array))
         del array
     assert big() == before

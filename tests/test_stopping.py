@@ -49,14 +49,14 @@ def test_a_smaller_tol_needs_more_steps():
 @pytest.mark.parametrize("factor", [1e-12, 1e-6, 1e6, 1e12])
 def test_convergence_has_no_scale_in_the_loss(factor):
     """A loss of another unit, with the rate to match, takes the same steps."""
-    scaled = minimize(lambda x: factor * quadratic(x), learning_rate=0.1 / factor)
+    scaled = minimize(lambda x, factor: factor * quadratic(x), learning_rate=0.1 / factor, args=(factor,))
     assert scaled.status == Status.CONVERGED
     assert abs(scaled.steps - minimize().steps) <= 1
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_convergence_has_no_scale_in_the_params(factor):
-    scaled = minimize(lambda x: quadratic(x / factor), learning_rate=0.1 * factor**2)
+    scaled = minimize(lambda x, factor: quadratic(x / factor), learning_rate=0.1 * factor**2, args=(factor,))
     assert scaled.status == Status.CONVERGED
     assert abs(scaled.steps - minimize().steps) <= 1
 
@@ -99,9 +99,8 @@ def test_gradient_of_zero_is_converged_where_there_is_nothing_to_gain():
 def test_gradients_whose_squares_leave_float32_are_measured(exponent, scale):
     """The plain sum of squares would be 0 ("converged") or infinite."""
     size = np.float32(2.0**exponent * scale)
-    result = gdopt.minimize(
-        lambda x: size * x[0] + 0 * x[1], jnp.ones(2), learning_rate=1e-3 / float(size), max_steps=3
-    )
+    loss = lambda x, size: size * x[0] + 0 * x[1]  # an argument: one program for all sizes
+    result = gdopt.minimize(loss, jnp.ones(2), args=(size,), learning_rate=1e-3 / float(size), max_steps=3)
     np.testing.assert_allclose(result.history.grad_norm, size, rtol=1e-6)
     assert result.status == Status.MAX_STEPS
 
@@ -192,8 +191,9 @@ def test_swinging_is_no_precision_limit():
 @given(st.floats(2.2, 50.0), st.floats(0.01, 100.0), st.floats(-1e3, 1e3))
 @settings(max_examples=12)
 def test_divergence_is_told_and_its_advice_helps(times, curvature, offset):
-    loss = lambda x: 0.5 * curvature * jnp.sum(x**2) + offset
-    run = lambda rate: gdopt.minimize(loss, jnp.full(2, 3.0), learning_rate=rate, max_steps=3000, tol=1e-2)
+    loss = lambda x, curvature, offset: 0.5 * curvature * jnp.sum(x**2) + offset
+    options = {"args": (curvature, offset), "max_steps": 3000, "tol": 1e-2}
+    run = lambda rate: gdopt.minimize(loss, jnp.full(2, 3.0), learning_rate=rate, **options)
     result = run(times / curvature)
     assert (result.status, result.success) == (Status.DIVERGED, False)
     np.testing.assert_array_equal(result.params, np.full(2, 3, np.float32))  # the best point: here the start

@@ -8,6 +8,7 @@ from gdopt.errors import GdoptError, InputError, NotConvergedError
 from gdopt.lr_finder import lr_find
 from gdopt.optimizers import gd, spectral
 from gdopt.result import History, RangeTest, Refinement, Report, Result
+from gdopt.sharding import shard
 from gdopt.stopping import Status
 
 __version__ = version("gdopt")
@@ -29,5 +30,6 @@ __all__ = [
     "minimize",
     "plot",
     "schedules",
+    "shard",
     "spectral",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,14 @@ def number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -
     except ValueError:  # ragged lists
         pass
     raise InputError(f"{name}={value!r} is not {wanted}.")
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line of the caller's that called gdopt."""
+    frame, level = sys._getframe(1), 2
+    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("gdopt", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level - 1)
 
 
 def rate(name: str, value: Any, *, zero: bool = False) -> float:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
@@ -144,21 +144,37 @@ def copy(tree: PyTree) -> PyTree:
 
 def is_array(leaf: Any) -> bool:
     """Whether jit would take the leaf as a value: arrays, NumPy's and Python's numbers; not functions or strings."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSUMm"  # objects, strings, dates
+    return isinstance(leaf, jax.Array | bool | int | float | complex)
 
 
-class Rest(NamedTuple):
-    """What ``partition`` took out of a tree: hashable where those leaves are, so that it can be a static argument."""
+def is_key(leaf: Any) -> bool:
+    """Whether it holds typed PRNG keys, which have no arithmetic."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
-    treedef: Any
-    leaves: tuple  # None in place of what stayed
-    kept: tuple[bool, ...]
-    numbers: tuple[str, ...]  # tell apart what == does not: 1 and True, 0.0 and -0.0
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What ``partition`` took out of a tree: a pytree of its arrays, hashable where it has none and the others are."""
+
+    arrays: tuple  # None in place of what stayed and of the others
+    others: tuple = dataclasses.field(metadata={"static": True})
+    treedef: Any = dataclasses.field(metadata={"static": True})
+    kept: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    # Tell apart what == does not: 1 and True, 0.0 and -0.0.
+    numbers: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def leaves(self) -> list[Any]:
+        """Those that were taken out, and None in place of what stayed."""
+        pairs = zip(self.arrays, self.others, strict=True)
+        return [other if array is None else array for array, other in pairs]
 
     def combine(self, some: PyTree) -> PyTree:
         """The whole tree again, with ``some`` in the places that stayed."""
         found = self.treedef.flatten_up_to(some)
-        places = zip(found, self.leaves, self.kept, strict=True)
+        places = zip(found, self.leaves(), self.kept, strict=True)
         return self.treedef.unflatten(new if keep else old for new, old, keep in places)
 
 
@@ -166,9 +182,12 @@ def partition(tree: PyTree, kept: Sequence[bool]) -> tuple[PyTree, Rest]:
     """The tree with None in place of each leaf that is not kept, and those leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     some = treedef.unflatten(leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True))
-    rest = tuple(None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True))
+    rest = [None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True)]
     numbers = tuple(repr(leaf) for leaf in rest if isinstance(leaf, bool | int | float | complex))
-    return some, Rest(treedef, rest, tuple(kept), numbers)
+    traced = [isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and is_array(leaf)) for leaf in rest]
+    arrays = tuple(leaf if array else None for leaf, array in zip(rest, traced, strict=True))
+    others = tuple(None if array else leaf for leaf, array in zip(rest, traced, strict=True))
+    return some, Rest(arrays, others, treedef, tuple(kept), numbers)
 
 
 def in_module(treedef: Any, _module: bool = False) -> list[bool]:

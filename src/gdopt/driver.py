@@ -18,9 +18,10 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
 from gdopt.problem import Problem, make_problem, value_and_grad
+from gdopt.processes import Peers, check_joined, described, joined, peers
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
-from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
+from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
 from gdopt.task import Task, make_task
@@ -31,6 +32,7 @@ _LEAST_TEST = 50  # steps of a range test
 _PEAK = 2.0  # of the cycles that follow it, times its suggestion: measured by benchmarks/auto_training.py
 
 
+@joined
 def minimize(
     loss: Loss,
     params: PyTree,
@@ -63,7 +65,8 @@ def minimize(
     Args:
         loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``: a real floating-point scalar.
         params: any pytree. Float and complex leaves (arrays, and numbers in dicts, lists and tuples) are optimised in
-            their own dtype; functions, strings, None and numbers inside modules are carried along.
+            their own dtype; functions, strings, None, random keys and numbers inside modules are carried along, and so
+            are all variables of Flax's nnx but its Params, unless ``trainable`` names them.
         args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``.
         data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream: an
             iterable of batches (a torch ``DataLoader``, a grain loader), gone through once per epoch, or a function
@@ -149,6 +152,9 @@ def minimize(
     if isinstance(compiled, loop.Whole):
         _refuse_host_visits(callback=callback, progress=progress, throw=throw, data=stream and data)
         return _inside(compiled.solve(compiled.constants, inputs), task)
+    check_joined(inputs)
+    if others := peers():
+        _compare(others, task, inputs, optimizer, rule, steps, keep_best=keep_best, callback=callback is not None)
     streamed, boundary = None, batches.per_epoch if batches and callback else None
     if stream is not None:
         feed = stream.feed(steps.epochs, steps.batches)
@@ -172,7 +178,7 @@ def minimize(
     steps_per_epoch = task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch
     how = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
     at_limit = status is Status.PRECISION_LIMIT
-    left = float(kept.grad_norm) * _distance(params, problem.params) if at_limit else math.inf
+    left = float(kept.grad_norm) * _distance(params, inputs.start) if at_limit else math.inf
     success = bool(
         succeeded(
             status,
@@ -223,6 +229,32 @@ def minimize(
         run_seconds=ended - compiled_at,
     )
     return result.raise_for_status() if throw else result
+
+
+def _compare(
+    others: Peers, task: Task, inputs: loop.Inputs, optimizer: Any, rule: Rule, steps: _Steps, **options: Any
+) -> None:
+    """Raises InputError where the processes were not called alike."""
+    ladder = [] if rule.schedule is None else [float(rule.schedule(step)) for step in (0, 1, 10, 100, 1000)]
+    others.compare(
+        loss=program.text(
+            task.value,
+            inputs.start,
+            task.batches.shapes(inputs.data) if task.batches else inputs.data,
+            inputs.args,
+            task.key,
+        ),
+        params=described(inputs.start),
+        data=described(inputs.data),
+        args=described(inputs.args),
+        optimizer=optimizer,
+        learning_rate=ladder or rule.rate,
+        limits=tuple(inputs.limits),
+        steps=tuple(steps),
+        batch_size=task.batches and task.batches.batch_size,
+        key=described(inputs.key),
+        settings={"float": jax.dtypes.canonicalize_dtype(float).name, **options},
+    )
 
 
 def _refuse_host_visits(**options: Any) -> None:
@@ -285,7 +317,7 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
     return problem.rest.combine(new), value
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _gd_step(
     loss: Loss, rest: _trees.Rest, params: PyTree, learning_rate: Any, args: tuple
 ) -> tuple[PyTree, jax.Array]:
@@ -309,6 +341,8 @@ def clear_cache() -> None:
 
 def _distance(params: PyTree, start: PyTree) -> float:
     """|x - x0|, on the host: one number at the end is not worth a compilation."""
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves((params, start))):
+        return float(_trees.norm(jax.tree.map(jnp.subtract, params, start)))
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
     return math.hypot(
         *(float(np.linalg.norm(np.ravel(np.asarray(a) - np.asarray(b)).astype(complex))) for a, b in pairs)

@@ -3,6 +3,7 @@ again), or inside of somebody's ``jit``, ``vmap`` or ``grad`` as ``whole`` (all 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from gdopt.optimizers import MAX_REJECTED
 from gdopt.problem import value_and_grad
 from gdopt.result import History
 from gdopt.rule import Rule, apply, evaluation_params, inject, owned_rate, search
+from gdopt.sharding import Layout, placed
 from gdopt.stopping import RUNNING, Epoch, Evaluation, Limits, Watch
 from gdopt.task import Task
 
@@ -127,21 +129,23 @@ def compile(
     are: only failures and the number of steps end it. Without ``keep_best`` there is no point to fall back on.
     """
     noisy = task.noisy or trial
-    start = task.problem.params
-    batch = task.batches.shapes(task.data) if task.batches else task.data
+    # Before it is traced, so that it is traced for where it will run.
+    given, _ = placed({"params": task.problem.params, "data": task.data, "args": task.args})
+    start, data, args = given.values()
+    batch = task.batches.shapes(data) if task.batches else data
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
-    value = program.trace(task.value, start, batch, task.args, one_key, rules=True)
+    value = program.trace(task.value, start, batch, args, one_key, rules=True)
 
     def differentiated() -> program.Traced:
         both = value_and_grad(lambda params, constants, *given: value.replay(constants, params, *given))
-        return program.trace(both, start, value.constants, batch, task.args, one_key)
+        return program.trace(both, start, value.constants, batch, args, one_key)
 
     schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
     epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
-    inputs = Inputs(start, task.data, task.args, key, rate, limits, value.constants, numbers, epoch)
+    inputs, layout = _placed(Inputs(start, data, args, key, rate, limits, value.constants, numbers, epoch))
     inside = program.is_traced(inputs)
-    settings = Settings(noisy, task.batches, task.with_key, keep_best, has_target, inside)
+    settings = Settings(noisy, task.batches, task.with_key, keep_best, has_target, inside, None if inside else layout)
     options = rule.identity, schedule and schedule.identity, settings
     known = rule.identity is not None and (schedule is None or schedule.identity is not None)
 
@@ -168,6 +172,25 @@ class Settings(NamedTuple):
     keep_best: bool
     has_target: bool  # which decides on success
     inside: bool  # of a jit, vmap or grad
+    layout: Layout | None = None  # of many devices
+
+    def compact(self, params: PyTree) -> Packed:
+        """The params as few arrays, which costs much less per step where there are many small ones.
+
+        Not those on many devices: bringing them together costs more than it saves.
+        """
+        return _trees.pack(params, _SMALL if self.layout is None else 1)
+
+    def in_place(self, state: State) -> State:
+        """The state with its arrays on the devices where the params are."""
+        layout = self.layout
+        if layout is None:
+            return state
+        kept = state.kept
+        if kept.params is not None:
+            kept = kept._replace(params=layout.packed(kept.params))
+        params, optimizer = layout.like_params(state.params), layout.like_params(state.optimizer)
+        return state._replace(params=params, optimizer=optimizer, kept=kept)
 
 
 def _differentiable(made: Compiled | Whole, value: program.Traced, noisy: bool) -> Compiled | Whole:
@@ -182,9 +205,12 @@ def _differentiable(made: Compiled | Whole, value: program.Traced, noisy: bool) 
     return made._replace(solve=differentiable(made.solve, of, known, defined=not noisy))
 
 
-def compact(params: PyTree) -> Packed:
-    """The params as few arrays, which costs much less per step where there are many small ones."""
-    return _trees.pack(params, _SMALL)
+def _placed(inputs: Inputs) -> tuple[Inputs, Layout | None]:
+    """The inputs on the devices that some of them are on."""
+    names = {"start": "params", "data": "data", "args": "args", "constants": "what the loss closes over"}
+    names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
+    trees, layout = placed({name: getattr(inputs, field) for field, name in names.items()})
+    return inputs._replace(**{field: trees[name] for field, name in names.items()}), layout
 
 
 def _make(
@@ -202,8 +228,9 @@ def _make(
     if not settings.inside:
         if inputs.key is not None and inputs.key.ndim:
             start, step = _side_by_side(start, step)
-        first = program.share(_first(start, inputs, traced_loss), inputs)
-        many = program.share(_chunk(step), first.out, np.int32(0), np.int32(0), inputs, donate_first=True)
+        everywhere = settings.layout.everywhere if settings.layout else lambda tree: tree
+        first = program.share(_first(start, inputs, traced_loss, everywhere), inputs)
+        many = program.share(_chunk(step, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True)
         if not program.is_traced(first.constants, many.constants):
             closed = first.closed and many.closed and not asked_again
             return Compiled(first.call, many.call, first.out, eps, pace=[]), closed
@@ -237,6 +264,7 @@ def _functions(
                 drawn = functools.partial(batches.order, key, step)
                 order = lax.cond(step % batches.per_epoch == 0, drawn, lambda: order)
             data = batches.take(data, order, step)
+            data = data if settings.layout is None else settings.layout.batch(data)
         key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if settings.with_key else None
         return (data, inputs.args, key), order
 
@@ -267,24 +295,26 @@ def _functions(
                 "keep_best=False was given with a rate that is found at each step, by gdopt.spectral(): the last point "
                 "may be a trial that is to be taken back. Pass a learning_rate, or leave keep_best out."
             )
-        return State(
+        best = _trees.copy(settings.compact(inputs.start)) if keep_best else None
+        state = State(
             step=jnp.int32(0),
             code=jnp.int32(RUNNING),
             params=_trees.copy(inputs.start),
             optimizer=_trees.copy(_trees.strong(optimizer)),
             order=batches.first_order() if batches else None,
             watch=stopping.first_watch(loss_dtype, norm.dtype),
-            kept=Kept(_trees.copy(compact(inputs.start)) if keep_best else None, jnp.int32(0), nan, norm, blank),
+            kept=Kept(best, jnp.int32(0), nan, norm, blank),
         )
+        return settings.in_place(state)
 
     def step(state: State, inputs: Inputs) -> tuple[State, tuple]:
         k, params = state.step, state.params
         given, order = loss_inputs(inputs, state.order, k)
         (loss, aux), grad = traced_loss.replay(traced_loss.constants, params, inputs.constants, *given)
-        value, grad_norm = loss.astype(loss_dtype), _trees.norm(compact(grad))
+        value, grad_norm = loss.astype(loss_dtype), _trees.norm(settings.compact(grad))
 
-        here = compact(params)
-        away = jax.tree.map(jnp.subtract, here, compact(inputs.start))
+        here = settings.compact(params)
+        away = jax.tree.map(jnp.subtract, here, settings.compact(inputs.start))
         point = Evaluation(k, value, grad_norm, _trees.quick_norm(away))
         found = search(state.optimizer)
         gave_up = None if found is None else found.rejected >= MAX_REJECTED
@@ -321,24 +351,31 @@ def _functions(
         params, optimizer = _trees.select(running, update(params, state.optimizer), (params, state.optimizer))
         used = owned_rate(optimizer) if rate is None else rate
         record = (value, grad_norm, jnp.where(running, used, jnp.nan))
-        return State(k + running, code, params, optimizer, order, watch, kept), record
+        return settings.in_place(State(k + running, code, params, optimizer, order, watch, kept)), record
 
     return start, step
 
 
-def _first(start: Callable[[Inputs], State], inputs: Inputs, traced_loss: program.Traced) -> Callable[[Inputs], Carry]:
-    """``start`` with room for the first rows of the history."""
+def _first(
+    start: Callable[[Inputs], State], inputs: Inputs, traced_loss: program.Traced, everywhere: Callable
+) -> Callable[[Inputs], Carry]:
+    """``start`` with room for the first rows of the history; what the host reads is to be ``everywhere``."""
     loss = traced_loss.out[0][0].dtype
     dtype = jnp.result_type(loss, jnp.float32, _trees.norm_dtype(inputs.start), float)
 
     def first(inputs: Inputs) -> Carry:
         state = start(inputs)
-        return _trees.pack(state), jnp.zeros((CAPACITY, *state.code.shape, len(History._fields)), dtype)
+        records = jnp.zeros((CAPACITY, *state.code.shape, len(History._fields)), dtype)
+        return _read_by_host((_trees.pack(state), records), everywhere)
 
     return first
 
 
-def _chunk(step: Callable[[State, Inputs], tuple[State, tuple]]) -> Callable:
+def _read_by_host(carry: Carry, everywhere: Callable) -> Carry:
+    return dataclasses.replace(carry[0], vectors=everywhere(carry[0].vectors)), everywhere(carry[1])
+
+
+def _chunk(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere: Callable) -> Callable:
     """Many steps, up to a limit or the end, as one ``while_loop``."""
 
     def chunk(carry: Carry, first: jax.Array, limit: jax.Array, inputs: Inputs) -> tuple[Carry, jax.Array]:
@@ -353,7 +390,7 @@ def _chunk(step: Callable[[State, Inputs], tuple[State, tuple]]) -> Callable:
             state = carry[0].tree()
             return (state.code == RUNNING).any() & (state.step < limit)
 
-        carry = lax.while_loop(goes_on, body, carry)
+        carry = _read_by_host(lax.while_loop(goes_on, body, carry), everywhere)
         return carry, carry[0].tree().code
 
     return chunk

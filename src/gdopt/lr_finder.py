@@ -17,6 +17,7 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.errors import InputError
 from gdopt.optimizers import gd
 from gdopt.problem import make_problem
+from gdopt.processes import check_joined, joined
 from gdopt.result import History, RangeTest, Refinement
 from gdopt.rule import Rule, check_optimizer, is_transformation
 from gdopt.schedules import ladder
@@ -30,6 +31,7 @@ _REFINING_STEPS = 100
 _JUDGED = 50  # of which the last so many are compared
 
 
+@joined
 def lr_find(
     loss: Loss,
     params: PyTree,
@@ -226,6 +228,7 @@ def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tup
             "optimizer that needs a range test: its curve is read in Python. Call gdopt.lr_find outside, and pass its "
             "suggestion as the learning_rate."
         )
+    check_joined(inputs)
     streamed = None if task.stream is None else run.Streamed(task.stream.feed(), compile, pause=False)
     return functools.partial(run.advance, compiled, streamed=streamed), run.begin(compiled, inputs), inputs
 

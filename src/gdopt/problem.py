@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees
+from gdopt import _nnx, _trees
+from gdopt._checks import warn
 from gdopt._types import Loss, PyTree
 from gdopt.errors import InputError
 
@@ -26,7 +26,10 @@ class Problem(NamedTuple):
 
     def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:
         """(loss, aux); raises InputError for a loss that returns anything but a scalar."""
-        return _checked(self.loss(self.rest.combine(params), *args, **key), self.has_aux)
+        whole = self.rest.combine(params)
+        out = self.loss(whole, *args, **key)
+        _nnx.refuse_writes(self.rest, whole)
+        return _checked(out, self.has_aux)
 
 
 def value_and_grad(value: Callable[..., tuple]) -> Callable[..., tuple[tuple, PyTree]]:
@@ -46,25 +49,28 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
     """The loss with its params split; raises InputError, before anything is traced, for what cannot be optimised.
 
     Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along,
-    and so are Python's numbers inside a module (a dropout rate); in dicts, lists and tuples numbers are parameters.
+    and so are random keys, Python's numbers inside a module (a dropout rate), and what in modules of Flax's nnx is no
+    Param unless ``trainable`` names it; in dicts, lists and tuples numbers are parameters.
     """
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
     leaves, treedef = jax.tree.flatten(params)
     chosen = _trainable_mask(params, treedef, trainable)
+    _nnx.refuse_shared(params)
+    settings = [
+        inside and isinstance(leaf, bool | int | float | complex)
+        for leaf, inside in zip(leaves, _trees.in_module(treedef), strict=True)
+    ]
     kept = [
-        choice and _trees.is_array(leaf) and not (inside and isinstance(leaf, bool | int | float | complex))
-        for leaf, choice, inside in zip(leaves, chosen, _trees.in_module(treedef), strict=True)
+        choice and _trees.is_array(leaf) and not (setting or _trees.is_key(leaf))
+        for leaf, choice, setting in zip(leaves, chosen, settings, strict=True)
     ]
     some, rest = _trees.partition(params, kept)
     optimised = [leaf for leaf, keep in zip(leaves, kept, strict=True) if keep]
     if not all(jnp.issubdtype(_dtype(leaf), jnp.inexact) for leaf in optimised):
         _refuse_integers(some)
     if not any(np.size(leaf) for leaf in optimised):
-        raise InputError(
-            f"params={params!r} has no entries to optimise: pass at least one float or complex array with an entry"
-            + ("." if trainable is None else ", and one that trainable= does not leave out.")
-        )
+        raise InputError(_nothing_to_optimise(params, trainable, chosen, settings))
     _warn_of_narrowing(some)
     return Problem(loss, _trees.strong(some), rest, has_aux)
 
@@ -74,6 +80,8 @@ def check_start(params: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, jax.core.Tracer):
             continue
+        if not leaf.is_fully_addressable:  # the other processes see to the other parts
+            leaf = leaf.addressable_data(0)
         finite = np.isfinite(np.asarray(leaf))
         if not finite.all():
             at = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -97,11 +105,26 @@ def _refuse_integers(params: PyTree) -> None:
             )
 
 
+def _nothing_to_optimise(params: PyTree, trainable: Any, chosen: list[bool], settings: list[bool]) -> str:
+    text = repr(params)
+    if len(text) > 80 or "\n" in text:  # a module, by its type
+        text = f"<{type(params).__name__} of {len(chosen)} leaves>"
+    message = f"params={text} has no entries to optimise: pass at least one float or complex array with an entry"
+    message += "." if trainable is None else ", and one that trainable= does not leave out."
+    if any(settings):
+        message += " Numbers inside a module count as settings: make arrays of those that are to be optimised."
+    if trainable is None and not all(chosen):
+        message += " Of nnx's variables only Param is optimised: name others with trainable=."
+    return message
+
+
 def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
-    """One bool per leaf, from None (all), a mask (prefix tree of bools), or a function params -> mask, as in optax."""
+    """One bool per leaf, from None (all but state), a mask (prefix tree of bools), or a function params -> mask."""
     if trainable is None:
-        return [True] * treedef.num_leaves
-    mask = trainable(params) if callable(trainable) else trainable
+        return [not state for state in _nnx.in_state(treedef)]
+    # A mask that was made of a module by jax.tree.map is a module, too, and may be callable.
+    is_function = callable(trainable) and not isinstance(trainable, type(params))
+    mask = trainable(params) if is_function else trainable
     try:
         full = jax.tree.map(lambda choice, part: jax.tree.map(lambda _: choice, part), mask, params)
         choices = treedef.flatten_up_to(full)
@@ -121,11 +144,9 @@ def _warn_of_narrowing(params: PyTree) -> None:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != _dtype(leaf):
-            warnings.warn(
+            warn(
                 f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {_dtype(leaf)}. For 64 bits call "
-                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params.",
-                UserWarning,
-                stacklevel=4,  # the caller of minimize or gd_step
+                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params."
             )
             return
 

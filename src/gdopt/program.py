@@ -171,6 +171,11 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     return Shared(call, constants, out, shareable)
 
 
+def text(function: Callable, *args: PyTree) -> str:
+    """The function's trace to be read, or to be compared with that of another process."""
+    return str(_jaxpr(function, *args)[0].jaxpr)
+
+
 def is_traced(*trees: PyTree) -> bool:
     """Whether there is no computing with these values now, as jit, vmap or grad traces one of them or, as jit does,
     everything."""

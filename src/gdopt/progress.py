@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import jax
+
 from gdopt.errors import GdoptError
 
 
 @contextlib.contextmanager
 def progress_bar(shown: bool, max_steps: int | None) -> Iterator[Callable[[int, float], None]]:
     """A function of the steps made and the last loss, which moves a tqdm bar where one is to be shown."""
-    if not shown:
+    if not shown or jax.process_index():  # of several processes, the first one has the bar
         yield lambda step, loss: None
         return
     try:

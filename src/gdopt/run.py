@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,16 +13,19 @@ import jax
 import numpy as np
 
 from gdopt import _trees, loop, stopping
+from gdopt._checks import warn
 from gdopt._types import PyTree
 from gdopt.data import Batch, Feed
 from gdopt.errors import InputError
-from gdopt.loop import CAPACITY, LAST_STEP, Carry, Compiled, Inputs, State
+from gdopt.loop import LAST_STEP, Carry, Compiled, Inputs, State
+from gdopt.processes import peers
 from gdopt.result import History
 from gdopt.rule import evaluation_params
 from gdopt.stopping import RUNNING, Epoch, Status
 
 _FIRST_CHUNK = 16  # steps, before their time is known
 _CHUNK_SECONDS = 0.05  # Ctrl-C and the progress bar wait for one chunk
+_PATIENCE = 5  # times that, where several processes have to agree on each
 _BOUNDARY_SECONDS = 2e-4  # what the host takes between two
 _SHAPES = 2  # of batches that are taken without a word: full ones, and one that is not
 
@@ -45,15 +47,11 @@ class Streamed:
 
     def __init__(self, feed: Feed, compile_for: Callable[[PyTree], tuple[Any, Inputs]], *, pause: bool):
         self.feed = feed
+        self.ended = False
         self._compile_for, self._pause = compile_for, pause  # at the end of each pass
         self._programs: dict[Any, tuple[Compiled, list]] = {}  # by the shapes of batches
         self._given: Batch | None = None
         self._next = feed.next()
-
-    @property
-    def ended(self) -> bool:
-        """Whether there are no further batches."""
-        return self._next is None
 
     @property
     def passes_made(self) -> int:
@@ -62,39 +60,48 @@ class Streamed:
 
     def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
         """From step ``first`` to ``limit``, or less."""
-        before = None
+        before, others = None, peers()
         for step in range(first, limit):
-            if self._next is None:
+            leave = bool(interrupted) and step > first
+            if leave and not others:
                 break
-            batch = self._given = self._next
+            batch = self._next
+            ended = batch is None
+            if others:  # each process has its own part of each batch, and may have fewer of them
+                notes = others.exchange(ended=ended, leave=leave)
+                ended, leave = (any(note[name] for note in notes) for name in ("ended", "leave"))
+            if batch is None or ended or leave:
+                self.ended = ended
+                break
+            self._given = batch
             carry, code = self._step(carry, inputs, first, step, batch)
             if before is not None and not (np.asarray(before) == RUNNING).any():
                 break  # so this step was none, and the batches ahead are not needed
             before = code
             self._next = self.feed.next()  # now, as the step is computed
-            if interrupted or (self._pause and batch.ends):
+            if self._pause and batch.ends:
                 break
         return carry
 
     def evaluate(self, carry: Carry, inputs: Inputs, step: int) -> Carry:
         """The point of a step on the batch given last, once more."""
-        assert self._given is not None
-        return self._step(carry, inputs, step, step, self._given._replace(ends=False))[0]
+        batch = self._given or self._next
+        assert batch is not None
+        return self._step(carry, inputs, step, step, batch._replace(ends=False))[0]
 
     def _step(self, carry: Carry, inputs: Inputs, first: int, step: int, batch: Batch) -> tuple[Carry, jax.Array]:
         compiled, constants = self._program(batch.data)
-        given = inputs._replace(data=batch.data, constants=constants, epoch=Epoch(*batch[1:4]))
+        epoch = Epoch(batch.begins, batch.ends, batch.steps)
+        given = inputs._replace(data=batch.data, constants=constants, epoch=epoch)
         return compiled.chunk(carry, np.int32(first), np.int32(step + 1), given)
 
     def _program(self, data: PyTree) -> tuple[Compiled, list]:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
         if shapes not in self._programs:
             if len(self._programs) == _SHAPES:
-                warnings.warn(
+                warn(
                     f"the batches of data come in more than {_SHAPES} shapes, now with {list(shapes)}, and the step is "
-                    "compiled anew for each: pad them, or leave out those that are not full.",
-                    UserWarning,
-                    stacklevel=7,  # the caller of minimize
+                    "compiled anew for each: pad them, or leave out those that are not full."
                 )
             compiled, inputs = self._compile_for(data)
             for other, _ in self._programs.values():
@@ -128,13 +135,25 @@ def advance(
     state's last point is evaluated still. Returns what stopped it from outside, if anything did.
     """
     step, cause, records = int(carry[0].tree().step), None, []
-    stop = last = False
+    stop, others = False, peers()
+    seconds_of_chunk = _CHUNK_SECONDS * (_PATIENCE if others else 1)
     with ctrl_c() as interrupted:
         while True:
-            size = max(1, int(_CHUNK_SECONDS / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
-            limit = step + min(size, CAPACITY)
+            size = max(1, int(seconds_of_chunk / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
+            limit = step + min(size, loop.CAPACITY)
             limit = limit if boundary is None else min(limit, (step // boundary + 1) * boundary)
-            limit = min(limit, until)
+            limit, pressed = min(limit, until), bool(interrupted)
+            if others:
+                limit, stop, pressed = others.agree(limit, stop, pressed)
+            ended = streamed is not None and streamed.ended
+            last = stop or pressed or ended
+            if last:
+                if pressed or stop:
+                    cause = Status.INTERRUPTED if pressed else Status.STOPPED
+                elif streamed is not None and streamed.feed.why:
+                    cause = Status.DATA_EXHAUSTED
+                here = inputs.limits._replace(max_steps=step)
+                inputs = inputs._replace(limits=here)  # evaluates once more, and ends
             began = time.perf_counter()
             if streamed is None:
                 carry, _ = compiled.chunk(carry, np.int32(step), np.int32(limit), inputs)
@@ -153,14 +172,6 @@ def advance(
                 stop = cause is None and between(step, state, records[-1])
             if not running or step == until:
                 break
-            last = bool(interrupted or stop or (streamed is not None and streamed.ended))
-            if last:
-                if interrupted or stop:
-                    cause = Status.INTERRUPTED if interrupted else Status.STOPPED
-                elif streamed is not None and streamed.feed.why:
-                    cause = Status.DATA_EXHAUSTED
-                here = inputs.limits._replace(max_steps=step)
-                inputs = inputs._replace(limits=here)  # evaluates once more, and ends
     return carry, joined(records), cause
 
 

@@ -13,6 +13,7 @@ from gdopt._types import PyTree
 from gdopt.data import Batches, Stream, check_data
 from gdopt.errors import InputError
 from gdopt.problem import Problem, check_start
+from gdopt.sharding import check_batch_size
 
 
 class Task(NamedTuple):
@@ -63,6 +64,8 @@ def make_task(
     """Checks that all of it can be run on; raises InputError, before anything is traced, where not."""
     data, cut = check_data(data, batch_size)
     batches, stream = (None, cut) if isinstance(cut, Stream) else (cut, None)
+    if batches is not None:
+        check_batch_size(data, batches.batch_size)
     check_start(problem.params)
     traced, rest = _split_args(args)
     return Task(problem, traced, rest, data, batches, stream, with_key, _check_key(key))

@@ -1,0 +1,49 @@
+"""One training on several processes, each with its own devices. Needs scikit-learn.
+
+Alone: ``python examples/processes.py``. With two processes, in two shells (or on two machines, with the first one's
+address in place of 127.0.0.1):
+
+    python examples/processes.py 127.0.0.1:7654 2 0
+    python examples/processes.py 127.0.0.1:7654 2 1
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import gdopt
+
+if len(sys.argv) == 4:  # before anything else is asked of JAX
+    address, processes, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    jax.distributed.initialize(
+        address,
+        processes,
+        process,
+        coordinator_bind_address=address if process == 0 else None,  # by default it listens to the whole network
+        shutdown_timeout_seconds=10,  # that the others wait where one is gone
+    )
+
+images, labels = load_digits(return_X_y=True)
+rows = len(images) // 64 * 64  # that divide over the devices
+images, labels = (images[:rows] / 16).astype(np.float32), labels[:rows]
+
+
+def loss(params, images, labels):
+    logits = images @ params["weights"] + params["bias"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+# Every process makes the same calls. Each keeps the rows for its own devices, and a copy of the params.
+mesh = jax.make_mesh((jax.device_count(),), ("data",))
+data = gdopt.shard((images, labels), mesh, rows="data")
+params = gdopt.shard({"weights": np.zeros((64, 10), np.float32), "bias": np.zeros((1, 10), np.float32)}, mesh)
+result = gdopt.minimize(loss, params, args=data, tol=1e-2)
+
+if jax.process_index() == 0:  # one of them writes
+    logits = images @ np.asarray(result.params["weights"]) + np.asarray(result.params["bias"])
+    print(f"{jax.process_count()} process(es), {jax.device_count()} device(s): {result.message}")
+    print(f"{np.mean(logits.argmax(1) == labels):.1%} of the digits are recognised.")

@@ -1,0 +1,226 @@
+"""What test_sharding.py runs in a process with eight devices; shardings and collectives are read off, not believed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gdopt
+from gdopt import loop
+from gdopt.problem import make_problem
+from gdopt.rule import make_rule
+from gdopt.stopping import Limits
+from gdopt.task import make_task
+
+assert jax.device_count() == 8
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+ROWS = np.random.default_rng(0).normal(size=(64, 160)).astype(np.float32)
+START = {"w": np.full((160, 128), 0.01, np.float32), "b": np.zeros((1, 128), np.float32)}  # w is large, b is not
+
+
+def loss(params, rows):
+    return jnp.mean((jnp.tanh(rows @ params["w"] + params["b"]) - jnp.sin(rows[:, :1])) ** 2)
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    return jax.make_mesh((8,), ("data",), axis_types=(request.param,))
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "spectral": {},
+    "gd": {"learning_rate": 0.1},
+    "adam": {"optimizer": optax.adam, "learning_rate": 0.01},
+    "batches": {"optimizer": optax.adam, "learning_rate": 0.01, "batch_size": 16},
+    "ready": {"optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01))},
+}
+
+
+def sharded(mesh: Mesh = MESH, start: Any = START, rows: Any = ROWS) -> tuple[Any, Any]:
+    return gdopt.shard(start, mesh, largest="data"), gdopt.shard(rows, mesh, rows="data")
+
+
+def shares(leaf: jax.Array) -> list[tuple[int, ...]]:
+    return [part.data.shape for part in leaf.addressable_shards]
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_a_run_on_eight_devices_stays_there_and_equals_one_on_one(mesh, options) -> None:
+    with jax.enable_x64(True):
+        seen = []
+        keep = lambda report: seen.append(report.params) and None
+        start, wide = jax.tree.map(lambda leaf: leaf.astype(float), (START, ROWS))
+        params, rows = sharded(mesh, start, wide)
+        many = gdopt.minimize(loss, params, data=rows, max_steps=30, callback=keep, **options)
+        one = gdopt.minimize(loss, start, data=wide, max_steps=30, **options)
+        for answer in (many.params, seen[-1]):
+            assert shares(answer["w"]) == [(20, 128)] * 8
+            assert shares(answer["b"]) == [(1, 128)] * 8
+        assert (many.status, many.steps) == (one.status, one.steps)
+        np.testing.assert_allclose(many.history.loss, one.history.loss, rtol=1e-10)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), many.params, one.params)
+
+
+def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[loop.Carry, str]:
+    """The state after three steps, and the text of the program that made them."""
+    batch_size, rate = options.pop("batch_size", None), options.pop("learning_rate", "auto")
+    task = make_task(make_problem(loss, params), args=(), data=rows, batch_size=batch_size, with_key=False, key=None)
+    rule = make_rule(options.pop("optimizer", gdopt.gd), rate)
+    key = task.key if task.noisy else None
+    compiled, inputs = loop.compile(task, rule, rule.rate, Limits(100, 0.0, -np.inf), key)
+    assert isinstance(compiled, loop.Compiled)
+    chunk = jax.jit(compiled.chunk).lower(compiled.start(inputs), np.int32(0), np.int32(3), inputs).compile()
+    carry, _ = chunk(compiled.start(inputs), np.int32(0), np.int32(3), inputs)
+    return carry, chunk.as_text()
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_the_state_is_split_and_no_data_are_gathered(options) -> None:
+    params, rows = sharded()
+    carry, text = compiled_chunk(params, rows, **options)
+    large = [leaf for leaf in jax.tree.leaves(carry) if leaf.shape == START["w"].shape]
+    moments = {"adam": 2, "batches": 2, "ready": 2, "spectral": 2}.get(next(k for k in CALLS if CALLS[k] is options), 0)
+    assert len(large) == 2 + moments  # the params and the best
+    assert all(shares(leaf) == [(20, 128)] * 8 for leaf in large)
+    # Only the params are brought together, for the product with them; and of a batch the row numbers.
+    gathered = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* all-gather", text)
+    allowed = {("f32", "160,128"), ("s32", "16,1"), ("s32", "16")}
+    assert set(gathered) <= allowed, gathered
+    assert "all-to-all" not in text
+
+
+def test_the_data_stay_where_they_are_without_split_params() -> None:
+    """The common case: rows over the devices, a copy of the params on each. One all-reduce of the gradient."""
+    _, text = compiled_chunk(gdopt.shard(START, MESH), gdopt.shard(ROWS, MESH, rows="data"), learning_rate=0.1)
+    assert "all-reduce" in text
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
+
+
+def test_what_a_loss_closes_over_stays_split() -> None:
+    _, rows = sharded()
+    task = make_task(
+        make_problem(lambda p: loss(p, rows), START), args=(), data=None, batch_size=None, with_key=False, key=None
+    )
+    rule = make_rule(gdopt.gd, 0.1)
+    _, inputs = loop.compile(task, rule, rule.rate, Limits(9, 0.0, -np.inf), None)
+    assert shares(inputs.constants[0]) == [(8, 160)] * 8
+    result = gdopt.minimize(lambda p: loss(p, rows), START, learning_rate=0.1, max_steps=3)
+    assert shares(result.params["w"]) == [(160, 128)] * 8
+
+
+def test_params_from_the_host_are_copied_to_each_device() -> None:
+    result = gdopt.minimize(loss, START, data=sharded()[1], learning_rate=0.1, max_steps=3)
+    assert shares(result.params["w"]) == [(160, 128)] * 8
+
+
+def test_a_second_run_compiles_nothing_and_another_layout_is_another_program() -> None:
+    from helpers import count_compilations
+
+    def run(params):
+        return gdopt.minimize(lambda p, r: loss(p, r), params, data=rows, learning_rate=0.1, max_steps=3).params["w"]
+
+    params, rows = sharded()
+    copies = gdopt.shard(START, MESH)
+    first = run(params)
+    with count_compilations() as counter:
+        assert shares(run(params)) == shares(first)
+    assert counter.names == []
+    assert shares(run(copies)) == [(160, 128)] * 8
+    assert shares(run(params)) == shares(first)
+
+
+def test_two_axes() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    params = gdopt.shard(START, mesh, largest="model")
+    rows = gdopt.shard(ROWS, mesh, rows="data")
+    result = gdopt.minimize(loss, params, data=rows, batch_size=16, learning_rate=0.1, max_steps=5)
+    assert shares(params["w"]) == shares(result.params["w"]) == [(80, 128)] * 8
+    alone = gdopt.minimize(loss, START, data=ROWS, batch_size=16, learning_rate=0.1, max_steps=5)
+    np.testing.assert_allclose(result.history.loss, alone.history.loss, rtol=1e-4)
+
+
+def test_streams_range_tests_and_keys() -> None:
+    params, rows = sharded()
+    batches = lambda: (gdopt.shard(ROWS[k : k + 16], MESH, rows="data") for k in range(0, 64, 16))
+    streamed = gdopt.minimize(loss, params, data=batches, learning_rate=0.1, epochs=2)
+    assert (streamed.steps, shares(streamed.params["w"])) == (8, [(20, 128)] * 8)
+    auto = gdopt.minimize(loss, params, data=rows, batch_size=16, optimizer=optax.adam, max_steps=60)
+    assert shares(auto.params["w"]) == [(20, 128)] * 8
+    assert auto.range_test.suggestion is not None
+
+
+def test_inside_jit_and_averages() -> None:
+    params, rows = sharded()
+    inside = jax.jit(lambda p, r: gdopt.minimize(loss, p, args=(r,), learning_rate=0.1, max_steps=5))(params, rows)
+    outside = gdopt.minimize(loss, params, args=(rows,), learning_rate=0.1, max_steps=5)
+    np.testing.assert_allclose(inside.params["w"], outside.params["w"], rtol=1e-5)
+    averaged = optax.contrib.schedule_free_sgd(0.1)
+    result = gdopt.minimize(loss, params, data=rows, batch_size=16, optimizer=averaged, max_steps=5)
+    assert shares(result.params["w"]) == [(20, 128)] * 8
+
+
+def test_shard_places_what_it_says() -> None:
+    X = {"x": ROWS, "y": jnp.arange(64), "name": "digits"}
+    placed = gdopt.shard(X, MESH, rows="data")
+    assert (shares(placed["x"]), shares(placed["y"]), placed["name"]) == ([(8, 160)] * 8, [(8,)] * 8, "digits")
+    odd = gdopt.shard({"odd": np.zeros((131, 257)), "tall": np.zeros((300, 160))}, MESH, largest="data")
+    assert (shares(odd["odd"])[0], shares(odd["tall"])[0]) == ((131, 257), (300, 20))  # 300 does not divide
+    assert gdopt.shard(jax.random.key(0), MESH).sharding.is_fully_replicated
+
+
+def closes_over(rows):
+    return lambda params: loss(params, rows)
+
+
+OTHER = Mesh(np.array(jax.devices()[:4]), ("data",))
+BAD = {
+    "rows": (
+        lambda: gdopt.shard(ROWS[:60], MESH, rows="data"),
+        r"data has 60 rows, which do not divide over the 8 .*: "
+        "give 56 or 64, or another multiple of 8",
+    ),
+    "few rows": (lambda: gdopt.shard({"x": ROWS[:3]}, MESH, rows="data"), r"data\['x'\] has 3 rows.*: give 8, or"),
+    "no rows": (lambda: gdopt.shard(np.zeros(()), MESH, rows="data"), "is a scalar and has no rows"),
+    "axis": (lambda: gdopt.shard(ROWS, MESH, rows="batch"), "rows='batch' is no axis of the mesh: it has 'data'"),
+    "both": (lambda: gdopt.shard(ROWS, MESH, rows="data", largest="data"), "rows is for data, largest for params"),
+    "no mesh": (lambda: gdopt.shard(ROWS, jax.devices()), "is no mesh of devices"),
+    "batch_size": (
+        lambda: gdopt.minimize(loss, START, data=sharded()[1], batch_size=12, learning_rate=0.1),
+        "batch_size=12 does not divide over the 8 devices that data is split over: give 8 or 16",
+    ),
+    "two meshes": (
+        lambda: gdopt.minimize(loss, gdopt.shard(START, OTHER), data=sharded()[1], learning_rate=0.1),
+        r"params\['b'\] is on a mesh of \(data=4\) with devices \[0, 1, 2, 3\], and data on a mesh of \(data=8\) with",
+    ),
+    "closed over": (
+        lambda: gdopt.minimize(closes_over(gdopt.shard(ROWS, OTHER)), gdopt.shard(START, MESH), learning_rate=0.1),
+        "and what the loss closes over.* on a mesh of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_input(call, message) -> None:
+    with pytest.raises(gdopt.InputError, match=message):
+        call()
+
+
+def test_the_precision_limit_is_told_there_too() -> None:
+    params, rows = sharded()
+    limit = gdopt.minimize(lambda p, r: jnp.sum((p["w"] - 1) ** 2) + 1 + 0 * jnp.sum(r), params, data=rows, tol=0.0)
+    assert limit.success
+    assert shares(limit.params["w"]) == [(20, 128)] * 8
+
+
+def test_single_devices_are_no_mesh() -> None:
+    one = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), P("data"))
+    result = gdopt.minimize(loss, START, data=jax.device_put(ROWS, one), learning_rate=0.1, max_steps=3)
+    assert result.params["w"].devices() == {jax.devices()[0]}
