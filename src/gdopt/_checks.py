@@ -36,7 +36,7 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("gdopt", "contextlib"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level - 1)
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def rate(name: str, value: Any, *, zero: bool = False) -> float:

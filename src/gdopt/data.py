@@ -16,7 +16,6 @@ from gdopt._checks import whole_number
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
-
 _END: Any = object()  # of an iterator
 
 
