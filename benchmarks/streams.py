@@ -1,7 +1,7 @@
 """What does a step on a batch of a stream cost, against the Python loop that you would write by hand?
 
     python -m pip install -e '.[benchmarks]'
-    python benchmarks/streams.py                    # about 5 minutes; --quick: under 2; --markdown: for RESULTS.md
+    python benchmarks/streams.py                    # about 7 minutes; --quick: two; --markdown: for RESULTS.md
 
 Networks of three sizes, whose steps take some 0.1, 1 and 10 ms, are trained at one fixed rate, in float32, on the same
 batches in NumPy's memory. The yardstick is a hand-written loop over a jitted step that puts each batch on the device
@@ -13,6 +13,7 @@ over the rounds and the quartiles. The second table is of a loader that waits fo
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -75,8 +76,10 @@ def start(size: Size) -> Params:
     """Weights and offsets of a network, normally distributed."""
     random = np.random.default_rng(1)
     widths = [FEATURES, *[size.hidden] * size.layers, CLASSES]
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return [(jnp.asarray(random.standard_normal(p) / p[0] ** 0.5, jnp.float32), jnp.zeros(p[1])) for p in pairs]
+    return [
+        (jnp.asarray(random.standard_normal((n, m)) / n**0.5, jnp.float32), jnp.zeros(m))
+        for n, m in itertools.pairwise(widths)
+    ]
 
 
 def network_loss(params: Params, batch: Any) -> jax.Array:
@@ -177,12 +180,11 @@ def main() -> None:
     """Prints the tables."""
     options = arguments(__doc__, "fewer rounds")
     print_heading("streams", options.flags, installed(PACKAGES), options.markdown)
-    print_table(
-        "Time per step, as a ratio to the first loop: median (quartiles)",
-        *step_table(False, options.quick),
-        options.markdown,
-    )
-    print_table("The same with a loader that waits for half a step", *step_table(True, options.quick), options.markdown)
+    for title, waiting in (
+        ("Time per step, as a ratio to the first loop: median (quartiles)", False),
+        ("The same with a loader that waits for half a step", True),
+    ):
+        print_table(title, *step_table(waiting, options.quick), options.markdown)
 
 
 if __name__ == "__main__":
