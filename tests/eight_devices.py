@@ -30,11 +30,6 @@ def loss(params, rows):
     return jnp.mean((jnp.tanh(rows @ params["w"] + params["b"]) - jnp.sin(rows[:, :1])) ** 2)
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def mesh(request):
-    return jax.make_mesh((8,), ("data",), axis_types=(request.param,))
-
-
 CALLS: dict[str, dict[str, Any]] = {
     "spectral": {},
     "gd": {"learning_rate": 0.1},
@@ -52,8 +47,16 @@ def shares(leaf: jax.Array) -> list[tuple[int, ...]]:
     return [part.data.shape for part in leaf.addressable_shards]
 
 
-@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
-def test_a_run_on_eight_devices_stays_there_and_equals_one_on_one(mesh, options) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("spectral", AxisType.Auto),
+        ("batches", AxisType.Explicit),
+        *(pytest.param(name, kind, marks=pytest.mark.slow) for name in CALLS for kind in AxisType),
+    ],
+)
+def test_a_run_on_eight_devices_stays_there_and_equals_one_on_one(name, kind) -> None:
+    mesh, options = jax.make_mesh((8,), ("data",), axis_types=(kind,)), CALLS[name]
     with jax.enable_x64(True):
         seen = []
         keep = lambda report: seen.append(report.params) and None
@@ -82,7 +85,12 @@ def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[loop.Carry, 
     return carry, chunk.as_text()
 
 
-@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+FAST = ("spectral", "batches")
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param(CALLS[name], id=name, marks=() if name in FAST else pytest.mark.slow) for name in CALLS]
+)
 def test_the_state_is_split_and_no_data_are_gathered(options) -> None:
     params, rows = sharded()
     carry, text = compiled_chunk(params, rows, **options)
@@ -137,6 +145,7 @@ def test_a_second_run_compiles_nothing_and_another_layout_is_another_program() -
     assert shares(run(params)) == shares(first)
 
 
+@pytest.mark.slow
 def test_two_axes() -> None:
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     params = gdopt.shard(START, mesh, largest="model")
@@ -147,16 +156,21 @@ def test_two_axes() -> None:
     np.testing.assert_allclose(result.history.loss, alone.history.loss, rtol=1e-4)
 
 
-def test_streams_range_tests_and_keys() -> None:
-    params, rows = sharded()
+def test_streams() -> None:
     batches = lambda: (gdopt.shard(ROWS[k : k + 16], MESH, rows="data") for k in range(0, 64, 16))
-    streamed = gdopt.minimize(loss, params, data=batches, learning_rate=0.1, epochs=2)
+    streamed = gdopt.minimize(loss, sharded()[0], data=batches, learning_rate=0.1, epochs=2)
     assert (streamed.steps, shares(streamed.params["w"])) == (8, [(20, 128)] * 8)
+
+
+@pytest.mark.slow
+def test_range_tests() -> None:
+    params, rows = sharded()
     auto = gdopt.minimize(loss, params, data=rows, batch_size=16, optimizer=optax.adam, max_steps=60)
     assert shares(auto.params["w"]) == [(20, 128)] * 8
     assert auto.range_test.suggestion is not None
 
 
+@pytest.mark.slow
 def test_inside_jit_and_averages() -> None:
     params, rows = sharded()
     inside = jax.jit(lambda p, r: gdopt.minimize(loss, p, args=(r,), learning_rate=0.1, max_steps=5))(params, rows)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,43 +45,26 @@ def run(case: str, processes: tuple[int, ...] = (0, 1)) -> list[tuple[int, str, 
             process.kill()
 
 
-@pytest.fixture(scope="module")
-def answers() -> tuple[list[dict[str, Any]], list[str]]:
-    """What one process alone and each of the two found; and what these wrote to stderr."""
+def test_two_processes_come_to_what_one_comes_to() -> None:
+    """One test, as it takes half a minute to start and compile: see two_processes.py for the runs."""
     alone, ran = run("same", processes=(-1,)), run("same")
     for code, _, errors, _ in alone + ran:
         assert code == 0, errors[-3000:]
-    return [json.loads(out.splitlines()[-1]) for _, out, _, _ in alone + ran], [errors for _, _, errors, _ in ran]
+    one, *both = (json.loads(out.splitlines()[-1]) for _, out, _, _ in alone + ran)
+    for which in ("spectral", "batches", "stream"):
+        for found in (both[0][which], both[1][which]):
+            assert (found["status"], found["steps"]) == (one[which]["status"], one[which]["steps"])
+            for name in ("loss", "grad_norm", "w", "b"):
+                np.testing.assert_allclose(found[name], one[which][name], rtol=1e-10, atol=1e-13, err_msg=which)
+            assert found["shares"] == [[40, 256]]  # each has half of the params
 
-
-@pytest.mark.parametrize("which", ["spectral", "batches", "stream"])
-def test_two_processes_come_to_what_one_comes_to(answers, which: str) -> None:
-    alone, *both = (found[which] for found in answers[0])
-    for found in both:
-        assert (found["status"], found["steps"]) == (alone["status"], alone["steps"])
-        for name in ("loss", "grad_norm", "w", "b"):
-            np.testing.assert_allclose(found[name], alone[name], rtol=1e-10, atol=1e-13, err_msg=name)
-        assert found["shares"] == [[40, 256]]  # and each has half of the params
-    assert both[0] == both[1]
-
-
-def test_what_each_process_has_for_itself_is_left_alone(answers) -> None:
-    for number, found in enumerate(answers[0][1:]):
+    # What is a process's own, is; and what one decides, the other does, too.
+    for number, found in enumerate(both):
         assert found["mine"] == [pytest.approx(number, abs=1e-3), "CONVERGED"]
-
-
-def test_a_stop_in_one_stops_both_at_the_same_step(answers) -> None:
-    first, second = (found["stopped"] for found in answers[0][1:])
-    assert first == second
-    assert first[0] == "STOPPED"
-
-
-def test_the_shorter_stream_ends_both(answers) -> None:
-    assert [found["uneven"] for found in answers[0][1:]] == [["MAX_STEPS", 3]] * 2
-
-
-def test_there_is_one_bar(answers) -> None:
-    assert ["step/s" in errors for errors in answers[1]] == [True, False]
+    assert both[0]["stopped"] == both[1]["stopped"]
+    assert both[0]["stopped"][0] == "STOPPED"
+    assert [found["uneven"] for found in both] == [["MAX_STEPS", 3]] * 2  # the shorter stream ends both
+    assert ["step/s" in errors for _, _, errors, _ in ran] == [True, False]  # one bar
 
 
 @pytest.mark.parametrize(
@@ -94,7 +76,7 @@ def test_there_is_one_bar(answers) -> None:
         ),
         (
             "fails early",
-            ["process 1 ended the run: InputError: learning_rate=-1 is not", "InputError: learning_rate=-1"],
+            ["process 1 ended the run: InputError: max_steps=-1 is not", "InputError: max_steps=-1"],
         ),
         (
             "another rate",
@@ -103,7 +85,7 @@ def test_there_is_one_bar(answers) -> None:
                 "another learning_rate: learning_rate is 1.1 in process 1, and 0.1 in process 0",
             ],
         ),
-        ("closed over", ["pass arrays that the loss closes over in args="] * 2),
+        pytest.param("closed over", ["pass arrays that the loss closes over in args="] * 2, marks=pytest.mark.slow),
     ],
 )
 def test_an_error_in_one_ends_both_with_its_message(case: str, messages: list[str]) -> None:

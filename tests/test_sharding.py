@@ -9,13 +9,27 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import gdopt
 
 
-def test_on_eight_devices() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_eight_devices(which: str) -> None:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "eight_devices.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        "-m",
+        which,
+        "eight_devices.py",
+    ]
     folder = Path(__file__).parent
     ran = subprocess.run(command, cwd=folder, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-9000:] + ran.stderr[-2000:]

@@ -82,12 +82,14 @@ stream: dict[str, Any] = {"learning_rate": 0.1}
 
 if case == "same":
     answers = {
-        "spectral": summary(minimize(loss, params, args=(rows,), max_steps=25, progress=True)),
-        "batches": summary(minimize(noisy, params, data=rows, epochs=4, **options)),
-        "stream": summary(minimize(loss, params, data=batches, epochs=2, **stream)),
+        "spectral": summary(minimize(loss, params, args=(rows,), max_steps=8, progress=True)),
+        "batches": summary(minimize(noisy, params, data=rows, epochs=2, **options)),
+        "stream": summary(minimize(loss, params, data=batches, epochs=1, **stream)),
     }
     if process >= 0:
-        mine = minimize(lambda x: (x - process) ** 2, 3.0)  # of each process its own: nobody waits for the other
+        mine = minimize(
+            lambda x: (x - process) ** 2, 3.0, learning_rate=0.25
+        )  # of each process its own: nobody waits for the other
         answers["mine"] = [float(mine.params), mine.status.name]
         stopped = minimize(noisy, params, data=rows, max_steps=1000, callback=stops, **options)
         answers["stopped"] = [stopped.status.name, stopped.steps, seen]
@@ -98,7 +100,7 @@ if case == "same":
 elif case == "fails":
     minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1, max_steps=10**6, callback=fails)
 elif case == "fails early":
-    minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1 if process == 0 else -1, max_steps=10**6)
+    minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1, max_steps=10**6 if process == 0 else -1)
 elif case == "another rate":
     minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1 + process, max_steps=10**6)
 elif case == "closed over":

@@ -18,10 +18,10 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
 from gdopt.problem import Problem, make_problem, value_and_grad
-from gdopt.processes import Peers, check_joined, described, joined, peers
+from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
-from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
+from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
 from gdopt.task import Task, make_task
@@ -138,6 +138,13 @@ def minimize(
     batches, stream, noisy = task.batches, task.stream, task.noisy
     steps = _check_steps(max_steps, epochs, task)
     limits = Limits(steps.most, _check_tol(tol, noisy), _check_target(target))
+    given = {
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "limits": (*steps, *limits),
+        "keep_best": keep_best,
+    }
+    loop.check_alike(task, **given, callback=callback is not None)
     test = None
     if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
         test, learning_rate = _chosen(task, optimizer, steps)
@@ -153,8 +160,6 @@ def minimize(
         _refuse_host_visits(callback=callback, progress=progress, throw=throw, data=stream and data)
         return _inside(compiled.solve(compiled.constants, inputs), task)
     check_joined(inputs)
-    if others := peers():
-        _compare(others, task, inputs, optimizer, rule, steps, keep_best=keep_best, callback=callback is not None)
     streamed, boundary = None, batches.per_epoch if batches and callback else None
     if stream is not None:
         feed = stream.feed(steps.epochs, steps.batches)
@@ -174,55 +179,32 @@ def minimize(
         state, history, status = run.run(compiled, state, inputs, between, boundary=boundary, streamed=streamed)
     ended = time.perf_counter()
 
-    made, kept, params = len(history.loss) - 1, state.kept, run.returned_params(state)
-    steps_per_epoch = task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch
-    how = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
-    at_limit = status is Status.PRECISION_LIMIT
-    left = float(kept.grad_norm) * _distance(params, inputs.start) if at_limit else math.inf
-    success = bool(
-        succeeded(
-            status,
-            history.loss[0],
-            np.nanmin(history.loss) if np.isfinite(history.loss[0]) else math.inf,
-            left,
-            compiled.eps,
-            noisy=noisy,
-            has_target=target is not None,
-        )
-    )
-    if status is Status.DATA_EXHAUSTED:  # which is all there is to ask for where nothing else was
-        success = max_steps is None and epochs is None and target is None
-    message = explain(
-        status,
-        steps=made,
-        returned_step=int(kept.step),
+    kept, params = state.kept, run.returned_params(state)
+    ending = _Ending(
+        status=status,
         history=history,
-        limits=limits,
+        returned_step=int(kept.step),
+        left=float(kept.grad_norm) * _distance(params, inputs.start) if status is Status.PRECISION_LIMIT else math.inf,
         noisy=noisy,
-        steps_per_epoch=steps_per_epoch,
+        has_target=target is not None,
+        has_steps=max_steps is not None or epochs is not None,
+        steps_per_epoch=task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch,
+        limits=limits,
         eps=compiled.eps,
-        how=how,
-        success=success,
+        rates=rule.rates if search(state.optimizer) is None else Rates.SEARCHED,
+        range_test=test,
+        why_exhausted="" if streamed is None else streamed.feed.why,
     )
-    if status is Status.DATA_EXHAUSTED and streamed is not None and not success:
-        message += f" {streamed.feed.why}"
-    if how is Rates.SEARCHED:
-        message += chosen_rates(history.learning_rate)
-    if test is not None:
-        message += (
-            f" The learning rate was chosen by a range test of {len(test.learning_rate)} steps, which suggested "
-            f"{test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice of it."
-        )
     result = Result(
         params=problem.rest.combine(params),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
-        steps=made,
+        steps=ending.steps,
         status=status,
-        message=message,
-        success=success,
+        message=ending.message,
+        success=ending.success,
         history=history,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=ending.steps_per_epoch,
         range_test=test,
         aux=jax.tree.map(jax.device_put, kept.aux),
         compile_seconds=compiled_at - began,
@@ -231,30 +213,61 @@ def minimize(
     return result.raise_for_status() if throw else result
 
 
-def _compare(
-    others: Peers, task: Task, inputs: loop.Inputs, optimizer: Any, rule: Rule, steps: _Steps, **options: Any
-) -> None:
-    """Raises InputError where the processes were not called alike."""
-    ladder = [] if rule.schedule is None else [float(rule.schedule(step)) for step in (0, 1, 10, 100, 1000)]
-    others.compare(
-        loss=program.text(
-            task.value,
-            inputs.start,
-            task.batches.shapes(inputs.data) if task.batches else inputs.data,
-            inputs.args,
-            task.key,
-        ),
-        params=described(inputs.start),
-        data=described(inputs.data),
-        args=described(inputs.args),
-        optimizer=optimizer,
-        learning_rate=ladder or rule.rate,
-        limits=tuple(inputs.limits),
-        steps=tuple(steps),
-        batch_size=task.batches and task.batches.batch_size,
-        key=described(inputs.key),
-        settings={"float": jax.dtypes.canonicalize_dtype(float).name, **options},
-    )
+class _Ending(NamedTuple):
+    """How a run ended, and what decides on what is said of it."""
+
+    status: Status
+    history: History
+    returned_step: int
+    left: float
+    noisy: bool
+    has_target: bool
+    has_steps: bool  # or epochs
+    steps_per_epoch: int | None
+    limits: Limits
+    eps: float
+    rates: Rates
+    range_test: RangeTest | None
+    why_exhausted: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.history.loss) - 1
+
+    @property
+    def success(self) -> bool:
+        if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
+            return not (self.has_steps or self.has_target)
+        first = self.history.loss[0]
+        best = np.nanmin(self.history.loss) if np.isfinite(first) else math.inf
+        options = {"noisy": self.noisy, "has_target": self.has_target}
+        return bool(succeeded(self.status, first, best, self.left, self.eps, **options))
+
+    @property
+    def message(self) -> str:
+        message = explain(
+            self.status,
+            steps=self.steps,
+            returned_step=self.returned_step,
+            history=self.history,
+            limits=self.limits,
+            noisy=self.noisy,
+            steps_per_epoch=self.steps_per_epoch,
+            eps=self.eps,
+            how=self.rates,
+            success=self.success,
+        )
+        if self.status is Status.DATA_EXHAUSTED and not self.success:
+            message += f" {self.why_exhausted}"
+        if self.rates is Rates.SEARCHED:
+            message += chosen_rates(self.history.learning_rate)
+        if self.range_test is not None:
+            message += (
+                f" The learning rate was chosen by a range test of {len(self.range_test.learning_rate)} steps, which "
+                f"suggested {self.range_test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice "
+                "of it."
+            )
+        return message
 
 
 def _refuse_host_visits(**options: Any) -> None:

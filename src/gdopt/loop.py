@@ -22,6 +22,7 @@ from gdopt.errors import InputError
 from gdopt.implicit import differentiable
 from gdopt.optimizers import MAX_REJECTED
 from gdopt.problem import value_and_grad
+from gdopt.processes import described, peers
 from gdopt.result import History
 from gdopt.rule import Rule, apply, evaluation_params, inject, owned_rate, search
 from gdopt.sharding import Layout, placed
@@ -161,6 +162,25 @@ def compile(
             kept.append(made)
         seen.append(kept[0])
     return _differentiable(seen[0], value, noisy), inputs
+
+
+def check_alike(task: Task, **given: Any) -> None:
+    """Raises InputError where a call is one of several processes that were not made alike."""
+    others = peers()
+    if others is None:
+        return
+    batch = task.batches.shapes(task.data) if task.batches else task.data
+    if callable(given.get("learning_rate")):
+        given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
+    others.compare(
+        loss=program.text(task.value, task.problem.params, batch, task.args, task.key),
+        params=described(task.problem.params),
+        data=described(task.data),
+        args=described(task.args),
+        key=described(task.key),
+        batches=task.batches,
+        **given,
+    )
 
 
 class Settings(NamedTuple):

@@ -157,6 +157,7 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
             "data is an iterator, which can be gone through once, and a range test goes through the first batches and "
             "leaves them to the training: pass a function that returns a new iterator each time, or a learning_rate."
         )
+    loop.check_alike(task, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
     keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
     keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
     curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)

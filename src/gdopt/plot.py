@@ -32,6 +32,7 @@ def descent(result: Result) -> Any:
 
     Raises:
         GdoptError: when matplotlib is missing, with the command that installs it.
+        InputError: for a result from inside jit, vmap or grad, which has no history.
 
     Example:
         >>> import gdopt
@@ -40,7 +41,10 @@ def descent(result: Result) -> Any:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['loss', 'gradient norm', 'learning rate']
     """
-    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history)
+    history: Any = result.history
+    if history is None:
+        raise InputError("result has no history, as it is of a run inside jit, vmap or grad: make the run outside.")
+    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in history)
     learning_rate = learning_rate[: result.steps]  # no update is made from the last point
     panels = 3 if np.isfinite(learning_rate).any() else 2
     figure = _figure(2 + 1.5 * panels)

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.core
 import numpy as np
 
 from gdopt import _trees
 from gdopt._types import PyTree
 from gdopt.errors import GdoptError, InputError
 
-_BYTES = 4096  # of a note
+_BYTES = 8192  # of a note
+_LONGEST_ERROR = 1000  # characters, of up to 6 bytes each
 _LONGEST = 60  # characters that are compared as they are, and shown
 
 P = ParamSpec("P")
@@ -77,15 +79,15 @@ def peers() -> Peers | None:
 
 
 def joined(function: Callable[P, T]) -> Callable[P, T]:
-    """A function ``(loss, params, *, data=, args=)`` that ends in all processes where it fails in one.
+    """The function, to end in all processes where it fails in one.
 
-    Where its arrays are spread over several. Where each process has its own, as for a search with one model for each,
-    they know nothing of each other.
+    That is where arrays that it is given are spread over several. Where each process has its own, as for a search with
+    one model for each, they know nothing of each other.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if jax.process_count() == 1 or not _is_spread((args, kwargs.get("data"), kwargs.get("args"))):
+        if jax.process_count() == 1 or not _is_spread((args, kwargs)):
             return function(*args, **kwargs)
         with _together(Peers()):
             return function(*args, **kwargs)
@@ -103,7 +105,7 @@ def _together(peers: Peers) -> Iterator[None]:
         raise
     except BaseException as error:
         with contextlib.suppress(_PeerError):
-            peers.exchange(error=f"{type(error).__name__}: {error}"[: _BYTES // 2])
+            peers.exchange(error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
         raise
     finally:
         _current.reset(token)
@@ -135,8 +137,8 @@ def described(tree: PyTree) -> str:
 
 
 def _is_spread(tree: PyTree) -> bool:
-    leaves = jax.tree.leaves(tree)
-    return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves)
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return any(not isinstance(leaf, jax.core.Tracer) and not leaf.is_fully_addressable for leaf in arrays)
 
 
 def _short(value: Any) -> str:
