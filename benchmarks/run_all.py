@@ -22,6 +22,7 @@ END = "<!-- What the script prints ends here. -->"
 # In the order of RESULTS.md; and those that draw, with where to.
 PICTURES = {
     "loop_overhead": "docs/loop_overhead.png",
+    "streams": None,
     "first_call": "docs/first_call.png",
     "memory": "docs/memory.png",
     "many_fits": "docs/many_fits.png",

@@ -16,6 +16,8 @@ from gdopt._checks import whole_number
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
+_END: Any = object()  # of an iterator
+
 
 class Batches(NamedTuple):
     """How ``rows`` rows are cut into batches; the rows that fill no batch sit an epoch out, other ones each time."""
@@ -52,12 +54,13 @@ class Batches(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch of a stream, on the device."""
+    """One batch of a stream."""
 
     data: PyTree
     begins: bool  # a pass over the stream
     ends: bool
     steps: int  # of its pass so far, with this one
+    passes: int  # that are complete with it
 
 
 class Stream:
@@ -67,8 +70,8 @@ class Stream:
         self._source = source
         iterator = self.open()
         self.once = iterator is source
-        self._first = next(iterator, None)
-        if self._first is None:
+        first = next(iterator, _END)
+        if first is _END:
             raise InputError(
                 f"data={source!r} gave no batch. "
                 + (
@@ -79,12 +82,15 @@ class Stream:
                 )
             )
         self._opened: Iterator | None = iterator
-        self.example = _on_device(self._first)
+        self.example = _arrays(first)
 
     @property
     def length(self) -> int | None:
         """The batches of a pass, by what the iterable says."""
-        return len(self._source) if hasattr(self._source, "__len__") else None
+        try:
+            return len(self._source)
+        except TypeError:  # also of a loader that has a length but for what it loads
+            return None
 
     def open(self) -> Iterator:
         """The batches of one more pass."""
@@ -98,7 +104,7 @@ class Stream:
     def begin(self) -> Iterator:
         """The batches of a first pass; those of the pass that was begun to look at its first, where nobody has them."""
         opened, self._opened = self._opened, None
-        return self.open() if opened is None else itertools.chain([self._first], opened)
+        return self.open() if opened is None else itertools.chain([self.example], opened)
 
     def feed(self, passes: int | None = None, most: int | None = None) -> Feed:
         """The batches of so many passes, and no more than so many."""
@@ -106,48 +112,43 @@ class Stream:
 
 
 class Feed:
-    """A stream on its way: each batch is moved to the device while the step before it is computed."""
+    """A stream on its way, one batch ahead of what it gives: so it can tell which one is the last of its pass."""
 
     def __init__(self, stream: Stream, passes: int | None, most: int | None):
-        self.passes = 0  # begun
         self.steps_per_epoch: int | None = None  # of the first pass, once that is known
         self.why = ""  # it ended before it should have
         self._stream, self._passes, self._most = stream, passes, most
         self._cut = False  # at the most batches that were asked for: what would have come is not known
         self._walk = self._batches()
         self._ahead = next(self._walk, None)
-        self._given: Batch | None = None
+        self._steps = self._begun = 0  # steps of the pass, and passes
 
     def next(self) -> Batch | None:
         """The next batch; None at the end."""
         if self._ahead is None:
             return None
         (data, begins), self._ahead = self._ahead, next(self._walk, None)
-        self.passes += begins
-        steps = 1 if begins or self._given is None else self._given.steps + 1
-        ends = not self._cut if self._ahead is None else self._ahead[1]
+        self._begun += begins
+        self._steps = steps = 1 if begins else self._steps + 1
+        if self._ahead is not None:
+            ends = self._ahead[1]
+        else:
+            ends = not self._cut or steps == (self.steps_per_epoch or self._stream.length)
         if ends and self.steps_per_epoch is None:
             self.steps_per_epoch = steps
-        self._given = Batch(data, begins, ends, steps)
-        return self._given
-
-    @property
-    def last(self) -> Batch:
-        """The batch given last."""
-        assert self._given is not None
-        return self._given
+        return Batch(data, begins, ends, steps, self._begun - (not ends))
 
     def _batches(self) -> Iterator[tuple[PyTree, bool]]:
-        """Each batch, on the device, with whether a pass begins with it."""
+        """Each batch, with whether a pass begins with it."""
         count, structure = 0, jax.tree.structure(self._stream.example)
         iterator = self._stream.begin()
         for passes in itertools.count(1):
             begins = True
             while count != self._most:
-                batch = next(iterator, None)
-                if batch is None:
+                batch = next(iterator, _END)
+                if batch is _END:
                     break
-                data = _on_device(batch)
+                data = _arrays(batch)
                 if jax.tree.structure(data) != structure:
                     raise InputError(
                         f"batch {count} of data has the structure {jax.tree.structure(data)}, where the first had "
@@ -168,21 +169,23 @@ class Feed:
             iterator = self._stream.open()
 
 
-def _on_device(batch: Any) -> PyTree:
-    """A batch as JAX's arrays, of its own memory: loaders may use theirs again."""
+def _arrays(batch: Any) -> PyTree:
+    """A batch as arrays of its own memory: loaders may use theirs again. The step moves NumPy's to the device."""
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef.unflatten(
+        [leaf if isinstance(leaf, jax.Array) else _array(place, leaf, batch) for place, leaf in enumerate(leaves)]
+    )
 
-    def moved(path: tuple, leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array):
-            return leaf
-        array = np.asarray(leaf)
-        if array.dtype.kind not in "biufcV":  # V: bfloat16 and the like
-            raise InputError(
-                f"{_trees.path_name(path, 'a batch of data')} is a {type(leaf).__name__}, not an array of numbers: "
-                "give batches that are pytrees of NumPy or JAX arrays, or of torch tensors."
-            )
-        return jnp.array(array)
 
-    return jax.tree_util.tree_map_with_path(moved, batch)
+def _array(place: int, leaf: Any, batch: PyTree) -> np.ndarray:
+    array = np.asarray(leaf)
+    if array.dtype.kind not in "biufcV":  # V: bfloat16 and the like
+        path, _ = jax.tree_util.tree_leaves_with_path(batch)[place]
+        raise InputError(
+            f"{_trees.path_name(path, 'a batch of data')} is a {type(leaf).__name__}, not an array of numbers: "
+            "give batches that are pytrees of NumPy or JAX arrays, or of torch tensors."
+        )
+    return np.array(array)
 
 
 def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream | None]:

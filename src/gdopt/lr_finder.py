@@ -61,7 +61,8 @@ def lr_find(
         loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``, as in `minimize`.
         params: any pytree, as in `minimize`.
         args: further arguments of the loss.
-        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``.
+        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``; or a stream of batches, as in
+            `minimize`, that can be gone through more than once: no iterator.
         batch_size: rows per step; choose it as for the training, for the best rate grows with it. By default all rows.
         optimizer: the factory ``learning_rate -> transformation`` to find a rate for: ``gdopt.gd``, ``optax.adam``,
             ``functools.partial(optax.sgd, momentum=0.9)``.

@@ -15,7 +15,7 @@ import numpy as np
 from gdopt import _trees, loop, stopping
 from gdopt._checks import warn
 from gdopt._types import PyTree
-from gdopt.data import Feed
+from gdopt.data import Batch, Feed
 from gdopt.errors import InputError
 from gdopt.loop import LAST_STEP, Carry, Compiled, Inputs, State
 from gdopt.processes import peers
@@ -39,27 +39,33 @@ def begin(compiled: Compiled, inputs: Inputs) -> Carry:
 
 
 class Streamed:
-    """Steps on the batches of a stream, each dispatched while the one before is computed."""
+    """Steps on the batches of a stream: as one is computed, the next one waits and the batch after that is fetched.
+
+    A batch in NumPy's memory is an argument of its step as it is. JAX moves it to the device when the step is
+    dispatched, while the one before is computed, and takes a fraction of the host's time that `jax.device_put` takes.
+    """
 
     def __init__(self, feed: Feed, compile_for: Callable[[PyTree], tuple[Any, Inputs]], *, pause: bool):
         self.feed = feed
         self.ended = False
         self._compile_for, self._pause = compile_for, pause  # at the end of each pass
         self._programs: dict[Any, tuple[Compiled, list]] = {}  # by the shapes of batches
+        self._given: Batch | None = None
+        self._next = feed.next()
 
     @property
     def passes_made(self) -> int:
         """Passes that are complete with the batch given last."""
-        return self.feed.passes - (not self.feed.last.ends)
+        return self._given.passes if self._given else 0
 
-    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list, *, last: bool) -> Carry:
-        """From step ``first`` to ``limit``, or less; with ``last``, the batch before once more."""
+    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
+        """From step ``first`` to ``limit``, or less."""
         before, others = None, peers()
         for step in range(first, limit):
             leave = bool(interrupted) and step > first
             if leave and not others:
                 break
-            batch = self.feed.last._replace(ends=False) if last else self.feed.next()
+            batch = self._next
             ended = batch is None
             if others:  # each process has its own part of each batch, and may have fewer of them
                 notes = others.exchange(ended=ended, leave=leave)
@@ -67,17 +73,27 @@ class Streamed:
             if batch is None or ended or leave:
                 self.ended = ended
                 break
-            compiled, constants = self._program(batch.data)
-            given = inputs._replace(
-                data=batch.data, constants=constants, epoch=Epoch(batch.begins, batch.ends, batch.steps)
-            )
-            carry, code = compiled.chunk(carry, np.int32(first), np.int32(step + 1), given)
+            self._given = batch
+            carry, code = self._step(carry, inputs, first, step, batch)
             if before is not None and not (np.asarray(before) == RUNNING).any():
                 break  # so this step was none, and the batches ahead are not needed
             before = code
+            self._next = self.feed.next()  # now, as the step is computed
             if self._pause and batch.ends:
                 break
         return carry
+
+    def evaluate(self, carry: Carry, inputs: Inputs, step: int) -> Carry:
+        """The point of a step on the batch given last, once more."""
+        batch = self._given or self._next
+        assert batch is not None
+        return self._step(carry, inputs, step, step, batch._replace(ends=False))[0]
+
+    def _step(self, carry: Carry, inputs: Inputs, first: int, step: int, batch: Batch) -> tuple[Carry, jax.Array]:
+        compiled, constants = self._program(batch.data)
+        epoch = Epoch(batch.begins, batch.ends, batch.steps)
+        given = inputs._replace(data=batch.data, constants=constants, epoch=epoch)
+        return compiled.chunk(carry, np.int32(first), np.int32(step + 1), given)
 
     def _program(self, data: PyTree) -> tuple[Compiled, list]:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
@@ -141,8 +157,10 @@ def advance(
             began = time.perf_counter()
             if streamed is None:
                 carry, _ = compiled.chunk(carry, np.int32(step), np.int32(limit), inputs)
+            elif last:
+                carry = streamed.evaluate(carry, inputs, step)
             else:
-                carry = streamed.advance(carry, inputs, step, limit, interrupted, last=last)
+                carry = streamed.advance(carry, inputs, step, limit, interrupted)
             state = carry[0].tree()  # waits for the chunk
             reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())
             seconds = time.perf_counter() - began
@@ -189,7 +207,7 @@ def run(
         if streamed is None:
             carry, _ = compiled.chunk((again, carry[1]), step, step + 1, last)
         else:
-            carry = streamed.advance((again, carry[1]), last, int(step), int(step) + 1, [], last=True)
+            carry = streamed.evaluate((again, carry[1]), last, int(step))
         state = carry[0].tree()
     return state, history, status
 
