@@ -157,7 +157,7 @@ def minimize(
 
     compiled, inputs = compile(task.data)
     if isinstance(compiled, loop.Whole):
-        _refuse_host_visits(callback=callback, progress=progress, throw=throw, data=stream and data)
+        _refuse_host_visits(callback=callback, progress=progress, throw=throw, data=None if stream is None else data)
         return _inside(compiled.solve(compiled.constants, inputs), task)
     check_joined(inputs)
     streamed, boundary = None, batches.per_epoch if batches and callback else None
@@ -272,7 +272,7 @@ class _Ending(NamedTuple):
 
 def _refuse_host_visits(**options: Any) -> None:
     for name, value in options.items():
-        if value:
+        if value is not None and value is not False:
             raise InputError(
                 f"{name}={value!r} was given to minimize inside jit, vmap or grad, where the whole run is one compiled "
                 f"program that nobody can look into or stop: leave {name} out, and look at the result."
