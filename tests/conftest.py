@@ -18,5 +18,5 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, deran
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Scripts of their own: test_processes.py and test_sharding.py run them.
-collect_ignore = ["two_processes.py", *(["eight_devices.py"] if jax.device_count() != 8 else [])]
+# Scripts of their own, which tests run.
+collect_ignore = ["killed_run.py", "two_processes.py", *(["eight_devices.py"] if jax.device_count() != 8 else [])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
@@ -15,12 +16,14 @@ import numpy as np
 from gdopt import _trees, loop, lr_finder, program, run
 from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
+from gdopt.checkpoint import Checkpoint
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
 from gdopt.problem import Problem, make_problem, value_and_grad
 from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
+from gdopt.resuming import saves_at
 from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
@@ -53,6 +56,7 @@ def minimize(
     keep_best: bool = True,
     callback: Callable[[Report], Any] | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     throw: bool = False,
 ) -> Result:
     """Minimises a differentiable loss by gradient descent, or by any optax optimizer, in one compiled loop.
@@ -102,6 +106,10 @@ def minimize(
         callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
             mini-batches; a true return value stops the run.
         progress: show a progress bar (needs tqdm).
+        checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
+            with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
+            the same machine; with more steps or epochs it goes on beyond its end. A stream is gone through again up to
+            where it was, so it has to give the same batches.
         throw: raise where the run does not end with success, instead of saying so in the result.
 
     Returns:
@@ -112,7 +120,8 @@ def minimize(
         ``jax.jit`` around what you differentiate more than once.
 
         A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or
-        NON_FINITE the best or the last good one. Ctrl-C ends the run with a result (INTERRUPTED), a second one raises.
+        NON_FINITE the best or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a
+        save where there is a checkpoint; a second Ctrl-C raises.
 
     Raises:
         InputError: for bad input, before anything compiles; and where a range test finds no rate.
@@ -145,39 +154,46 @@ def minimize(
         "keep_best": keep_best,
     }
     loop.check_alike(task, **given, callback=callback is not None)
-    test = None
-    if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
-        test, learning_rate = _chosen(task, optimizer, steps)
-    rule = make_rule(optimizer, learning_rate)
+    with saves_at(checkpoint) as saves:
+        if saves is not None:
+            saves.compare(task, optimizer, keep_best=keep_best)
+        test = None
+        if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
+            test, learning_rate = _chosen(task, optimizer, steps, saves and saves.range_test)
+        if saves is not None:
+            saves.range_test = test
+        rule = make_rule(optimizer, learning_rate)
 
-    def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
-        key = task.key if noisy else None
-        some = task._replace(data=data)
-        return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=target is not None)
+        def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
+            key = task.key if noisy else None
+            some = task._replace(data=data)
+            return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=target is not None)
 
-    compiled, inputs = compile(task.data)
-    if isinstance(compiled, loop.Whole):
-        _refuse_host_visits(callback=callback, progress=progress, throw=throw, data=None if stream is None else data)
-        return _inside(compiled.solve(compiled.constants, inputs), task)
-    check_joined(inputs)
-    streamed, boundary = None, batches.per_epoch if batches and callback else None
-    if stream is not None:
-        feed = stream.feed(steps.epochs, steps.batches)
-        streamed = run.Streamed(feed, compile, pause=callback is not None)
+        compiled, inputs = compile(task.data)
+        if isinstance(compiled, loop.Whole):
+            given = {"callback": callback, "progress": progress, "checkpoint": checkpoint, "throw": throw}
+            _refuse_host_visits(**given, data=None if stream is None else data)
+            return _inside(compiled.solve(compiled.constants, inputs), task)
+        check_joined(inputs)
+        streamed, boundary = None, batches.per_epoch if batches and callback else None
+        if stream is not None:
+            feed = stream.feed(steps.epochs, steps.batches)
+            streamed = run.Streamed(feed, compile, pause=callback is not None)
 
-    with progress_bar(progress, steps.expected) as advance:
-        state = run.begin(compiled, inputs)
-        compiled_at = time.perf_counter()
+        with progress_bar(progress, steps.expected) as advance:
+            state = run.begin(compiled, inputs)
+            compiled_at = time.perf_counter()
 
-        def between(step: int, state: loop.State, records: History) -> bool:
-            advance(step, records.loss[-1])
-            if callback is None:
-                return False
-            epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
-            return bool(callback(_report(problem, step, epoch, state, records)))
+            def between(step: int, state: loop.State, records: History) -> bool:
+                advance(step, records.loss[-1])
+                if callback is None:
+                    return False
+                epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
+                return bool(callback(_report(problem, step, epoch, state, records)))
 
-        state, history, status = run.run(compiled, state, inputs, between, boundary=boundary, streamed=streamed)
-    ended = time.perf_counter()
+            options = {"boundary": boundary, "streamed": streamed, "saves": saves}
+            state, history, status = run.run(compiled, state, inputs, between, **options)
+        ended = time.perf_counter()
 
     kept, params = state.kept, run.returned_params(state)
     ending = _Ending(
@@ -374,14 +390,16 @@ def _report(problem: Problem, step: int, epoch: int, state: loop.State, records:
     )
 
 
-def _chosen(task: Task, optimizer: Any, steps: _Steps) -> tuple[RangeTest, Schedule]:
-    """The range test of `"auto"`, and the schedule that it leads to."""
+def _chosen(task: Task, optimizer: Any, steps: _Steps, made: RangeTest | None) -> tuple[RangeTest, Schedule]:
+    """The range test of `"auto"`, where none was made before, and the schedule that it leads to."""
     max_steps = steps.expected
     if max_steps is None:
         raise InputError(
             f"epochs={steps.epochs} was given with a stream that does not tell how many batches it has, and "
             "learning_rate='auto' plans its cycles over all steps: pass max_steps as well, or a learning_rate."
         )
+    if made is not None and made.suggestion is not None:
+        return made, _cycles(_PEAK * made.suggestion, max_steps)
     fewest = max(max_steps // 5, _LEAST_TEST)
     for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # a short one may drown in noise
         ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")

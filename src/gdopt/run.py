@@ -20,6 +20,7 @@ from gdopt.errors import InputError
 from gdopt.loop import LAST_STEP, Carry, Compiled, Inputs, State
 from gdopt.processes import peers
 from gdopt.result import History
+from gdopt.resuming import Saves
 from gdopt.rule import evaluation_params
 from gdopt.stopping import RUNNING, Epoch, Status
 
@@ -57,6 +58,11 @@ class Streamed:
     def passes_made(self) -> int:
         """Passes that are complete with the batch given last."""
         return self._given.passes if self._given else 0
+
+    def skip(self, steps: int) -> None:
+        """Goes through the batches of the steps that were made before."""
+        for _ in range(steps):
+            self._given, self._next = self._next, self.feed.next()
 
     def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
         """From step ``first`` to ``limit``, or less."""
@@ -127,14 +133,24 @@ def advance(
     until: int = LAST_STEP,
     boundary: int | None = None,
     streamed: Streamed | None = None,
+    saves: Saves | None = None,
 ) -> tuple[Carry, History, Status | None]:
     """Runs chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
 
     ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
     multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result. After a stop, the
-    state's last point is evaluated still. Returns what stopped it from outside, if anything did.
+    state's last point is evaluated still. Returns what stopped it from outside, if anything did. With ``saves`` it goes
+    on from the one that was found, and makes others.
     """
-    step, cause, records = int(carry[0].tree().step), None, []
+    limits, records = inputs.limits, []
+    if saves is not None:
+        carry, records = saves.restored(carry, limits)
+    state = carry[0].tree()
+    step, cause, running = int(state.step), None, bool((np.asarray(state.code) == RUNNING).any())
+    if not running:  # all of it was saved
+        return carry, joined(records), None
+    if streamed is not None:
+        streamed.skip(step)
     stop, others = False, peers()
     seconds_of_chunk = _CHUNK_SECONDS * (_PATIENCE if others else 1)
     with ctrl_c() as interrupted:
@@ -142,11 +158,18 @@ def advance(
             size = max(1, int(seconds_of_chunk / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
             limit = step + min(size, loop.CAPACITY)
             limit = limit if boundary is None else min(limit, (step // boundary + 1) * boundary)
+            if saves is not None and step < int(limits.max_steps):
+                limit = min(limit, int(limits.max_steps))  # to save before the last point is evaluated
             limit, pressed = min(limit, until), bool(interrupted)
             if others:
                 limit, stop, pressed = others.agree(limit, stop, pressed)
             ended = streamed is not None and streamed.ended
             last = stop or pressed or ended
+            if saves is not None and records:
+                if last or step == int(limits.max_steps):  # of which the end may be put off by another call
+                    saves.finish(state, joined(records), limits)
+                elif saves.due():
+                    saves.save(state, joined(records), limits)
             if last:
                 if pressed or stop:
                     cause = Status.INTERRUPTED if pressed else Status.STOPPED
@@ -172,6 +195,8 @@ def advance(
                 stop = cause is None and between(step, state, records[-1])
             if not running or step == until:
                 break
+    if saves is not None and not running:
+        saves.finish(state, joined(records), limits)
     return carry, joined(records), cause
 
 
@@ -193,9 +218,10 @@ def run(
     *,
     boundary: int | None,
     streamed: Streamed | None,
+    saves: Saves | None,
 ) -> tuple[State, History, Status]:
     """Runs to the end: see `advance`. Of an optimizer that keeps an average, the average is evaluated last."""
-    carry, history, cause = advance(compiled, carry, inputs, between, boundary=boundary, streamed=streamed)
+    carry, history, cause = advance(compiled, carry, inputs, between, boundary=boundary, streamed=streamed, saves=saves)
     state = carry[0].tree()
     code = Status(int(state.code))
     status = cause if cause and code is Status.MAX_STEPS else code
@@ -227,23 +253,31 @@ def returned_params(state: State) -> PyTree:
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[list[bool]]:
-    """A list that is no longer empty after Ctrl-C, which then ends the run with its state intact.
+    """A list that is no longer empty after Ctrl-C or SIGTERM, which then ends the run with its state intact.
 
     An exception would come between any two bytecodes, also where the old state is donated and the new one not yet
-    bound. A second Ctrl-C raises KeyboardInterrupt as ever. Somebody else's handler, or another thread, is left alone.
+    bound. SIGTERM, by which schedulers tell a process to end, is taken in the same way. After the first one, the usual
+    handlers are back: a second Ctrl-C raises KeyboardInterrupt. Somebody else's handler, or another thread, is left
+    alone.
     """
     pressed: list[bool] = []
-    usual = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if threading.current_thread() is not threading.main_thread():
         yield pressed
         return
+    taken = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
+
+    def give_back() -> None:
+        for number in taken:
+            signal.signal(number, usual[number])
 
     def handler(signum: int, frame: Any) -> None:
         pressed.append(True)
-        signal.signal(signal.SIGINT, usual)
+        give_back()
 
-    signal.signal(signal.SIGINT, handler)
+    for number in taken:
+        signal.signal(number, handler)
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, usual)
+        give_back()

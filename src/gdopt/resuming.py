@@ -1,0 +1,169 @@
+"""What of a run is saved, and how a run goes on from there, bit for bit as if it had never stopped.
+
+A save holds the state between two steps and the history up to it. All random numbers are drawn from the run's key and
+the number of the step, so nothing else is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdopt import _trees, program
+from gdopt._checks import warn
+from gdopt._types import PyTree
+from gdopt.checkpoint import Checkpoint, Saved, Saver, newest
+from gdopt.errors import InputError
+from gdopt.loop import Carry, State
+from gdopt.processes import peers
+from gdopt.result import History, RangeTest
+from gdopt.stopping import Status
+from gdopt.task import Task
+
+_LONGEST = 200  # characters of a description
+
+
+class Saves:
+    """The saves of a run: the one that it goes on from, if there is one, and those that it makes."""
+
+    def __init__(self, saver: Saver, found: Saved | None):
+        self.found = found
+        self.range_test: RangeTest | None = None if found is None else _range_test(found)
+        self._saver = saver
+        self._meta: dict[str, Any] = {}
+
+    def compare(self, task: Task, optimizer: Any, *, keep_best: bool) -> None:
+        """Raises InputError where the save is of another run; that its loss was changed is a warning."""
+        batch = task.batches.shapes(task.data) if task.batches else task.data
+        text = program.text(task.value, task.problem.params, batch, task.args, task.key)
+        given = {
+            "params": _described(task.problem.params),
+            "data": "a stream" if task.stream else _described(task.data),
+            "batch_size": repr(task.batches and task.batches.batch_size),
+            "args": _described(task.args),
+            "optimizer": re.sub(r" at 0x[0-9a-f]+", "", repr(optimizer))[:_LONGEST],
+            "key": np.asarray(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
+            "keep_best": repr(keep_best),
+            "float": jax.dtypes.canonicalize_dtype(float).name,
+        }
+        self._meta = {"given": given, "loss": zlib.crc32(text.encode())}
+        if self.found is None:
+            return
+        theirs = self.found.meta.get("given", {})
+        for name, mine in given.items():
+            if theirs.get(name) != mine:
+                raise InputError(
+                    f"the checkpoint {self.found.file!r} is of another run: its {name} is {theirs.get(name)}, and here "
+                    f"it is {mine}. Make the same call, or pass another path."
+                )
+        if self.found.meta.get("loss") != self._meta["loss"]:
+            warn(f"the loss is no longer that of the checkpoint {self.found.file!r}: the run goes on with the new one.")
+
+    def restored(self, carry: Carry, limits: tuple) -> tuple[Carry, list[History]]:
+        """The carry in the place of a fresh one, and the history so far."""
+        if self.found is None:
+            return carry, []
+        arrays = self.found.arrays
+        history = History(*(arrays[f"history.{name}"] for name in History._fields))
+
+        def put(path: tuple, leaf: Any) -> Any:
+            name = _trees.path_name(path, "state")
+            plain = _plain(leaf)
+            saved = arrays.get(name)
+            if saved is None or (saved.shape, saved.dtype) != (plain.shape, plain.dtype):
+                what = "nothing" if saved is None else f"{saved.dtype}{list(saved.shape)}"
+                raise InputError(
+                    f"the checkpoint {self.found and self.found.file!r} is of another run: its {name} is {what}, and "
+                    f"here it is {plain.dtype}{list(plain.shape)}. Make the same call, or pass another path."
+                )
+            if not isinstance(leaf, jax.Array):
+                return saved[()]
+            if _trees.is_key(leaf):
+                return jax.random.wrap_key_data(jax.device_put(saved), impl=jax.random.key_impl(leaf))
+            return jax.device_put(saved, leaf.sharding)
+
+        state: State = jax.tree_util.tree_map_with_path(put, carry[0].tree())
+        ended = int(state.code)
+        # What ended by its own limits goes on where these are others now: its last point is evaluated once more.
+        if ended in (Status.CONVERGED, Status.TARGET_REACHED) and self.found.meta["limits"] != _limits(limits):
+            state = state._replace(code=np.int32(0))
+            history = History(*(entries[:-1] for entries in history))
+        return (_trees.pack(state), carry[1]), [history]
+
+    def due(self) -> bool:
+        """Whether it is time for a save."""
+        return self._saver.due()
+
+    def save(self, state: State, history: History, limits: tuple) -> None:
+        """Begins to save the state between two steps, of which the arrays may be donated to the next."""
+        self._saver.save(*self._contents(state, history, limits))
+
+    def finish(self, state: State, history: History, limits: tuple) -> None:
+        """Saves the last state, and waits until it is on the disk."""
+        self._saver.close(final=self._contents(state, history, limits))
+
+    def _contents(self, state: State, history: History, limits: tuple) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        arrays = {_trees.path_name(path, "state"): _plain(leaf) for path, leaf in leaves}
+        arrays |= {f"history.{name}": entries for name, entries in history._asdict().items()}
+        meta = {**self._meta, "limits": _limits(limits), "range_test": None}
+        if self.range_test is not None:
+            test = self.range_test
+            arrays |= {f"range_test.{name}": getattr(test, name) for name in _TEST_ARRAYS}
+            told = {"message": test.message, "suggestion": test.suggestion, "suggestions": test.suggestions}
+            meta["range_test"] = {"status": int(test.status), **told}
+        return int(state.step), arrays, meta
+
+
+@contextlib.contextmanager
+def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Iterator[Saves | None]:
+    """The saves at a path, which are this run's alone until it ends; None without one."""
+    if checkpoint is None:
+        yield None
+        return
+    if peers() is not None:
+        raise InputError(
+            "checkpoint= was given to a run that is spread over several processes: save Report.params in a callback, "
+            "with orbax-checkpoint, say, or run it on the devices of one process."
+        )
+    given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    with Saver(given) as saver:
+        yield Saves(saver, newest(given))
+
+
+_TEST_ARRAYS = ("learning_rate", "loss", "smoothed_loss", "losses", "smoothed_losses")
+
+
+def _range_test(saved: Saved) -> RangeTest | None:
+    told = saved.meta.get("range_test")
+    if told is None:
+        return None
+    arrays = {name: saved.arrays[f"range_test.{name}"] for name in _TEST_ARRAYS}
+    return RangeTest(**arrays, **{**told, "status": Status(told["status"])}, refinement=None)
+
+
+def _limits(limits: tuple) -> list[str]:
+    return [repr(float(limit)) for limit in limits[1:]]  # how many steps is told by the state itself
+
+
+def _plain(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
+
+
+def _described(tree: PyTree) -> str:
+    """Paths, dtypes and shapes; of many leaves a checksum."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    text = ", ".join(
+        f"{jax.tree_util.keystr(path)} {leaf.dtype.name}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
+        for path, leaf in leaves
+    )
+    return (
+        text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(leaves)} leaves, {zlib.crc32(text.encode()):x})"
+    )

@@ -1,0 +1,244 @@
+"""A run that was killed, interrupted or at its end goes on from its newest save, and comes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdopt
+from gdopt import Status
+from gdopt import run as host
+
+SCRIPT = Path(__file__).with_name("killed_run.py")
+ROWS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+BATCHES: dict[str, Any] = {"data": ROWS, "batch_size": 7, "optimizer": optax.adam, "learning_rate": 0.01}
+
+
+def loss(w, rows):
+    return jnp.mean((rows @ w - 1) ** 2)
+
+
+def quartic(w):
+    return jnp.sum((w - jnp.arange(6.0)) ** 4)
+
+
+def minimize(checkpoint=None, max_steps=60, **options):
+    return gdopt.minimize(loss, jnp.zeros(3), max_steps=max_steps, checkpoint=checkpoint, **{**BATCHES, **options})
+
+
+def bits(result):
+    kept = result.params, result.loss, result.grad_norm, result.aux, tuple(result.history)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(kept)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run"
+
+
+# ------------------------------------------------------------------------------------------------ killed, really
+
+
+def start(kind: str, path: Any, seconds: float) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), kind, str(path), str(seconds)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen) -> str:
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    return out.strip()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("batches", 3),
+        ("spectral", 2),
+        *(
+            pytest.param(kind, 7, marks=pytest.mark.slow)
+            for kind in ("batches", "spectral", "stream", "auto", "noise of the optimizer")
+        ),
+    ],
+)
+def test_killed_at_any_moment_it_comes_to_the_same_bits(kind: str, kills: int, path) -> None:
+    chance = random.Random(kills)
+    expected = start(kind, "none", 0.05)
+    killed = 0
+    while True:
+        before = set(path.parent.glob("run.*.gdopt"))
+        process = start(kind, path, chance.choice([0.0, 1e-4, 1e-3, 5e-3]))
+        while process.poll() is None and killed < kills and set(path.parent.glob("run.*.gdopt")) <= before:
+            time.sleep(0.01)
+        if killed == kills or process.poll() is not None:
+            break
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += 1
+    assert finished(process) == finished(expected)
+    assert killed == kills, "it was over before it was killed: make it longer"
+
+
+def test_sigterm_ends_with_a_save_and_a_result(path) -> None:
+    process = start("batches", path, 1e-3)
+    while not list(path.parent.glob("run.*.gdopt")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert "INTERRUPTED" in finished(process)
+    assert time.monotonic() - began < 30  # at once, but for the end of the interpreter on a busy machine
+    assert not path.with_name("run.lock").exists()
+
+
+# ------------------------------------------------------------------------------------------------ one call after another
+
+
+def test_a_call_with_more_steps_goes_on(path) -> None:
+    first = minimize(path, max_steps=25)
+    assert first.steps == 25
+    whole = minimize(path, max_steps=60)
+    assert bits(whole) == bits(minimize(max_steps=60))
+    assert sorted(file.name for file in path.parent.iterdir()) == [f"run.{step:012d}.gdopt" for step in (25, 60)]
+
+
+def test_the_same_call_again_makes_no_step(path, monkeypatch) -> None:
+    first = minimize(path)
+    evaluated = []
+    monkeypatch.setattr(host, "_history", lambda *a, _f=host._history: evaluated.append(a[1]) or _f(*a))
+    assert bits(minimize(path)) == bits(first)
+    assert sum(evaluated) == 1  # the last point, which another limit would have gone on from
+    converged = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path.with_name("other"))
+    evaluated.clear()
+    again = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path.with_name("other"))
+    assert (again.status, again.message) == (converged.status, converged.message)
+    assert (bits(again), evaluated) == (bits(converged), [])
+
+
+def test_a_smaller_tol_goes_on_from_the_end(path) -> None:
+    gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path)
+    more = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path, tol=1e-7)
+    whole = gdopt.minimize(quartic, jnp.zeros(6), tol=1e-7)
+    assert (more.status, more.steps, more.params.tobytes()) == (whole.status, whole.steps, whole.params.tobytes())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": optax.contrib.schedule_free_sgd(0.1), "learning_rate": "auto"},
+        {"optimizer": gdopt.gd, "learning_rate": "auto"},
+        {"data": lambda: iter(np.split(ROWS, [20, 40])), "batch_size": None},
+        {"keep_best": False},
+    ],
+    ids=["averaged", "auto", "stream", "no best"],
+)
+def test_what_a_callback_stopped_goes_on(options: dict[str, Any], path) -> None:
+    whole = minimize(**options)
+    stopped = minimize(path, callback=lambda report: report.step >= 20, **options)
+    assert (stopped.status, stopped.steps < whole.steps) == (Status.STOPPED, True)
+    resumed = minimize(path, **options)
+    assert bits(resumed) == bits(whole)
+    assert resumed.message == whole.message
+
+
+def test_from_a_thread_all_is_the_same(path) -> None:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(minimize(path)))
+    thread.start()
+    thread.join()
+    assert bits(results[0]) == bits(minimize())
+
+
+def test_saves_do_not_change_a_run_and_do_not_pile_up(path) -> None:
+    often = gdopt.Checkpoint(path, every_seconds=0, keep=2)
+    assert bits(minimize(often, callback=lambda report: None)) == bits(minimize())
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_a_disk_that_is_full_is_a_warning(path, monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match="was not saved: OSError: .*No space left"):
+        result = minimize(path)
+    assert bits(result) == bits(minimize())
+    assert not list(path.parent.glob("*.gdopt*"))
+
+
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 5}, "its batch_size is 7, and here it is 5"),
+        ({"optimizer": optax.sgd}, "its optimizer is <function adam>, and here it is <function sgd>"),
+        ({"data": ROWS[:40]}, r"its data is  float32\[50, 3\], and here it is  float32\[40, 3\]"),
+        ({"key": jax.random.key(1)}, "its key is "),
+        ({"keep_best": False}, "its keep_best is True, and here it is False"),
+    ],
+)
+def test_the_save_of_another_run_is_an_error_that_lists_both(change, message: str, path) -> None:
+    minimize(path, max_steps=3)
+    with pytest.raises(gdopt.InputError, match=f"of another run: {message}"):
+        minimize(path, max_steps=3, **change)
+
+
+def test_other_params_and_x64_are_errors(path) -> None:
+    minimize(path, max_steps=3)
+    with pytest.raises(gdopt.InputError, match=r"its params is  float32\[3\], and here it is \['w'\] float32\[3\]"):
+        gdopt.minimize(lambda p, r: loss(p["w"], r), {"w": jnp.zeros(3)}, checkpoint=path, **BATCHES)
+    with jax.enable_x64(True), pytest.raises(gdopt.InputError, match="of another run"):
+        minimize(path)
+
+
+def test_a_changed_loss_is_a_warning(path) -> None:
+    minimize(path, max_steps=3)
+    with pytest.warns(UserWarning, match="the loss is no longer that of the checkpoint"):
+        gdopt.minimize(lambda w, r: 2 * loss(w, r), jnp.zeros(3), max_steps=5, checkpoint=path, **BATCHES)
+
+
+def test_a_damaged_save_is_skipped_and_named(path) -> None:
+    minimize(path, max_steps=20)
+    minimize(path, max_steps=40)
+    newest = path.with_name(f"run.{40:012d}.gdopt")
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match=f"run.{20:012d}.gdopt' is taken, as newer ones were skipped: .*{40:012d}"):
+        result = minimize(path)
+    assert bits(result) == bits(minimize())
+
+
+def test_bad_paths_are_refused_before_training(tmp_path) -> None:
+    with pytest.raises(gdopt.InputError, match="which does not exist: make it before"):
+        minimize(tmp_path / "nowhere" / "run")
+    with pytest.raises(gdopt.InputError, match="is not a path"):
+        minimize(3)
+    with pytest.raises(gdopt.InputError, match="checkpoint=.* was given to minimize inside jit"):
+        jax.jit(lambda w: minimize(tmp_path / "run", key=None, args=(w,)[:0], data=ROWS + w).params)(0.0)
+    stopped = {}
+
+    def second(report: gdopt.Report) -> bool:
+        with pytest.raises(gdopt.InputError, match="is in use by a live run, process"):
+            minimize(tmp_path / "run")
+        stopped["yes"] = True
+        return True
+
+    minimize(tmp_path / "run", callback=second)
+    assert stopped
