@@ -50,7 +50,7 @@ def shares(leaf: jax.Array) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("spectral", AxisType.Auto),
+        ("gd", AxisType.Auto),
         ("batches", AxisType.Explicit),
         *(pytest.param(name, kind, marks=pytest.mark.slow) for name in CALLS for kind in AxisType),
     ],

@@ -78,7 +78,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # Each compiles for ten seconds or more. The blocks of README.md make the calls of these, too.
-SLOW = {"automatic.py", "finder.py", "plugins.py"}
+SLOW = {"automatic.py", "finder.py", "plugins.py", "valley.py"}
 
 
 @pytest.mark.parametrize(

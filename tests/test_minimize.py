@@ -308,6 +308,7 @@ def test_callback_comes_at_the_end_of_each_epoch_and_can_stop():
     np.testing.assert_array_equal(visits, 3)
 
 
+@pytest.mark.slow
 def test_schedule_free_returns_its_average():
     """At mini-batches the average is what the method is for; its loss is that of the returned point."""
     random = np.random.default_rng(0)

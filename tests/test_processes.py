@@ -51,7 +51,7 @@ def test_two_processes_come_to_what_one_comes_to() -> None:
     for code, _, errors, _ in alone + ran:
         assert code == 0, errors[-3000:]
     one, *both = (json.loads(out.splitlines()[-1]) for _, out, _, _ in alone + ran)
-    for which in ("spectral", "batches", "stream"):
+    for which in ("full batch", "batches", "stream"):
         for found in (both[0][which], both[1][which]):
             assert (found["status"], found["steps"]) == (one[which]["status"], one[which]["steps"])
             for name in ("loss", "grad_norm", "w", "b"):

@@ -303,6 +303,7 @@ def test_different_losses_have_different_answers(name: str) -> None:
         assert bits(arrays[0]) != bits(arrays[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(jax.config, FLAG), reason="this JAX has no such flag")
 @pytest.mark.skipif(ARRAYS_ARE_LITERALS, reason="this is the other process")
 def test_where_arrays_are_literals() -> None:

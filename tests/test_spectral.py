@@ -355,6 +355,7 @@ def test_vmap_is_each_run_alone() -> None:
         np.testing.assert_allclose(lane[:15], alone[:15], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_in_a_chain() -> None:
     """What others make of its updates changes the step and not the sense: the step is read off the params."""
     for optimizer in (

@@ -274,6 +274,7 @@ def test_an_iterator_is_left_at_the_batch_after_the_last_one_used():
     np.testing.assert_array_equal(next(stream)[0], IMAGES[210:240])
 
 
+@pytest.mark.slow
 def test_no_batch_is_fetched_after_the_target():
     pulled = []
     logged = lambda: (pulled.append(1) or batch for batch in batches(100))  # three to a pass

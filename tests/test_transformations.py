@@ -199,6 +199,7 @@ def test_the_ridge_solution_by_every_entry_of_the_data(ridge) -> None:
     np.testing.assert_allclose(first(solved), first(closed), rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_second_derivative_of_the_ridge_solution(ridge) -> None:
     _, solved, closed = ridge
     twice = lambda way: jax.jit(jax.jacfwd(jax.jacrev(way)))(0.1)
@@ -236,6 +237,7 @@ def test_the_loss_and_the_aux_move_with_the_minimum(x64) -> None:
     assert norm_dot == 0
 
 
+@pytest.mark.slow
 def test_complex_params_have_derivatives_too(x64) -> None:
     """|z - a|^2 + (Re z - 1)^2 has its minimum at ((1 + Re a)/2, Im a): no complex-linear function of a."""
 

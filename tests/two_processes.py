@@ -82,7 +82,7 @@ stream: dict[str, Any] = {"learning_rate": 0.1}
 
 if case == "same":
     answers = {
-        "spectral": summary(minimize(loss, params, args=(rows,), max_steps=8, progress=True)),
+        "full batch": summary(minimize(loss, params, args=(rows,), learning_rate=0.1, max_steps=8, progress=True)),
         "batches": summary(minimize(noisy, params, data=rows, epochs=2, **options)),
         "stream": summary(minimize(loss, params, data=batches, epochs=1, **stream)),
     }

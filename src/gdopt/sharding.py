@@ -46,7 +46,8 @@ def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | N
         >>> import gdopt, jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
         >>> X = gdopt.shard(jnp.ones((24, 3)), mesh, rows="data")
-        >>> result = gdopt.minimize(lambda w, X: jnp.mean((X @ w - 1) ** 2), jnp.zeros(3), args=(X,))
+        >>> loss = lambda w, X: jnp.mean((X @ w - 1) ** 2)
+        >>> result = gdopt.minimize(loss, jnp.zeros(3), args=(X,), learning_rate=0.1)
         >>> result.status.name
         'CONVERGED'
     """
