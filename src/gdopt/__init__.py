@@ -3,8 +3,9 @@
 from importlib.metadata import version
 
 from gdopt import plot, schedules
+from gdopt.checkpoint import Checkpoint
 from gdopt.driver import clear_cache, gd_step, minimize
-from gdopt.errors import GdoptError, InputError, NotConvergedError
+from gdopt.errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt.lr_finder import lr_find
 from gdopt.optimizers import gd, spectral
 from gdopt.result import History, RangeTest, Refinement, Report, Result
@@ -14,6 +15,8 @@ from gdopt.stopping import Status
 __version__ = version("gdopt")
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
     "GdoptError",
     "History",
     "InputError",

@@ -2,6 +2,7 @@
 
 GdoptError
 ├── InputError           (also a ValueError)    bad input: raised before anything compiles
+├── CheckpointError                             no save of a run can be used
 └── NotConvergedError    (also a RuntimeError)  a run that ended without success, when asked to raise
 """
 
@@ -16,6 +17,10 @@ class GdoptError(Exception):
 
 class InputError(GdoptError, ValueError):
     """An argument cannot be used; the message names it, its value and the cure."""
+
+
+class CheckpointError(GdoptError):
+    """A save cannot be read; the message names the file and says what is wrong with it."""
 
 
 class NotConvergedError(GdoptError, RuntimeError):
