@@ -146,7 +146,7 @@ def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
     data, entries, offset = [], [], 0
     for name in sorted(arrays):
         array = _native(name, arrays[name])
-        data.append(memoryview(array.reshape(-1).view(np.uint8)))
+        data.append(_bytes(array))
         places = {"offset": offset, "nbytes": array.nbytes, "crc32": zlib.crc32(data[-1])}
         entries.append({"name": name, "shape": list(array.shape), "dtype": array.dtype.name, **places})
         offset += array.nbytes
@@ -182,6 +182,10 @@ def _native(name: str, array: Any) -> np.ndarray:
 
 def _little_endian(array: np.ndarray) -> np.ndarray:
     return array.byteswap() if sys.byteorder == "big" else array
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _sync_directory(directory: str) -> None:
@@ -232,7 +236,7 @@ def read(file: str) -> tuple[dict[str, np.ndarray], Meta]:
                     array = np.empty(shape, dtype)
                 except ValueError:  # an axis is longer than any can be, and another one empty
                     raise CheckpointError(f"{file!r} cannot be read: {name!r} has the shape {shape}.") from None
-                view = memoryview(array.reshape(-1).view(np.uint8))
+                view = _bytes(array)
                 complete = stream.readinto(view) == len(view)
                 check(complete and zlib.crc32(view) == crc, f"it is damaged in the array {name!r}")
                 arrays[name] = _little_endian(array)
@@ -248,11 +252,12 @@ def _parsed(header: bytes, room: int, check: Callable[[bool, str], None]) -> tup
         tree = json.loads(header)
     except (ValueError, RecursionError):
         tree = None
-    known = isinstance(tree, dict) and tree.keys() == {"arrays", "meta"}
-    check(known and isinstance(tree["arrays"], list) and isinstance(tree["meta"], dict), why)
-    assert tree is not None
+    listed, meta = (tree.get("arrays"), tree.get("meta")) if isinstance(tree, dict) and len(tree) == 2 else (None, None)
+    check(isinstance(listed, list) and isinstance(meta, dict), why)
+    assert isinstance(listed, list)
+    assert isinstance(meta, dict)
     entries, position, names = [], 0, set()
-    for entry in tree["arrays"]:
+    for entry in listed:
         check(isinstance(entry, dict) and entry.keys() == _FIELDS.keys(), why)
         check(all(type(entry[field]) is kind for field, kind in _FIELDS.items()), why)  # True is no int here
         name, shape, dtype = entry["name"], entry["shape"], _DTYPES.get(entry["dtype"])
@@ -266,7 +271,7 @@ def _parsed(header: bytes, room: int, check: Callable[[bool, str], None]) -> tup
         names.add(name)
         entries.append((name, tuple(shape), dtype, entry["crc32"]))
     check(position == room, f"its arrays take {position} bytes, where it has {room}")
-    return entries, tree["meta"]
+    return entries, meta
 
 
 def newest(checkpoint: Checkpoint) -> Saved | None:
@@ -311,8 +316,9 @@ def _beside(base: str, ending: str) -> list[re.Match[str]]:
 
 
 class Saver:
-    """Saves at one path, of which it has the lock, from entry to exit; the caller's thread is never held up.
+    """Saves at one path, of which it has the lock from entry to exit; until then the caller waits for no disk.
 
+    Call `newest` within: before, another run may still be writing.
     Use it from one thread. Nothing but `__enter__` raises: what goes wrong later is a warning, once for each save,
     given in the caller's thread by the next call of whichever method.
     """
@@ -451,11 +457,10 @@ def _acquire(base: str) -> int:
         try:
             _flock(descriptor)
         except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace")
+            holder = os.read(descriptor, 200).decode(errors="replace") or "not known which"
             os.close(descriptor)
             raise InputError(
-                f"checkpoint path={base!r} is in use by a live run{holder and ', ' + holder}: wait for its end, or pass "
-                "another path."
+                f"checkpoint path={base!r} is in use by a live run ({holder}): wait for its end, or pass another path."
             ) from None
         with contextlib.suppress(OSError):  # the one who had it may have removed it since it was opened here
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):

@@ -1,0 +1,855 @@
+"""Saves: what is read is what was written or an error, whatever befalls the file, its writer or the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gdopt
+from gdopt import Checkpoint, CheckpointError, InputError, checkpoint
+from gdopt.checkpoint import Saver, newest, read, write
+
+ARRAYS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.zeros(0, np.int8), "z": np.array(1 + 2j)}
+META = {"step": 7, "loss": 0.1, "names": ["a", None, True]}
+NAME = "run.{:012d}.gdopt"
+
+
+def forge(header: Any, body: bytes = b"", /, **wrong: int) -> bytes:
+    """A file by the format's description, with all checksums right."""
+    text = header if isinstance(header, bytes) else json.dumps(header, sort_keys=True).encode()
+    fields = {"version": 1, "header": len(text), "length": 36 + len(text) + len(body), "crc": zlib.crc32(text)} | wrong
+    prefix = struct.pack("<8sIQQI", b"\x89gdopt\r\n", *fields.values())
+    return prefix + struct.pack("<I", zlib.crc32(prefix)) + text + body
+
+
+def entry(**changed: Any) -> dict[str, Any]:
+    """That of four bytes of zeros."""
+    good = {"name": "x", "shape": [4], "dtype": "int8", "offset": 0, "nbytes": 4, "crc32": zlib.crc32(bytes(4))}
+    return good | changed
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a file that the examples of a test write in turn."""
+    return tmp_path_factory.mktemp("checkpoint") / "file"
+
+
+@pytest.fixture(scope="module")
+def good(place: Path) -> bytes:
+    write(str(place), ARRAYS, META)
+    return place.read_bytes()
+
+
+def outcome(place: Path, data: bytes) -> Any:
+    """What reading gives, or the CheckpointError; no other exception passes."""
+    place.touch()
+    with open(place, "r+b") as stream:  # a disk takes longer over a file that was emptied first
+        stream.write(data)
+        stream.truncate()
+    try:
+        return read(str(place))
+    except CheckpointError as error:
+        return error
+
+
+def refused(place: Path, data: bytes) -> str:
+    error = outcome(place, data)
+    assert isinstance(error, CheckpointError), error
+    assert str(place) in str(error)
+    return str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------- the format
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """To the last bit."""
+    kinds = [{name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()} for arrays in (a, b)]
+    return kinds[0] == kinds[1]
+
+
+def test_every_dtype_comes_back_to_the_last_bit(tmp_path: Path):
+    """Random bytes are NaNs with payloads, too."""
+    draw = np.random.default_rng(0)
+    arrays = {}
+    assert {"bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool", "int4", "uint64"} < set(checkpoint._DTYPES)
+    for name, dtype in checkpoint._DTYPES.items():
+        flat = np.frombuffer(draw.bytes(24 * dtype.itemsize), np.uint8)
+        flat = (flat & 1 if name == "bool" else flat).view(dtype)
+        arrays |= {name: flat.reshape(2, 3, 4), f"{name} 0-d": flat[0].reshape(()), f"{name} none": flat[:0]}
+    write(str(tmp_path / "file"), arrays, {})
+    back, meta = read(str(tmp_path / "file"))
+    assert same(back, arrays)
+    assert meta == {}
+    assert all(array.flags.writeable and array.flags.c_contiguous for array in back.values())
+
+
+def test_other_layouts_of_memory(tmp_path: Path):
+    payload = np.array([0x7FA12345, 0xFFC00001, 0x7F800001], np.uint32).view(np.float32)  # quiet and signalling NaNs
+    wide = np.arange(24.0).reshape(4, 6)
+    arrays = {
+        "transposed": wide.T,
+        "every other": wide[::2, ::-3],
+        "fortran": np.asfortranarray(wide),
+        "broadcast": np.broadcast_to(np.float32(3), (2, 2)),
+        "empty": np.zeros((3, 0, 2)),
+        "number": np.float64(3),
+        "big-endian": payload.byteswap().view(">f4"),
+        "big-endian complex": np.array([1 + 2j, -3j], ">c16"),
+    }
+    write(str(tmp_path / "file"), arrays, META)
+    back, meta = read(str(tmp_path / "file"))
+    native = {name: np.asarray(array).astype(array.dtype.newbyteorder("=")) for name, array in arrays.items()}
+    native["big-endian"] = payload
+    assert same(back, native)
+    assert meta == META
+
+
+def test_a_file_is_what_its_description_says(good: bytes):
+    parts = {name: ARRAYS[name].tobytes() for name in "xyz"}
+    begins = itertools.accumulate(map(len, parts.values()), initial=0)
+    entries = [
+        {
+            "name": name,
+            "shape": list(ARRAYS[name].shape),
+            "dtype": ARRAYS[name].dtype.name,
+            "offset": offset,
+            "nbytes": len(parts[name]),
+            "crc32": zlib.crc32(parts[name]),
+        }
+        for name, offset in zip(parts, begins, strict=False)
+    ]
+    assert good == forge({"arrays": entries, "meta": META}, b"".join(parts.values()))
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([object()]), np.array(["a"]), np.zeros(1, "f4,i4"), np.zeros(1, "M8[s]"), np.zeros(1, "V3")]
+)
+def test_what_is_no_number_is_not_written(tmp_path: Path, array: np.ndarray):
+    with pytest.raises(CheckpointError, match=r"'odd' is of .*cannot be saved"):
+        write(str(tmp_path / "file"), {"odd": array}, {})
+    with pytest.raises(TypeError, match="JSON"):
+        write(str(tmp_path / "file"), {}, {"odd": array})
+    with pytest.raises(CheckpointError, match="meta is too large"):
+        write(str(tmp_path / "file"), {}, {"long": "x" * 2**24})
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- damaged files
+
+
+def test_every_flipped_bit_is_noticed(place: Path, good: bytes):
+    assert not isinstance(outcome(place, good), CheckpointError)
+    for at in range(len(good)):
+        for bit in range(8):
+            refused(place, good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+
+
+def test_every_truncation_is_noticed_and_what_is_appended_or_missing(place: Path, good: bytes):
+    for at in range(len(good)):
+        refused(place, good[:at])
+        refused(place, good[:at] + good[at + 1 :])
+        refused(place, good[:at] + b"\0" + good[at:])
+    for more in (b"\0", b"\0" * 4096, good):
+        assert "should have" in refused(place, good + more)
+
+
+@given(st.data())
+def test_any_other_bytes_are_noticed(place: Path, good: bytes, data: st.DataObject):
+    """Several places changed, pieces moved about or put from elsewhere."""
+    begin = data.draw(st.integers(0, len(good)), "begin")
+    end = data.draw(st.integers(begin, len(good)), "end")
+    changed = good[:begin] + data.draw(st.binary(max_size=64) | st.just(good[begin:end][::-1]), "piece") + good[end:]
+    hypothesis.assume(changed != good)
+    refused(place, changed)
+
+
+@given(st.binary(max_size=300), st.sampled_from([0, 8, 12, 36]))
+def test_random_bytes_are_refused(place: Path, good: bytes, data: bytes, keep: int):
+    refused(place, good[:keep] + data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(2**63) | st.just(-1),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["arrays", "meta", "x"]), inner),
+    max_leaves=8,
+)
+
+
+@given(JSON, st.binary(max_size=8))
+def test_a_header_of_anything_raises_nothing_else(place: Path, header: Any, body: bytes):
+    outcome(place, forge(header, body))
+
+
+@given(st.data())
+def test_an_entry_of_anything_raises_nothing_else(place: Path, data: st.DataObject):
+    fields = st.sampled_from(sorted(entry()))
+    numbers = st.sampled_from([-1, 0, 1, 4, 8, 2**31, 2**63, 2**64, 10**400, True, 4.0])
+    changed = data.draw(st.dictionaries(fields, JSON | numbers | st.lists(numbers, max_size=70), min_size=1))
+    got = outcome(place, forge({"arrays": [entry(**changed)], "meta": {}}, bytes(4)))
+    assert isinstance(got, CheckpointError) or sum(array.nbytes for array in got[0].values()) == 4
+
+
+HEADERS = {
+    "good": ([entry()], ""),
+    "none": ([], "its arrays take 0 bytes, where it has 4"),
+    "too few": ([entry(shape=[3], nbytes=3)], "its arrays take 3 bytes, where it has 4"),
+    "too many": ([entry(shape=[2**40], nbytes=2**40)], "not where they should be"),
+    "negative offset": ([entry(offset=-1)], "not where they should be"),
+    "negative bytes": ([entry(nbytes=-4)], "not where they should be"),
+    "negative shape": ([entry(shape=[-1, -4])], "not that of a checkpoint"),
+    "a gap": ([entry(shape=[3], nbytes=3, offset=1)], "not where they should be"),
+    "overlapping": ([entry(), entry(name="y")], "not where they should be"),
+    "wrong count": ([entry(shape=[5])], "not where they should be"),
+    "wrong size": ([entry(dtype="float32")], "not where they should be"),
+    "twice": ([entry(), entry()], "two arrays with the name 'x'"),
+    "dtype": ([entry(dtype="object")], "not known here, 'object'"),
+    "structured": ([entry(dtype="i4,O")], "not known here, 'i4,O'"),
+    "a field more": ([entry(more=1)], "not that of a checkpoint"),
+    "a field of another kind": ([entry(crc32="0")], "not that of a checkpoint"),
+    "a flag for a number": ([entry(shape=[True, 4])], "not that of a checkpoint"),
+    "too many axes": ([entry(shape=[4] + [1] * 64)], "not that of a checkpoint"),
+    "an axis beyond memory": (
+        [entry(), entry(name="y", shape=[0, 2**62, 2**62], nbytes=0, offset=4)],
+        "'y' has the shape",
+    ),
+    "wrong checksum": ([entry(crc32=1)], "damaged in the array 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_is_not_believed(place: Path, name: str):
+    entries, why = HEADERS[name]
+    got = outcome(place, forge({"arrays": entries, "meta": {}}, bytes(4)))
+    assert (why in str(got)) if why else not isinstance(got, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "ends after 0 bytes"),
+        (b"\x89gdo", "ends after 4 bytes"),
+        (b"PK\3\4" + bytes(100), "no checkpoint of gdopt's"),
+        (forge({}, version=2), "of format 2, this version of gdopt reads format 1"),
+        (forge({}, header=2**63), "header is of 9223372036854775808 bytes"),
+        (forge({}, header=3), "header is of 3 bytes"),
+        (forge({}, length=2**64 - 1), "has 38 bytes and should have 18446744073709551615"),
+        (forge(b"[" * 10**6), "not that of a checkpoint"),
+        (forge(b'{"arrays": [], "meta": {"n": ' + b"9" * 5000 + b"}}"), "not that of a checkpoint"),
+        (forge(b"\xff\xfe"), "not that of a checkpoint"),
+        (forge({"arrays": {}, "meta": {}}), "not that of a checkpoint"),
+        (forge({"arrays": [], "meta": []}), "not that of a checkpoint"),
+        (forge({"arrays": [], "meta": {}, "more": 1}), "not that of a checkpoint"),
+        (forge({"arrays": [7], "meta": {}}), "not that of a checkpoint"),
+    ],
+    ids=range(14),
+)
+def test_files_from_elsewhere(place: Path, data: bytes, why: str):
+    assert why in refused(place, data)
+
+
+def test_a_file_from_nobodys_hand_costs_no_memory(tmp_path: Path):
+    """Of a terabyte on a disk that keeps no zeros; also where the first bytes ask for it in good form."""
+    file, size = tmp_path / "file", 2**40
+    big = entry(shape=[size], nbytes=size)
+    heads = [b"", bytes(36), forge({}, header=size - 36, length=size), random.Random(0).randbytes(10**5)]
+    heads += [forge({"arrays": [big], "meta": {}}, bytes(4)), forge({}, header=2**24 + 1, length=size)]
+    tracemalloc.start()
+    try:
+        for head in heads:
+            file.write_bytes(head)
+            if head[36:38] != b'{"':
+                os.truncate(file, size)
+            tracemalloc.reset_peak()
+            with pytest.raises(CheckpointError):
+                read(str(file))
+            assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_no_file(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="No such file"):
+        read(str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read(str(tmp_path))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            read(str(tmp_path / "pipe"))
+
+
+# ------------------------------------------------------------------------------------------------------- the newest one
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 4
+    file.write_bytes(data)
+
+
+def test_the_newest_good_one_is_taken_and_the_skipped_are_named(tmp_path: Path):
+    place = Checkpoint(tmp_path / "run")
+    assert newest(place) is None
+    for step in (9, 80, 700):
+        write(str(tmp_path / NAME.format(step)), ARRAYS, {"step": step})
+    found = newest(place)
+    assert found is not None
+    assert (found.file, found.meta) == (str(tmp_path / NAME.format(700)), {"step": 700})
+    assert same(found.arrays, ARRAYS)
+
+    damage(tmp_path / NAME.format(700))
+    whole = (tmp_path / NAME.format(80)).read_bytes()
+    os.truncate(tmp_path / NAME.format(80), 100)
+    with pytest.warns(UserWarning, match="skipped") as caught:
+        found = newest(place)
+    assert found is not None
+    assert found.meta == {"step": 9}
+    (warning,) = caught
+    assert warning.filename == __file__
+    first, second = str(tmp_path / NAME.format(700)), str(tmp_path / NAME.format(80))
+    assert str(warning.message) == (
+        f"the checkpoint {found.file!r} is taken, as newer ones were skipped: {first!r} cannot be read: it is damaged "
+        f"in the array 'z'. {second!r} cannot be read: it has 100 bytes and should have {len(whole)}."
+    )
+
+    damage(tmp_path / NAME.format(9))
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints at path=.*Move them away"):
+        newest(place)
+
+
+def test_files_of_other_names_are_no_saves(tmp_path: Path):
+    """Nor is any of them removed; a path may hold what a pattern would take for its own."""
+    place = Checkpoint(str(tmp_path / "run[1]*.x"), every_seconds=0, keep=1)
+    save = "run[1]*.x.000000000001.gdopt"
+    others = ["run1y.x.000000000002.gdopt", "run[1]*.x.2.gdopt", "run[1]*.x.000000000002", "run[1]*.x", f"{save}.tmp"]
+    others += [f"{save}.bak", f"{save}.notours1.tmp", "run[1]*.x.\u0661" + "0" * 11 + ".gdopt", f"a{save}"]
+    for name in others:
+        (tmp_path / name).touch()
+    assert newest(place) is None
+    with Saver(place) as saver:
+        saver.close((1, ARRAYS, META))
+    assert {path.name for path in tmp_path.iterdir()} == {save, *others}
+    found = newest(place)
+    assert found is not None
+    assert found.file == str(tmp_path / save)
+
+
+# ------------------------------------------------------------------------------------------------------- the arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"path": 3}, "path=3 is not a path: pass a str or a pathlib.Path"),
+        ({"path": b"run"}, "path=b'run' is not a path"),
+        ({"path": "a\0b"}, "is not a path"),
+        ({"path": ""}, "path='' is no file's name but a directory's: pass 'run', say"),
+        ({"path": "."}, "pass './run', say"),
+        ({"path": "missing/run"}, "is in 'missing', which does not exist: make it before"),
+        ({"path": "file/run"}, "is in 'file', which is not a directory"),
+        ({"path": "directory"}, "is no file's name but a directory's: pass 'directory/run'"),
+        ({"path": "run.000000000012.gdopt"}, "is a single save, not the path of all of them: pass 'run'"),
+        ({"path": "run", "every_seconds": -1}, "every_seconds=-1 is not a finite number, 0 or above"),
+        ({"path": "run", "every_seconds": "often"}, "every_seconds='often' is not"),
+        ({"path": "run", "keep": 0}, "keep=0 is not a whole number from 1"),
+        ({"path": "run", "keep": 1.5}, "keep=1.5 is not"),
+    ],
+    ids=range(13),
+)
+def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], why: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=re.escape(why)):
+        Checkpoint(**arguments)
+
+
+def test_arguments_are_taken_as_pythons_own(tmp_path: Path):
+    place = Checkpoint(tmp_path / "run", np.float32(2), np.int64(4))  # pyright: ignore[reportArgumentType]
+    assert place == Checkpoint(str(tmp_path / "run"), 2.0, 4)
+    assert [type(value) for value in (place.path, place.every_seconds, place.keep)] == [str, float, int]
+    assert gdopt.Checkpoint("run").every_seconds == 60
+
+
+def test_a_directory_that_went_away(tmp_path: Path):
+    (tmp_path / "directory").mkdir()
+    place = Checkpoint(tmp_path / "directory" / "run")
+    (tmp_path / "directory").rmdir()
+    with pytest.raises(InputError, match="does not exist"):
+        Saver(place).__enter__()
+
+
+def test_a_path_that_the_disk_refuses(tmp_path: Path):
+    with pytest.raises(InputError, match="cannot be written, File name too long"):
+        Saver(Checkpoint(tmp_path / ("x" * 255))).__enter__()
+
+
+# ----------------------------------------------------------------------------------------------------------- the saver
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def steps(base: Path) -> list[int]:
+    """Of the saves that are there; nothing else is."""
+    names = sorted(path.name for path in base.parent.iterdir())
+    assert all(re.fullmatch(r"run\.\d{12}\.gdopt|run\.lock", name) for name in names), names
+    return [int(name.split(".")[1]) for name in names if name != "run.lock"]
+
+
+def settle(saver: Saver) -> None:
+    """Waits until nothing is being written."""
+    while saver._busy():
+        time.sleep(0.001)
+
+
+def test_saves_and_keeps_the_newest(base: Path):
+    descriptors = lambda: sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else []
+    threads, opened = threading.enumerate(), descriptors()
+    with Saver(Checkpoint(base, every_seconds=0, keep=2)) as saver:
+        for step in range(1, 6):
+            assert saver.due()
+            assert saver.save(step, ARRAYS, {"step": step})
+            settle(saver)
+            assert steps(base) == list(range(max(1, step - 1), step + 1))
+        assert saver.save(6, ARRAYS, META)
+        saver.close((7, ARRAYS, META))
+        assert steps(base) == [6, 7]
+        saver.close()
+        assert not saver.save(8, ARRAYS, META)
+    assert {path.name for path in base.parent.iterdir()} == {NAME.format(6), NAME.format(7)}
+    assert threading.enumerate() == threads
+    assert descriptors() == opened
+
+
+def test_due_by_the_clock(base: Path, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    with Saver(Checkpoint(base, every_seconds=60)) as saver:
+        assert not saver.due()
+        now[0] += 60
+        assert saver.due()
+        assert saver.save(1, ARRAYS, META)
+        saver._writer.join()  # pyright: ignore[reportOptionalMemberAccess]
+        assert not saver.due()
+        now[0] += 59
+        assert not saver.due()
+        now[0] += 1
+        assert saver.due()
+
+
+@contextlib.contextmanager
+def held(monkeypatch: pytest.MonkeyPatch, saver: Saver) -> Iterator[None]:
+    """A disk that lets nothing pass until the block ends."""
+    passes = threading.Event()
+    usual = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: passes.wait(20) and usual(descriptor))
+    yield
+    passes.set()
+    settle(saver)
+
+
+def test_the_caller_waits_for_no_disk_and_one_save_is_on_its_way(base: Path, monkeypatch: pytest.MonkeyPatch):
+    with Saver(Checkpoint(base, every_seconds=0)) as saver:
+        with held(monkeypatch, saver):
+            assert saver.save(1, ARRAYS, META)
+            assert not saver.due()
+            assert not saver.save(2, ARRAYS, META)
+            assert not list(base.parent.glob("*.gdopt"))
+        assert saver.due()
+        assert steps(base) == [1]
+
+
+def test_the_arrays_are_the_callers_again_at_once(base: Path, monkeypatch: pytest.MonkeyPatch):
+    twice = jax.jit(lambda x: 2 * x, donate_argnums=0)
+    device, host, meta = twice(jnp.arange(3.0)), np.arange(3), {"list": [1]}
+    usual, go = np.asarray, threading.Event()
+
+    def late(*args: Any, **options: Any) -> np.ndarray:
+        if threading.current_thread() is not threading.main_thread():
+            assert go.wait(20)
+        return usual(*args, **options)
+
+    with Saver(Checkpoint(base, every_seconds=0)) as saver:
+        monkeypatch.setattr(np, "asarray", late)
+        assert saver.save(1, {"device": device, "host": host, "half": jnp.ones(2, jnp.bfloat16)}, meta)
+        device = twice(device)
+        host += 10
+        meta["list"].append(2)
+        go.set()
+        settle(saver)
+        monkeypatch.undo()
+    arrays, meta = read(f"{base}.{1:012d}.gdopt")
+    assert arrays["device"].tolist() == [0, 2, 4]
+    assert arrays["host"].tolist() == [0, 1, 2]
+    assert arrays["half"].dtype == jnp.bfloat16
+    assert meta == {"list": [1]}
+
+
+def test_a_full_disk_is_a_warning_for_each_save(base: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Saver(Checkpoint(base, every_seconds=0, keep=1)) as saver:
+        assert saver.save(1, ARRAYS, META)
+        settle(saver)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            for step, call in ((2, saver.due), (3, lambda: saver.save(4, ARRAYS, META))):
+                assert saver.save(step, ARRAYS, META)
+                settle(saver)
+                assert steps(base) == [1]
+                with pytest.warns(UserWarning, match=f"step {step} was not saved: OSError: .*No space left") as caught:
+                    call()
+                assert [warning.filename for warning in caught] == [__file__]
+            settle(saver)
+            with pytest.warns(UserWarning, match=r"step 4 was not saved.*Older ones are kept"):
+                saver.due()
+        assert saver.due()
+        assert saver.save(5, ARRAYS, META)
+        settle(saver)
+        assert steps(base) == [5]
+
+
+def test_the_last_save_fails(base: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also under warnings that are errors the lock is given back."""
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    saver = Saver(Checkpoint(base)).__enter__()
+    with pytest.raises(UserWarning, match="step 3 was not saved: ZeroDivisionError"):
+        saver.close((3, ARRAYS, META))
+    assert not list(base.parent.iterdir())
+
+
+def test_what_cannot_begin_or_be_saved_is_a_warning(base: Path, monkeypatch: pytest.MonkeyPatch):
+    gone = jnp.ones(3)
+    gone.delete()
+    with Saver(Checkpoint(base, every_seconds=0)) as saver:
+        assert not saver.save(1, {"gone": gone}, META)
+        with pytest.warns(UserWarning, match="step 1 was not saved: RuntimeError: .*deleted"):
+            assert saver.save(2, {"odd": np.array(["text"])}, META)
+        settle(saver)
+        with pytest.warns(UserWarning, match="step 2 was not saved: CheckpointError: .*'odd'"):
+            assert saver.save(3, {}, {"odd": {1j}})
+        settle(saver)
+        with pytest.warns(UserWarning, match="step 3 was not saved: TypeError"):
+            saver.due()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", lambda self: np.empty(2**62, np.int8))
+            assert not saver.save(4, ARRAYS, META)
+        with pytest.warns(UserWarning, match="step 4 was not saved: .*MemoryError"):
+            assert saver.due()
+    assert steps(base) == []
+
+
+def test_a_later_save_that_is_damaged_displaces_no_good_one(base: Path):
+    for step in (10, 20, 30):
+        write(f"{base}.{step:012d}.gdopt", ARRAYS, {"step": step})
+    damage(Path(f"{base}.{30:012d}.gdopt"))
+    place = Checkpoint(base, every_seconds=0, keep=1)
+    with Saver(place) as saver:
+        saver.close((25, ARRAYS, {"step": 25}))
+    assert steps(base) == [25, 30]
+    with pytest.warns(UserWarning, match="skipped"):
+        found = newest(place)
+    assert found is not None
+    assert found.meta == {"step": 25}
+    with Saver(place) as saver:
+        saver.close((31, ARRAYS, META))
+    assert steps(base) == [31]
+
+
+def test_a_change_of_directory_changes_nothing(base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(base.parent)
+    with Saver(Checkpoint("run")) as saver:
+        os.chdir("/")
+        saver.close((1, ARRAYS, META))
+    assert steps(base) == [1]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_directories_that_cannot_be_made_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+    usual, calls = os.fsync, []
+
+    def second(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(code, "no")
+        usual(descriptor)
+
+    monkeypatch.setattr(os, "fsync", second)
+    with pytest.raises(OSError, match="no") if code == errno.EIO else contextlib.nullcontext():
+        write(str(tmp_path / "file"), ARRAYS, META)
+    assert len(calls) == 2
+    assert same(read(str(tmp_path / "file"))[0], ARRAYS)
+
+
+# ------------------------------------------------------------------------------------------------------------ the lock
+
+
+def test_one_run_at_a_path(base: Path):
+    place = Checkpoint(base)
+    with Saver(place), Saver(Checkpoint(f"{base}2")):
+        with pytest.raises(InputError, match=rf"in use by a live run \(process {os.getpid()} on .*wait for its end"):
+            Saver(place).__enter__()
+        with pytest.raises(InputError, match="in use"):
+            Saver(Checkpoint(base.parent / "." / "run")).__enter__()
+    with Saver(place):
+        pass
+    assert not list(base.parent.iterdir())
+
+
+def test_a_lock_that_is_removed_as_another_run_opens_it(base: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between opening and locking: the first run ends and takes its file away, and a third one makes a new one."""
+    pytest.importorskip("fcntl")
+    place, usual = Checkpoint(base), checkpoint._flock
+    first, third = Saver(place).__enter__(), Saver(place)
+
+    def late(descriptor: int) -> None:
+        monkeypatch.setattr(checkpoint, "_flock", usual)
+        first.close()
+        third.__enter__()
+        usual(descriptor)
+
+    monkeypatch.setattr(checkpoint, "_flock", late)
+    with pytest.raises(InputError, match="in use"):
+        Saver(place).__enter__()
+    third.close()
+    assert not list(base.parent.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["no fcntl", "no locks"])
+def test_where_there_are_no_locks(base: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    def refuses(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    if kind == "no fcntl":
+        monkeypatch.setattr(checkpoint, "fcntl", None)
+    else:
+        monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuses)
+    with Saver(Checkpoint(base)) as saver:
+        saver.close((1, ARRAYS, META))
+    assert steps(base) == [1]
+
+
+# ----------------------------------------------------------------------------------------------------- real processes
+
+NURSERY = """
+import json, os, signal, sys, time, warnings
+import numpy as np
+from gdopt import Checkpoint, InputError, checkpoint
+from gdopt.checkpoint import Saver, newest
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            print(os.getpid(), flush=True)
+            exec(json.loads(line))
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
+"""
+
+
+class Nursery:
+    """Processes that need not import anything: forks of one that did, one at a time."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-W", "ignore", "-c", NURSERY]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, program: str) -> int:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(program) + "\n")
+        self.process.stdin.flush()
+        return int(self.line())
+
+    def line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().rstrip()
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        while self.line() != "ended":
+            pass
+
+    def run(self, program: str) -> list[str]:
+        """What it prints."""
+        self.start(program)
+        return list(iter(self.line, "ended"))
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    nursery = Nursery()
+    yield nursery
+    nursery.process.communicate(timeout=20)
+
+
+SAVES = """
+place = Checkpoint({path!r}, every_seconds=0, keep=2)
+with Saver(place) as saver:
+    found = newest(place)
+    step = found.meta["step"] if found else 0
+    while True:
+        if saver.due():
+            step += 1
+            saver.save(step, {{"a": np.full(10**5, step), "b": np.full((3, 10**4), float(step))}}, {{"step": step}})
+            print("saved", flush=True)
+        time.sleep(1e-4)
+"""
+
+
+def test_killed_in_the_midst_of_saves(base: Path, nursery: Nursery):
+    place, last, draw = Checkpoint(base), 0, random.Random(0)
+    for _ in range(12):
+        pid = nursery.start(SAVES.format(path=str(base)))
+        for _ in range(draw.randrange(2, 5)):  # the second begins when the first is on the disk
+            assert nursery.line() == "saved"
+        time.sleep(draw.random() * 5e-3)
+        nursery.kill(pid)
+        with warnings.catch_warnings(action="error"):
+            found = newest(place)
+        assert found is not None
+        step = found.meta["step"]
+        assert step > last
+        assert [(array == step).all() for array in found.arrays.values()] == [True, True]
+        last = step
+    with Saver(place):
+        pass
+    assert len(steps(base)) in (2, 3)  # it may have come to the new one and not to the removal
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace", "os.unlink"])
+def test_killed_at_a_moment(base: Path, nursery: Nursery, moment: str):
+    write(f"{base}.{1:012d}.gdopt", ARRAYS, {"step": 1})
+    pid = nursery.start(
+        f"""
+def stop(*_):
+    print("there", flush=True)
+    time.sleep(60)
+saver = Saver(Checkpoint({str(base)!r}, keep=1)).__enter__()
+{moment} = stop
+saver.save(2, {{"x": np.ones(3)}}, {{"step": 2}})
+time.sleep(60)
+"""
+    )
+    assert nursery.line() == "there"
+    nursery.kill(pid)
+    left = list(base.parent.glob("*.tmp"))
+    assert len(left) == (moment != "os.unlink")
+    found = newest(Checkpoint(base))
+    assert found is not None
+    assert found.meta == {"step": 2 if moment == "os.unlink" else 1}
+    with Saver(Checkpoint(base)):
+        assert not list(base.parent.glob("*.tmp"))
+
+
+def test_the_lock_ends_with_its_process(base: Path, nursery: Nursery):
+    """However that ends, and whoever is forked from it."""
+    pid = nursery.start(
+        f"""
+with Saver(Checkpoint({str(base)!r})) as saver:
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+    )
+    child = int(nursery.line())
+    try:
+        with pytest.raises(InputError, match=rf"in use by a live run \(process {pid} on "):
+            Saver(Checkpoint(base)).__enter__()
+        nursery.kill(pid)
+        assert Path(f"{base}.lock").exists()
+        with Saver(Checkpoint(base)):
+            pass
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert not list(base.parent.iterdir())
+
+
+def test_files_that_may_grow_no_further(base: Path, nursery: Nursery):
+    """A disk that refuses in the midst of a file."""
+    pytest.importorskip("resource")
+    printed = nursery.run(
+        f"""
+import resource
+place = Checkpoint({str(base)!r}, every_seconds=0)
+with Saver(place) as saver, warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step, size in ((1, 10), (2, 10**6), (3, 10)):
+        if step == 2:
+            usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, usual[1]))
+        assert saver.save(step, {{"x": np.zeros(size)}}, {{"step": step}})
+        while not saver.due():
+            pass
+        print(newest(place).meta["step"], sorted(name.split(".", 1)[1] for name in os.listdir({str(base.parent)!r})))
+    print(*(warning.message for warning in caught), flush=True)
+"""
+    )
+    saves = [NAME.format(step).split(".", 1)[1] for step in (1, 2, 3)]
+    assert printed[:3] == [f"1 {[saves[0], 'lock']}", f"1 {[saves[0], 'lock']}", f"3 {[saves[0], saves[2], 'lock']}"]
+    assert re.fullmatch(r"the checkpoint of step 2 was not saved: OSError: .*File too large\. Older.*", printed[3])
+
+
+def test_a_directory_that_is_not_to_be_written_in(nursery: Nursery):
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o555)
+        path = os.path.join(directory, "run")
+        (printed,) = nursery.run(f"os.getuid() or os.setuid(65534)\nCheckpoint({path!r})")
+    assert printed.startswith(f"InputError checkpoint path={path!r} is in {directory!r}, where this process may not")
+
+
+def test_leaves_nothing_of_a_lock_by_another_user(base: Path, monkeypatch: pytest.MonkeyPatch):
+    usual: Callable[..., int] = os.open
+
+    def denied(path: str, *args: Any, **options: Any) -> int:
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return usual(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(InputError, match=r"run.lock' cannot be written, Permission denied\. Pass another"):
+        Saver(Checkpoint(base)).__enter__()
+
+
+if __name__ == "__main__":
+    pytest.main([__file__])
