@@ -105,7 +105,7 @@ def test_sigterm_ends_with_a_save_and_a_result(path) -> None:
     assert not path.with_name("run.lock").exists()
 
 
-# ------------------------------------------------------------------------------------------------ one call after another
+# ------------------------------------------------------------------------------------------ one call after another
 
 
 def test_a_call_with_more_steps_goes_on(path) -> None:
@@ -230,12 +230,12 @@ def test_bad_paths_are_refused_before_training(tmp_path) -> None:
         minimize(tmp_path / "nowhere" / "run")
     with pytest.raises(gdopt.InputError, match="is not a path"):
         minimize(3)
-    with pytest.raises(gdopt.InputError, match="checkpoint=.* was given to minimize inside jit"):
-        jax.jit(lambda w: minimize(tmp_path / "run", key=None, args=(w,)[:0], data=ROWS + w).params)(0.0)
+    with pytest.raises(gdopt.InputError, match=r"checkpoint=.* was given to minimize inside jit"):
+        jax.jit(lambda shift: minimize(tmp_path / "run", data=ROWS + shift).params)(0.0)
     stopped = {}
 
     def second(report: gdopt.Report) -> bool:
-        with pytest.raises(gdopt.InputError, match="is in use by a live run, process"):
+        with pytest.raises(gdopt.InputError, match="is in use by a live run"):
             minimize(tmp_path / "run")
         stopped["yes"] = True
         return True

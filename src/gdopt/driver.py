@@ -154,6 +154,8 @@ def minimize(
         "keep_best": keep_best,
     }
     loop.check_alike(task, **given, callback=callback is not None)
+    if checkpoint is not None and program.is_traced():
+        _refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
         if saves is not None:
             saves.compare(task, optimizer, keep_best=keep_best)
