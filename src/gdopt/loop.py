@@ -171,16 +171,21 @@ def compile(
     return _differentiable(seen[0], value, noisy), inputs
 
 
+def text(task: Task) -> str:
+    """The trace of the loss, to be compared with that of another process or time."""
+    batch = task.batches.shapes(task.data) if task.batches else task.data
+    return program.text(task.value, task.problem.params, batch, task.args, task.key)
+
+
 def check_alike(task: Task, **given: Any) -> None:
     """Raises InputError where a call is one of several processes that were not made alike."""
     others = peers()
     if others is None:
         return
-    batch = task.batches.shapes(task.data) if task.batches else task.data
     if callable(given.get("learning_rate")):
         given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
-        loss=program.text(task.value, task.problem.params, batch, task.args, task.key),
+        loss=text(task),
         params=described(task.problem.params),
         data=described(task.data),
         args=described(task.args),

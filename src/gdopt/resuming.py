@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdopt import _trees, program
+from gdopt import _trees, loop
 from gdopt._checks import warn
 from gdopt._types import PyTree
 from gdopt.checkpoint import Checkpoint, Saved, Saver, newest
@@ -41,8 +41,6 @@ class Saves:
 
     def compare(self, task: Task, optimizer: Any, *, keep_best: bool) -> None:
         """Raises InputError where the save is of another run; that its loss was changed is a warning."""
-        batch = task.batches.shapes(task.data) if task.batches else task.data
-        text = program.text(task.value, task.problem.params, batch, task.args, task.key)
         given = {
             "params": _described(task.problem.params),
             "data": "a stream" if task.stream else _described(task.data),
@@ -53,7 +51,7 @@ class Saves:
             "keep_best": repr(keep_best),
             "float": jax.dtypes.canonicalize_dtype(float).name,
         }
-        self._meta = {"given": given, "loss": zlib.crc32(text.encode())}
+        self._meta = {"given": given, "loss": zlib.crc32(loop.text(task).encode())}
         if self.found is None:
             return
         theirs = self.found.meta.get("given", {})
