@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
+import random
+import time
 import warnings
+from random import gauss
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ import pytest
 from helpers import count_compilations
 
 import gdopt
+from gdopt import Status
 
 X = np.ones((6, 2), np.float32)
 y = np.ones(6, np.float32)
@@ -29,14 +35,40 @@ def line(w, batch):
 W = np.zeros(2, np.float32)
 BATCHES = {"params": W, "loss": line, "data": (X, y)}
 
+DELETED = jnp.ones((3, 2))
+DELETED.delete()
+MASKED = np.ma.array(y, mask=y > 0)
+
+
 BAD = {
     "loss no function": ({"loss": 3}, "loss=3 is not a function"),
+    "no loss": ({"loss": None}, "loss=None is not a function: pass one that is called as loss"),
     "integer leaf": (
         {"params": {"layer": [1.0, np.arange(3)]}},
         r"params\['layer'\]\[1\] is of dtype int32.*trainable",
     ),
-    "python int": ({"params": 3}, "params is of dtype int32"),
+    "python int": ({"params": [3]}, r"params\[0\] is of dtype int32.*: write 3.0 for 3, or leave it out"),
+    "python bool": ({"params": {"on": True}}, r"params\['on'\] is of dtype bool.*: write 1.0 for True"),
     "bool leaf": ({"params": {"on": np.array(True)}}, r"params\['on'\] is of dtype bool"),
+    "array of texts": ({"params": [1.0, np.array(["a"])]}, r"params\[1\] is an array of dtype <U1.*astype\(float\)"),
+    "array of objects": (
+        {"params": {"w": np.array([1.0, None])}},
+        r"params\['w'\] is an array of dtype object, not of numbers: convert it with .astype\(float\)",
+    ),
+    "array of dates": (
+        {"params": [1.0, np.array(["2001-01-01"], "M8[D]")]},
+        r"params\[1\] is an array of dtype datetime",
+    ),
+    "masked array": ({"params": {"w": MASKED}}, r"params\['w'\] is a masked array.*: pass its .filled\(value\)"),
+    "keys of two types": (
+        {"params": {"w": [{1: 1.0, "a": 2.0}]}},
+        r"params\['w'\]\[0\] is a dict whose keys are of the types int and str, .*: give them one type",
+    ),
+    "deleted leaf": (
+        {"params": {"w": [DELETED]}},
+        r"params\['w'\]\[0\] is an array of dtype float32 and shape \(3, 2\) that was deleted, or donated.*: pass one",
+    ),
+    "no float leaf": ({"params": ["a", None, jnp.tanh]}, "has no entries to optimise: pass at least one float"),
     "no leaves": ({"params": {}}, "params={} has no entries"),
     "zero-size leaf": ({"params": np.zeros((0, 3), np.float32)}, "no entries to optimise"),
     "all left out": ({"trainable": False}, "trainable= does not leave out"),
@@ -51,9 +83,23 @@ BAD = {
     "one-entry loss": ({"loss": lambda x: x * jnp.ones(1)}, r"the loss returned shape \(1,\)"),
     "integer loss": ({"loss": lambda x: 3}, "the loss returned dtype int32"),
     "complex loss": ({"loss": lambda x: x * 1j}, "the loss returned dtype complex64"),
-    "loss without a value": ({"loss": lambda x: None}, "the loss returned a NoneType"),
+    "loss without a value": ({"loss": lambda x: None}, "the loss returned a NoneType: return a scalar array"),
+    "list of a loss": ({"loss": lambda x: [x]}, "the loss returned a list of 1: return a scalar array"),
+    "dict of a loss": ({"loss": lambda x: {"loss": x}}, "the loss returned a dict: return a scalar array"),
+    "bool loss": ({"loss": lambda x: x > 0}, "the loss returned dtype bool: return a real floating-point scalar"),
     "tuple without has_aux": ({"loss": lambda x: (x, x)}, "returned a tuple of 2.*has_aux=True"),
-    "has_aux without a tuple": ({"has_aux": True}, r"has_aux=True needs a loss that returns \(value, aux\)"),
+    "has_aux without a tuple": (
+        {"has_aux": True},
+        r"needs a loss that returns \(value, aux\); it returned an array of",
+    ),
+    "has_aux of three": (
+        {"loss": lambda x: (x, x, x), "has_aux": True},
+        "it returned a tuple of 3: return both, or leave",
+    ),
+    "aux of text": (
+        {"loss": lambda x: (x**2, {"a": [x, "b"]}), "has_aux": True},
+        r"aux\['a'\]\[1\], which the loss returned, is a str: .* Leave the rest out",
+    ),
     "no rate": ({"learning_rate": None}, "learning_rate=None: leave it out"),
     "negative rate": ({"learning_rate": -0.1}, "learning_rate=-0.1 is not a finite number above 0"),
     "zero rate": ({"learning_rate": 0}, "learning_rate=0 is not a finite number above 0"),
@@ -63,25 +109,72 @@ BAD = {
     "rate of text": ({"learning_rate": "fast"}, "learning_rate='fast' is not a finite number.* nor a schedule"),
     "rate of bool": ({"learning_rate": True}, "learning_rate=True is not a finite number"),
     "schedule of vectors": ({"learning_rate": lambda step: jnp.ones(2)}, r"the schedule gave shape \(2,\)"),
+    "schedule of nothing": (
+        {"learning_rate": lambda step: None},
+        "the schedule gave a NoneType for a step: return one",
+    ),
+    "complex schedule": ({"learning_rate": lambda step: 1j}, "the schedule gave dtype complex64 .*: return one real"),
+    "schedule with an if": (
+        {"learning_rate": lambda step: 0.1 if step < 3 else 0.2},
+        "does not work as a schedule: .*choose with jnp.where instead of if",
+    ),
+    "schedule of no step": ({"learning_rate": lambda: 0.1}, "does not work as a schedule: it is called with the step"),
+    "complex rate": ({"learning_rate": 1j}, "learning_rate=1j is not a finite number above 0"),
     "rate for a ready optimizer": ({"optimizer": optax.adam(1e-3)}, "learning_rate=0.1 was given with an optimizer"),
     "optimizer by name": ({"optimizer": "adam"}, "optimizer='adam' is unknown.*optax.adam"),
     "optimizer of nothing": ({"optimizer": None}, "optimizer=None is unknown"),
+    "optimizer of a number": ({"optimizer": 0.1}, "optimizer=0.1 is unknown.*optax.adam"),
+    "a class of optimizers": ({"optimizer": optax.MultiSteps}, "optimizer=<class .*MultiSteps.* is unknown"),
+    "a combination of optimizers": (
+        {"optimizer": optax.chain},
+        "optimizer=<function chain.* does not work as one: pass .*AttributeError: .* no attribute init",
+    ),
+    "optimizer of more": ({"optimizer": optax.apply_if_finite}, "does not work as one: .*max_consecutive_errors"),
+    "optimizer of other params": (
+        {"optimizer": optax.lookahead(optax.sgd(0.1), 2, 0.5), "learning_rate": "auto"},
+        "does not work as one: .*see what it takes as params",
+    ),
     "factory of no optimizer": ({"optimizer": lambda rate: rate}, "returned a .* for a learning rate"),
     "unequal lengths": (BATCHES | {"data": (X, y[:4])}, r"data\[0\] has 6, data\[1\] has 4"),
     "no arrays in data": (BATCHES | {"data": ()}, "one number of rows"),
     "lists in data": (BATCHES | {"data": ([1.0], y)}, r"data\[0\]\[0\] is a float, not an array"),
     "scalar in data": (BATCHES | {"data": (X, np.float32(1))}, r"data\[1\] is a scalar"),
+    "text as data": (BATCHES | {"data": "digits"}, "data is a str, not an array"),
+    "texts in data": (BATCHES | {"data": (X, np.array(list("abcdef")))}, r"data\[1\] is an array of dtype <U1, not of"),
+    "masked data": (BATCHES | {"data": (X, MASKED)}, r"data\[1\] is a masked array"),
+    "deleted data": (
+        BATCHES | {"data": (DELETED, y[:3])},
+        r"data\[0\] is an array of dtype float32 .* that was deleted",
+    ),
+    "keys of two types in data": (BATCHES | {"data": {0: X, "y": y}}, "data is a dict whose keys are of the types int"),
+    "masked batch": (BATCHES | {"data": lambda: [(X, MASKED)]}, r"a batch of data\[1\] is a masked array"),
+    "masked args": ({"args": (MASKED,)}, r"args\[0\] is a masked array"),
+    "deleted args": ({"args": ({"x": DELETED},)}, r"args\[0\]\['x'\] is an array of .* that was deleted"),
+    "keys of two types in args": (
+        {"args": ({1: 1.0, "a": 2.0},)},
+        r"args\[0\] is a dict whose keys are of the types int",
+    ),
     "iterator and batch_size": (
         BATCHES | {"data": iter([X]), "batch_size": 2},
         "batch_size=2 was given with data that come",
     ),
     "zero rows": (BATCHES | {"data": (X[:0], y[:0])}, "data has zero rows"),
     "batch over the rows": (BATCHES | {"batch_size": 7}, "batch_size=7 is over the 6 rows"),
-    "batch of zero": (BATCHES | {"batch_size": 0}, "batch_size=0 is not a whole number from 1"),
+    "batch of zero": (BATCHES | {"batch_size": 0}, "batch_size=0 is not a whole number from 1 to 6, the rows of data"),
+    "negative batch": (
+        BATCHES | {"batch_size": -1},
+        "batch_size=-1 is not a whole number from 1 to 6, the rows of data",
+    ),
+    "batch of bool": (BATCHES | {"batch_size": True}, "batch_size=True is not a whole number from 1 to 6, the rows of"),
     "fractional batch": (BATCHES | {"batch_size": 2.5}, "batch_size=2.5 is not a whole number from 1"),
     "batch without data": ({"batch_size": 2}, "batch_size=2 was given without data"),
     "epochs without data": ({"epochs": 2}, "epochs=2 was given without data"),
     "fractional epochs": (BATCHES | {"epochs": 0.5}, "epochs=0.5 is not a whole number from 1"),
+    "zero epochs": (BATCHES | {"epochs": 0}, "epochs=0 is not a whole number from 1"),
+    "negative epochs": (BATCHES | {"epochs": -1}, "epochs=-1 is not a whole number from 1"),
+    "epochs of bool": (BATCHES | {"epochs": True}, "epochs=True is not a whole number from 1"),
+    "negative steps": ({"max_steps": -1}, "max_steps=-1 is not a whole number from 1"),
+    "steps of bool": ({"max_steps": True}, "max_steps=True is not a whole number from 1"),
     "zero steps": ({"max_steps": 0}, "max_steps=0 is not a whole number from 1"),
     "fractional steps": ({"max_steps": 10.5}, "max_steps=10.5 is not a whole number from 1"),
     "steps of text": ({"max_steps": "10"}, "max_steps='10' is not a whole number from 1"),
@@ -102,6 +195,7 @@ BAD = {
         {"learning_rate": "auto", "keep_best": False},
         "keep_best=False was given with a rate that is found at each step.*Pass a learning_rate, or leave keep_best",
     ),
+    "callback no function": ({"callback": 3}, "callback=3 is not a function: pass one that is called with a gdopt.Rep"),
     "args no tuple": ({"args": [1.0]}, r"args is a list: pass a tuple, such as args=\(x,\)"),
 }
 
@@ -139,3 +233,321 @@ def test_silent_about_what_is_harmless():
         warnings.simplefilter("error")
         gdopt.minimize(lambda w, data: line(w, data), W, args=((X.astype(np.float64), y),), learning_rate=0.1)
         gdopt.minimize(square, 1.0, learning_rate=np.float64(0.1))
+
+
+# What works
+
+
+def test_leaves_of_all_sorts_are_fine():
+    array = jnp.ones(2)
+    params = {"both": [array, array], "none": None, "function": jnp.tanh, "text": "text", "number": 1.0}
+    params["empty"] = np.zeros((0, 3), np.float32)
+    loss = lambda p: square(p["both"][0]) + 2 * square(p["both"][1]) + square(p["number"]) + square(p["empty"])
+    result = gdopt.minimize(loss, params, learning_rate=0.1, max_steps=1)
+    np.testing.assert_allclose(result.params["both"], [[0.8, 0.8], [0.6, 0.6]], rtol=1e-6)  # two leaves go two ways
+    assert float(result.params["number"]) == pytest.approx(0.8)
+    assert result.params["empty"].shape == (0, 3)
+    assert [result.params[name] for name in ("none", "function", "text")] == [None, jnp.tanh, "text"]
+    assert not array.is_deleted()
+
+
+@pytest.mark.parametrize("optimizer", [optax.lbfgs, optax.polyak_sgd, optax.MultiSteps(optax.sgd(0.1), 2)])
+def test_optimizers_of_all_sorts_are_fine(optimizer):
+    given = {} if isinstance(optimizer, optax.MultiSteps) else {"learning_rate": 0.5}
+    result = gdopt.minimize(square, 1.0, optimizer=optimizer, max_steps=8, **given)
+    assert result.loss < 0.5
+
+
+def test_a_negative_schedule_is_told():
+    message = gdopt.minimize(square, 1.0, learning_rate=lambda step: -0.1, max_steps=3).message
+    assert message.endswith("The schedule gave a negative rate, -0.1: with a rate above 0 the loss can fall.")
+
+
+# Errors of the caller's own functions
+
+
+def branch(x):
+    if x > 0:  # here
+        return x
+    return -x
+
+
+WRONG = {
+    "if": (branch, jax.errors.TracerBoolConversionError, "jnp.where or jax.lax.cond in place of if"),
+    "if in a jit": (jax.jit(branch), jax.errors.TracerBoolConversionError, "jnp.where or jax.lax.cond"),
+    "float": (lambda x: jnp.sin(float(x)), jax.errors.ConcretizationTypeError, r"leave out float\(\)"),
+    "math": (lambda x: math.sin(x), jax.errors.ConcretizationTypeError, "take jnp.sin for math.sin"),
+    "numpy": (
+        lambda x: np.asarray(x),
+        jax.errors.TracerArrayConversionError,
+        "compute with jax.numpy in place of numpy",
+    ),
+    "list": (lambda x: [1.0, 2.0][x.astype(int)], jax.errors.TracerIntegerConversionError, r"jnp.asarray\(...\)"),
+    "mask": (lambda x: jnp.ones(3)[x > 0].sum(), jax.errors.NonConcreteBooleanIndexError, "take jnp.where"),
+}
+
+
+@pytest.mark.parametrize("call", [gdopt.minimize, gdopt.lr_find, lambda loss, x: gdopt.gd_step(loss, x, 0.1)])
+@pytest.mark.parametrize(("loss", "kind", "hint"), WRONG.values(), ids=WRONG.keys())
+def test_what_a_trace_cannot_do_is_jaxs_error_with_the_line_and_a_hint(call, loss, kind, hint):
+    with pytest.raises(kind, match=hint) as caught:  # pytest matches the notes, too
+        call(loss, 1.0)
+    (note,) = [note for note in caught.value.__notes__ if note.startswith("gdopt")]
+    first, _, last = note.splitlines()
+    line = inspect.unwrap(loss).__code__.co_firstlineno + (inspect.unwrap(loss) is branch)
+    assert first.startswith(f"gdopt: raised at {__file__}, line {line}, in {inspect.unwrap(loss).__name__}: ")
+    assert first.endswith("# here") is (inspect.unwrap(loss) is branch)
+    assert last == "The loss was called with (float32[])."
+
+
+def test_an_error_of_the_loss_stays_what_it_is():
+    error = KeyError("mine")
+
+    def broken(params, batch, scale, key):
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        gdopt.minimize(broken, {"w": W, "name": "n"}, data=(X, y), args=(2.0,), with_key=True, max_steps=3)
+    assert caught.value is error
+    assert error.args == ("mine",)
+    where, what = error.__notes__[0].splitlines()
+    assert where.endswith("in broken: raise error")
+    assert what == (
+        "The loss was called with ({'name': 'n', 'w': float32[2]}, (float32[6, 2], float32[6]), float32[], "
+        "key=key<fry>[])."
+    )
+
+
+@pytest.mark.parametrize("loss", [lambda x, scale: x * scale, functools.partial(lambda scale, x, y: x, 2.0)])
+def test_a_loss_of_other_arguments_is_named(loss):
+    with pytest.raises(
+        TypeError, match=rf"raised at the call of <lambda> of {__file__}, line \d+\n.*with \(float32\[\]\)"
+    ):
+        gdopt.minimize(loss, 1.0)
+
+
+def test_a_long_argument_is_cut_and_a_broken_repr_does_no_harm():
+    class Odd:
+        def __repr__(self):
+            raise ValueError
+
+    for params, shown in (
+        ({f"w{k}": 1.0 for k in range(99)}, r"'w11': flo.*\.\.\.\)\."),
+        ([1.0, Odd()], r"with \(<list>\)"),
+    ):
+        with pytest.raises(ZeroDivisionError, match=shown):
+            gdopt.minimize(lambda params: 1 / 0, params)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "optimizer"])
+def test_an_error_of_a_schedule_or_a_factory_stays_what_it_is(name):
+    def broken(_):
+        raise OSError("mine")
+
+    with pytest.raises(OSError, match=rf"(?s)mine.*gdopt: raised by {name}=<function .*broken"):
+        gdopt.minimize(square, 1.0, **{"learning_rate": 0.1, name: broken})
+
+
+# Callbacks
+
+
+@pytest.mark.parametrize("data", [None, (X, y), lambda: [(X, y)] * 9], ids=["one batch", "batches", "a stream"])
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_an_error_of_the_callback_has_the_result_so_far(data, keep_best):
+    error = OSError("the disk is full")
+
+    def callback(report):
+        if report.step >= 6:
+            raise error
+
+    loss = line if data else lambda w: line(w, (X, y))
+    more = {"batch_size": 2} if isinstance(data, tuple) else {}
+    options = {"learning_rate": 0.01, "max_steps": 10**6, "keep_best": keep_best, **more}
+    with pytest.raises(OSError, match=r"(?s)full.*gdopt: raised by callback=<.* this error's .result") as caught:
+        gdopt.minimize(loss, W, data=data, callback=callback, throw=True, **options)
+    assert caught.value is error
+    result = caught.value.result
+    assert (result.status, result.success) == (Status.STOPPED, False)
+    assert len(result.history.loss) == result.steps + 1 >= 7
+    assert result.loss < result.history.loss[0]
+    assert result.loss == pytest.approx(float(line(result.params, (X, y))), rel=1e-4)
+
+
+def test_a_callback_that_raises_at_the_end_has_how_it_ended():
+    def callback(report):
+        raise OSError
+
+    with pytest.raises(OSError, match="gdopt") as caught:
+        gdopt.minimize(square, 1.0, learning_rate=0.4, callback=callback)
+    assert caught.value.result.status is Status.CONVERGED
+
+
+def test_a_result_that_an_error_has_already_is_left_to_it():
+    inner = []
+
+    def callback(report):
+        try:
+            gdopt.minimize(square, 1.0, learning_rate=1e-9, max_steps=1, throw=True)
+        except gdopt.NotConvergedError as error:
+            inner.append(error.result)
+            raise
+
+    with pytest.raises(
+        gdopt.NotConvergedError, match=r"(?s)gdopt: raised by callback=.* after \d+ steps?\.$"
+    ) as caught:
+        gdopt.minimize(square, 1.0, learning_rate=0.1, callback=callback)
+    assert caught.value.result is inner[0]
+
+
+@pytest.mark.parametrize("answer", ["go on", np.ones(3), 17, 0, {}])
+def test_an_answer_of_the_callback_that_is_none(answer):
+    with pytest.raises(
+        gdopt.InputError, match=r"callback returned .*: return True to stop the run, and None"
+    ) as caught:
+        gdopt.minimize(square, 1.0, learning_rate=0.1, callback=lambda report: answer)
+    assert caught.value.result.steps > 0
+
+
+@pytest.mark.parametrize("stop", [True, np.True_, jnp.asarray(True)])
+def test_answers_of_the_callback(stop):
+    run = functools.partial(gdopt.minimize, square, 1.0, learning_rate=1e-4, tol=0)
+    assert run(callback=lambda report: stop, max_steps=10**6).status is Status.STOPPED
+    assert run(callback=lambda report: ~np.asarray(stop), max_steps=100).steps == 100
+
+
+# Memory
+
+
+def test_out_of_memory_says_what_takes_it():
+    def large(w, batch):
+        rows = jnp.sin(jnp.arange(2.0**20)[:, None] * w[0])
+        return jnp.sum(jnp.cumsum(jnp.broadcast_to(rows, (2**20, 2**24)), axis=1) ** 2) + line(w, batch)
+
+    sizes = r"params 8 bytes, .*data 72 bytes, args 0 bytes; the rest is .*Try a smaller batch_size.*gdopt.shard"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"(?s)RESOURCE_EXHAUSTED.*gdopt: out of memory.*{sizes}"):
+        gdopt.minimize(large, W, data=(X, y), learning_rate=0.1, max_steps=2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=rf"(?s)RESOURCE_EXHAUSTED.*{sizes}"):
+        gdopt.lr_find(large, W, data=(X, y), num_steps=20)
+
+
+# Warnings
+
+
+IGNORES = {
+    "a number": lambda w: 3.0,
+    "an array": lambda w: jnp.float32(3),
+    "stop_gradient": lambda w: square(jax.lax.stop_gradient(w)),
+    "argmax": lambda w: jnp.mean(jnp.argmax(X * w[None], axis=1) != 1),
+    "round": jax.jit(lambda w: jnp.sum(jnp.round(w))),
+}
+
+
+@pytest.mark.parametrize("loss", IGNORES.values(), ids=IGNORES.keys())
+def test_a_loss_that_ignores_its_params_is_told(loss):
+    with pytest.warns(UserWarning, match="gradient is exactly zero everywhere: the loss does not depend on") as caught:
+        result = gdopt.minimize(loss, W, learning_rate=0.1)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert result.message.startswith("converged after 0 steps: the gradient is exactly zero")
+
+
+def test_mini_batches_that_ignore_the_params_are_told():
+    with pytest.warns(UserWarning, match="gradient is exactly zero everywhere"):
+        gdopt.minimize(lambda w, batch: jnp.mean(batch[1]), W, data=(X, y), batch_size=2, epochs=1, learning_rate=0.1)
+
+
+def test_a_start_at_a_minimum_or_a_saddle_is_no_reason_to_warn():
+    for loss in (square, lambda w: w[0] * w[1], lambda w: jnp.sum(jax.nn.relu(w - 1))):
+        assert gdopt.minimize(loss, W, learning_rate=0.1).steps == 0
+
+
+GENERATOR, PYTHON = np.random.default_rng(0), random.Random(0)
+
+
+def generators():
+    inner = np.random.default_rng(1)
+    return {
+        "numpy.random": lambda w: square(w - np.random.normal(size=2).astype(np.float32)),
+        "random": lambda w: square(w - random.random()),
+        "GENERATOR": lambda w: square(w - GENERATOR.normal(size=2).astype(np.float32)),
+        "PYTHON": functools.partial(lambda scale, w: square(w - scale * PYTHON.random()), 2.0),
+        "gauss": lambda w: square(w - gauss(0, 1)),
+        "inner": lambda w: square(w - inner.random()),
+        "numpy.random and random": lambda w: square(w - np.random.random() - random.random()),
+    }
+
+
+@pytest.mark.parametrize("name", generators())
+def test_random_numbers_that_are_drawn_once_are_told(name):
+    with pytest.warns(UserWarning, match=f"the loss draws from {name}, and does so once, as it is traced") as caught:
+        gdopt.minimize(generators()[name], W, learning_rate=0.1, max_steps=2)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+COLUMN = X[:, :1]
+ALL_PAIRS = {
+    "mean of squares": lambda w: jnp.mean((X @ w[:, None] - y) ** 2),
+    "the other way round": lambda w: jnp.mean((y - X @ w[:, None]) ** 2),
+    "sum of squares": lambda w: jnp.sum(jnp.square(X @ w[:, None] - y)),
+    "in a jit": jax.jit(lambda w: jnp.mean((X @ w[:, None] - y) ** 2)),
+    "of a column in the data": lambda w: jnp.mean((X @ w - COLUMN) ** 2),
+    "as a product": lambda w: (lambda r: jnp.sum(r * r))(X @ w[:, None] - y),
+}
+NOT_ALL_PAIRS = {
+    "columns": lambda w: jnp.mean((X @ w[:, None] - y[:, None]) ** 2),
+    "vectors": lambda w: jnp.mean((X @ w - y) ** 2),
+    "distances on purpose": lambda w: jnp.sum((lambda x: (x[:, None] - x[None, :]) ** 2)(X @ w)),
+    "distances, half on purpose": lambda w: jnp.sum((lambda x: (x[:, None] - x) ** 2)(X @ w)),
+    "to others on purpose": lambda w: jnp.sum(((X @ w)[:, None] - y[None, :]) ** 2),
+    "a kernel": lambda w: jnp.sum(jnp.exp(-((X @ w[:, None] - y) ** 2))),
+    "an energy distance": lambda w: jnp.mean(jnp.abs(X @ w[:, None] - y)),
+    "the Gram matrix": lambda w: jnp.sum((X @ jnp.diag(w) @ X.T - 1) ** 2),
+    "attention": lambda w: jnp.sum((jax.nn.softmax(X * w[None] @ X.T, axis=1) @ X) ** 2),
+    "double centering": lambda w: jnp.sum(
+        (lambda a: (a.mean(axis=1, keepdims=True) - a.mean(axis=0)) ** 2)(X @ jnp.diag(w) @ X.T)
+    ),
+    "one row": lambda w: jnp.sum((X[:1] @ w[:, None] - y[:1]) ** 2),
+}
+
+
+@pytest.mark.parametrize("loss", ALL_PAIRS.values(), ids=ALL_PAIRS.keys())
+def test_all_pairs_where_rows_were_meant_are_told(loss):
+    with jax.numpy_rank_promotion("allow"), pytest.warns(UserWarning, match=r"shapes \(6, 1\) and \(6,\).*36|6 \* 6"):
+        gdopt.minimize(loss, W, learning_rate=0.01, max_steps=1)
+
+
+@pytest.mark.parametrize("loss", NOT_ALL_PAIRS.values(), ids=NOT_ALL_PAIRS.keys())
+def test_all_pairs_on_purpose_are_left_alone(loss):
+    with jax.numpy_rank_promotion("allow"):
+        gdopt.minimize(loss, np.ones(2, np.float32), learning_rate=0.001, max_steps=1)
+
+
+# What it costs
+
+
+def test_checks_of_a_deep_network_take_little_beside_its_trace():
+    from gdopt.problem import make_problem
+    from gdopt.program import rows_of_all_pairs, trace
+    from gdopt.task import make_task
+
+    layers, rows = [{"w": jnp.eye(8), "b": jnp.zeros((1, 8))} for _ in range(50)], jnp.ones((4, 8))
+
+    def network(params, batch):
+        h = batch[0]
+        for layer in params:
+            h = jnp.tanh(h @ layer["w"] + layer["b"])
+        return jnp.mean((h - batch[1]) ** 2)
+
+    def check():
+        problem = make_problem(network, layers)
+        task = make_task(problem, args=(), data=(rows, rows), batch_size=None, with_key=False, key=None)
+        assert rows_of_all_pairs(trace(task.value, problem.params, task.data, (), None, rules=True).jaxpr) is None
+
+    def seconds(function):
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    shapes = lambda: jax.eval_shape(lambda *given: network(*given), layers, (rows, rows))
+    all_of_it, trace_alone = np.min([(seconds(check), seconds(shapes)) for _ in range(15)], axis=0)
+    assert all_of_it - trace_alone < 0.01
+    assert all_of_it < 0.02 or trace_alone > 0.01  # on a slow machine JAX's own trace takes longer than that

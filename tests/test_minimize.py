@@ -251,6 +251,7 @@ def test_rows_that_fill_no_batch_sit_out_and_others_the_next_time():
     assert often.min() > 20
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is exactly zero everywhere")
 def test_epochs_are_shuffled_differently_and_by_the_key():
     def order(**more):
         loss = lambda x, row: x * 0 + row[0]

@@ -509,6 +509,7 @@ def test_equal_programs_of_other_trees_keep_their_trees() -> None:
 
 
 @pytest.mark.parametrize("fresh", [np.random.normal, lambda: raw(*np.random.normal(size=3))], ids=["number", "array"])
+@pytest.mark.filterwarnings("ignore:the loss draws from numpy.random")
 def test_random_numbers_of_numpy_are_drawn_at_each_call(fresh: Callable) -> None:
     runs = [minimize(lambda x: jnp.sum((x - fresh()) ** 2))[0] for _ in range(2)]
     loss = lambda x: jnp.sum((x - fresh()) ** 2)

@@ -216,6 +216,7 @@ def test_an_infinite_fall_is_named() -> None:
     assert "it has no lower bound" in result.message
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is exactly zero everywhere")
 def test_flat_losses() -> None:
     for loss in (lambda x: 0 * x + 3.0, lambda x: jnp.float32(3)):
         result = gdopt.minimize(loss, 1.0)

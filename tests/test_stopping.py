@@ -87,6 +87,7 @@ def test_small_steps_are_not_taken_for_the_end(optimizer):
     assert result.loss < 1e-3 * 5.5
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is exactly zero everywhere")
 def test_gradient_of_zero_is_converged_where_there_is_nothing_to_gain():
     for loss in (lambda x: jnp.sum((x - 1) ** 2), lambda x: 3.0 + 0 * jnp.sum(x)):
         result = minimize(loss, jnp.ones(2))

@@ -1,4 +1,4 @@
-"""Numbers that callers give: taken as Python's own, or refused with the argument's name, its value and the cure."""
+"""What callers give, numbers and trees: refused, where it is of no use, with its name, its value and the cure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from gdopt import _trees
+from gdopt._types import PyTree
 from gdopt.errors import InputError
 
+_BETWEEN = ("gdopt", "jax", "contextlib")  # the caller and a warning
 _LARGEST_COUNT = 10**9  # the sum of two counts fits the 32-bit step counter
 
 
@@ -34,7 +38,7 @@ def number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -
 def warn(message: str) -> None:
     """A UserWarning at the line of the caller's that called gdopt."""
     frame, level = sys._getframe(1), 2
-    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("gdopt", "contextlib"):
+    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
@@ -45,9 +49,9 @@ def rate(name: str, value: Any, *, zero: bool = False) -> float:
     return number(name, value, lambda x: x > 0 or (zero and x == 0), wanted)
 
 
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """A number of steps, rows, epochs."""
-    wanted = f"a whole number from {least} to 10**9"
+def whole_number(name: str, value: Any, least: int = 1, upto: str = "10**9") -> int:
+    """A number of steps, rows, epochs; ``upto`` is for the message, where less than 10**9 is asked for."""
+    wanted = f"a whole number from {least} to {upto}"
     return int(number(name, value, lambda x: least <= x <= _LARGEST_COUNT and x % 1 == 0, wanted))
 
 
@@ -56,3 +60,58 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise InputError(f"{name}={value!r} is unknown: pass one of {', '.join(map(repr, known))}.")
     return value
+
+
+def refuse_no_arrays(name: str, tree: PyTree, *, carried: bool = False) -> None:
+    """Raises InputError for what looks like an array and is of no use as one, and for dicts that JAX cannot sort.
+
+    Where objects and texts may be ``carried`` along, arrays of them may, too.
+    """
+    try:
+        leaves = jax.tree.leaves(tree)
+    except ValueError as error:  # by the time that it is raised, JAX has forgotten where
+        nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_unsortable)
+        for path, node in nodes:
+            if _is_unsortable(node):
+                kinds = " and ".join(sorted({type(key).__name__ for key in node}))
+                raise InputError(
+                    f"{_trees.path_name(path, name)} is a dict whose keys are of the types {kinds}, and JAX sorts keys"
+                    ": give them one type, str say."
+                ) from error
+        raise
+    if not any(_fault(leaf, carried) for leaf in leaves):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if fault := _fault(leaf, carried):
+            raise InputError(f"{_trees.path_name(path, name)} {fault}.")
+
+
+def _is_unsortable(node: Any) -> bool:
+    if not isinstance(node, dict):
+        return False
+    try:
+        sorted(node)
+    except TypeError:
+        return True
+    return False
+
+
+def _fault(leaf: Any, carried: bool) -> str:
+    """What is wrong with a leaf, and the cure."""
+    if isinstance(leaf, np.ndarray):
+        if isinstance(leaf, np.ma.MaskedArray):
+            return (
+                "is a masked array, and JAX knows none: pass its .filled(value), and its mask where the loss needs it "
+                "as an array of its own"
+            )
+        if not (_trees.is_array(leaf) or carried):
+            return (
+                f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it "
+                "elsewhere"
+            )
+    elif isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+        return (
+            f"is an array of dtype {leaf.dtype} and shape {leaf.shape} that was deleted, or donated to a jitted "
+            "function (donate_argnums): pass one that is still there, a copy from before, say"
+        )
+    return ""

@@ -217,3 +217,27 @@ def is_plain(treedef: Any) -> bool:
     kind, keys = data
     named = issubclass(kind, dict) and all(type(key) is str for key in keys)
     return (named or issubclass(kind, tuple | list)) and all(map(is_plain, treedef.children()))
+
+
+def summary(tree: PyTree) -> str:
+    """A few numbers as they are; more of them by dtype and shape."""
+
+    def leaf_summary(leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        if (
+            leaf.size <= 6
+            and not isinstance(leaf, jax.core.Tracer)
+            and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        ):
+            return _Bare(np.array2string(np.asarray(leaf), precision=4, separator=", ").replace("\n", ""))
+        return _Bare(f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]")
+
+    return repr(jax.tree.map(leaf_summary, tree))
+
+
+class _Bare(str):
+    """A text that prints without quotes inside a container."""
+
+    def __repr__(self) -> str:
+        return str(self)

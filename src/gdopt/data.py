@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from gdopt import _trees
-from gdopt._checks import whole_number
+from gdopt._checks import refuse_no_arrays, whole_number
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -81,6 +81,7 @@ class Stream:
                     else "Pass one that gives at least one batch."
                 )
             )
+        refuse_no_arrays("a batch of data", first, carried=True)  # what else is no array, `_arrays` tells
         self._opened: Iterator | None = iterator
         self.example = _arrays(first)
 
@@ -179,6 +180,8 @@ def _arrays(batch: Any) -> PyTree:
 
 def _array(place: int, leaf: Any, batch: PyTree) -> np.ndarray:
     array = np.asarray(leaf)
+    if isinstance(leaf, np.ma.MaskedArray):
+        refuse_no_arrays("a batch of data", batch, carried=True)
     if array.dtype.kind not in "biufcV":  # V: bfloat16 and the like
         path, _ = jax.tree_util.tree_leaves_with_path(batch)[place]
         raise InputError(
@@ -205,6 +208,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
         if batch_size is not None:
             raise InputError(f"batch_size={batch_size!r} was given without data: pass data=, or leave batch_size out.")
         return None, None
+    refuse_no_arrays("data", data)
     leaves = jax.tree_util.tree_leaves_with_path(data)
     lengths = {}
     for path, leaf in leaves:
@@ -224,7 +228,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
     if rows == 0:
         raise InputError("data has zero rows: pass at least one.")
     if batch_size is not None:
-        batch_size = whole_number("batch_size", batch_size)
+        batch_size = whole_number("batch_size", batch_size, upto=f"{rows}, the rows of data")
         if batch_size > rows:
             raise InputError(
                 f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all rows."

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees, loop, lr_finder, program, run
+from gdopt import _notes, _trees, loop, lr_finder, program, run
 from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.checkpoint import Checkpoint
@@ -104,7 +104,8 @@ def minimize(
             memory: by one copy of params, and on a CPU by another that XLA makes for its sake. Not for a rate that is
             found at each step, where the last point is a trial.
         callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
-            mini-batches; a true return value stops the run.
+            mini-batches; True as return value stops the run, and None or False lets it go on. Where it raises, the run
+            ends, and the error has its `Result` as ``error.result``.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
             with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
@@ -142,6 +143,8 @@ def minimize(
     """
     began = time.perf_counter()
     check_optimizer(optimizer)
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
     batches, stream, noisy = task.batches, task.stream, task.noisy
@@ -177,12 +180,14 @@ def minimize(
             _refuse_host_visits(**given, data=None if stream is None else data)
             return _inside(compiled.solve(compiled.constants, inputs), task)
         check_joined(inputs)
+        failure: list[Exception] = []
         streamed, boundary = None, batches.per_epoch if batches and callback else None
         if stream is not None:
             feed = stream.feed(steps.epochs, steps.batches)
             streamed = run.Streamed(feed, compile, pause=callback is not None)
 
-        with progress_bar(progress, steps.expected) as advance:
+        sizes = {"params": inputs.start, "state": compiled.carry, "data": inputs.data, "args": inputs.args}
+        with progress_bar(progress, steps.expected) as advance, _notes.memory(**sizes):
             state = run.begin(compiled, inputs)
             compiled_at = time.perf_counter()
 
@@ -191,11 +196,17 @@ def minimize(
                 if callback is None:
                     return False
                 epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
-                return bool(callback(_report(problem, step, epoch, state, records)))
+                try:
+                    return _wants_stop(callback(_report(problem, step, epoch, state, records)))
+                except Exception as error:  # ends the run, as the callback may by its answer, and then is raised
+                    failure.append(error)
+                    return True
 
             options = {"boundary": boundary, "streamed": streamed, "saves": saves}
             state, history, status = run.run(compiled, state, inputs, between, **options)
         ended = time.perf_counter()
+        if history.grad_norm[0] == 0:
+            loop.warn_of_no_gradient(task)
 
     kept, params = state.kept, run.returned_params(state)
     ending = _Ending(
@@ -228,7 +239,19 @@ def minimize(
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
     )
+    if failure:
+        _notes.add_result(failure[0], cast(Any, callback), result)
+        raise failure[0]
     return result.raise_for_status() if throw else result
+
+
+def _wants_stop(answer: Any) -> bool:
+    """Whether the callback said stop. What is no bool was hardly meant as one: the length of a line written, say."""
+    if answer is None:
+        return False
+    if isinstance(answer, bool | np.bool_ | jax.Array) and np.shape(answer) == () and np.asarray(answer).dtype == bool:
+        return bool(answer)
+    raise InputError(f"callback returned {answer!r}: return True to stop the run, and None or False to let it go on.")
 
 
 class _Ending(NamedTuple):

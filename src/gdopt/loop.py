@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from gdopt import _trees, program, stopping
+from gdopt._checks import warn
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt.data import Batches
@@ -24,7 +25,7 @@ from gdopt.optimizers import MAX_REJECTED
 from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
-from gdopt.rule import Rule, apply, evaluation_params, inject, owned_rate, search
+from gdopt.rule import Rule, evaluation_params, inject, owned_rate, search
 from gdopt.sharding import Layout, placed
 from gdopt.stopping import RUNNING, Epoch, Evaluation, Limits, Watch
 from gdopt.task import Task
@@ -141,6 +142,11 @@ def compile(
     batch = task.batches.shapes(data) if task.batches else data
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
     value = program.trace(task.value, start, batch, args, one_key, rules=True)
+    if n := program.rows_of_all_pairs(value.jaxpr):
+        warn(
+            f"the loss subtracts shapes ({n}, 1) and ({n},), which gives all {n} * {n} differences, and sums up their "
+            "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
+        )
 
     def differentiated() -> program.Traced:
         both = value_and_grad(lambda params, constants, *given: value.replay(constants, params, *given))
@@ -175,6 +181,18 @@ def text(task: Task) -> str:
     """The trace of the loss, to be compared with that of another process or time."""
     batch = task.batches.shapes(task.data) if task.batches else task.data
     return program.text(task.value, task.problem.params, batch, task.args, task.key)
+
+
+def warn_of_no_gradient(task: Task) -> None:
+    """For a run whose gradient was exactly zero at the start: does the loss use the params at all?"""
+    batch = task.batches.shapes(task.data) if task.batches else task.data
+    key = task.key if task.with_key else None
+    grad = lambda *given: value_and_grad(task.value)(*given)[1]
+    if not program.depends(grad, task.problem.params, batch, task.args, key):
+        warn(
+            "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
+            "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."
+        )
 
 
 def check_alike(task: Task, **given: Any) -> None:
@@ -318,7 +336,7 @@ def _functions(
         nan = jnp.full((), jnp.nan, loss_dtype)
         norm = jnp.full((), jnp.nan, norm_dtype)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux)
-        optimizer = rule.with_rate(rate_at(inputs, jnp.int32(0))).init(inputs.start)
+        optimizer = rule.init(rate_at(inputs, jnp.int32(0)), inputs.start)
         if settings.noisy and search(optimizer) is not None:
             raise InputError(
                 "optimizer holds gdopt.spectral(), which compares one value of the loss with the next: it is not for "
@@ -376,7 +394,7 @@ def _functions(
         def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree]:
             optimizer = optimizer if rate is None else inject(optimizer, rate)
             extras = {"value": loss, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
-            updates, optimizer = apply(rule.with_rate(rate), grad, optimizer, params, **extras)
+            updates, optimizer = rule.update(rate, grad, optimizer, params, **extras)
             # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
             # hand fuses both, and last bits would differ.
             return optax.apply_updates(params, updates), _trees.strong(optimizer)

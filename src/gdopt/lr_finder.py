@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import loop, run, suggestions
+from gdopt import _notes, loop, run, suggestions
 from gdopt._checks import one_of, rate, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.errors import InputError
@@ -160,13 +160,14 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
     loop.check_alike(task, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
     keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
     keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
-    curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
-    while verdict.missing == "lower" and steps.can_grow and lowest > -_EXTENSIONS:
-        curve, verdict = _climb(task, optimizer, steps, keys, lowest := lowest - 1)
-    suggestion, refinement = verdict.suggestion, None
-    if refine and suggestion is not None:
-        refinement = _refine(task, optimizer, suggestion, keys)
-        suggestion = refinement.best
+    with _notes.memory(params=task.problem.params, data=task.data, args=task.args):
+        curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
+        while verdict.missing == "lower" and steps.can_grow and lowest > -_EXTENSIONS:
+            curve, verdict = _climb(task, optimizer, steps, keys, lowest := lowest - 1)
+        suggestion, refinement = verdict.suggestion, None
+        if refine and suggestion is not None:
+            refinement = _refine(task, optimizer, suggestion, keys)
+            suggestion = refinement.best
     return _result(curve, verdict, suggestion, refinement, steps.num_steps)
 
 

@@ -10,8 +10,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _nnx, _trees
-from gdopt._checks import warn
+from gdopt import _draws, _nnx, _notes, _trees
+from gdopt._checks import refuse_no_arrays, warn
 from gdopt._types import Loss, PyTree
 from gdopt.errors import InputError
 
@@ -27,7 +27,17 @@ class Problem(NamedTuple):
     def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:
         """(loss, aux); raises InputError for a loss that returns anything but a scalar."""
         whole = self.rest.combine(params)
-        out = self.loss(whole, *args, **key)
+        before = _draws.states(self.loss)
+        try:
+            out = self.loss(whole, *args, **key)
+        except Exception as error:
+            _notes.add_call(error, self.loss, (whole, *args), key)
+            raise
+        if drawn := _draws.moved(self.loss, before):
+            warn(
+                f"the loss draws from {drawn}, and does so once, as it is traced: each step sees the same numbers. "
+                "Draw with jax.random from the key of with_key=True, or pass the numbers in args= or data=."
+            )
         _nnx.refuse_writes(self.rest, whole)
         return _checked(out, self.has_aux)
 
@@ -54,6 +64,7 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
     """
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
+    refuse_no_arrays("params", params)
     leaves, treedef = jax.tree.flatten(params)
     chosen = _trainable_mask(params, treedef, trainable)
     _nnx.refuse_shared(params)
@@ -99,9 +110,11 @@ def _dtype(leaf: Any) -> Any:
 def _refuse_integers(params: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
+            python = isinstance(leaf, bool | int)
+            cure = f"write {float(leaf)} for {leaf}" if python else "convert it with .astype(float)"
             raise InputError(
                 f"{_trees.path_name(path)} is of dtype {_dtype(leaf)}, and only float and complex leaves have "
-                "gradients: convert it with .astype(float), or leave it out with trainable=."
+                f"gradients: {cure}, or leave it out with trainable=."
             )
 
 
@@ -157,17 +170,38 @@ def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     if has_aux:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise InputError(
-                f"has_aux=True needs a loss that returns (value, aux); it returned a {type(out).__name__}."
+                f"has_aux=True needs a loss that returns (value, aux); it returned {_what(out)}: return both, or leave "
+                "has_aux out."
             )
         value, aux = out
+        _check_aux(aux)
     elif isinstance(out, tuple):
         raise InputError(f"the loss returned a tuple of {len(out)}: return the value alone, or pass has_aux=True.")
-    try:
-        value = value if isinstance(value, jax.Array) else jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the loss returned a {type(value).__name__}: return a scalar array.") from error
+    if not _may_be_array(value):
+        raise InputError(f"the loss returned {_what(value)}: return a scalar array.")
+    value = value if isinstance(value, jax.Array) else jnp.asarray(value)
     if value.shape != ():
         raise InputError(f"the loss returned shape {value.shape}: reduce it to a scalar, with jnp.mean or jnp.sum.")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the loss returned dtype {value.dtype}: return a real floating-point scalar.")
     return value, aux
+
+
+def _check_aux(aux: Any) -> None:
+    for leaf in jax.tree.leaves(aux):
+        if not _may_be_array(leaf):
+            path = next(path for path, other in jax.tree_util.tree_leaves_with_path(aux) if other is leaf)
+            raise InputError(
+                f"{_trees.path_name(path, 'aux')}, which the loss returned, is {_what(leaf)}: what comes out of a "
+                "compiled program are arrays and numbers. Leave the rest out."
+            )
+
+
+def _may_be_array(value: Any) -> bool:
+    return _trees.is_array(value) or hasattr(value, "__jax_array__")
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return f"an array of shape {value.shape}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list) else "")

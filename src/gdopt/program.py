@@ -40,6 +40,7 @@ class Traced(NamedTuple):
     constants: list[Any]
     out: PyTree  # the shapes of what it returns
     identity: Hashable | None  # equal only for traces that are, up to the constants' values; None: it cannot be told
+    jaxpr: Any
 
 
 def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False) -> Traced:
@@ -58,12 +59,15 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     def replay(constants: Sequence, *args: PyTree) -> PyTree:
         numbers = iter(constants[count:]) if lift else None
         leaves = jax.tree.leaves(args)
-        return jax.tree.unflatten(treedef, _evaluate(jaxpr, constants[:count], leaves, numbers, rules))
+        found = _evaluate(jaxpr, constants[:count], leaves, numbers, rules)
+        # What depends on no argument may be a number that was written into the trace.
+        pairs = zip(found, jax.tree.leaves(out), strict=True)
+        return treedef.unflatten(x if isinstance(x, jax.Array) else jnp.asarray(x, of.dtype) for x, of in pairs)
 
     constants = [jnp.asarray(constant) for constant in closed.consts]
     numbers = list(map(_number, _numbers(jaxpr))) if lift else []
     identity = None if closed.effects else _fingerprint(jaxpr, lift, rules)
-    return Traced(replay, constants + numbers, out, identity)
+    return Traced(replay, constants + numbers, out, identity, jaxpr)
 
 
 _RULES = {"custom_jvp_call": ("jvp_jaxpr_fun",), "custom_vjp_call": ("fwd_jaxpr_thunk", "bwd")}
@@ -174,6 +178,69 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
 def text(function: Callable, *args: PyTree) -> str:
     """The function's trace to be read, or to be compared with that of another process."""
     return str(_jaxpr(function, *args)[0].jaxpr)
+
+
+def depends(function: Callable, *args: PyTree) -> bool:
+    """Whether anything that the function returns is computed from its arguments."""
+    jaxpr, literal = _jaxpr(function, *args)[0].jaxpr, _core().Literal
+    reached = set(jaxpr.invars)
+    is_reached = lambda atom: not isinstance(atom, literal) and atom in reached
+    for eqn in jaxpr.eqns:
+        if any(map(is_reached, eqn.invars)):
+            reached.update(eqn.outvars)
+    return any(map(is_reached, jaxpr.outvars))
+
+
+def rows_of_all_pairs(jaxpr: Any) -> int | None:
+    """The n of a sum over all squares of (n, 1) - (n,), where surely the n differences were meant; None without one.
+
+    A trace does not tell ``a - b`` from ``a - b[None, :]``, and other sums over all pairs have their uses, such as that
+    of |a - b|. That of squares knows nothing of which is paired with which: its minimum is at the means. Left alone are
+    columns that were made of a vector: ``a[:, None] - b[None, :]`` is written on purpose.
+    """
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "reduce_sum":
+            shape = eqn.invars[0].aval.shape
+            if len(shape) == len(eqn.params["axes"]) == 2 and 1 < shape[0] == shape[1] and _is_all_pairs(eqn, jaxpr):
+                return shape[0]
+        for inner in _core().jaxprs_in_params(eqn.params):
+            if n := rows_of_all_pairs(inner):
+                return n
+    return None
+
+
+def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
+    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+
+    def by(atom: Any, *names: str) -> Any:
+        """The equation that made it, if it is one of these."""
+        eqn = None if isinstance(atom, _core().Literal) else made.get(atom)
+        return eqn if eqn is not None and eqn.primitive.name in names else None
+
+    square = by(total.invars[0], "square", "integer_pow", "mul")
+    if square is None or square.params.get("y", 2) != 2 or square.invars[0] is not square.invars[-1]:
+        return False
+    difference = by(square.invars[0], "sub")
+    if difference is None:
+        return False
+    column, row = sorted(difference.invars, key=lambda atom: atom.aval.shape[-1:])
+    n, broadcast = total.invars[0].aval.shape[0], by(row, "broadcast_in_dim", "reshape")
+    if (column.aval.shape, row.aval.shape) != ((n, 1), (1, n)) or broadcast is None:
+        return False
+    if len(broadcast.invars[0].aval.shape) != 1:
+        return False
+    todo, seen = [column], set()
+    while todo:  # back to where the column is made as one
+        atom = todo.pop()
+        eqn = made.get(atom)
+        if eqn is None or atom in seen or eqn.primitive.name == "dot_general":
+            continue
+        seen.add(atom)
+        inputs = [atom for atom in eqn.invars if not isinstance(atom, _core().Literal)]
+        if eqn.primitive.name in ("broadcast_in_dim", "reshape") and inputs and inputs[0].aval.shape == (n,):
+            return False
+        todo += [atom for atom in inputs if atom.aval.shape == (n, 1)]
+    return True
 
 
 def is_traced(*trees: PyTree) -> bool:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 
+from gdopt import _trees
 from gdopt._types import PyTree
 from gdopt.errors import GdoptError, NotConvergedError
 from gdopt.stopping import Status
@@ -199,15 +199,15 @@ class Result:
     def __repr__(self) -> str:
         outside = self.history is not None
         rows = {
-            "status": self.status.name if outside else _summary(self.status),
+            "status": self.status.name if outside else _trees.summary(self.status),
             "message": self.message,
-            "loss": f"{self.loss:.6g}" if outside else _summary(self.loss),
-            "grad_norm": f"{self.grad_norm:.3g}" if outside else _summary(self.grad_norm),
-            "steps": f"{self.steps}" if outside else _summary(self.steps),
-            "params": _summary(self.params),
+            "loss": f"{self.loss:.6g}" if outside else _trees.summary(self.loss),
+            "grad_norm": f"{self.grad_norm:.3g}" if outside else _trees.summary(self.grad_norm),
+            "steps": f"{self.steps}" if outside else _trees.summary(self.steps),
+            "params": _trees.summary(self.params),
         }
         if self.aux is not None:
-            rows["aux"] = _summary(self.aux)
+            rows["aux"] = _trees.summary(self.aux)
         return _table("gdopt.Result", rows)
 
 
@@ -224,27 +224,3 @@ _make_pytree(Result, "message", "steps_per_epoch", "compile_seconds", "run_secon
 def _table(title: str, rows: dict[str, str]) -> str:
     width = max(map(len, rows)) + 1
     return "\n".join([title, *(f"  {name:{width}}{value}" for name, value in rows.items())])
-
-
-def _summary(tree: PyTree) -> str:
-    """A few numbers as they are; more of them by dtype and shape."""
-
-    def leaf_summary(leaf) -> Any:
-        if not hasattr(leaf, "dtype"):
-            return leaf
-        if (
-            leaf.size <= 6
-            and not isinstance(leaf, jax.core.Tracer)
-            and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        ):
-            return _Bare(np.array2string(np.asarray(leaf), precision=4, separator=", ").replace("\n", ""))
-        return _Bare(f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]")
-
-    return repr(jax.tree.map(leaf_summary, tree))
-
-
-class _Bare(str):
-    """A text that prints without quotes inside a container."""
-
-    def __repr__(self) -> str:
-        return str(self)

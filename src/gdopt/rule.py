@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
@@ -52,6 +53,32 @@ class Rule(NamedTuple):
             )
         return built
 
+    def init(self, rate: Any, params: PyTree) -> PyTree:
+        """The optimizer's state before the first update."""
+        with self._told():
+            return self.with_rate(rate).init(params)
+
+    def update(self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, **extras: Any) -> tuple[PyTree, PyTree]:
+        """The optimizer's update at a rate; see `apply`."""
+        with self._told():
+            return apply(self.with_rate(rate), updates, state, params, **extras)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the optimizer, with its name: many functions that take one argument look like a factory."""
+        try:
+            yield
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"optimizer={self.optimizer!r} does not work as one: pass an optax transformation such as "
+                "optax.adam(1e-3), or a factory learning_rate -> transformation such as optax.adam; and see what it "
+                f"takes as params. ({type(error).__name__}: {error})"
+            ) from error
+        except Exception as error:
+            if not isinstance(error, InputError):
+                error.add_note(f"gdopt: raised by optimizer={self.optimizer!r}, as it was traced.")
+            raise
+
     def rate_at(self, step: jax.Array) -> Any:
         """The schedule's rate of a step."""
         schedule: Any = self.schedule
@@ -62,9 +89,15 @@ class Rule(NamedTuple):
                 f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced "
                 f"integer, so choose with jnp.where instead of if. ({error})"
             ) from error
+        except Exception as error:
+            error.add_note(f"gdopt: raised by learning_rate={schedule!r}, called with the step, a traced integer.")
+            raise
         if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
             what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
             raise InputError(f"the schedule gave {what} for a step: return one number.")
+        dtype = jnp.result_type(rate)
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise InputError(f"the schedule gave dtype {dtype} for a step: return one real number.")
         return rate
 
     @property
@@ -124,6 +157,8 @@ def check_optimizer(optimizer: Any) -> None:
 
 def is_transformation(optimizer: Any) -> bool:
     """Whether it is ready: optax's protocol is a pair of functions (MultiSteps has it without being a tuple)."""
+    if isinstance(optimizer, type):  # the class itself, MultiSteps say
+        return False
     return callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
 
 

@@ -328,6 +328,8 @@ def _slower(grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
     of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
     """
     highest = np.max(rates, initial=0.0, where=np.isfinite(rates))
+    if np.nanmin(rates, initial=0.0) < 0:
+        return f"The schedule gave a negative rate, {np.nanmin(rates):.3g}: with a rate above 0 the loss can fall."
     if highest == 0:
         return "Try a smaller learning rate in the optimizer."
     with np.errstate(all="ignore"):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees
+from gdopt._checks import refuse_no_arrays
 from gdopt._types import PyTree
 from gdopt.data import Batches, Stream, check_data
 from gdopt.errors import InputError
@@ -84,5 +85,6 @@ def _check_key(key: Any) -> jax.Array | None:
 def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}: pass a tuple, such as args=(x,).")
+    refuse_no_arrays("args", args, carried=True)
     some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest

@@ -1,0 +1,58 @@
+"""Whether a function draws random numbers of NumPy's or Python's: seen by the state of the generators in its reach."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import random
+from collections.abc import Callable, Hashable
+from types import BuiltinMethodType, FunctionType, MethodType
+from typing import Any, cast
+
+import numpy as np
+
+_WORDS = 625  # of MT19937's state: its key and the position in it
+
+
+def states(function: Callable) -> dict[str, Hashable]:
+    """Of NumPy's global generator, and of what the function itself closes over or names of its globals, by name."""
+    named: dict[str, Any] = {"numpy.random": cast(Any, np.random).get_bit_generator()}
+    for name, value in _reach(function):
+        if isinstance(value, np.random.Generator):
+            named[name] = value.bit_generator
+        elif value is random or isinstance(value, random.Random):  # 10 µs, so not where nobody asks for it
+            named[name] = value.getstate
+        elif isinstance(value, MethodType | BuiltinMethodType) and isinstance(value.__self__, random.Random):
+            named[name] = value.__self__.getstate  # from random import gauss
+    return {name: _state(generator) for name, generator in named.items()}
+
+
+def moved(function: Callable, before: dict[str, Hashable]) -> str:
+    """The generators, by name, that are no longer in the states from before."""
+    now = states(function)
+    return " and ".join(name for name, state in before.items() if now.get(name) != state)
+
+
+def _state(generator: Any) -> Hashable:
+    if not isinstance(generator, np.random.BitGenerator):
+        return generator()
+    if type(generator) is np.random.MT19937:  # whose .state takes 40 µs, and each call of minimize would pay for it
+        return ctypes.string_at(generator.ctypes.state_address, 4 * _WORDS)
+    return repr(generator.state)
+
+
+def _reach(function: Any) -> list[tuple[str, Any]]:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType):
+        return []
+    code, found = function.__code__, []
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found.append((name, cell.cell_contents))
+        except ValueError:  # not bound yet
+            continue
+    return found + [(name, function.__globals__[name]) for name in code.co_names if name in function.__globals__]
