@@ -60,7 +60,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def slows_down(report: gdopt.Report) -> bool:
-    time.sleep(0.01)  # so that there is time to be killed in
+    time.sleep(0.005)  # so that there is time to be killed in
     return False
 
 
