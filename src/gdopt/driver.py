@@ -150,13 +150,14 @@ def minimize(
     batches, stream, noisy = task.batches, task.stream, task.noisy
     steps = _check_steps(max_steps, epochs, task)
     limits = Limits(steps.most, _check_tol(tol, noisy), _check_target(target))
-    given = {
-        "learning_rate": learning_rate,
-        "optimizer": optimizer,
-        "limits": (*steps, *limits),
-        "keep_best": keep_best,
-    }
-    loop.check_alike(task, **given, callback=callback is not None)
+    loop.check_alike(
+        task,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        limits=(*steps, *limits),
+        keep_best=keep_best,
+        callback=callback is not None,
+    )
     if checkpoint is not None and program.is_traced():
         _refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:

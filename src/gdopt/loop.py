@@ -139,7 +139,7 @@ def compile(
     # Before it is traced, so that it is traced for where it will run.
     given, _ = placed({"params": task.problem.params, "data": task.data, "args": task.args})
     start, data, args = given.values()
-    batch = task.batches.shapes(data) if task.batches else data
+    batch = task._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
     value = program.trace(task.value, start, batch, args, one_key, rules=True)
     if n := program.rows_of_all_pairs(value.jaxpr):
@@ -179,16 +179,14 @@ def compile(
 
 def text(task: Task) -> str:
     """The trace of the loss, to be compared with that of another process or time."""
-    batch = task.batches.shapes(task.data) if task.batches else task.data
-    return program.text(task.value, task.problem.params, batch, task.args, task.key)
+    return program.text(task.value, task.problem.params, task.batch, task.args, task.key)
 
 
 def warn_of_no_gradient(task: Task) -> None:
     """For a run whose gradient was exactly zero at the start: does the loss use the params at all?"""
-    batch = task.batches.shapes(task.data) if task.batches else task.data
     key = task.key if task.with_key else None
     grad = lambda *given: value_and_grad(task.value)(*given)[1]
-    if not program.depends(grad, task.problem.params, batch, task.args, key):
+    if not program.depends(grad, task.problem.params, task.batch, task.args, key):
         warn(
             "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
             "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."
@@ -376,7 +374,7 @@ def _functions(
         if not settings.noisy:
             keep = (k == 0) | (jnp.isfinite(grad_norm) & jnp.isfinite(value) & (value < state.kept.loss))
         else:
-            failed = functools.reduce(jnp.logical_or, [code == status for status in stopping.FAILURES])
+            failed = stopping.failed(code)
             keep = (k == 0) | jnp.where(running, stopping.is_good(watch, state.kept.loss, value), ~failed)
         kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))
         kept = _trees.select(keep, kept, state.kept) if keep_best else kept
@@ -482,7 +480,7 @@ def _whole(
         if average is not state.params:
             last = inputs._replace(limits=inputs.limits._replace(max_steps=state.step))
             again = shuffled(state._replace(code=jnp.int32(RUNNING), params=average), inputs)
-            failed = functools.reduce(jnp.logical_or, [state.code == status for status in stopping.FAILURES])
+            failed = stopping.failed(state.code)
             state = _trees.select(failed, state, step(again, last)[0])
         params, kept = returned_params(state), state.kept
         distance = _trees.norm(jax.tree.map(jnp.subtract, params, inputs.start))

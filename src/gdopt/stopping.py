@@ -189,6 +189,11 @@ def judge(
     return code, Watch(first_loss, first_grad_norm, mark, stalled, grad_norm, epoch_loss)
 
 
+def failed(code: jax.Array) -> jax.Array:
+    """Whether a run ended by a failure."""
+    return functools.reduce(jnp.logical_or, [code == status for status in FAILURES])
+
+
 def is_good(watch: Watch, kept_loss: jax.Array, loss: jax.Array) -> jax.Array:
     """Whether a noisy run may fall back on this point: its loss is at most the start's, give or take its own size."""
     size = jnp.maximum(jnp.abs(watch.first_loss), watch.first_loss - kept_loss)

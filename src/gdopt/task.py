@@ -46,6 +46,11 @@ class Task(NamedTuple):
             return None
         return self.batches.per_epoch if self.batches else 1 if self.with_key else None
 
+    @property
+    def batch(self) -> PyTree:
+        """What the loss is given of the data at each step, as far as its shapes go."""
+        return self.batches.shapes(self.data) if self.batches else self.data
+
     def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """(loss, aux) of all data or of a batch of them; the key only where the loss takes one."""
         given = self.args_rest.combine(args)
