@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from gdopt import plot, schedules
 from gdopt.checkpoint import Checkpoint
+from gdopt.diagnosis import Diagnosis, diagnose
 from gdopt.driver import clear_cache, gd_step, minimize
 from gdopt.errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt.lr_finder import lr_find
@@ -17,6 +18,7 @@ __version__ = version("gdopt")
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Diagnosis",
     "GdoptError",
     "History",
     "InputError",
@@ -27,6 +29,7 @@ __all__ = [
     "Result",
     "Status",
     "clear_cache",
+    "diagnose",
     "gd",
     "gd_step",
     "lr_find",

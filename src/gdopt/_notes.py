@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import linecache
 import os
 import sysconfig
 import traceback
@@ -55,6 +56,15 @@ def _place(error: Exception, function: Callable) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     where = f" of {code.co_filename}, line {code.co_firstlineno}" if code else ""
     return f"the call of {getattr(function, '__name__', repr(function))}{where}"
+
+
+def line(frames: list[tuple[str, int, str]]) -> str | None:
+    """The innermost line that is the caller's, of files, lines and functions; None where there is none."""
+    theirs = [frame for frame in frames if not frame[0].startswith(_NOT_THEIRS)]
+    if not theirs:
+        return None
+    file, number, function = theirs[0]
+    return f"{file}, line {number}, in {function}: {linecache.getline(file, number).strip()}"
 
 
 def _shown(tree: PyTree) -> str:

@@ -17,6 +17,7 @@ from gdopt import _notes, _trees, loop, lr_finder, program, run
 from gdopt._checks import number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.checkpoint import Checkpoint
+from gdopt.diagnosis import Evidence, make_evidence
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate, gd
 from gdopt.problem import Problem, make_problem, value_and_grad
@@ -210,6 +211,7 @@ def minimize(
             loop.warn_of_no_gradient(task)
 
     kept, params = state.kept, run.returned_params(state)
+    evidence = _evidence(task, inputs, state, history, streamed)
     ending = _Ending(
         status=status,
         history=history,
@@ -224,6 +226,7 @@ def minimize(
         rates=rule.rates if search(state.optimizer) is None else Rates.SEARCHED,
         range_test=test,
         why_exhausted="" if streamed is None else streamed.feed.why,
+        not_finite=("", "") if evidence is None else (evidence.sentence, evidence.cure),
     )
     result = Result(
         params=problem.rest.combine(params),
@@ -240,10 +243,25 @@ def minimize(
         compile_seconds=compiled_at - began,
         run_seconds=ended - compiled_at,
     )
+    object.__setattr__(result, "_evidence", evidence)
     if failure:
         _notes.add_result(failure[0], cast(Any, callback), result)
         raise failure[0]
     return result.raise_for_status() if throw else result
+
+
+def _evidence(
+    task: Task, inputs: loop.Inputs, state: loop.State, history: History, streamed: run.Streamed | None
+) -> Evidence | None:
+    """Where the last evaluation was not finite, what it was of."""
+    if np.isfinite([history.loss[-1], history.grad_norm[-1]]).all():
+        return None
+    step = len(history.loss) - 1
+    rate = float(history.learning_rate[step - 1]) if step else math.nan
+    if streamed is not None:
+        inputs = inputs._replace(data=streamed.data_of(step))
+    given = loop.loss_arguments(inputs, state.order, state.step, task.batches, with_key=task.with_key)
+    return make_evidence(task, state.params, given, step, rate if math.isfinite(rate) else None)
 
 
 def _wants_stop(answer: Any) -> bool:
@@ -271,6 +289,7 @@ class _Ending(NamedTuple):
     rates: Rates
     range_test: RangeTest | None
     why_exhausted: str
+    not_finite: tuple[str, str]  # what is known of it, and what to try
 
     @property
     def steps(self) -> int:
@@ -283,7 +302,8 @@ class _Ending(NamedTuple):
         first = self.history.loss[0]
         best = np.nanmin(self.history.loss) if np.isfinite(first) else math.inf
         options = {"noisy": self.noisy, "has_target": self.has_target}
-        return bool(succeeded(self.status, first, best, self.left, self.eps, **options))
+        with np.errstate(invalid="ignore"):  # of a start at infinity
+            return bool(succeeded(self.status, first, best, self.left, self.eps, **options))
 
     @property
     def message(self) -> str:
@@ -298,6 +318,7 @@ class _Ending(NamedTuple):
             eps=self.eps,
             how=self.rates,
             success=self.success,
+            not_finite=self.not_finite,
         )
         if self.status is Status.DATA_EXHAUSTED and not self.success:
             message += f" {self.why_exhausted}"

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdopt import _trees, program, stopping
+from gdopt import _jaxpr, _trees, program, stopping
 from gdopt._checks import warn
 from gdopt._trees import Packed
 from gdopt._types import PyTree
@@ -142,7 +142,7 @@ def compile(
     batch = task._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
     value = program.trace(task.value, start, batch, args, one_key, rules=True)
-    if n := program.rows_of_all_pairs(value.jaxpr):
+    if n := _jaxpr.rows_of_all_pairs(value.jaxpr):
         warn(
             f"the loss subtracts shapes ({n}, 1) and ({n},), which gives all {n} * {n} differences, and sums up their "
             "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
@@ -182,11 +182,20 @@ def text(task: Task) -> str:
     return program.text(task.value, task.problem.params, task.batch, task.args, task.key)
 
 
+def loss_arguments(
+    inputs: Inputs, order: PyTree, step: jax.Array, batches: Batches | None, *, with_key: bool
+) -> tuple[PyTree, PyTree, jax.Array | None]:
+    """What the loss is called with at a step besides the params: data, args and the key."""
+    data = batches.take(inputs.data, order, step) if batches else inputs.data
+    key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if with_key else None
+    return data, inputs.args, key
+
+
 def warn_of_no_gradient(task: Task) -> None:
     """For a run whose gradient was exactly zero at the start: does the loss use the params at all?"""
     key = task.key if task.with_key else None
     grad = lambda *given: value_and_grad(task.value)(*given)[1]
-    if not program.depends(grad, task.problem.params, task.batch, task.args, key):
+    if not _jaxpr.depends(grad, task.problem.params, task.batch, task.args, key):
         warn(
             "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
             "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."
@@ -307,16 +316,13 @@ def _functions(
     eps = float(jnp.finfo(loss.dtype).eps)
 
     def loss_inputs(inputs: Inputs, order: PyTree, step: jax.Array) -> tuple[tuple, PyTree]:
-        data = inputs.data
-        if batches:
-            if not settings.inside:  # there `_whole` shuffles
-                key = jax.random.fold_in(inputs.key, 0)
-                drawn = functools.partial(batches.order, key, step)
-                order = lax.cond(step % batches.per_epoch == 0, drawn, lambda: order)
-            data = batches.take(data, order, step)
-            data = data if settings.layout is None else settings.layout.batch(data)
-        key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if settings.with_key else None
-        return (data, inputs.args, key), order
+        if batches and not settings.inside:  # there `_whole` shuffles
+            key = jax.random.fold_in(inputs.key, 0)
+            drawn = functools.partial(batches.order, key, step)
+            order = lax.cond(step % batches.per_epoch == 0, drawn, lambda: order)
+        data, args, key = loss_arguments(inputs, order, step, batches, with_key=settings.with_key)
+        data = settings.layout.batch(data) if batches and settings.layout else data
+        return (data, args, key), order
 
     def epoch_of(inputs: Inputs, step: jax.Array) -> Epoch | None:
         if not settings.noisy or inputs.epoch is not None:

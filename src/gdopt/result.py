@@ -121,7 +121,7 @@ class RangeTest:
             "suggestion": "none" if self.suggestion is None else f"{self.suggestion:.3g}",
             "by rule": by_rule,
         }
-        return _table("gdopt.RangeTest", rows)
+        return table("gdopt.RangeTest", rows)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -173,6 +173,11 @@ class Result:
     aux: Any
     compile_seconds: float
     run_seconds: float
+    # What `diagnose` needs, of a run whose last evaluation was not finite: no child of the pytree, and not pickled.
+    _evidence: Any = dataclasses.field(default=None, init=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_evidence": None}
 
     def raise_for_status(self) -> Result:
         """This result, if the run ended with success.
@@ -208,12 +213,12 @@ class Result:
         }
         if self.aux is not None:
             rows["aux"] = _trees.summary(self.aux)
-        return _table("gdopt.Result", rows)
+        return table("gdopt.Result", rows)
 
 
 def _make_pytree(cls: type, *meta: str) -> None:
     """All fields but these are its children."""
-    data = [field.name for field in dataclasses.fields(cls) if field.name not in meta]
+    data = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in meta]
     jax.tree_util.register_dataclass(cls, data, meta)
 
 
@@ -221,6 +226,7 @@ _make_pytree(RangeTest, "status", "message")
 _make_pytree(Result, "message", "steps_per_epoch", "compile_seconds", "run_seconds")
 
 
-def _table(title: str, rows: dict[str, str]) -> str:
+def table(title: str, rows: dict[str, str]) -> str:
+    """How results print: a title, and below it a row for each name."""
     width = max(map(len, rows)) + 1
     return "\n".join([title, *(f"  {name:{width}}{value}" for name, value in rows.items())])

@@ -52,6 +52,7 @@ class Streamed:
         self._compile_for, self._pause = compile_for, pause  # at the end of each pass
         self._programs: dict[Any, tuple[Compiled, list]] = {}  # by the shapes of batches
         self._given: Batch | None = None
+        self._recent: dict[int, Batch] = {}  # by the steps that they were given to
         self._next = feed.next()
 
     @property
@@ -80,6 +81,7 @@ class Streamed:
                 self.ended = ended
                 break
             self._given = batch
+            self._recent = {at: self._recent[at] for at in self._recent if at == step - 1} | {step: batch}
             carry, code = self._step(carry, inputs, first, step, batch)
             if before is not None and not (np.asarray(before) == RUNNING).any():
                 break  # so this step was none, and the batches ahead are not needed
@@ -88,6 +90,12 @@ class Streamed:
             if self._pause and batch.ends:
                 break
         return carry
+
+    def data_of(self, step: int) -> PyTree:
+        """The batch that the last evaluation was of, that of a step; another one may have been given since."""
+        batch = self._recent.get(step, self._given)
+        assert batch is not None
+        return batch.data
 
     def evaluate(self, carry: Carry, inputs: Inputs, step: int) -> Carry:
         """The point of a step on the batch given last, once more."""

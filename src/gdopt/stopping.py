@@ -212,9 +212,12 @@ def explain(
     eps: float,
     how: Rates,
     success: bool,
+    not_finite: tuple[str, str] = ("", ""),
 ) -> str:
-    """The sentence for a status, with its remedy."""
+    """The sentence for a status, with its remedy; ``not_finite``, what is known of a last point that is not, and the
+    remedy for that."""
     losses, grad_norms, rates = history
+    found, cure = not_finite
     # A single batch says little: with mini-batches, the mean of the first and of the last epoch. A full-batch run that
     # did not fail speaks of the point that it returns.
     width = (steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
@@ -274,7 +277,7 @@ def explain(
             return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"
         case Status.NON_FINITE if steps == 0:
             what = f"loss is {last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
-            return f"the {what} at the start: start where the loss and its gradient are finite."
+            return f"the {what} at the start.{found} {cure or 'Start where the loss and its gradient are finite.'}"
         case Status.NON_FINITE if losses[-1] == -np.inf:
             return (
                 f"the loss became -inf at step {steps}, from {first} at the start: it has no lower bound, so no "
@@ -285,7 +288,10 @@ def explain(
             return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
         case Status.NON_FINITE:
             what = f"loss became {last}" if not np.isfinite(losses[-1]) else f"gradient norm became {grad_norms[-1]:g}"
-            return f"the {what} at step {steps}, from a loss of {first} at the start.{back} {slower}"
+            rate = f", after an update with the learning rate {rates[-2]:.3g}" if np.isfinite(rates[-2]) else ""
+            return (
+                f"the {what} at step {steps}{rate}, from a loss of {first} at the start.{found}{back} {cure or slower}"
+            )
         case Status.STOPPED:
             return f"stopped by the callback {after}: the loss went from {first} to {last}."
         case Status.DATA_EXHAUSTED:

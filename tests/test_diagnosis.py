@@ -1,0 +1,328 @@
+"""Of a run that ended in NaN or infinity: what the message says, and what ``diagnose`` finds."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.extend import core
+
+import gdopt
+from gdopt import Status
+
+X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+DEFECT = X.copy()
+DEFECT[7, 1] = np.nan
+
+
+def run(loss, params, learning_rate=1.0, max_steps=50, **options):
+    result = gdopt.minimize(loss, params, learning_rate=learning_rate, max_steps=max_steps, **options)
+    assert result.status is Status.NON_FINITE
+    return result
+
+
+def steep(x):
+    """Down to where something is not defined."""
+    return jnp.sum(3 * x)
+
+
+def is_at(place, function, text):
+    """Whether a place is a line of a function, by its number, that has this text."""
+    lines, first = inspect.getsourcelines(function)
+    file = inspect.getsourcefile(function)
+    places = [f"{file}, line {first + k}, in " for k, line in enumerate(lines) if text in line]
+    return place.startswith(tuple(places)) and text in place
+
+
+# ---------------------------------------------------------------------------------------------------- what made it
+
+
+def in_the_open(x):
+    y = x + 1
+    return steep(x) + jnp.sum(jnp.log(y))
+
+
+def in_a_jit(x):
+    @jax.jit
+    def part(x):
+        return 2 * jnp.log(x + 1)
+
+    return steep(x) + jnp.sum(jax.jit(part)(x))
+
+
+def in_a_checkpoint(x):
+    return steep(x) + jnp.sum(jax.checkpoint(lambda x: jnp.log(x + 1) ** 2)(x))
+
+
+def in_a_custom_rule(x):
+    @jax.custom_vjp
+    def part(x):
+        return jnp.log(x + 1)
+
+    part.defvjp(lambda x: (jnp.log(x + 1), x), lambda x, g: (g / (x + 1),))
+    return steep(x) + jnp.sum(part(x))
+
+
+def in_a_branch(x):
+    good = lambda x: x * 2
+    return steep(x) + jnp.sum(lax.cond(x[0] > -1, good, lambda x: jnp.log(x + 1), x))
+
+
+def in_a_scan(x):
+    def body(carry, row):
+        return carry + jnp.log(x + 1 + row), carry
+
+    return steep(x) + jnp.sum(lax.scan(body, jnp.zeros(2), jnp.arange(3.0))[0])
+
+
+def in_the_rows_of_a_scan(x):
+    def body(carry, row):
+        return carry, jnp.log(row)
+
+    return steep(x) + jnp.sum(lax.scan(body, 0.0, x + 1, reverse=True)[1])
+
+
+def in_a_while(x):
+    body = lambda state: (state[0] + 1, state[1] + jnp.log(x + 1))
+    found = lax.while_loop(lambda state: state[0] < 3, body, (0, lax.stop_gradient(x)))[1]
+    return steep(x) + jnp.sum(lax.stop_gradient(found))
+
+
+def in_a_vmap(x):
+    return steep(x) + jnp.sum(jax.vmap(lambda one: jnp.log(one + 1))(x))
+
+
+EVERYWHERE = [
+    in_the_open,
+    in_a_jit,
+    in_a_checkpoint,
+    in_a_custom_rule,
+    in_a_branch,
+    in_a_scan,
+    in_the_rows_of_a_scan,
+    in_a_while,
+    in_a_vmap,
+]
+
+
+@pytest.mark.parametrize("loss", EVERYWHERE, ids=lambda loss: loss.__name__)
+def test_the_operation_and_its_line_are_found(loss) -> None:
+    if loss is in_a_while:
+        x = jnp.ones(2)
+        result = run(lambda x: in_a_while(lax.stop_gradient(x)) + steep(x), x)
+    else:
+        result = run(loss, jnp.ones(2))
+    found = gdopt.diagnose(result)
+    assert found.primitive == "log"
+    assert is_at(found.place, loss, "jnp.log("), found.place
+    assert found.step == result.steps > 0
+    assert found.learning_rate == 1.0
+    assert "the loss is NaN. The first NaN was made by log, of " in found.message
+
+
+def test_a_nan_of_infinities_is_followed_to_both() -> None:
+    def loss(x):
+        large = jnp.exp(-40 * x)
+        return steep(x) + jnp.sum(large - 2 * large)
+
+    found = gdopt.diagnose(run(loss, jnp.ones(2)))
+    assert found.primitive == "sub"
+    assert "of [inf, inf] and [inf, inf]" in found.message
+    assert "The infinity was made by exp, of " in found.message
+
+
+def test_in_a_scan_infinity_is_of_an_earlier_round_than_nan() -> None:
+    def loss(x):
+        def body(carry, row):
+            large, _ = carry
+            return (large * 1e10, jnp.sin(large)), row
+
+        (_, last), _ = lax.scan(body, (1e10 - 1e9 * x, x), jnp.arange(8.0))
+        return steep(x) + jnp.sum(last)
+
+    found = gdopt.diagnose(run(loss, jnp.ones(2)))
+    assert found.primitive == "sin"
+    assert "The infinity was made by mul, of " in found.message
+    assert "and 1e+10" in found.message
+
+
+def test_the_branch_that_was_not_picked() -> None:
+    def loss(x):
+        return steep(x) + jnp.sum(jnp.where(x > 0, jnp.sqrt(x), 0.0))
+
+    result = run(loss, jnp.array([1.0, -1.0]))
+    assert result.steps == 0
+    assert np.isfinite(result.loss)
+    found = gdopt.diagnose(result)
+    assert (found.step, found.learning_rate, found.leaves) == (0, None, ("params",))
+    assert (found.primitive, is_at(found.place, loss, "jnp.sqrt(x)")) == ("sqrt", True)
+    assert "choose a harmless argument for it before" in found.message
+    assert gdopt.minimize(lambda x: loss(x) + x[0] ** 2, jnp.ones(2), learning_rate=0.01, max_steps=1).steps == 1
+
+
+def test_of_two_inputs_it_is_the_one_with_nan_in_the_same_place() -> None:
+    def loss(x):
+        picked = jnp.log(x)
+        other = lax.stop_gradient(jnp.sqrt(x * jnp.array([1.0, 0.0])))
+        return steep(x) + jnp.sum(jnp.where(jnp.array([True, False]), picked, other))
+
+    found = gdopt.diagnose(run(loss, jnp.array([0.5, 0.5])))
+    assert found.primitive == "log"
+
+
+def test_an_infinity_alone() -> None:
+    found = gdopt.diagnose(run(lambda x: jnp.sum(1.0 / (x - 1.0) ** 2), jnp.ones(2)))
+    assert found.primitive == "div"
+    assert "the loss is infinite. The first infinity was made by div, of 1 and [0, 0]" in found.message
+
+
+def test_a_constant_of_the_loss() -> None:
+    hole = np.array([1.0, np.nan], np.float32)
+    found = gdopt.diagnose(run(lambda x: jnp.sum(x * hole), jnp.ones(2)))
+    assert found.primitive is None
+    assert "A constant of the loss is NaN: [1, nan]." in found.message
+
+
+# ------------------------------------------------------------------------------------------------------ where it is
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": DEFECT},
+        {"data": DEFECT, "batch_size": 4},
+        {"data": lambda: iter(np.split(DEFECT, 5))},
+    ],
+    ids=["full batch", "batches", "stream"],
+)
+def test_nan_in_the_data_is_named_in_place_of_a_rate(options) -> None:
+    result = run(lambda w, x: jnp.mean((x @ w - 1) ** 2), jnp.ones(3), 0.1, **options)
+    assert "data holds NaN. " in result.message
+    assert "Leave out what is NaN, or fill it" in result.message
+    assert "learning_rate" not in result.message.replace("update with the learning rate", "")
+    found = gdopt.diagnose(result)
+    assert found.primitive is None
+    assert "It comes from data: 1 of its" in found.message
+    assert found.message.endswith(", 1].")
+
+
+def test_nan_in_args_is_named() -> None:
+    given = ({"x": DEFECT, "note": "text"},)
+    result = run(lambda w, given: jnp.mean((given["x"] @ w - 1) ** 2), jnp.ones(3), args=given)
+    assert "args[0]['x'] holds NaN" in result.message
+    assert "args[0]['x']: 1 of its 60 entries is not finite, the first at [7, 1]" in gdopt.diagnose(result).message
+
+
+def test_the_step_is_made_again_with_the_same_key_and_batch() -> None:
+    def loss(w, x, key):
+        noise = jax.random.normal(key)
+        return jnp.mean(x @ w) + jnp.where(noise > 2, jnp.log(-noise), 0.0) * w[0]
+
+    result = run(
+        loss, jnp.ones(3), 0.01, 1000, data=X, batch_size=4, with_key=True, optimizer=optax.adam, key=jax.random.key(3)
+    )
+    assert result.steps > 3
+    found = gdopt.diagnose(result)
+    assert (found.step, found.primitive) == (result.steps, "log")
+
+
+def test_params_that_the_update_made_infinite() -> None:
+    result = run(lambda p: jnp.sum(jnp.sin(p["a"]) * 1e3) + p["b"], {"a": jnp.ones(2), "b": 1.0}, 1e37)
+    assert "There params['a'] is not finite; gdopt.diagnose(result) says" in result.message
+    assert "after an update with the learning rate 1e+37" in result.message
+    found = gdopt.diagnose(result)
+    assert (found.step, found.primitive, found.place, found.leaves) == (1, None, None, ("params['a']",))
+    assert "params['a'] is [-inf, -inf] before anything is computed: the update with the learning rate 1e+37" in (
+        found.message
+    )
+
+
+def test_the_leaves_are_those_of_the_gradient_and_few_are_written_out() -> None:
+    def loss(p):
+        return steep(p["good"]) + sum(jnp.sum(jnp.sqrt(layer["w"])) for layer in p["layers"])
+
+    params = {"good": jnp.ones(2), "layers": [{"w": jnp.full(3, 0.5)} for _ in range(5)], "frozen": jnp.ones(1)}
+    result = run(loss, params, trainable={"good": True, "layers": True, "frozen": False})
+    some = "params['layers'][0]['w'], params['layers'][1]['w'], params['layers'][2]['w'] and 2 more leaves"
+    assert f"There the gradient of {some} is not finite" in result.message
+    assert gdopt.diagnose(result).leaves == tuple(f"params['layers'][{k}]['w']" for k in range(5))
+
+
+def test_the_point_is_that_of_the_step_before_the_batches_that_were_fetched_ahead() -> None:
+    rows = [np.full((2, 1), float(n), np.float32) for n in range(12)]
+    rows[5][0] = np.nan
+    result = run(lambda w, x: jnp.mean((x @ w - 1) ** 2), jnp.ones(1), 1e-4, data=lambda: iter(rows))
+    assert result.steps == 5
+    assert "It comes from data: 1 of its 2 entries" in gdopt.diagnose(result).message
+
+
+# ----------------------------------------------------------------------------------------------------- what is not
+
+
+def test_what_there_is_nothing_to_diagnose_of() -> None:
+    good = gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25)
+    with pytest.raises(gdopt.InputError, match="result ended with CONVERGED at a finite loss and gradient"):
+        gdopt.diagnose(good)
+    with pytest.raises(gdopt.InputError, match=r"result=1\.0 is not a gdopt\.Result: pass what gdopt\.minimize"):
+        gdopt.diagnose(1.0)
+    inside = jax.jit(lambda x: gdopt.minimize(lambda x: x**2, x, learning_rate=0.25))(1.0)
+    with pytest.raises(gdopt.InputError, match=r"call gdopt\.minimize outside"):
+        gdopt.diagnose(inside)
+
+
+def test_a_pickled_result_takes_neither_the_loss_nor_the_data_along() -> None:
+    secret = np.arange(10_000.0, dtype=np.float32)
+    result = run(lambda x: jnp.sum(jnp.log(x - 2) * secret), jnp.float32(1.0))
+    text = pickle.dumps(result)
+    assert len(text) < 4000
+    with pytest.raises(gdopt.InputError, match="holds no record of its last step, as it was pickled"):
+        gdopt.diagnose(pickle.loads(text))
+    assert gdopt.diagnose(result).primitive == "log"
+
+
+def test_a_loss_that_cannot_be_called_once_more_costs_no_result() -> None:
+    called = []
+
+    def loss(x):
+        if len(called) == allowed:
+            raise RuntimeError("no more")
+        called.append(True)
+        return steep(x) + jnp.sum(jnp.log(x))
+
+    allowed = -1
+    run(loss, jnp.ones(2))
+    allowed, called = len(called) - 1, []
+    result = run(loss, jnp.ones(2))
+    assert "not finite;" not in result.message
+    with pytest.raises(gdopt.InputError, match="could not be computed again"):
+        gdopt.diagnose(result)
+
+
+def test_what_it_builds_on_is_still_there() -> None:
+    """Fails when a new JAX changes what the search goes through, before it finds nothing any more."""
+
+    def loss(x):
+        x = lax.scan(lambda c, r: (c * r, c), x, jnp.ones(3))[0]
+        x = lax.while_loop(lambda c: c < 3, lambda c: c + 1, x)
+        x = jax.checkpoint(jnp.sin)(x)
+        return lax.cond(x > 0, jnp.sin, jnp.cos, x)
+
+    found = {eqn.primitive.name: eqn for eqn in jax.make_jaxpr(loss)(1.0).jaxpr.eqns}
+    assert found["scan"].params.keys() >= {"jaxpr", "num_consts", "num_carry", "length", "reverse"}
+    assert found["while"].params.keys() >= {"body_jaxpr", "cond_jaxpr", "body_nconsts", "cond_nconsts"}
+    assert isinstance(found["cond"].params["branches"][0], core.ClosedJaxpr)
+    assert core.jaxpr_as_fun(found["scan"].params["jaxpr"])(1.0, 2.0)[0] == 2
+    frames = found["scan"].source_info.traceback.frames
+    frame = next(frame for frame in frames if frame.file_name == __file__)
+    assert (frame.function_name.split(".")[-1], frame.line_num > 0) == ("loss", True)
+    last = jax.make_jaxpr(jax.grad(jnp.sin))(1.0).jaxpr.eqns[-1]
+    assert "transpose" in str(last.source_info.name_stack)
+    (call,) = jax.make_jaxpr(jax.grad(jax.checkpoint(lambda x: jnp.sin(jnp.sin(x)))))(1.0).jaxpr.eqns[-1:]
+    assert call.primitive.name in ("remat2", "checkpoint")
+    assert isinstance(call.params["jaxpr"], core.Jaxpr)
