@@ -25,6 +25,7 @@ PICTURES = {
     "streams": None,
     "first_call": "docs/first_call.png",
     "memory": "docs/memory.png",
+    "failures": None,
     "many_fits": "docs/many_fits.png",
     "scaling": "docs/scaling.png",
     "cutest": "docs/cutest.png",
