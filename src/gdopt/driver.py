@@ -157,6 +157,7 @@ def minimize(
         limits=(*steps, *limits),
         keep_best=keep_best,
         callback=callback is not None,
+        checkpoint=checkpoint is not None,
     )
     if checkpoint is not None and program.is_traced():
         _refuse_host_visits(checkpoint=checkpoint)
