@@ -35,7 +35,7 @@ START = {
     "0": np.full((512, 40), 0.01, np.float32),
     "b": np.zeros((1, 512)),
 }
-STEPS = 120 if case == "refused" else 500
+STEPS = 500 if case == "killed" else 60
 MESH = jax.make_mesh((jax.device_count(),), ("data",))
 
 
@@ -45,7 +45,7 @@ def loss(params: Any, rows: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
     return jnp.mean(errors) + 0.01 * jax.random.normal(key) * jnp.sum(params["b"]), (jnp.sum(errors), errors[:0])
 
 
-params = gdopt.shard(START, MESH, largest="data")
+params = gdopt.shard(START, MESH, largest=None if case == "copied" else "data")
 rows = gdopt.shard(ROWS, MESH, rows="data")
 calls = 0
 
@@ -65,7 +65,7 @@ def came_to(saves: gdopt.Checkpoint | None) -> tuple[str, int]:
     options = {"batch_size": 16, "with_key": True, "has_aux": True, "optimizer": optax.adam, "learning_rate": 0.01}
     callback = between if saves else None
     result = gdopt.minimize(loss, params, data=rows, max_steps=STEPS, checkpoint=saves, callback=callback, **options)
-    whole = multihost_utils.process_allgather(result.params, tiled=True)
+    whole = result.params if case == "copied" else multihost_utils.process_allgather(result.params, tiled=True)
     leaves = jax.tree.leaves((whole, result.loss, result.aux, tuple(result.history)))
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest(), result.steps
 

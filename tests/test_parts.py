@@ -67,6 +67,7 @@ def test_every_array_comes_back_to_the_last_bit(base: Path) -> None:
     assert parts.kinds(listing) == {name: (array.shape, array.dtype) for name, array in ARRAYS.items()}
     back = parts.load(found.file, listing, PLACES)
     assert back.keys() == ARRAYS.keys()
+    assert parts.load(found.file, listing, {"state.z": PLACES["state.z"]}).keys() == {"state.z"}
     for name, array in ARRAYS.items():
         assert (back[name].dtype, back[name].sharding) == (array.dtype, array.sharding)
         assert np.asarray(back[name]).tobytes() == np.asarray(array).tobytes()

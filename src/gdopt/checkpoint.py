@@ -83,7 +83,8 @@ class Checkpoint:
     A save is one file beside the others, ``path`` with its step behind: ``run.000000001200.gdopt`` for the path
     ``run``. It is complete or not there at all, and checked to the last byte when it is read. A thread writes it while
     the run goes on. A save that fails, on a full disk say, is a warning; the older ones stay, and it is tried again.
-    Only one run at a time can use a path.
+    Only one run at a time can use a path. Arrays that are split over several processes are in a directory beside the
+    file, ``run.000000001200.5f0c66d2.orbax``, written by orbax.
 
     Attributes:
         path: the saves' common path, without the step; its directory has to be there.

@@ -167,23 +167,22 @@ def kinds(listing: Listing) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def load(file: str, listing: Listing, places: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays of the save ``file``, in their places: on as many devices and processes as there are now.
+    """The arrays of the save ``file`` that have places, there: on as many devices and processes as there are now.
 
     The caller has compared the shapes and dtypes, and the first process has checked the files.
     """
     orbax, path_class = _orbax()
-    like = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=places[name])
-        for name, (shape, dtype) in kinds(listing).items()
-    }
-    item = _numbered(like)
-    args = orbax.args.PyTreeRestore(item=item, restore_args=orbax.checkpoint_utils.construct_restore_args(item))
+    found = kinds(listing)
+    names = {number: name for number, name in _numbered({name: name for name in found}).items() if name in places}
+    like = {number: jax.ShapeDtypeStruct(*found[name], sharding=places[name]) for number, name in names.items()}
+    options = {"restore_args": orbax.checkpoint_utils.construct_restore_args(like), "partial_restore": True}
+    args = orbax.args.PyTreeRestore(item=like, **options)
     try:
         with _handler() as handler:
             loaded = handler.restore(path_class(directory(file, listing)), args=args)
     except Exception as error:  # of many kinds
         raise CheckpointError(f"{file!r} cannot be read: {type(error).__name__}: {error}") from error
-    return {name: loaded[str(number)] for number, name in enumerate(sorted(like))}
+    return {name: loaded[number] for number, name in names.items()}
 
 
 def directories(base: str) -> dict[int, set[str]]:
