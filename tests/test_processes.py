@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
+KILLED = Path(__file__).with_name("killed_processes.py")
 SECONDS = 120  # by then something hangs
 
 
@@ -23,17 +27,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def start(script: Path, processes: tuple[int, ...], *arguments: str) -> list[subprocess.Popen]:
+    command = [sys.executable, str(script), str(free_port())]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*command, str(process), *arguments], env=environment, **pipes) for process in processes]
+
+
 def run(case: str, processes: tuple[int, ...] = (0, 1)) -> list[tuple[int, str, str, float]]:
     """Of each process its code, what it wrote, and when it ended."""
-    port, began = free_port(), time.monotonic()
-    command = [sys.executable, str(SCRIPT), str(port)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    started = [
-        subprocess.Popen(
-            [*command, str(process), case], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for process in processes
-    ]
+    return ended(start(SCRIPT, processes, case))
+
+
+def ended(started: list[subprocess.Popen]) -> list[tuple[int, str, str, float]]:
+    began = time.monotonic()
     try:
         return [
             (process.returncode, *written, time.monotonic() - began)
@@ -93,3 +100,57 @@ def test_an_error_in_one_ends_both_with_its_message(case: str, messages: list[st
         assert code != 0
         assert message in errors
         assert seconds < SECONDS / 2  # jax itself would wait for 300 s
+
+
+@pytest.mark.parametrize(
+    ("kills", "case"),
+    [
+        (1, "refused"),
+        pytest.param(8, "killed", marks=pytest.mark.slow),
+        pytest.param(1, "copied", marks=pytest.mark.slow),  # to each process, so that none has to write for another
+    ],
+)
+def test_killed_at_any_moment_they_come_to_the_same_bits(kills: int, case: str, tmp_path: Path) -> None:
+    """And where the disk of one process refuses a save, both go on, and the next one is made."""
+    chance = random.Random(kills)
+    saves = lambda: set(tmp_path.glob("run.*.gdopt"))
+    for _ in range(kills):
+        before, started = saves(), start(KILLED, (0, 1), case, str(tmp_path / "run"))
+        while saves() <= before and all(process.poll() is None for process in started):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        for process in chance.sample(started, 2):
+            process.send_signal(signal.SIGKILL)
+        for process in started:
+            _, errors = process.communicate()
+            assert process.returncode == -signal.SIGKILL, f"over before it was killed: {errors[-3000:]}"
+    (tmp_path / "run.000000000999.0123abcd.orbax" / "d").mkdir(parents=True)  # what another one may have left
+
+    answers = ended(start(KILLED, (0, 1), case, str(tmp_path / "run")))
+    for code, _, errors, _ in answers:
+        assert code == 0, errors[-3000:]
+    found = [json.loads(out.splitlines()[-1]) for _, out, _, _ in answers]
+    assert found[0]["saved"] == found[0]["whole"] == found[1]["saved"] == found[1]["whole"]
+    assert found[1]["warnings"] == []
+    refused = [message for message in found[0]["warnings"] if "process 1: " in message and "File too large" in message]
+    assert found[0]["warnings"] == refused
+    assert bool(refused) == (case == "refused")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    steps = [int(name.split(".")[1]) for name in names if name.endswith(".gdopt")]
+    assert len(steps) == 2  # as many as are kept
+    assert all(f"of step {step} was" not in message for step in steps for message in refused)
+    assert len(names) == (2 if case == "copied" else 4)  # with a directory for each, and nothing else
+
+
+@pytest.mark.slow
+def test_a_path_that_is_not_the_same_for_all(tmp_path: Path) -> None:
+    for process in (0, 1):
+        (tmp_path / str(process)).mkdir()
+    answers = ended(start(KILLED, (0, 1), "elsewhere", str(tmp_path / "run")))
+    for (code, _, errors, _), message in zip(
+        answers,
+        ["process 1 ended the run: InputError: checkpoint path=", "in process 1 than in process 0"],
+        strict=True,
+    ):
+        assert code != 0
+        assert message in errors

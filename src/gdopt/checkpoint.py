@@ -8,6 +8,10 @@ A file is, with all numbers little-endian::
     arrays   their bytes in C order, one after the other without gaps; offsets count from the end of the header
 
 so every byte is under a checksum, and how many there are is known before any is taken for what it says.
+
+Where arrays are spread over processes, a directory of orbax's beside the file holds them, and ``meta`` tells under
+"spread" what is in it, with checksums: see `gdopt.parts`. The file is written last and removed first, so that it stands
+for both.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from gdopt import parts
 from gdopt._checks import number, warn, whole_number
 from gdopt.errors import CheckpointError, InputError
 
@@ -45,6 +50,7 @@ except ImportError:  # Windows, where a second run at the same path is not notic
 
 _MAGIC = b"\x89gdopt\r\n"  # as PNG's: a transfer as text or in 7 bits damages it
 _FORMAT = 1
+SPREAD = "spread"  # the entry of meta that tells of a directory beside the file
 _PREFIX = struct.Struct("<8sIQQI")
 _CRC = struct.Struct("<I")
 _START = _PREFIX.size + _CRC.size  # of the header
@@ -77,7 +83,8 @@ class Checkpoint:
     A save is one file beside the others, ``path`` with its step behind: ``run.000000001200.gdopt`` for the path
     ``run``. It is complete or not there at all, and checked to the last byte when it is read. A thread writes it while
     the run goes on. A save that fails, on a full disk say, is a warning; the older ones stay, and it is tried again.
-    Only one run at a time can use a path.
+    Only one run at a time can use a path. Arrays that are split over several processes are in a directory beside the
+    file, ``run.000000001200.5f0c66d2.orbax``, written by orbax.
 
     Attributes:
         path: the saves' common path, without the step; its directory has to be there.
@@ -280,9 +287,11 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
     Raises CheckpointError where there are some and none can be read: to begin anew would replace them in time.
     """
     skipped = []
-    for file in reversed(_saves(_base(checkpoint)).values()):
+    for file in reversed(_saves(base_of(checkpoint)).values()):
         try:
             saved = Saved(file, *read(file))
+            if SPREAD in saved.meta:
+                parts.check(file, saved.meta[SPREAD])
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -297,8 +306,14 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
     return None
 
 
-def _base(checkpoint: Checkpoint) -> str:
+def base_of(checkpoint: Checkpoint) -> str:
+    """The path of the saves, without the step."""
     return os.path.abspath(checkpoint.path)  # so that a change of directory changes nothing
+
+
+def save_at(base: str, step: int) -> str:
+    """The file of the save of a step."""
+    return f"{base}.{step:012d}.gdopt"
 
 
 def _saves(base: str) -> dict[int, str]:
@@ -324,7 +339,7 @@ class Saver:
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        self._base = _base(checkpoint)
+        self._base = base_of(checkpoint)
         self._every, self._keep = checkpoint.every_seconds, checkpoint.keep
         self._lock: int | None = None
         self._writer: threading.Thread | None = None
@@ -343,6 +358,7 @@ class Saver:
         for match in _beside(self._base, r"\.\d{12}\.gdopt\.[0-9a-f]{8}\.tmp"):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(os.path.dirname(self._base), match.string))
+        self._remove_parts()
         self._since = time.monotonic()
         return self
 
@@ -354,19 +370,20 @@ class Saver:
         self._report()
         return not self._busy() and time.monotonic() - self._since >= self._every
 
-    def save(self, step: int, arrays: Arrays, meta: Meta) -> bool:
+    def save(self, step: int, arrays: Arrays, meta: Meta, spread: Callable[[], Meta] | None = None) -> bool:
         """Begins to save, and returns; False where the last save is still being written, or this one cannot begin.
 
         After the return the arrays are the caller's again, to be changed or donated. Those of JAX are copied on their
         devices, which the caller does not wait for but what it runs next does; the way to the host is the thread's.
         Those of NumPy are copied at once: let the large ones be JAX's. An array that is spread over processes, and a
-        typed key, must be made a plain one before.
+        typed key, must be made a plain one before. ``spread`` is called in the thread before the file is written, to
+        save what is not in ``arrays``, and to tell of it.
         """
         self._report()
         if self._busy() or self._lock is None:
             return False
         try:
-            given = (step, _copies(arrays), copy.deepcopy(meta))
+            given = (step, _copies(arrays), copy.deepcopy(meta), spread)
             self._writer = threading.Thread(target=self._write, args=given, name="gdopt checkpoint", daemon=True)
             self._writer.start()
         except Exception as error:  # no memory for the copies, or for a thread
@@ -375,17 +392,21 @@ class Saver:
             return False
         return True
 
-    def close(self, final: tuple[int, Arrays, Meta] | None = None) -> None:
-        """Waits for the save on its way, saves the final one, of step, arrays and meta, and gives the lock back.
+    def wait(self) -> None:
+        """Waits for the save on its way."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def close(self, final: tuple[int, Arrays, Meta] | None = None, spread: Callable[[], Meta] | None = None) -> None:
+        """Waits for the save on its way, saves the final one, given as to `save`, and gives the lock back.
 
         All that is done when it returns. It may be called again, and does nothing then.
         """
         try:
-            if self._writer is not None:
-                self._writer.join()
-                self._writer = None
+            self.wait()
             if final is not None and self._lock is not None:
-                self._write(*final)
+                self._write(*final, spread)
         finally:
             if self._lock is not None:
                 _release(self._base, self._lock)
@@ -395,11 +416,14 @@ class Saver:
     def _busy(self) -> bool:
         return self._writer is not None and self._writer.is_alive()
 
-    def _write(self, step: int, arrays: Arrays, meta: Meta) -> None:
+    def _write(self, step: int, arrays: Arrays, meta: Meta, spread: Callable[[], Meta] | None = None) -> None:
         try:
-            write(f"{self._base}.{step:012d}.gdopt", {name: np.asarray(arrays[name]) for name in arrays}, meta)
+            if spread is not None:
+                meta = {**meta, SPREAD: spread()}
+            write(save_at(self._base, step), {name: np.asarray(arrays[name]) for name in arrays}, meta)
         except Exception as error:
             self._fail(step, error)
+            self._remove_parts()  # a full disk would stay full
         else:
             self._remove_old(step)
         self._since = time.monotonic()
@@ -410,6 +434,15 @@ class Saver:
             files = [file for at, file in _saves(self._base).items() if at <= step]
             for file in files[: -self._keep]:
                 os.unlink(file)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """Removes the directories that belong to no save."""
+        with contextlib.suppress(OSError):
+            saves = _saves(self._base)
+            for step, found in parts.directories(self._base).items():
+                for directory in found - _named(saves.get(step), found):
+                    parts.remove(directory)
 
     def _fail(self, step: int, error: Exception) -> None:
         self._since = time.monotonic()
@@ -418,6 +451,19 @@ class Saver:
     def _report(self) -> None:
         while self._failures:
             warn(f"{self._failures.pop(0)}. Older ones are kept, and the next is tried when it is due.")
+
+
+def _named(file: str | None, found: set[str]) -> set[str]:
+    """Those of the directories of a step that its save names; of one that cannot be read, all."""
+    if file is None:
+        return set()
+    if len(found) == 1:
+        return found
+    try:
+        _, meta = read(file)
+        return {parts.directory(file, meta[SPREAD])} if SPREAD in meta else set()
+    except CheckpointError:
+        return found
 
 
 def _copies(arrays: Arrays) -> dict[str, Any]:
@@ -480,6 +526,15 @@ def _flock(descriptor: int) -> None:
             raise
         except OSError:  # a file system without locks
             pass
+
+
+def holder_of(base: str) -> str:
+    """Who has the lock of a path, as far as its file tells; empty where there is none."""
+    try:
+        with open(f"{base}.lock", encoding="utf-8", errors="replace") as stream:
+            return stream.read(200)
+    except OSError:
+        return ""
 
 
 def _release(base: str, descriptor: int) -> None:

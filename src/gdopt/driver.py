@@ -111,7 +111,8 @@ def minimize(
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
             with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
             the same machine; with more steps or epochs it goes on beyond its end. A stream is gone through again up to
-            where it was, so it has to give the same batches.
+            where it was, so it has to give the same batches. Several processes give one path on a disk that they share;
+            params that are split over them need orbax (``gdopt[checkpoint]``).
         throw: raise where the run does not end with success, instead of saying so in the result.
 
     Returns:
@@ -158,6 +159,7 @@ def minimize(
         limits=(*steps, *limits),
         keep_best=keep_best,
         callback=callback is not None,
+        checkpoint=checkpoint is not None,
     )
     if checkpoint is not None and program.is_traced():
         _refuse_host_visits(checkpoint=checkpoint)

@@ -50,10 +50,11 @@ class Peers:
                 raise _PeerError(f"process {number} ended the run: {other['error']}")
         return notes
 
-    def agree(self, limit: int, stop: bool, interrupted: bool) -> tuple[int, bool, bool]:
-        """The first process's limit; and whether any of them wants to stop, or got a Ctrl-C."""
-        notes = self.exchange(limit=limit, stop=stop, interrupted=interrupted)
-        return notes[0]["limit"], any(note["stop"] for note in notes), any(note["interrupted"] for note in notes)
+    def agree(self, limit: int, stop: bool, interrupted: bool, saves: Any = None) -> tuple[int, bool, bool, list]:
+        """The first process's limit; whether any of them wants to stop, or got a Ctrl-C; and what their saves tell."""
+        notes = self.exchange(limit=limit, stop=stop, interrupted=interrupted, saves=saves)
+        stop, interrupted = (any(note[name] for note in notes) for name in ("stop", "interrupted"))
+        return notes[0]["limit"], stop, interrupted, [note["saves"] for note in notes]
 
     def compare(self, **settings: Any) -> None:
         """Raises InputError where the processes were not called alike."""

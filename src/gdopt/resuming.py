@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdopt import _trees, loop
+from gdopt import _trees, loop, parts
 from gdopt._checks import warn
 from gdopt._types import PyTree
-from gdopt.checkpoint import Checkpoint, Saved, Saver, newest
+from gdopt.checkpoint import SPREAD, Checkpoint, Saved, Saver, newest
 from gdopt.errors import InputError
+from gdopt.joint import JointSaver, opened
 from gdopt.loop import Carry, State
 from gdopt.processes import peers
 from gdopt.result import History, RangeTest
@@ -33,7 +34,7 @@ _LONGEST = 200  # characters of a description
 class Saves:
     """The saves of a run: the one that it goes on from, if there is one, and those that it makes."""
 
-    def __init__(self, saver: Saver, found: Saved | None):
+    def __init__(self, saver: Saver | JointSaver, found: Saved | None):
         self.found = found
         self.range_test: RangeTest | None = None if found is None else _range_test(found)
         self._saver = saver
@@ -41,6 +42,7 @@ class Saves:
 
     def compare(self, task: Task, optimizer: Any, *, keep_best: bool) -> None:
         """Raises InputError where the save is of another run; that its loss was changed is a warning."""
+        parts.check_installed(task.problem.params)
         given = {
             "params": _described(task.problem.params),
             "data": "a stream" if task.stream else _described(task.data),
@@ -66,34 +68,55 @@ class Saves:
 
     def restored(self, carry: Carry, limits: tuple) -> tuple[Carry, list[History]]:
         """The carry in the place of a fresh one, and the history so far."""
+        fresh = carry[0].tree()
+        parts.check_installed(fresh)
         if self.found is None:
             return carry, []
         arrays = self.found.arrays
+        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        spread = self.found.meta.get(SPREAD)
+        kinds |= {} if spread is None else parts.kinds(spread)
         history = History(*(arrays[f"history.{name}"] for name in History._fields))
 
-        def put(path: tuple, leaf: Any) -> Any:
-            name = _trees.path_name(path, "state")
-            plain = _plain(leaf)
-            saved = arrays.get(name)
-            if saved is None or (saved.shape, saved.dtype) != (plain.shape, plain.dtype):
-                what = "nothing" if saved is None else f"{saved.dtype}{list(saved.shape)}"
+        places = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
+            name, plain = _trees.path_name(path, "state"), _plain(leaf)
+            shape, dtype = kinds.get(name, (None, None))
+            if (shape, dtype) != (plain.shape, plain.dtype):
+                what = "nothing" if shape is None else f"{dtype}{list(shape)}"
                 raise InputError(
                     f"the checkpoint {self.found and self.found.file!r} is of another run: its {name} is {what}, and "
                     f"here it is {plain.dtype}{list(plain.shape)}. Make the same call, or pass another path."
                 )
-            if not isinstance(leaf, jax.Array):
-                return saved[()]
-            if _trees.is_key(leaf):
-                return jax.random.wrap_key_data(jax.device_put(saved), impl=jax.random.key_impl(leaf))
-            return jax.device_put(saved, leaf.sharding)
+            places[name] = getattr(plain, "sharding", None)
+        if spread is not None:
+            arrays = {**arrays, **parts.load(self.found.file, spread, places)}
 
-        state: State = jax.tree_util.tree_map_with_path(put, carry[0].tree())
+        def put(path: tuple, leaf: Any) -> Any:
+            saved = arrays[_trees.path_name(path, "state")]
+            if not isinstance(leaf, jax.Array):
+                return np.asarray(saved)[()]
+            if _trees.is_key(leaf):
+                data = _placed(saved, _plain(leaf).sharding)
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            return _placed(saved, leaf.sharding)
+
+        state: State = jax.tree_util.tree_map_with_path(put, fresh)
         ended = int(state.code)
         # What ended by its own limits goes on where these are others now: its last point is evaluated once more.
         if ended in (Status.CONVERGED, Status.TARGET_REACHED) and self.found.meta["limits"] != _limits(limits):
             state = state._replace(code=np.int32(0))
             history = History(*(entries[:-1] for entries in history))
         return (_trees.pack(state), carry[1]), [history]
+
+    def tells(self) -> Any:
+        """What the other processes have to hear of the saves before each `due`."""
+        return self._saver.tells() if isinstance(self._saver, JointSaver) else None
+
+    def hears(self, told: list) -> None:
+        """What all processes have told."""
+        if isinstance(self._saver, JointSaver):
+            self._saver.hears(told)
 
     def due(self) -> bool:
         """Whether it is time for a save."""
@@ -126,12 +149,12 @@ def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Iterator
     if checkpoint is None:
         yield None
         return
-    if peers() is not None:
-        raise InputError(
-            "checkpoint= was given to a run that is spread over several processes: save Report.params in a callback, "
-            "with orbax-checkpoint, say, or run it on the devices of one process."
-        )
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    others = peers()
+    if others is not None:
+        with opened(given, others) as (joint, found):
+            yield Saves(joint, found)
+        return
     with Saver(given) as saver:
         yield Saves(saver, newest(given))
 
@@ -149,6 +172,15 @@ def _range_test(saved: Saved) -> RangeTest | None:
 
 def _limits(limits: tuple) -> list[str]:
     return [repr(float(limit)) for limit in limits[1:]]  # how many steps is told by the state itself
+
+
+def _placed(array: Any, place: Any) -> jax.Array:
+    """The array there; of one that each process holds, each its part. What comes from orbax is there."""
+    if isinstance(array, jax.Array):
+        return array
+    if place.is_fully_addressable:
+        return jax.device_put(array, place)
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def _plain(leaf: Any) -> Any:

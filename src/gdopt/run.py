@@ -170,7 +170,9 @@ def advance(
                 limit = min(limit, int(limits.max_steps))  # to save before the last point is evaluated
             limit, pressed = min(limit, until), bool(interrupted)
             if others:
-                limit, stop, pressed = others.agree(limit, stop, pressed)
+                limit, stop, pressed, told = others.agree(limit, stop, pressed, saves and saves.tells())
+                if saves is not None:
+                    saves.hears(told)
             ended = streamed is not None and streamed.ended
             last = stop or pressed or ended
             if saves is not None and records:
