@@ -109,8 +109,10 @@ def minimize(
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
             with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
-            the same machine; with more steps or epochs it goes on beyond its end. A stream is gone through again up to
-            where it was, so it has to give the same batches.
+            the same machine (other devices or another number of cores are a warning); with more steps or epochs it goes
+            on beyond its end. A stream has to give the same batches. Where its iterators have ``get_state`` and
+            ``set_state``, as grain's do, and the state is bytes or what JSON holds, it is set to the last batch that
+            was used; others are gone through again up to there, as the result's message then says.
         throw: raise where the run does not end with success, instead of saying so in the result.
 
     Returns:
@@ -231,7 +233,7 @@ def minimize(
         grad_norm=float(kept.grad_norm),
         steps=ending.steps,
         status=status,
-        message=ending.message,
+        message=ending.message + (saves.told if saves else ""),
         success=ending.success,
         history=history,
         steps_per_epoch=ending.steps_per_epoch,
