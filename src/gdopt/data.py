@@ -121,6 +121,7 @@ class Stream:
         back; the beginning in its place, where the iterators cannot be set to one.
         """
         opened, self._opened = self._opened, None
+        iterator: Any
         waiting, iterator = ([], self.open()) if opened is None else ([self.example], opened)
         if at.state is None or not _has_positions(iterator):
             return Position(), waiting, iterator
