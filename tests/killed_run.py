@@ -32,6 +32,13 @@ def batches() -> Any:
     yield from np.split(ROWS, [16, 32, 48])
 
 
+def grain_batches() -> Any:
+    import grain
+
+    sampler = grain.samplers.IndexSampler(len(ROWS), grain.sharding.NoSharding(), shuffle=True, num_epochs=1, seed=1)
+    return grain.DataLoader(data_source=ROWS, sampler=sampler, operations=[grain.transforms.Batch(16)])
+
+
 def valley(w: jax.Array) -> jax.Array:
     return jnp.sum(100 * (w[1:] - w[:-1] ** 2) ** 2 + (1 - w[:-1]) ** 2)
 
@@ -51,6 +58,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "spectral": (valley, {"max_steps": 600, "tol": 0.0}),
     "stream": (loss, {"data": batches, "learning_rate": 0.05, "epochs": 150}),
+    "grain": (loss, {"data": grain_batches, "learning_rate": 0.05, "epochs": 100}),
     "auto": (loss, {"data": ROWS, "batch_size": 7, "max_steps": 900}),
     "noise of the optimizer": (
         loss,

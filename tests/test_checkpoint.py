@@ -515,6 +515,25 @@ def test_the_arrays_are_the_callers_again_at_once(base: Path, monkeypatch: pytes
     assert meta == {"list": [1]}
 
 
+def test_copies_are_written_over_by_the_next_ones_and_stay_apart(base: Path):
+    twice = jax.jit(lambda x: 2 * x, donate_argnums=0)
+    device, kept = twice(jnp.arange(3.0)), []
+    with Saver(Checkpoint(base, every_seconds=0, keep=9)) as saver:
+        for step in (1, 2, 3):
+            history = np.arange(step)  # grows
+            assert saver.save(step, {"device": device, "history": history, "empty": np.zeros((0, 2))}, {})
+            place = device.unsafe_buffer_pointer()
+            device = twice(device)
+            assert device.unsafe_buffer_pointer() == place  # no view is left behind that would forbid the donation
+            settle(saver)
+            kept.append(saver._host["device"])
+        assert kept[0] is kept[1] is kept[2]
+    for step in (1, 2, 3):
+        arrays, _ = read(f"{base}.{step:012d}.gdopt")
+        assert arrays["device"].tolist() == [0, 2**step, 2 * 2**step]
+        assert arrays["history"].tolist() == list(range(step))
+
+
 def test_a_full_disk_is_a_warning_for_each_save(base: Path, monkeypatch: pytest.MonkeyPatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

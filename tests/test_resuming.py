@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import optax
 import pytest
 
 import gdopt
-from gdopt import Status
+from gdopt import Status, resuming
 from gdopt import run as host
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
@@ -42,6 +43,11 @@ def minimize(checkpoint=None, max_steps=60, **options):
 def bits(result):
     kept = result.params, result.loss, result.grad_norm, result.aux, tuple(result.history)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(kept)]
+
+
+def went_on(step: int, path: Any, behind: str = ".") -> str:
+    """What a message ends with."""
+    return f" It went on from step {step}, saved in '{path.name}.{step:012d}.gdopt'{behind}"
 
 
 @pytest.fixture
@@ -71,7 +77,7 @@ def finished(process: subprocess.Popen) -> str:
         ("spectral", 2),
         *(
             pytest.param(kind, 7, marks=pytest.mark.slow)
-            for kind in ("batches", "spectral", "stream", "auto", "noise of the optimizer")
+            for kind in ("batches", "spectral", "stream", "grain", "auto", "noise of the optimizer")
         ),
     ],
 )
@@ -112,7 +118,10 @@ def test_a_call_with_more_steps_goes_on(path) -> None:
     first = minimize(path, max_steps=25)
     assert first.steps == 25
     whole = minimize(path, max_steps=60)
-    assert bits(whole) == bits(minimize(max_steps=60))
+    never_stopped = minimize(max_steps=60)
+    assert bits(whole) == bits(never_stopped)
+    assert whole.message == never_stopped.message + went_on(25, path)
+    assert "went on" not in first.message
     assert sorted(file.name for file in path.parent.iterdir()) == [f"run.{step:012d}.gdopt" for step in (25, 60)]
 
 
@@ -125,7 +134,8 @@ def test_the_same_call_again_makes_no_step(path, monkeypatch) -> None:
     converged = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path.with_name("other"))
     evaluated.clear()
     again = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path.with_name("other"))
-    assert (again.status, again.message) == (converged.status, converged.message)
+    message = converged.message + went_on(converged.steps, path.with_name("other"))
+    assert (again.status, again.message) == (converged.status, message)
     assert (bits(again), evaluated) == (bits(converged), [])
 
 
@@ -154,7 +164,9 @@ def test_what_a_callback_stopped_goes_on(options: dict[str, Any], path) -> None:
     assert (stopped.status, stopped.steps < whole.steps) == (Status.STOPPED, True)
     resumed = minimize(path, **options)
     assert bits(resumed) == bits(whole)
-    assert resumed.message == whole.message
+    skipped = f", and the {stopped.steps} batches before it were gone through again."
+    behind = skipped if callable(options.get("data")) else "."
+    assert resumed.message == whole.message + went_on(stopped.steps, path, behind)
 
 
 def test_from_a_thread_all_is_the_same(path) -> None:
@@ -213,6 +225,21 @@ def test_a_changed_loss_is_a_warning(path) -> None:
     minimize(path, max_steps=3)
     with pytest.warns(UserWarning, match="the loss is no longer that of the checkpoint"):
         gdopt.minimize(lambda w, r: 2 * loss(w, r), jnp.zeros(3), max_steps=5, checkpoint=path, **BATCHES)
+
+
+def test_other_devices_or_cores_are_a_warning(path, monkeypatch) -> None:
+    minimize(path, max_steps=20)
+    here = resuming._layout(jnp.zeros(3))
+    assert re.fullmatch(r"cpu, 1 device, \d+ cores?", here)
+    minimize(path, max_steps=30)  # the same ones: no warning
+    monkeypatch.setattr(resuming, "_layout", lambda carry: "NVIDIA H100, 2 devices")
+    with pytest.warns(UserWarning, match=f"was made on {here}, and here it is NVIDIA H100, 2 devices: the run goes on"):
+        result = minimize(path)
+    assert result.steps == 60
+    minimize(path, max_steps=70)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match=f"was made on NVIDIA H100, 2 devices, and here it is {here}: .* last bits"):
+        minimize(path, max_steps=80)
 
 
 def test_a_damaged_save_is_skipped_and_named(path) -> None:

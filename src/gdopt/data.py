@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from gdopt._types import PyTree
 from gdopt.errors import InputError
 
 _END: Any = object()  # of an iterator
+_PLACES = 8  # of batches: a run is at most four behind the one that was pulled last
 
 
 class Batches(NamedTuple):
@@ -63,6 +66,15 @@ class Batch(NamedTuple):
     passes: int  # that are complete with it
 
 
+class Position(NamedTuple):
+    """Where a batch of a stream is."""
+
+    number: int = 0  # batches before it
+    passes: int = 0  # before its own
+    steps: int = 0  # of its pass before it
+    state: bytes | str | None = None  # of the iterator before it was pulled: bytes as they are, or JSON
+
+
 class Stream:
     """Batches from an iterable, gone through once per epoch, or from a function that returns one for each epoch."""
 
@@ -102,10 +114,28 @@ class Stream:
             )
         return iter(source)
 
-    def begin(self) -> Iterator:
-        """The batches of a first pass; those of the pass that was begun to look at its first, where nobody has them."""
+    def begin(self, at: Position) -> tuple[Position, list, Any]:
+        """A pass from a position on: batches that were pulled before, and the iterator of those that follow.
+
+        The first pass is the one that was begun to look at its first batch, where nobody has it. The position comes
+        back; the beginning in its place, where the iterators cannot be set to one.
+        """
         opened, self._opened = self._opened, None
-        return self.open() if opened is None else itertools.chain([self.example], opened)
+        iterator: Any
+        waiting, iterator = ([], self.open()) if opened is None else ([self.example], opened)
+        if at.state is None or not _has_positions(iterator):
+            return Position(), waiting, iterator
+        for _ in range(at.passes):  # opened as often as it was: a function may return another order each time
+            iterator = self.open()
+        try:
+            iterator.set_state(at.state if isinstance(at.state, bytes) else json.loads(at.state))
+        except Exception as error:
+            raise InputError(
+                f"data={self._source!r} does not go on where the checkpoint left it, after {at.number} batches: its "
+                f"set_state raised {type(error).__name__}: {error}. Pass the loader that the checkpoint was made with, "
+                "or another path to begin anew."
+            ) from error
+        return at, [], iterator
 
     def feed(self, passes: int | None = None, most: int | None = None) -> Feed:
         """The batches of so many passes, and no more than so many."""
@@ -118,14 +148,36 @@ class Feed:
     def __init__(self, stream: Stream, passes: int | None, most: int | None):
         self.steps_per_epoch: int | None = None  # of the first pass, once that is known
         self.why = ""  # it ended before it should have
+        self.first = 0  # the number of the batch that is given first
         self._stream, self._passes, self._most = stream, passes, most
         self._cut = False  # at the most batches that were asked for: what would have come is not known
-        self._walk = self._batches()
-        self._ahead = next(self._walk, None)
+        self._walk, self._ahead = self._batches(), _END  # nothing is pulled yet
         self._steps = self._begun = 0  # steps of the pass, and passes
+        self._made, self._at = 0, Position()
+        self._keeps, self._places = False, deque[Position](maxlen=_PLACES)
+
+    def go_on(self, made: int, at: Position | None, steps_per_epoch: int | None, *, keeps: bool) -> None:
+        """Before the first batch: so many were used before, of which it need not go through those before a position.
+
+        However few are asked for now, it gives the used ones. It ``keeps`` positions of its own, to be saved.
+        """
+        self._made, self._at, self._keeps = made, at or Position(), keeps
+        if steps_per_epoch is not None and steps_per_epoch <= made:  # else it was only known by looking ahead
+            self.steps_per_epoch = steps_per_epoch
+
+    @property
+    def pulled(self) -> bool:
+        """Whether anything was."""
+        return self._ahead is not _END
+
+    def position(self, made: int) -> Position | None:
+        """That of the last batch of so many, on which the point after it may be evaluated; None if it is not known."""
+        return next((place for place in self._places if place.number == made - 1), None)
 
     def next(self) -> Batch | None:
         """The next batch; None at the end."""
+        if not self.pulled:
+            self._ahead = next(self._walk, None)
         if self._ahead is None:
             return None
         (data, begins), self._ahead = self._ahead, next(self._walk, None)
@@ -141,33 +193,60 @@ class Feed:
 
     def _batches(self) -> Iterator[tuple[PyTree, bool]]:
         """Each batch, with whether a pass begins with it."""
-        count, structure = 0, jax.tree.structure(self._stream.example)
-        iterator = self._stream.begin()
-        for passes in itertools.count(1):
-            begins = True
-            while count != self._most:
-                batch = next(iterator, _END)
+        structure = jax.tree.structure(self._stream.example)
+        at, waiting, iterator = self._stream.begin(self._at)
+        self.first, self._begun, self._steps = at.number, at.passes + (at.steps > 0), at.steps
+        count, steps, most = at.number, at.steps, self._most and max(self._most, self._made)
+        for passes in itertools.count(at.passes):
+            # Beyond the passes asked for, it gives what was used before, and no more.
+            limit = self._made if self._passes is not None and passes >= self._passes else most
+            while count != limit:
+                state = _state(iterator) if self._keeps and not waiting else None
+                batch = waiting.pop() if waiting else next(iterator, _END)
                 if batch is _END:
                     break
+                if state is not None:
+                    self._places.append(Position(count, passes, steps, state))
+                elif count > 0:  # one that cannot tell is not asked again
+                    self._keeps = False
                 data = _arrays(batch)
                 if jax.tree.structure(data) != structure:
                     raise InputError(
                         f"batch {count} of data has the structure {jax.tree.structure(data)}, where the first had "
                         f"{structure}: give all batches the same."
                     )
-                yield data, begins
-                begins, count = False, count + 1
-            if count == self._most:
+                yield data, steps == 0
+                steps, count = steps + 1, count + 1
+            if count == limit:
                 self._cut = True
                 return
-            if begins:
+            if steps == 0:
                 self.why = (
                     "An iterator can be gone through once: for more passes, give data as a function that returns a new "
                     "one each time, or as an iterable that can be gone through again."
                 )
-            if begins or passes == self._passes:
+            if steps == 0 or (passes + 1 == self._passes and count >= self._made):
                 return
-            iterator = self._stream.open()
+            iterator, steps = self._stream.open(), 0
+
+
+def _has_positions(iterator: Any) -> bool:
+    """Whether an iterator tells where it is, and can be set there, by the methods that grain's have."""
+    return all(callable(getattr(iterator, name, None)) for name in ("get_state", "set_state"))
+
+
+def _state(iterator: Any) -> bytes | str | None:
+    """Where an iterator is, written down at once, as it may change what it gave; None where that cannot be done."""
+    if not _has_positions(iterator):
+        return None
+    try:
+        state = iterator.get_state()
+        if isinstance(state, bytes):
+            return state
+        text = json.dumps(state)
+        return text if json.loads(text) == state else None  # tuples, and keys that are numbers, become others
+    except Exception:  # of what JSON does not know, or of the iterator's: no run ends for the sake of its saves
+        return None
 
 
 def _arrays(batch: Any) -> PyTree:

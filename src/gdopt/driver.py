@@ -110,9 +110,12 @@ def minimize(
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
             with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
-            the same machine; with more steps or epochs it goes on beyond its end. A stream is gone through again up to
-            where it was, so it has to give the same batches. Several processes give one path on a disk that they share;
-            params that are split over them need orbax (``gdopt[checkpoint]``).
+            the same machine (other devices or another number of cores are a warning); with more steps or epochs it goes
+            on beyond its end. A stream has to give the same batches. Where its iterators have ``get_state`` and
+            ``set_state``, as grain's do, and the state is bytes or what JSON holds, it is set to the last batch that
+            was used; others are gone through again up to there, as the result's message then says. Several
+            processes give one path on a disk that they share; params that are split over them need orbax
+            (``gdopt[checkpoint]``).
         throw: raise where the run does not end with success, instead of saying so in the result.
 
     Returns:
@@ -236,7 +239,7 @@ def minimize(
         grad_norm=float(kept.grad_norm),
         steps=ending.steps,
         status=status,
-        message=ending.message,
+        message=ending.message + (saves.told if saves else ""),
         success=ending.success,
         history=history,
         steps_per_epoch=ending.steps_per_epoch,
@@ -261,7 +264,7 @@ def _evidence(
     step = len(history.loss) - 1
     rate = float(history.learning_rate[step - 1]) if step else math.nan
     if streamed is not None:
-        inputs = inputs._replace(data=streamed.data_of(step))
+        inputs = inputs._replace(data=streamed.data)
     given = loop.loss_arguments(inputs, state.order, state.step, task.batches, with_key=task.with_key)
     return make_evidence(task, state.params, given, step, rate if math.isfinite(rate) else None)
 

@@ -1,7 +1,7 @@
 """What of a run is saved, and how a run goes on from there, bit for bit as if it had never stopped.
 
 A save holds the state between two steps and the history up to it. All random numbers are drawn from the run's key and
-the number of the step, so nothing else is needed.
+the number of the step, so nothing else is needed; but for a stream, of which it holds where that was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gdopt import _trees, loop, parts
 from gdopt._checks import warn
 from gdopt._types import PyTree
 from gdopt.checkpoint import SPREAD, Checkpoint, Saved, Saver, newest
+from gdopt.data import Feed, Position
 from gdopt.errors import InputError
 from gdopt.joint import JointSaver, opened
 from gdopt.loop import Carry, State
@@ -37,8 +38,35 @@ class Saves:
     def __init__(self, saver: Saver | JointSaver, found: Saved | None):
         self.found = found
         self.range_test: RangeTest | None = None if found is None else _range_test(found)
+        self.feed: Feed | None = None  # of a run on a stream
         self._saver = saver
         self._meta: dict[str, Any] = {}
+
+    @property
+    def position(self) -> Position | None:
+        """Where the stream was; None where there is none, or the stream could not tell."""
+        told = _stream(self.found)
+        if self.found is None or "state" not in told:
+            return None
+        state = self.found.arrays["stream"].tobytes()
+        place = told["number"], told["passes"], told["steps"]
+        return Position(*place, state if told["state"] == "bytes" else state.decode())
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Those of the stream, as far as they were known."""
+        return _stream(self.found).get("steps_per_epoch")
+
+    @property
+    def told(self) -> str:
+        """A sentence on where the run went on from, to be put behind others; "" if it began anew."""
+        if self.found is None:
+            return ""
+        step, again = int(self.found.arrays["state.step"]), ""
+        if self.feed is not None and self.feed.pulled and self.feed.first == 0 and step > 0:
+            before = "the batch before it was" if step == 1 else f"the {step} batches before it were"
+            again = f", and {before} gone through again"
+        return f" It went on from step {step}, saved in {os.path.basename(self.found.file)!r}{again}."
 
     def compare(self, task: Task, optimizer: Any, *, keep_best: bool) -> None:
         """Raises InputError where the save is of another run; that its loss was changed is a warning."""
@@ -70,8 +98,15 @@ class Saves:
         """The carry in the place of a fresh one, and the history so far."""
         fresh = carry[0].tree()
         parts.check_installed(fresh)
+        self._meta["layout"] = here = _layout(carry)
         if self.found is None:
             return carry, []
+        there = self.found.meta.get("layout", here)  # saves of old do not tell
+        if there != here:
+            warn(
+                f"the checkpoint {self.found.file!r} was made on {there}, and here it is {here}: the run goes on, but "
+                "not to the same last bits as one that never stopped."
+            )
         arrays = self.found.arrays
         kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         spread = self.found.meta.get(SPREAD)
@@ -140,6 +175,14 @@ class Saves:
             arrays |= {f"range_test.{name}": getattr(test, name) for name in _TEST_ARRAYS}
             told = {"message": test.message, "suggestion": test.suggestion, "suggestions": test.suggestions}
             meta["range_test"] = {"status": int(test.status), **told}
+        if self.feed is not None:
+            known = self.feed.steps_per_epoch
+            meta["stream"] = {"steps_per_epoch": known}
+            position = self.feed.position(int(state.step))
+            if position is not None and position.state is not None:
+                raw, place = position.state, position._asdict()
+                meta["stream"] |= {**place, "state": "bytes" if isinstance(raw, bytes) else "json"}
+                arrays["stream"] = np.frombuffer(raw if isinstance(raw, bytes) else raw.encode(), np.uint8)
         return int(state.step), arrays, meta
 
 
@@ -168,6 +211,22 @@ def _range_test(saved: Saved) -> RangeTest | None:
         return None
     arrays = {name: saved.arrays[f"range_test.{name}"] for name in _TEST_ARRAYS}
     return RangeTest(**arrays, **{**told, "status": Status(told["status"])}, refinement=None)
+
+
+def _stream(saved: Saved | None) -> dict[str, Any]:
+    return {} if saved is None else saved.meta.get("stream", {})
+
+
+def _layout(carry: Carry) -> str:
+    """What the last bits depend on: kind and number of the devices; of a CPU the cores, by which XLA cuts work."""
+    arrays = [leaf for leaf in jax.tree.leaves(carry) if isinstance(leaf, jax.Array)]
+    devices = set().union(*(array.sharding.device_set for array in arrays))
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    text = f"{kinds}, {len(devices)} device{'s' * (len(devices) != 1)}"
+    if all(device.platform != "cpu" for device in devices):
+        return text
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{text}, {cores} core{'s' * (cores != 1)}"
 
 
 def _limits(limits: tuple) -> list[str]:

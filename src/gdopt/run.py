@@ -52,17 +52,37 @@ class Streamed:
         self._compile_for, self._pause = compile_for, pause  # at the end of each pass
         self._programs: dict[Any, tuple[Compiled, list]] = {}  # by the shapes of batches
         self._given: Batch | None = None
-        self._recent: dict[int, Batch] = {}  # by the steps that they were given to
-        self._next = feed.next()
+        self._next: Batch | None = None
+        self._made: int | None = None  # steps before the first of this call
+        self._begun = False
 
     @property
     def passes_made(self) -> int:
         """Passes that are complete with the batch given last."""
         return self._given.passes if self._given else 0
 
-    def skip(self, steps: int) -> None:
-        """Goes through the batches of the steps that were made before."""
-        for _ in range(steps):
+    def go_on(self, made: int, saves: Saves | None) -> None:
+        """Says how many batches were used before; pulls none yet. Once: later it knows by itself."""
+        if self._made is not None:
+            return
+        self._made = made
+        if saves is not None:
+            saves.feed = self.feed
+            # Each process has a stream of its own, and a save has room for one: there, they skip.
+            self.feed.go_on(made, saves.position, saves.steps_per_epoch, keeps=peers() is None)
+
+    def begin(self) -> None:
+        """Pulls the last batch that was used before, of a stream that has no positions all of those, and the next."""
+        if self._begun:
+            return
+        self._begun, made = True, self._made or 0
+        self._next = self.feed.next()
+        for count in range(self.feed.first, made):
+            if self._next is None:
+                raise InputError(
+                    f"data ended after {count} batches, and the checkpoint is of a run that used {made}: give the same "
+                    "batches as before, or pass another path."
+                )
             self._given, self._next = self._next, self.feed.next()
 
     def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
@@ -80,10 +100,10 @@ class Streamed:
             if batch is None or ended or leave:
                 self.ended = ended
                 break
-            self._given = batch
-            self._recent = {at: self._recent[at] for at in self._recent if at == step - 1} | {step: batch}
+            given, self._given = self._given, batch
             carry, code = self._step(carry, inputs, first, step, batch)
             if before is not None and not (np.asarray(before) == RUNNING).any():
+                self._given = given
                 break  # so this step was none, and the batches ahead are not needed
             before = code
             self._next = self.feed.next()  # now, as the step is computed
@@ -91,17 +111,20 @@ class Streamed:
                 break
         return carry
 
-    def data_of(self, step: int) -> PyTree:
-        """The batch that the last evaluation was of, that of a step; another one may have been given since."""
-        batch = self._recent.get(step, self._given)
-        assert batch is not None
-        return batch.data
+    @property
+    def data(self) -> PyTree:
+        """The batch that the last evaluation was of."""
+        return self._last().data
 
     def evaluate(self, carry: Carry, inputs: Inputs, step: int) -> Carry:
         """The point of a step on the batch given last, once more."""
+        return self._step(carry, inputs, step, step, self._last()._replace(ends=False))[0]
+
+    def _last(self) -> Batch:
+        self.begin()
         batch = self._given or self._next
         assert batch is not None
-        return self._step(carry, inputs, step, step, batch._replace(ends=False))[0]
+        return batch
 
     def _step(self, carry: Carry, inputs: Inputs, first: int, step: int, batch: Batch) -> tuple[Carry, jax.Array]:
         compiled, constants = self._program(batch.data)
@@ -155,10 +178,12 @@ def advance(
         carry, records = saves.restored(carry, limits)
     state = carry[0].tree()
     step, cause, running = int(state.step), None, bool((np.asarray(state.code) == RUNNING).any())
+    if streamed is not None:
+        streamed.go_on(step + (not running), saves)  # what ended by itself has looked at one more
     if not running:  # all of it was saved
         return carry, joined(records), None
     if streamed is not None:
-        streamed.skip(step)
+        streamed.begin()
     stop, others = False, peers()
     seconds_of_chunk = _CHUNK_SECONDS * (_PATIENCE if others else 1)
     with ctrl_c() as interrupted:
