@@ -105,9 +105,9 @@ EVERYWHERE = [
     in_a_custom_rule,
     in_a_branch,
     in_a_scan,
-    in_the_rows_of_a_scan,
+    pytest.param(in_the_rows_of_a_scan, marks=pytest.mark.slow),
     in_a_while,
-    in_a_vmap,
+    pytest.param(in_a_vmap, marks=pytest.mark.slow),
 ]
 
 
@@ -195,7 +195,7 @@ def test_a_constant_of_the_loss() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"data": DEFECT},
+        pytest.param({"data": DEFECT}, marks=pytest.mark.slow),
         {"data": DEFECT, "batch_size": 4},
         {"data": lambda: iter(np.split(DEFECT, 5))},
     ],
