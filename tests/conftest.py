@@ -19,4 +19,9 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Scripts of their own, which tests run.
-collect_ignore = ["killed_run.py", "two_processes.py", *(["eight_devices.py"] if jax.device_count() != 8 else [])]
+collect_ignore = [
+    "killed_run.py",
+    "many_calls.py",
+    "two_processes.py",
+    *(["eight_devices.py"] if jax.device_count() != 8 else []),
+]

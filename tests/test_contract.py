@@ -154,8 +154,9 @@ ALIKE = {
     "schedule_free_adamw": "schedule_free_sgd",
 }
 ALIKE |= dict.fromkeys(("adafactor", "lamb", "lion", "radam", "rmsprop", "yogi"), "adam")
-ALIKE |= {"dowg": "dog", "cocob": "prodigy", "dadapt_adamw": "prodigy", "momo_adam": "momo"}
-ON_BATCHES = {"gd", "backtracking", "multi_steps", "sam_opaque", "noisy_sgd", "schedule_free_sgd"}
+ALIKE |= dict.fromkeys(("dog", "dowg", "cocob", "dadapt_adamw"), "prodigy")
+ALIKE |= {"momo_adam": "momo", "apply_every": "multi_steps", "masked": "multi_transform"}
+ON_BATCHES = {"gd", "multi_steps", "sam_opaque", "noisy_sgd", "schedule_free_sgd"}
 
 _LONG, _SHORT, _RATES = 2500, 40, 16  # steps
 _TOL = 1e-4  # the default of minimize

@@ -77,8 +77,9 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         jax.config.update("jax_enable_x64", x64)
 
 
-# Each compiles for ten seconds or more. The blocks of README.md make the calls of these, too.
-SLOW = {"automatic.py", "finder.py", "plugins.py", "valley.py"}
+# Each takes ten seconds or more. The blocks of README.md make the calls of these, too; the modules are in
+# test_modules.py.
+SLOW = {"automatic.py", "equinox_module.py", "finder.py", "flax_nnx.py", "plugins.py", "valley.py"}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def softmax_loss(params, x, y, strength):
 @pytest.mark.parametrize(
     ("load", "method"),
     [
-        (load_breast_cancer, "gd"),
+        pytest.param(load_breast_cancer, "gd", marks=pytest.mark.slow),
         pytest.param(load_breast_cancer, "nesterov", marks=pytest.mark.slow),
         pytest.param(load_breast_cancer, "lbfgs", marks=pytest.mark.slow),
         (load_breast_cancer, "spectral"),

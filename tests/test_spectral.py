@@ -53,7 +53,7 @@ def descend(loss: Any, params: Any, steps: int) -> tuple[Any, Any, jax.Array]:
 
 # Each compiles for a second: one of each kind is run, the others and float64 with `make test-slow`.
 DTYPES = [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)]
-USUAL = {"rosenbrock", "beale", "complex"}  # some others go further down in `test_all_that_the_dtype_gives`
+USUAL = {"rosenbrock", "complex"}  # some others go further down in `test_all_that_the_dtype_gives`
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -257,6 +257,14 @@ def test_nan_is_not_taken_for_convergence():
     assert np.isfinite(result.loss)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_an_infinite_loss_with_a_finite_gradient_is_said_and_nothing_else(value):
+    """The difference of two infinities would be another warning, of NumPy's: an error here."""
+    result = minimize(lambda x, value: value + jnp.sum(x**2), jnp.ones(2), args=(value,))
+    assert (result.status, result.steps, result.loss) == (Status.NON_FINITE, 0, value)
+    assert f"the loss is {value} at the start" in result.message
+
+
 def test_a_loss_that_is_not_finite_at_the_start_is_said():
     result = minimize(lambda x: jnp.sum(jnp.log(x)))
     assert (result.status, result.steps) == (Status.NON_FINITE, 0)

@@ -47,11 +47,18 @@ CALLS = {
         "max_steps": 12,  # a multiple of an epoch: the average is evaluated on the next one's first batch
     },
     "no best": {"args": (ROWS,), "learning_rate": 0.1, "keep_best": False},
+    "averaged, no best": {
+        "data": ROWS,
+        "batch_size": 8,
+        "optimizer": optax.contrib.schedule_free_sgd(0.1),
+        "max_steps": 12,
+        "keep_best": False,
+    },
     "a few params": {"args": (ROWS,), "trainable": {"w": True, "b": False}},
 }
 
 
-FAST = ("spectral", "batches, keys", "averaged", "no best")  # one of each kind; the others take seconds to compile
+FAST = ("spectral", "batches, keys", "averaged, no best")  # of each kind; the others take seconds to compile
 
 
 @pytest.mark.parametrize(
@@ -87,8 +94,10 @@ def vmap(function):
         pytest.param(transform, how, id=f"{transform.__name__}-{how}", marks=marks)
         for how in ("loss", "schedule", "optimizer", "params", "data")
         for transform in (jax.jit, jax.grad, vmap)
-        # The cheapest of the three for each; and all of them where tracers hide in closures.
-        for marks in ([] if transform is vmap or how in ("loss", "optimizer") else [pytest.mark.slow],)
+        # The cheapest of the three for each; and that of grad where tracers hide in closures. What jit does, both do.
+        for marks in (
+            [] if transform is vmap or (transform is jax.grad and how in ("loss", "optimizer")) else [pytest.mark.slow],
+        )
     ],
 )
 def test_any_of_its_inputs_may_be_traced(transform, how: str) -> None:
@@ -186,7 +195,7 @@ def ridge(x64):
     return X, solved, closed
 
 
-@pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("derivative", [pytest.param(jax.jacfwd, marks=pytest.mark.slow), jax.jacrev])
 def test_the_ridge_solution_by_its_penalty(ridge, derivative) -> None:
     _, solved, closed = ridge
     np.testing.assert_allclose(jax.jit(derivative(solved))(0.1), jax.jacfwd(closed)(0.1), rtol=0, atol=1e-6)

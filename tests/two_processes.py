@@ -96,12 +96,14 @@ if case == "same":
         short = lambda: (batch for number, batch in enumerate(batches()) if number < 3 or process == 0)
         uneven = minimize(loss, params, data=short, epochs=1, **stream)
         answers["uneven"] = [uneven.status.name, uneven.steps]
+        try:  # both are told, and may go on
+            minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1 + process, max_steps=10**6)
+        except gdopt.InputError as error:
+            answers["another rate"] = str(error)
     print(json.dumps(answers))
 elif case == "fails":
     minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1, max_steps=10**6, callback=fails)
 elif case == "fails early":
     minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1, max_steps=10**6 if process == 0 else -1)
-elif case == "another rate":
-    minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1 + process, max_steps=10**6)
 elif case == "closed over":
     minimize(lambda x: jnp.sum((rows @ x) ** 2), np.ones(40))

@@ -304,7 +304,8 @@ def ctrl_c() -> Iterator[list[bool]]:
 
     def give_back() -> None:
         for number in taken:
-            signal.signal(number, usual[number])
+            if signal.getsignal(number) is handler:  # and not one that a callback has put in its place
+                signal.signal(number, usual[number])
 
     def handler(signum: int, frame: Any) -> None:
         pressed.append(True)

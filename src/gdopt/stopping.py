@@ -314,7 +314,8 @@ def fell(losses: np.ndarray, eps: float) -> bool:
 
 
 def _fell(first: Any, best: Any, eps: float) -> Any:
-    return first - best > _ROUNDING * eps * abs(first)
+    with np.errstate(invalid="ignore"):  # of a loss that is infinite at the start, and did not fall
+        return first - best > _ROUNDING * eps * abs(first)
 
 
 def succeeded(code: Any, first: Any, best: Any, left: Any, eps: float, *, noisy: bool, has_target: bool) -> Any:
