@@ -307,8 +307,7 @@ class _Ending(NamedTuple):
         first = self.history.loss[0]
         best = np.nanmin(self.history.loss) if np.isfinite(first) else math.inf
         options = {"noisy": self.noisy, "has_target": self.has_target}
-        with np.errstate(invalid="ignore"):  # of a start at infinity
-            return bool(succeeded(self.status, first, best, self.left, self.eps, **options))
+        return bool(succeeded(self.status, first, best, self.left, self.eps, **options))
 
     @property
     def message(self) -> str:
