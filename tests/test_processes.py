@@ -71,6 +71,7 @@ def test_two_processes_come_to_what_one_comes_to() -> None:
     assert both[0]["stopped"] == both[1]["stopped"]
     assert both[0]["stopped"][0] == "STOPPED"
     assert [found["uneven"] for found in both] == [["MAX_STEPS", 3]] * 2  # the shorter stream ends both
+    assert [found["diagnosed"] for found in both] == [[1, "log", True]] * 2
     assert ["step/s" in errors for _, _, errors, _ in ran] == [True, False]  # one bar
     for found, message in zip(
         both,

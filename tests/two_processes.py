@@ -96,6 +96,9 @@ if case == "same":
         short = lambda: (batch for number, batch in enumerate(batches()) if number < 3 or process == 0)
         uneven = minimize(loss, params, data=short, epochs=1, **stream)
         answers["uneven"] = [uneven.status.name, uneven.steps]
+        logs = lambda params, rows: loss(params, rows) + jnp.mean(jnp.log(params["b"] + 0.01))
+        found = gdopt.diagnose(minimize(logs, params, args=(rows,), learning_rate=0.1))
+        answers["diagnosed"] = [found.step, found.primitive, "logs = lambda" in (found.place or "")]
         try:  # both are told, and may go on
             minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1 + process, max_steps=10**6)
         except gdopt.InputError as error:
