@@ -1,4 +1,7 @@
-"""What test_resuming.py kills: ``python killed_run.py KIND PATH SECONDS``; prints a hash of all that came out."""
+"""What test_resuming.py kills: ``python killed_run.py KIND PATH STEPS PAUSE``; prints a hash of all that came out.
+
+Chunks have at most so many steps, and after each the pause, in seconds for each of its steps, is time to be killed in.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ import numpy as np
 import optax
 
 import gdopt
-from gdopt import run, schedules
+from gdopt import loop, run, schedules
 
-kind, path, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
-run._CHUNK_SECONDS = seconds  # other sizes of chunks come to the same bits
+kind, path, chunk, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+loop.CAPACITY = chunk  # other sizes of chunks come to the same bits
+run._CHUNK_SECONDS = 1e9
 ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
 
 
@@ -68,10 +72,13 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def slows_down(report: gdopt.Report) -> bool:
-    time.sleep(0.005)  # so that there is time to be killed in
+    global before
+    time.sleep(pause * min(report.step - before, chunk))  # less than all of it where it went on from a save
+    before = report.step
     return False
 
 
+before = 0  # steps that were slowed down for
 if __name__ == "__main__":
     saves = None if path == "none" else gdopt.Checkpoint(path, every_seconds=0, keep=2)
     objective, options = CALLS[kind]

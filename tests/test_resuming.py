@@ -58,8 +58,8 @@ def path(tmp_path):
 # ------------------------------------------------------------------------------------------------ killed, really
 
 
-def start(kind: str, path: Any, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), kind, str(path), str(seconds)]
+def start(kind: str, path: Any, steps: int, pause: float) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), kind, str(path), str(steps), str(pause)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -83,11 +83,11 @@ def finished(process: subprocess.Popen) -> str:
 )
 def test_killed_at_any_moment_it_comes_to_the_same_bits(kind: str, kills: int, path) -> None:
     chance = random.Random(kills)
-    expected = start(kind, "none", 0.05)
+    expected = start(kind, "none", 4096, 0)
     killed = 0
     while True:
         before = set(path.parent.glob("run.*.gdopt"))
-        process = start(kind, path, chance.choice([2e-4, 1e-3, 5e-3]))
+        process = start(kind, path, chance.choice([5, 30]), 0.005 if killed < kills else 0)
         while process.poll() is None and killed < kills and set(path.parent.glob("run.*.gdopt")) <= before:
             time.sleep(0.01)
         if killed == kills or process.poll() is not None:
@@ -102,7 +102,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_bits(kind: str, kills: int, p
 
 @pytest.mark.slow  # test_interrupt.py sends it to a run in its own process
 def test_sigterm_ends_with_a_save_and_a_result(path) -> None:
-    process = start("batches", path, 1e-3)
+    process = start("batches", path, 30, 0.005)
     while not list(path.parent.glob("run.*.gdopt")):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

@@ -41,9 +41,9 @@ class Ended:
 
 
 class Process:
-    def __init__(self, kind: str, path: Path | str, seconds: float):
+    def __init__(self, kind: str, path: Path | str, steps: int, pause: float):
         self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), kind, str(path), repr(seconds)],
+            [sys.executable, str(SCRIPT), kind, str(path), str(steps), repr(pause)],
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,7 +106,7 @@ class Soak:
         self.chance = random.Random(seed)
         self.counts: collections.Counter[str] = collections.Counter()
         self._directory = directory
-        self._expected = {kind: Process(kind, "none", 0.05).end() for kind in KINDS}
+        self._expected = {kind: Process(kind, "none", 4096, 0).end() for kind in KINDS}
         assert all(ended.is_complete for ended in self._expected.values()), self._expected
 
     def run(self, kind: str, until: float) -> None:
@@ -137,10 +137,10 @@ class Soak:
     def _one(self, kind: str, directory: Path, story: list[str], *, careful: bool, peace: bool) -> Ended:
         """One process, which is killed at some moment or not; where one is careful, not before it has made a save."""
         chance = self.chance
-        seconds = 10 ** chance.uniform(-4, -1.3)
+        steps = chance.choice([1, 8, 64, 512, 4096])
         before = identities(directory)
-        process = Process(kind, directory / "run", seconds)
-        story.append(f"chunks of {seconds:.2g} s")
+        process = Process(kind, directory / "run", steps, 0.002)
+        story.append(f"chunks of {steps}")
         if peace or chance.random() < 0.2:
             return process.end()
         if careful or chance.random() < 0.7:
