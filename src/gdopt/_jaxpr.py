@@ -325,7 +325,7 @@ def _search_rounds(eqn: Any, inputs: list, place: int, value: Any, lines: list, 
     skipped = 0 if is_scan else params["cond_nconsts"]
     consts = params["num_consts"] if is_scan else params["body_nconsts"]
     carried = params["num_carry"] if is_scan else len(body.out_avals)
-    bad, before = is_nan if is_nan(value) else _is_bad, None
+    bad, before = is_nan if is_nan(value) else is_bad, None
     while True:
         rounds = itertools.islice(enumerate(_rounds(eqn, inputs, body, skipped, consts, carried)), before)
         hits = ((n, given, [at for at, x in enumerate(outputs) if bad(x)]) for n, (given, outputs) in rounds)
@@ -337,7 +337,7 @@ def _search_rounds(eqn: Any, inputs: list, place: int, value: Any, lines: list, 
         source = _search(body.jaxpr, body.consts, given, place, lines, found)
         if source is None or number == 0 or not consts <= source < consts + carried:
             return None if source is None else source + skipped
-        place, bad, before = source - consts, _is_bad, number
+        place, bad, before = source - consts, is_bad, number
 
 
 def _rounds(eqn: Any, inputs: list, body: Any, skipped: int, consts: int, carried: int) -> Iterator[tuple[list, list]]:
@@ -353,25 +353,28 @@ def _rounds(eqn: Any, inputs: list, body: Any, skipped: int, consts: int, carrie
             carry = outputs[:carried]
         return
     goes_on = jax.jit(_core().jaxpr_as_fun(eqn.params["cond_jaxpr"]))
-    while goes_on(*inputs[:skipped], *carry)[0]:
+    while (on := goes_on(*inputs[:skipped], *carry)[0]).any():
         given = [*held, *carry]
-        carry = run(*given)
+        after = run(*given)
+        if on.ndim:  # under a vmap the runs that are over stay as they are
+            after = [jnp.where(jax.lax.expand_dims(on, range(on.ndim, x.ndim)), x, y) for x, y in zip(after, carry)]
+        carry = after
         yield given, carry
 
 
 def _source(eqn: Any, inputs: list, value: Any) -> int | None:
     """The input that the value has its NaN or infinity of; of several the one that has it in the same place."""
-    kind = is_nan if is_nan(value) else _is_bad
-    if not any(map(_is_bad, inputs)):
+    kind = is_nan if is_nan(value) else is_bad
+    if not any(map(is_bad, inputs)):
         return None
-    at = jnp.argmax((jnp.isnan(value) if kind is is_nan else ~jnp.isfinite(value)).reshape(-1))
+    at = jnp.argmax(jnp.ravel(jnp.isnan(value) if kind is is_nan else ~jnp.isfinite(value)))
     if eqn.primitive.name == "select_n":
-        return 1 + int(inputs[0].reshape(-1)[at] if np.shape(inputs[0]) else inputs[0])
+        return 1 + int(jnp.ravel(inputs[0])[at] if np.shape(inputs[0]) else inputs[0])
     some = [number for number, given in enumerate(inputs) if kind(given)] or [
-        n for n, given in enumerate(inputs) if _is_bad(given)
+        n for n, given in enumerate(inputs) if is_bad(given)
     ]
     there = [number for number in some if np.shape(inputs[number]) == np.shape(value)]
-    return next((number for number in there if kind(inputs[number].reshape(-1)[at])), some[0])
+    return next((number for number in there if kind(jnp.ravel(inputs[number])[at])), some[0])
 
 
 def _origin(eqn: Any, value: Any, inputs: list, lines: list) -> Origin:
@@ -389,7 +392,8 @@ def is_nan(value: Any) -> bool:
     return _is_inexact(value) and bool(_any_nan(value))
 
 
-def _is_bad(value: Any) -> bool:
+def is_bad(value: Any) -> bool:
+    """Whether there is a NaN or an infinity among the numbers."""
     return _is_inexact(value) and not bool(_all_finite(value))
 
 

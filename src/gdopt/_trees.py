@@ -61,6 +61,12 @@ def quick_norm(tree: PyTree) -> jax.Array:
     return jnp.sqrt(vdot(tree, tree))
 
 
+@functools.partial(jax.jit, inline=True)
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether no entry of any leaf is NaN or infinite."""
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+
+
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """The real part of the inner product over all entries of all leaves, in the dtype of norms."""
     dtype = norm_dtype(a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from gdopt._types import PyTree
 from gdopt.errors import InputError
 from gdopt.problem import value_and_grad
 from gdopt.result import Result, table
+from gdopt.stopping import Status
 from gdopt.task import Task
 
 _NAMED = 3  # leaves, in a message
@@ -68,7 +70,7 @@ class Evidence(NamedTuple):
     outputs: list[str]  # what they are called; nothing for those of aux
     bad_params: list[str]  # paths of leaves
     bad_gradients: list[str]
-    bad_inputs: list[str]  # paths of data and args that hold NaN
+    bad_inputs: list[str]  # paths of data, args and frozen params by which it came
 
     @property
     def leaves(self) -> list[str]:
@@ -79,7 +81,8 @@ class Evidence(NamedTuple):
     def sentence(self) -> str:
         """What a run's message says of it."""
         if self.bad_inputs:
-            return f" {_some(self.bad_inputs)} {'holds' if len(self.bad_inputs) == 1 else 'hold'} NaN."
+            verb = "holds" if len(self.bad_inputs) == 1 else "hold"
+            return f" {_some(self.bad_inputs)} {verb} {'NaN' if self._holds_nan(self.bad_inputs) else 'infinity'}."
         if not self.leaves:
             return " gdopt.diagnose(result) says what made it so."
         some, verb = _some(self.leaves), "is" if len(self.leaves) == 1 else "are"
@@ -89,7 +92,20 @@ class Evidence(NamedTuple):
     @property
     def cure(self) -> str:
         """What to try, where that is known."""
-        return "Leave out what is NaN, or fill it; gdopt.diagnose(result) says where it is." if self.bad_inputs else ""
+        if self.bad_inputs:
+            what = "NaN" if self._holds_nan(self.bad_inputs) else "infinite"
+            return f"Leave out what is {what}, or fill it; gdopt.diagnose(result) says where it is."
+        if self.learning_rate is not None and not np.isfinite(self.learning_rate):
+            return "Correct the schedule."
+        if not self.bad_params:
+            return ""
+        cure = "Try a smaller learning rate, or an optimizer that clips gradients"
+        if self._holds_nan(self.bad_params):
+            cure += "; where a gradient is zero, an optimizer that divides by its size needs an eps above 0"
+        return f"{cure}."
+
+    def _holds_nan(self, names: list[str]) -> bool:
+        return any(_jaxpr.is_nan(self.arguments[self.names.index(name)]) for name in names)
 
 
 def _some(names: list[str]) -> str:
@@ -103,32 +119,49 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
     None where not even that could be computed once more: the result matters more than what is said about it.
     """
     try:
+        rest = task.problem.rest
+
+        def value(params: PyTree, held: tuple, *given: Any) -> Any:
+            problem = task.problem._replace(rest=dataclasses.replace(rest, arrays=held))
+            return task._replace(problem=problem).value(params, *given)
+
         # The loss anew, not the trace that the loop was made of: a replay has lost the lines of its source.
-        trace, out = _jaxpr.trace(value_and_grad(task.value), params, *given)
-        trees = {"params": params, "data": given[0], "args": given[1], "key": given[2]}
-        leaves = [(name, *leaf) for name, tree in trees.items() for leaf in jax.tree_util.tree_leaves_with_path(tree)]
-        arguments, names = [leaf for *_, leaf in leaves], [_trees.path_name(path, name) for name, path, _ in leaves]
+        trace, out = _jaxpr.trace(value_and_grad(value), params, rest.arrays, *given)
+        whole = zip(jax.tree_util.tree_leaves_with_path(rest.combine(params)), rest.arrays, strict=True)
+        named = [("params", *leaf) for leaf in jax.tree_util.tree_leaves_with_path(params)]
+        count = len(named)
+        named += [("params", path, held) for (path, _), held in whole if held is not None]
+        trees = {"data": given[0], "args": given[1], "key": given[2]}
+        named += [(name, *leaf) for name, tree in trees.items() for leaf in jax.tree_util.tree_leaves_with_path(tree)]
+        arguments, names = [leaf for *_, leaf in named], [_trees.path_name(path, name) for name, path, _ in named]
         (_, aux), _ = out
         outputs = ["the loss"] + [""] * len(jax.tree.leaves(aux))
-        outputs += [f"the gradient of {name}" for name in names[: len(jax.tree.leaves(params))]]
-        count = len(jax.tree.leaves(params))
-        here, gradient = _bad_leaves(trace, arguments, count)
-        bad = lambda flags: [name for name, flag in zip(names, flags, strict=False) if flag]
-        inputs = [name for name, leaf in list(zip(names, arguments, strict=True))[count:] if _jaxpr.is_nan(leaf)]
-        return Evidence(step, rate, trace, arguments, names, outputs, bad(here), bad(gradient), inputs)
+        outputs += [f"the gradient of {name}" for name in names[:count]]
+
+        @jax.jit
+        def finite(constants: list, arguments: list) -> list[list]:
+            """Of params and of their gradients, which are; and the loss: in one program, as the run's own would be."""
+            value, *results = _jaxpr.call(trace.jaxpr, constants, *arguments)
+            some = arguments[:count], results[-count:], [value]
+            return [[jnp.isfinite(leaf).all() for leaf in leaves] for leaves in some]
+
+        here, gradient, loss = finite(trace.consts, arguments)
+        inputs = [place for place in range(count, len(names)) if _jaxpr.is_bad(arguments[place])]
+        if inputs and (task.noisy or step == 0):  # else they did no harm at the start
+            filled = [_filled(leaf) if place in inputs else leaf for place, leaf in enumerate(arguments)]
+            # They may be masked out by the loss, or be meant: they are to blame where it is finite without them.
+            inputs = inputs if all(itertools.chain(*finite(trace.consts, filled))) else []
+        else:
+            inputs = []
+        bad = lambda flags: [name for name, flag in zip(names, flags, strict=False) if not flag]
+        bad_inputs = [names[place] for place in inputs]
+        return Evidence(step, rate, trace, arguments, names, outputs, bad(here), bad(gradient), bad_inputs)
     except Exception:
         return None
 
 
-def _bad_leaves(trace: Any, arguments: list, count: int) -> list[list[bool]]:
-    """Of params and of their gradients, which are not finite: in one program, as the run's own would be."""
-
-    @jax.jit
-    def flags(constants: list, arguments: list) -> list[list]:
-        gradient = _jaxpr.call(trace.jaxpr, constants, *arguments)[-count:]
-        return [[~jnp.isfinite(leaf).all() for leaf in leaves] for leaves in (arguments[:count], gradient)]
-
-    return [[bool(flag) for flag in some] for some in flags(trace.consts, arguments)]
+def _filled(leaf: Any) -> Any:
+    return jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf))
 
 
 def diagnose(result: Result) -> Diagnosis:
@@ -163,8 +196,8 @@ def diagnose(result: Result) -> Diagnosis:
         raise InputError(
             "result is of a run inside jit, vmap or grad, which nobody could look into: call gdopt.minimize outside."
         )
-    if np.isfinite([result.history.loss[-1], result.history.grad_norm[-1]]).all():
-        raise InputError(f"result ended with {result.status.name} at a finite loss and gradient: nothing to diagnose.")
+    if result.status is not Status.NON_FINITE:
+        raise InputError(f"result ended with {result.status.name}, not with NON_FINITE: there is nothing to diagnose.")
     case: Evidence | None = result._evidence
     if case is None:
         raise InputError(
@@ -177,13 +210,13 @@ def diagnose(result: Result) -> Diagnosis:
 
 def _of_update(case: Evidence, result: Result) -> tuple[None, None, str]:
     name = case.bad_params[0]
+    array, norm = case.arguments[case.names.index(name)], result.history.grad_norm[case.step - 1]
     rate = "" if case.learning_rate is None else f" with the learning rate {case.learning_rate:.3g}"
     return (
         None,
         None,
-        f"At step {case.step} {name} is {_shown(case.arguments[case.names.index(name)])} before anything is computed: "
-        f"the update{rate} made it, of a gradient of norm {result.history.grad_norm[case.step - 1]:.3g} at the step "
-        "before. Try a smaller learning rate, or an optimizer that clips gradients.",
+        f"At step {case.step} {name} is {_shown(array)} before anything is computed: the update{rate} made it, of a "
+        f"gradient of norm {norm:.3g} at the step before. {case.cure}",
     )
 
 

@@ -25,7 +25,7 @@ from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
 from gdopt.resuming import saves_at
-from gdopt.rule import check_optimizer, is_auto, is_transformation, make_rule, search
+from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
 from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
 from gdopt.task import Task, make_task
@@ -216,7 +216,7 @@ def minimize(
             loop.warn_of_no_gradient(task)
 
     kept, params = state.kept, run.returned_params(state)
-    evidence = _evidence(task, inputs, state, history, streamed)
+    evidence = _evidence(task, rule, inputs, state, history, streamed) if status is Status.NON_FINITE else None
     ending = _Ending(
         status=status,
         history=history,
@@ -256,17 +256,22 @@ def minimize(
 
 
 def _evidence(
-    task: Task, inputs: loop.Inputs, state: loop.State, history: History, streamed: run.Streamed | None
+    task: Task,
+    rule: Rule,
+    inputs: loop.Inputs,
+    state: loop.State,
+    history: History,
+    streamed: run.Streamed | None,
 ) -> Evidence | None:
-    """Where the last evaluation was not finite, what it was of."""
-    if np.isfinite([history.loss[-1], history.grad_norm[-1]]).all():
-        return None
+    """What the last evaluation, which was not finite, was of."""
     step = len(history.loss) - 1
-    rate = float(history.learning_rate[step - 1]) if step else math.nan
+    rate = float(history.learning_rate[step - 1]) if step else None
+    if rate is not None and rule.owns_rate and not math.isfinite(rate):  # it does not tell
+        rate = None
     if streamed is not None:
         inputs = inputs._replace(data=streamed.data)
     given = loop.loss_arguments(inputs, state.order, state.step, task.batches, with_key=task.with_key)
-    return make_evidence(task, state.params, given, step, rate if math.isfinite(rate) else None)
+    return make_evidence(task, state.params, given, step, rate)
 
 
 def _wants_stop(answer: Any) -> bool:

@@ -371,14 +371,17 @@ def _functions(
 
         here = settings.compact(params)
         away = jax.tree.map(jnp.subtract, here, settings.compact(inputs.start))
-        point = Evaluation(k, value, grad_norm, _trees.quick_norm(away))
+        distance = _trees.quick_norm(away)
+        finite = lax.cond(jnp.isfinite(distance), lambda: jnp.asarray(True), lambda: _trees.all_finite(here))
+        point = Evaluation(k, value, grad_norm, distance, finite)
         found = search(state.optimizer)
         gave_up = None if found is None else found.rejected >= MAX_REJECTED
         epoch = epoch_of(inputs, k)
         code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, gave_up, eps, epoch)
         running = code == RUNNING
         if not settings.noisy:
-            keep = (k == 0) | (jnp.isfinite(grad_norm) & jnp.isfinite(value) & (value < state.kept.loss))
+            finite &= jnp.isfinite(grad_norm) & jnp.isfinite(value)
+            keep = (k == 0) | (finite & (value < state.kept.loss))
         else:
             failed = stopping.failed(code)
             keep = (k == 0) | jnp.where(running, stopping.is_good(watch, state.kept.loss, value), ~failed)

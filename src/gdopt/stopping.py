@@ -20,7 +20,8 @@ class Status(enum.IntEnum):
     - ``PRECISION_LIMIT``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or the
       search for a rate found no further step.
     - ``DIVERGED``: the loss has grown a millionfold and the gradient a thousandfold.
-    - ``NON_FINITE``: the loss or its gradient became infinite or NaN, other than at a trial that is taken back.
+    - ``NON_FINITE``: the loss, its gradient or the params became infinite or NaN, other than at a trial that is taken
+      back.
     - ``STOPPED``: the callback asked for the end.
     - ``INTERRUPTED``: Ctrl-C.
     - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
@@ -100,6 +101,7 @@ class Evaluation(NamedTuple):
     loss: jax.Array
     grad_norm: jax.Array
     distance: jax.Array  # |x - x0|; zero or infinite where squares leave the dtype's range
+    finite: jax.Array  # whether the params are
 
 
 def first_watch(loss_dtype, norm_dtype) -> Watch:
@@ -140,13 +142,13 @@ def judge(
     first_loss = jnp.where(start, loss, watch.first_loss)
     first_grad_norm = jnp.where(start, grad_norm, watch.first_grad_norm)
 
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & point.finite  # what a loss does not read may be NaN
     size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
     diverged = (loss - first_loss > _GROWN_LOSS * size) & (grad_norm > _GROWN_GRADIENT * first_grad_norm)
     failed = ~finite
     if gave_up is not None:
         diverged = jnp.asarray(False)
-        failed = failed & (start | (loss == -jnp.inf))  # below that nothing is to be found
+        failed = failed & (start | (loss == -jnp.inf) | ~point.finite)  # below that nothing is to be found
 
     # The precision test looks at the loss, so it must not take for a limit what is a pause: an evaluation that repeats
     # the last one may come from gradients that are being accumulated or a rate of 0, and counts a twentieth; and an
@@ -287,7 +289,11 @@ def explain(
             bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
             return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
         case Status.NON_FINITE:
-            what = f"loss became {last}" if not np.isfinite(losses[-1]) else f"gradient norm became {grad_norms[-1]:g}"
+            what = "params became NaN or infinite"  # those that the loss does not read, or by which it is saturated
+            if not np.isfinite(grad_norms[-1]):
+                what = f"gradient norm became {grad_norms[-1]:g}"
+            if not np.isfinite(losses[-1]):
+                what = f"loss became {last}"
             rate = f", after an update with the learning rate {rates[-2]:.3g}" if np.isfinite(rates[-2]) else ""
             return (
                 f"the {what} at step {steps}{rate}, from a loss of {first} at the start.{found}{back} {cure or slower}"
