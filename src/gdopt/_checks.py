@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 import warnings
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def refuse_no_arrays(name: str, tree: PyTree, *, carried: bool = False) -> None:
     """
     try:
         leaves = jax.tree.leaves(tree)
-    except ValueError as error:  # by the time that it is raised, JAX has forgotten where
+    except (TypeError, ValueError) as error:  # by the time that it is raised, JAX has forgotten where
         nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_unsortable)
         for path, node in nodes:
             if _is_unsortable(node):
@@ -79,11 +80,11 @@ def refuse_no_arrays(name: str, tree: PyTree, *, carried: bool = False) -> None:
                     ": give them one type, str say."
                 ) from error
         raise
-    if not any(_fault(leaf, carried) for leaf in leaves):
+    if not any(fault(leaf, carried) for leaf in leaves):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if fault := _fault(leaf, carried):
-            raise InputError(f"{_trees.path_name(path, name)} {fault}.")
+        if why := fault(leaf, carried):
+            raise InputError(f"{_trees.path_name(path, name)} {why}.")
 
 
 def _is_unsortable(node: Any) -> bool:
@@ -96,22 +97,47 @@ def _is_unsortable(node: Any) -> bool:
     return False
 
 
-def _fault(leaf: Any, carried: bool) -> str:
+def fault(leaf: Any, carried: bool) -> str:
     """What is wrong with a leaf, and the cure."""
-    if isinstance(leaf, np.ndarray):
-        if isinstance(leaf, np.ma.MaskedArray):
-            return (
-                "is a masked array, and JAX knows none: pass its .filled(value), and its mask where the loss needs it "
-                "as an array of its own"
-            )
-        if not (_trees.is_array(leaf) or carried):
-            return (
-                f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it "
-                "elsewhere"
-            )
-    elif isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+    if isinstance(leaf, jax.Array):
+        if isinstance(leaf, jax.core.Tracer) or not leaf.is_deleted():
+            return ""
         return (
             f"is an array of dtype {leaf.dtype} and shape {leaf.shape} that was deleted, or donated to a jitted "
             "function (donate_argnums): pass one that is still there, a copy from before, say"
         )
-    return ""
+    if isinstance(leaf, np.ma.MaskedArray):
+        return (
+            "is a masked array, and JAX knows none: pass its .filled(value), and its mask where the loss needs it as "
+            "an array of its own"
+        )
+    if isinstance(leaf, np.ndarray | np.generic):
+        if _trees.is_array(leaf):
+            return ""
+        if leaf.dtype.kind in "biufcV":
+            return f"is of dtype {leaf.dtype}, which JAX does not know: {_other_dtype(leaf.dtype)}"
+        if isinstance(leaf, np.generic) or carried:
+            return ""
+        return f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it elsewhere"
+    if isinstance(leaf, int):
+        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
+        if limits.min <= leaf <= limits.max:
+            return ""
+        return f"is {leaf}, beyond the range of {limits.dtype}: write it as a float, {float(leaf):g}"
+    if carried or isinstance(leaf, type | float | complex):
+        return ""
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return (
+            f"is a {type(leaf).__module__}.{type(leaf).__name__}, no array of NumPy's or JAX's: convert it with "
+            "numpy.asarray"
+        )
+    return f"is a {type(leaf).__name__}: write float(...) of it" if isinstance(leaf, numbers.Number) else ""
+
+
+def _other_dtype(dtype: np.dtype) -> str:
+    """How to come to one that JAX knows."""
+    if dtype.fields is not None:
+        return "pass its fields as arrays of their own"
+    native = dtype.newbyteorder("=")
+    name = native.name if native in _trees.NUMBERS else {"f": "float64", "c": "complex128"}.get(dtype.kind, "float64")
+    return f"convert it with .astype({name!r})"

@@ -12,10 +12,16 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import lax
 
 from gdopt._types import PyTree
+
+_TYPES = [t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)]
+_TYPES += [np.bool_, np.float16, np.float32, np.float64, np.complex64, np.complex128]
+_TYPES += [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
+NUMBERS = frozenset(map(np.dtype, _TYPES))  # that JAX takes: not the long ones, and none in another byte order
 
 
 @functools.partial(jax.jit, inline=True)
@@ -151,7 +157,7 @@ def copy(tree: PyTree) -> PyTree:
 def is_array(leaf: Any) -> bool:
     """Whether jit would take the leaf as a value: arrays, NumPy's and Python's numbers; not functions or strings."""
     if isinstance(leaf, np.ndarray | np.generic):
-        return leaf.dtype.kind not in "OSUMm"  # objects, strings, dates
+        return leaf.dtype in NUMBERS
     return isinstance(leaf, jax.Array | bool | int | float | complex)
 
 

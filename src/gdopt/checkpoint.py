@@ -36,10 +36,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from gdopt import parts
+from gdopt import _trees, parts
 from gdopt._checks import number, warn, whole_number
 from gdopt.errors import CheckpointError, InputError
 
@@ -59,10 +58,7 @@ _MOST_AXES = 64  # that NumPy can do
 _FIELDS = {"name": str, "shape": list, "dtype": str, "offset": int, "nbytes": int, "crc32": int}
 
 # By name, and no other: `np.dtype` would take what is no plain number, pointers among it.
-_NUMBERS = [t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)]
-_NUMBERS += [np.bool_, np.float16, np.float32, np.float64, np.complex64, np.complex128]
-_NUMBERS += [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
-_DTYPES = {np.dtype(t).name: np.dtype(t) for t in _NUMBERS}
+_DTYPES = {dtype.name: dtype for dtype in _trees.NUMBERS}
 
 Meta = dict[str, Any]  # of what JSON holds
 Arrays = Mapping[str, Any]  # JAX's or NumPy's, by name

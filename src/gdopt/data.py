@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from gdopt import _trees
-from gdopt._checks import refuse_no_arrays, whole_number
+from gdopt._checks import fault, refuse_no_arrays, whole_number
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -251,23 +251,29 @@ def _state(iterator: Any) -> bytes | str | None:
 
 def _arrays(batch: Any) -> PyTree:
     """A batch as arrays of its own memory: loaders may use theirs again. The step moves NumPy's to the device."""
-    leaves, treedef = jax.tree.flatten(batch)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
     return treedef.unflatten(
-        [leaf if isinstance(leaf, jax.Array) else _array(place, leaf, batch) for place, leaf in enumerate(leaves)]
+        [
+            leaf if isinstance(leaf, jax.Array) else np.array(_numbers(_trees.path_name(path, "a batch of data"), leaf))
+            for path, leaf in leaves
+        ]
     )
 
 
-def _array(place: int, leaf: Any, batch: PyTree) -> np.ndarray:
-    array = np.asarray(leaf)
-    if isinstance(leaf, np.ma.MaskedArray):
-        refuse_no_arrays("a batch of data", batch, carried=True)
-    if array.dtype.kind not in "biufcV":  # V: bfloat16 and the like
-        path, _ = jax.tree_util.tree_leaves_with_path(batch)[place]
+def _numbers(name: str, leaf: Any) -> np.ndarray:
+    """What is no array of JAX's as NumPy's."""
+    try:
+        array = np.asarray(leaf)
+    except Exception as error:  # torch's, of a tensor in bfloat16 or with a gradient
+        raise InputError(f"{name} is a {type(leaf).__name__} that NumPy cannot read: {error}") from error
+    if why := fault(leaf, carried=True) or fault(array, carried=True):
+        raise InputError(f"{name} {why}.")
+    if array.dtype not in _trees.NUMBERS:
         raise InputError(
-            f"{_trees.path_name(path, 'a batch of data')} is a {type(leaf).__name__}, not an array of numbers: "
-            "give batches that are pytrees of NumPy or JAX arrays, or of torch tensors."
+            f"{name} is a {type(leaf).__name__}, not an array of numbers: give pytrees of NumPy or JAX arrays, or of "
+            "torch tensors."
         )
-    return np.array(array)
+    return array
 
 
 def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream | None]:
@@ -287,11 +293,13 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
         if batch_size is not None:
             raise InputError(f"batch_size={batch_size!r} was given without data: pass data=, or leave batch_size out.")
         return None, None
-    refuse_no_arrays("data", data)
-    leaves = jax.tree_util.tree_leaves_with_path(data)
-    lengths = {}
+    refuse_no_arrays("data", data, carried=True)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(data)
+    lengths, arrays = {}, []
     for path, leaf in leaves:
         name = _trees.path_name(path, "data")
+        if why := isinstance(leaf, np.ndarray) and fault(leaf, carried=False):
+            raise InputError(f"{name} {why}.")
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise InputError(
                 f"{name} is a {type(leaf).__name__}, not an array: data is a pytree of arrays with a shared leading "
@@ -299,7 +307,8 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
             )
         if not leaf.shape:
             raise InputError(f"{name} is a scalar and has no rows: pass constants in args=, not in data=.")
-        lengths[name] = leaf.shape[0]
+        arrays.append(leaf if isinstance(leaf, jax.Array) else _numbers(name, leaf))
+        lengths[name] = arrays[-1].shape[0]
     if len(set(lengths.values())) != 1:
         what = ", ".join(f"{name} has {length}" for name, length in lengths.items()) or "it has no arrays"
         raise InputError(f"data needs one number of rows (leading axis) in all its arrays: {what}.")
@@ -313,7 +322,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
                 f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all rows."
             )
     batches = None if batch_size in (None, rows) else Batches(rows, batch_size)
-    return jax.tree.map(jnp.asarray, data), batches
+    return treedef.unflatten(map(jnp.asarray, arrays)), batches
 
 
 def is_stream(data: Any) -> bool:

@@ -160,6 +160,16 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
         return None
 
 
+def named_inputs(task: Task) -> str:
+    """A sentence on the data and args that hold NaN; "" where none does."""
+    trees = {"data": task.data, "args": task.args}
+    leaves = [(name, *leaf) for name, tree in trees.items() for leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    names = [_trees.path_name(path, name) for name, path, leaf in leaves if _jaxpr.is_nan(leaf)]
+    if not names:
+        return ""
+    return f" {_some(names)} {'holds' if len(names) == 1 else 'hold'} NaN: leave it out, or fill it."
+
+
 def _filled(leaf: Any) -> Any:
     return jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf))
 

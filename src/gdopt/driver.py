@@ -462,7 +462,10 @@ def _chosen(task: Task, optimizer: Any, steps: _Steps, made: RangeTest | None) -
         test = lr_finder.range_test(task, optimizer, ladder)
         if test.suggestion is not None:
             return test, _cycles(_PEAK * test.suggestion, max_steps)
-    raise InputError(f"learning_rate='auto' found none: {test.message} Or pass a learning_rate.")
+    cure = "Or pass a learning_rate."
+    if test.status is Status.NON_FINITE:
+        cure = "With a learning_rate there is a result, of which gdopt.diagnose says what made it so."
+    raise InputError(f"learning_rate='auto' found none: {test.message} {cure}")
 
 
 def _cycles(peak: float, steps: int) -> Schedule:

@@ -14,6 +14,7 @@ import numpy as np
 from gdopt import _notes, loop, run, suggestions
 from gdopt._checks import one_of, rate, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
+from gdopt.diagnosis import named_inputs
 from gdopt.errors import InputError
 from gdopt.optimizers import gd
 from gdopt.problem import make_problem
@@ -168,6 +169,8 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
         if refine and suggestion is not None:
             refinement = _refine(task, optimizer, suggestion, keys)
             suggestion = refinement.best
+    if suggestion is None:
+        verdict = verdict._replace(reason=verdict.reason + named_inputs(task))
     return _result(curve, verdict, suggestion, refinement, steps.num_steps)
 
 

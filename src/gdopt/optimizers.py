@@ -55,7 +55,14 @@ def check_learning_rate(learning_rate: Any) -> Any:
             raise InputError(f"learning_rate has shape {learning_rate.shape}: pass one number for all parameters.")
         return learning_rate
     wanted = "a finite number above 0, such as 0.1, nor a schedule step -> rate"
-    return number("learning_rate", learning_rate, lambda x: x > 0, wanted)
+    rate = number("learning_rate", learning_rate, lambda x: x > 0, wanted)
+    limits = jnp.finfo(jax.dtypes.canonicalize_dtype(float))  # beyond, it would be infinite or 0
+    if not float(limits.tiny) <= rate <= float(limits.max):
+        raise InputError(
+            f"learning_rate={learning_rate!r} is out of the range of {limits.dtype}, from {float(limits.tiny):.2g} to "
+            f"{float(limits.max):.2g}."
+        )
+    return rate
 
 
 Unit = tuple[PyTree, jax.Array]  # a tree over the size of its largest entry, and that size

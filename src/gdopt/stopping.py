@@ -64,6 +64,7 @@ _PER_UPDATE = 20
 _NEAR = 3e5
 _NEAR_ROOT = 30
 _PART = 10  # of a stream that ended in its first pass, so much at either end is compared
+_WORTHLESS = 1e4  # a gradient that grew so much in one step tells of no quadratic
 _ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
 
 
@@ -229,7 +230,7 @@ def explain(
     back = "" if returned_step == steps else f" The point of step {returned_step} is returned."
     tried = losses[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
     plain = how is Rates.PLAIN and not noisy
-    slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(grad_norms, rates, plain)
+    slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(losses, grad_norms, rates, plain)
     match status:
         case Status.CONVERGED if grad_norms[-1] == 0:
             return f"converged {after}: the gradient is exactly zero (loss {last})."
@@ -339,21 +340,29 @@ def succeeded(code: Any, first: Any, best: Any, left: Any, eps: float, *, noisy:
     return (code == Status.CONVERGED) | (code == Status.TARGET_REACHED) | at_limit | done
 
 
-def _slower(grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
+def _slower(losses: np.ndarray, grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
     """The advice to lower the rate; with a number where the growth of the gradient betrays the curvature.
 
     Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step, so the ratio r
     of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
     """
-    highest = np.max(rates, initial=0.0, where=np.isfinite(rates))
-    if np.nanmin(rates, initial=0.0) < 0:
-        return f"The schedule gave a negative rate, {np.nanmin(rates):.3g}: with a rate above 0 the loss can fall."
+    known = rates[np.isfinite(rates)]
+    if not known.size:
+        return (
+            "Try a smaller learning rate in the optimizer; one that is made of parts, such as optax.scale_by_adam(), "
+            "needs optax.scale_by_learning_rate(...) as its last."
+        )
+    highest = known.max()
+    if known.min() < 0:
+        return f"The schedule gave a negative rate, {known.min():.3g}: with a rate above 0 the loss can fall."
     if highest == 0:
-        return "Try a smaller learning rate in the optimizer."
+        return "The learning rate was 0 at each step: with one above 0 the loss can fall."
+    if losses.min() == losses.max():
+        return "It has not changed at all: raise max_steps, or try a larger learning_rate."
     with np.errstate(all="ignore"):
         ratio = grad_norms[1:] / grad_norms[:-1]
         stable = 2 * rates[:-1] / (1 + ratio)
-    grew = np.isfinite(stable) & (ratio > 1)
+    grew = (stable > 0) & (ratio > 1) & (ratio < _WORTHLESS)
     if not plain or not grew.any():
         return f"Try a learning_rate well below {highest:.2g}, a tenth of it, say."
     limit = float(np.median(stable[grew]))
