@@ -804,9 +804,9 @@ def test_the_lock_ends_with_its_process(base: Path, nursery: Nursery):
 with Saver(Checkpoint({str(base)!r})) as saver:
     child = os.fork()
     if not child:
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
     time.sleep(60)
 """
     )

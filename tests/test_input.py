@@ -115,7 +115,7 @@ BAD = {
     "complex schedule": ({"learning_rate": lambda step: 1j}, "the schedule gave dtype complex64 .*: return one real"),
     "schedule with an if": (
         {"learning_rate": lambda step: 0.1 if step < 3 else 0.2},
-        "does not work as a schedule: .*choose with jnp.where instead of if",
+        "does not work as a schedule: .*choose with jnp.where or jax.lax.cond in place of if",
     ),
     "schedule of no step": ({"learning_rate": lambda: 0.1}, "does not work as a schedule: it is called with the step"),
     "complex rate": ({"learning_rate": 1j}, "learning_rate=1j is not a finite number above 0"),

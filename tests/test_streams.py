@@ -492,7 +492,7 @@ class Empty:
         (lambda: lambda: iter(()), r"gave no batch\. Pass one that gives at least one"),
         (Empty, r"data=<.*Empty.* gave no batch\. Pass one"),
         (lambda: lambda: 3, "returned a int: return an iterable of batches for an epoch"),
-        (lambda: Again((IMAGES, "digits")), r"a batch of data\[1\] is a str, not an array of numbers: give batches"),
+        (lambda: Again((IMAGES, "digits")), r"a batch of data\[1\] is a str, not an array of numbers: give pytrees"),
         (lambda: Again({"x": object()}), r"a batch of data\['x'\] is a object, not an array"),
         (lambda: Again((IMAGES, np.array(["a"] * 300))), r"a batch of data\[1\] is a ndarray, not an array of numbers"),
     ],

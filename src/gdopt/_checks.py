@@ -56,6 +56,13 @@ def whole_number(name: str, value: Any, least: int = 1, upto: str = "10**9") -> 
     return int(number(name, value, lambda x: least <= x <= _LARGEST_COUNT and x % 1 == 0, wanted))
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or False; a text such as "no" would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name}={value!r} is neither True nor False.")
+    return bool(value)
+
+
 def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     """A choice by name."""
     if value not in known:
@@ -113,17 +120,20 @@ def fault(leaf: Any, carried: bool) -> str:
         )
     if isinstance(leaf, np.ndarray | np.generic):
         if _trees.is_array(leaf):
-            return ""
+            return _wrapped(leaf)
         if leaf.dtype.kind in "biufcV":
             return f"is of dtype {leaf.dtype}, which JAX does not know: {_other_dtype(leaf.dtype)}"
         if isinstance(leaf, np.generic) or carried:
             return ""
-        return f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it elsewhere"
+        return (
+            f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it elsewhere"
+        )
     if isinstance(leaf, int):
         limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
         if limits.min <= leaf <= limits.max:
             return ""
-        return f"is {leaf}, beyond the range of {limits.dtype}: write it as a float, {float(leaf):g}"
+        text = f"{leaf}" if leaf.bit_length() < 100 else f"an int of {leaf.bit_length()} bits"
+        return f"is {text}, beyond the range of {limits.dtype}: write it as a float"
     if carried or isinstance(leaf, type | float | complex):
         return ""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
@@ -132,6 +142,20 @@ def fault(leaf: Any, carried: bool) -> str:
             "numpy.asarray"
         )
     return f"is a {type(leaf).__name__}: write float(...) of it" if isinstance(leaf, numbers.Number) else ""
+
+
+def _wrapped(leaf: np.ndarray | np.generic) -> str:
+    """Of integers in 64 bits what they would silently come to be in 32."""
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if leaf.dtype.kind not in "iu" or dtype == leaf.dtype or not leaf.size:
+        return ""
+    limits = jnp.iinfo(dtype)
+    if limits.min <= leaf.min() and leaf.max() <= limits.max:
+        return ""
+    return (
+        f"holds integers up to {max(leaf.max(), -leaf.min())}, beyond the range of {dtype}: convert it with "
+        ".astype(float), or call jax.config.update('jax_enable_x64', True) first"
+    )
 
 
 def _other_dtype(dtype: np.dtype) -> str:

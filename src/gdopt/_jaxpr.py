@@ -357,7 +357,8 @@ def _rounds(eqn: Any, inputs: list, body: Any, skipped: int, consts: int, carrie
         given = [*held, *carry]
         after = run(*given)
         if on.ndim:  # under a vmap the runs that are over stay as they are
-            after = [jnp.where(jax.lax.expand_dims(on, range(on.ndim, x.ndim)), x, y) for x, y in zip(after, carry)]
+            kept = lambda new, old: jnp.where(jax.lax.expand_dims(on, range(on.ndim, new.ndim)), new, old)
+            after = list(map(kept, after, carry))
         carry = after
         yield given, carry
 

@@ -36,13 +36,16 @@ _HINTS = (
 def add_call(error: Exception, function: Callable, args: tuple, kwargs: dict) -> None:
     """Where in the caller's code a loss raised, and what it was called with."""
     lines = [f"gdopt: raised at {_place(error, function)}"]
-    for kind, hint in _HINTS:
-        if isinstance(error, kind):
-            lines.append(f"The loss is traced, on stand-ins for arrays that have no values yet: {hint}.")
-            break
+    if known := hint(error):
+        lines.append(f"The loss is traced, on stand-ins for arrays that have no values yet: {known}.")
     given = [_shown(value) for value in args] + [f"{name}={_shown(value)}" for name, value in kwargs.items()]
     lines.append(f"The loss was called with ({', '.join(given)}).")
     error.add_note("\n".join(lines))
+
+
+def hint(error: Exception) -> str:
+    """What to do about an error of JAX's that came of reading what is traced; "" for others."""
+    return next((text for kind, text in _HINTS if isinstance(error, kind)), "")
 
 
 def _place(error: Exception, function: Callable) -> str:

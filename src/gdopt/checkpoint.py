@@ -121,7 +121,7 @@ class Checkpoint:
                 "save that can be read is taken."
             )
         _check_directory(path)
-        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "path", os.path.abspath(path))  # so that a change of directory changes nothing
         every_seconds = number("every_seconds", self.every_seconds, lambda x: x >= 0, "a finite number, 0 or above")
         object.__setattr__(self, "every_seconds", every_seconds)
         object.__setattr__(self, "keep", whole_number("keep", self.keep))
@@ -138,6 +138,13 @@ def _check_directory(path: str) -> None:
         raise InputError(
             f"checkpoint path={path!r} is in {directory!r}, where this process may not write: allow it, or pass a path "
             "in another directory."
+        )
+    longest = os.pathconf(directory, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    room = longest - len(f".{0:012d}.gdopt.{0:08x}.tmp")
+    if len(os.fsencode(os.path.basename(path))) > room:
+        raise InputError(
+            f"checkpoint path={path!r} has a name that is too long for the files of its saves: pass one of at most "
+            f"{room} bytes."
         )
 
 
@@ -305,7 +312,7 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
 
 def base_of(checkpoint: Checkpoint) -> str:
     """The path of the saves, without the step."""
-    return os.path.abspath(checkpoint.path)  # so that a change of directory changes nothing
+    return os.fspath(checkpoint.path)
 
 
 def save_at(base: str, step: int) -> str:

@@ -96,6 +96,8 @@ class Stream:
         refuse_no_arrays("a batch of data", first, carried=True)  # what else is no array, `_arrays` tells
         self._opened: Iterator | None = iterator
         self.example = _arrays(first)
+        if not jax.tree.leaves(self.example):
+            raise InputError(f"a batch of data is {first!r}, which holds no arrays: give batches that do.")
 
     @property
     def length(self) -> int | None:
@@ -252,12 +254,14 @@ def _state(iterator: Any) -> bytes | str | None:
 def _arrays(batch: Any) -> PyTree:
     """A batch as arrays of its own memory: loaders may use theirs again. The step moves NumPy's to the device."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
-    return treedef.unflatten(
-        [
-            leaf if isinstance(leaf, jax.Array) else np.array(_numbers(_trees.path_name(path, "a batch of data"), leaf))
-            for path, leaf in leaves
-        ]
-    )
+    arrays = [
+        leaf if isinstance(leaf, jax.Array) else np.array(_numbers(_trees.path_name(path, "a batch of data"), leaf))
+        for path, leaf in leaves
+    ]
+    rows = [array.shape[0] for array in arrays if array.ndim]
+    if rows and not any(rows):
+        raise InputError("a batch of data has zero rows: leave it out.")
+    return treedef.unflatten(arrays)
 
 
 def _numbers(name: str, leaf: Any) -> np.ndarray:

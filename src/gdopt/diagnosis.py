@@ -145,7 +145,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
             some = arguments[:count], results[-count:], [value]
             return [[jnp.isfinite(leaf).all() for leaf in leaves] for leaves in some]
 
-        here, gradient, loss = finite(trace.consts, arguments)
+        here, gradient, _ = finite(trace.consts, arguments)
         inputs = [place for place in range(count, len(names)) if _jaxpr.is_bad(arguments[place])]
         if inputs and (task.noisy or step == 0):  # else they did no harm at the start
             filled = [_filled(leaf) if place in inputs else leaf for place, leaf in enumerate(arguments)]
@@ -211,8 +211,8 @@ def diagnose(result: Result) -> Diagnosis:
     case: Evidence | None = result._evidence
     if case is None:
         raise InputError(
-            "result holds no record of its last step, as it was pickled, or as that could not be computed again: call "
-            "gdopt.minimize again, from result.params say, and pass its result."
+            "result holds no record of its last step, as it was pickled or copied, or as that could not be computed "
+            "again: call gdopt.minimize again, from result.params say, and pass its result."
         )
     primitive, place, message = _of_update(case, result) if case.bad_params else _of_loss(case)
     return Diagnosis(case.step, case.learning_rate, tuple(case.leaves), primitive, place, message)

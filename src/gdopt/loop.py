@@ -177,9 +177,18 @@ def compile(
     return _differentiable(seen[0], value, noisy), inputs
 
 
-def text(task: Task) -> str:
-    """The trace of the loss, to be compared with that of another process or time."""
-    return program.text(task.value, task.problem.params, task.batch, task.args, task.key)
+def digests(task: Task, rule: Rule) -> tuple[str, str]:
+    """Checksums of the loss and of the optimizer, to be compared with those of another time."""
+    given = task.problem.params, task.batch, task.args, task.key
+
+    def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
+        value_fn = lambda params, obj_fn=None, grad_fn=None: task.value(params, *given)[0]
+        grad_fn = lambda params, _: jax.grad(value_fn)(params)
+        value = jnp.zeros((), jnp.result_type(float))
+        extras = {"value": value, "grad": params, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+        return rule.update(rate, params, rule.init(rate, params), params, **extras)
+
+    return program.digest(task.value, *given), program.digest(update, 0.1, *given)
 
 
 def loss_arguments(
@@ -210,7 +219,7 @@ def check_alike(task: Task, **given: Any) -> None:
     if callable(given.get("learning_rate")):
         given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
-        loss=text(task),
+        loss=program.text(task.value, task.problem.params, task.batch, task.args, task.key),
         params=described(task.problem.params),
         data=described(task.data),
         args=described(task.args),
@@ -406,6 +415,8 @@ def _functions(
             # hand fuses both, and last bits would differ.
             return optax.apply_updates(params, updates), _trees.strong(optimizer)
 
+        # That of before, where the evaluation ends the run: a save may go on under other limits, and make it again.
+        watch = _trees.select(running, watch, state.watch)
         # Selected rather than under a cond, which costs more than it saves: all but a run's last step are made.
         params, optimizer = _trees.select(running, update(params, state.optimizer), (params, state.optimizer))
         used = owned_rate(optimizer) if rate is None else rate
@@ -495,7 +506,7 @@ def _whole(
         distance = _trees.norm(jax.tree.map(jnp.subtract, params, inputs.start))
         success = stopping.succeeded(
             ended.code,
-            ended.watch.first_loss,
+            jnp.where(ended.step == 0, ended.kept.loss, ended.watch.first_loss),
             kept.loss,
             kept.grad_norm * distance,
             eps,

@@ -53,6 +53,8 @@ def check_learning_rate(learning_rate: Any) -> Any:
     if isinstance(learning_rate, jax.core.Tracer):
         if learning_rate.shape != ():
             raise InputError(f"learning_rate has shape {learning_rate.shape}: pass one number for all parameters.")
+        if not (jnp.issubdtype(learning_rate.dtype, jnp.floating) or jnp.issubdtype(learning_rate.dtype, jnp.integer)):
+            raise InputError(f"learning_rate has dtype {learning_rate.dtype}: pass a real number.")
         return learning_rate
     wanted = "a finite number above 0, such as 0.1, nor a schedule step -> rate"
     rate = number("learning_rate", learning_rate, lambda x: x > 0, wanted)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -100,8 +102,32 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
 
 
 def text(function: Callable, *args: PyTree) -> str:
-    """The function's trace to be read, or to be compared with that of another process."""
-    return str(_jaxpr.trace(function, *args)[0].jaxpr)
+    """The function's trace, to be compared with that of another process or time."""
+    return _text(_jaxpr.trace(function, *args)[0].jaxpr)
+
+
+def digest(function: Callable, *args: PyTree) -> str:
+    """A checksum of the trace and of the arrays that the function closes over."""
+    closed, _ = _jaxpr.trace(function, *args)
+    return f"{zlib.crc32(_text(closed.jaxpr).encode()):08x}{checksum(closed.consts)}"
+
+
+def _text(jaxpr: Any) -> str:
+    ordered = lambda found: ", ".join(sorted(found[1].split(", ")))
+    return re.sub(r"frozenset\(\{(.*?)\}\)", ordered, str(jaxpr))  # of strings: another order in each process
+
+
+def checksum(tree: PyTree) -> str:
+    """Of the numbers in a tree, as far as this process holds them."""
+    crc = 0
+    for leaf in jax.tree.leaves(tree):
+        leaf = jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            if not leaf.is_fully_replicated:
+                continue
+            leaf = leaf.addressable_data(0)
+        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
+    return f"{crc:08x}"
 
 
 def is_traced(*trees: PyTree) -> bool:

@@ -11,12 +11,13 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 
-from gdopt import _trees, loop, parts
+from gdopt import _trees, loop, parts, program
 from gdopt._checks import warn
 from gdopt._types import PyTree
 from gdopt.checkpoint import SPREAD, Checkpoint, Saved, Saver, newest
@@ -26,7 +27,8 @@ from gdopt.joint import JointSaver, opened
 from gdopt.loop import Carry, State
 from gdopt.processes import peers
 from gdopt.result import History, RangeTest
-from gdopt.stopping import Status
+from gdopt.rule import Rule
+from gdopt.stopping import FAILURES, RUNNING, Status
 from gdopt.task import Task
 
 _LONGEST = 200  # characters of a description
@@ -41,6 +43,7 @@ class Saves:
         self.feed: Feed | None = None  # of a run on a stream
         self._saver = saver
         self._meta: dict[str, Any] = {}
+        self._ended: Status | None = None  # how the run that was saved did, where nothing goes on
 
     @property
     def position(self) -> Position | None:
@@ -66,33 +69,56 @@ class Saves:
         if self.feed is not None and self.feed.pulled and self.feed.first == 0 and step > 0:
             before = "the batch before it was" if step == 1 else f"the {step} batches before it were"
             again = f", and {before} gone through again"
-        return f" It went on from step {step}, saved in {os.path.basename(self.found.file)!r}{again}."
+        file = os.path.basename(self.found.file)
+        if self._ended in (*FAILURES, Status.PRECISION_LIMIT):
+            return f" That was the end of the run saved in {file!r}: to make another one, pass another path."
+        return f" It went on from step {step}, saved in {file!r}{again}."
 
-    def compare(self, task: Task, optimizer: Any, *, keep_best: bool) -> None:
-        """Raises InputError where the save is of another run; that its loss was changed is a warning."""
+    def compare(self, task: Task, *, keep_best: bool) -> None:
+        """Raises InputError where the save is of another run."""
         parts.check_installed(task.problem.params)
         given = {
             "params": _described(task.problem.params),
-            "data": "a stream" if task.stream else _described(task.data),
+            "data": "a stream" if task.stream else _with_checksum(task.data),
             "batch_size": repr(task.batches and task.batches.batch_size),
-            "args": _described(task.args),
-            "optimizer": re.sub(r" at 0x[0-9a-f]+", "", repr(optimizer))[:_LONGEST],
+            "args": _with_checksum(task.args),
+            "held params": _with_checksum(task.problem.rest.arrays),
             "key": np.asarray(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
             "keep_best": repr(keep_best),
             "float": jax.dtypes.canonicalize_dtype(float).name,
         }
-        self._meta = {"given": given, "loss": zlib.crc32(loop.text(task).encode())}
+        self._meta = {"given": given, "start": program.checksum(task.problem.params)}
         if self.found is None:
             return
         theirs = self.found.meta.get("given", {})
         for name, mine in given.items():
-            if theirs.get(name) != mine:
-                raise InputError(
-                    f"the checkpoint {self.found.file!r} is of another run: its {name} is {theirs.get(name)}, and here "
-                    f"it is {mine}. Make the same call, or pass another path."
-                )
-        if self.found.meta.get("loss") != self._meta["loss"]:
+            self._refuse_other(name, theirs.get(name), mine)
+        if self.found.meta.get("start") != self._meta["start"]:
+            warn(f"params are others than those that the run of {self.found.file!r} began with: it goes on from there.")
+
+    def compare_programs(self, task: Task, rule: Rule) -> None:
+        """Raises InputError where the save is of another optimizer; that the loss was changed is a warning."""
+        loss, updates = loop.digests(task, rule)
+        text = re.sub(r" at 0x[0-9a-f]+", "", repr(rule.optimizer))[:_LONGEST]
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
+        self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
+        if self.found is None:
+            return
+        theirs = self.found.meta.get("optimizer", {})
+        if theirs.get("versions") != versions:  # by which traces differ
+            self._refuse_other("optimizer", theirs.get("text"), text)
+        elif theirs["updates"] != updates:
+            told = f"{theirs['text']} with updates of the checksum {theirs['updates']}"
+            self._refuse_other("optimizer", told, f"{text} with {updates}")
+        if self.found.meta.get("loss") != loss:
             warn(f"the loss is no longer that of the checkpoint {self.found.file!r}: the run goes on with the new one.")
+
+    def _refuse_other(self, name: str, theirs: Any, mine: Any) -> None:
+        if theirs != mine:
+            raise InputError(
+                f"the checkpoint {self.found and self.found.file!r} is of another run: its {name} is {theirs}, and "
+                f"here it is {mine}. Make the same call, or pass another path."
+            )
 
     def restored(self, carry: Carry, limits: tuple) -> tuple[Carry, list[History]]:
         """The carry in the place of a fresh one, and the history so far."""
@@ -113,17 +139,16 @@ class Saves:
         kinds |= {} if spread is None else parts.kinds(spread)
         history = History(*(arrays[f"history.{name}"] for name in History._fields))
 
-        places = {}
+        kind = lambda shape, dtype: f"{dtype}{list(shape)}"
+        places, unknown = {}, {name for name in kinds if name.startswith("state")}
         for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
             name, plain = _trees.path_name(path, "state"), _plain(leaf)
-            shape, dtype = kinds.get(name, (None, None))
-            if (shape, dtype) != (plain.shape, plain.dtype):
-                what = "nothing" if shape is None else f"{dtype}{list(shape)}"
-                raise InputError(
-                    f"the checkpoint {self.found and self.found.file!r} is of another run: its {name} is {what}, and "
-                    f"here it is {plain.dtype}{list(plain.shape)}. Make the same call, or pass another path."
-                )
+            theirs = kind(*kinds[name]) if name in kinds else "nothing"
+            self._refuse_other(name, theirs, kind(plain.shape, plain.dtype))
+            unknown.discard(name)
             places[name] = getattr(plain, "sharding", None)
+        for name in sorted(unknown):
+            self._refuse_other(name, kind(*kinds[name]), "nothing")
         if spread is not None:
             arrays = {**arrays, **parts.load(self.found.file, spread, places)}
 
@@ -138,10 +163,16 @@ class Saves:
 
         state: State = jax.tree_util.tree_map_with_path(put, fresh)
         ended = int(state.code)
-        # What ended by its own limits goes on where these are others now: its last point is evaluated once more.
-        if ended in (Status.CONVERGED, Status.TARGET_REACHED) and self.found.meta["limits"] != _limits(limits):
-            state = state._replace(code=np.int32(0))
+        others = self.found.meta["limits"] != _limits(limits)
+        if self.found.meta["loss"] != self._meta["loss"]:  # what the best point came to by the old one says nothing
+            others, best = True, np.full_like(state.kept.loss, np.inf)
+            state = state._replace(kept=state.kept._replace(loss=best))
+        # What ended by limits goes on where these are others now: its last point is evaluated once more.
+        if ended == Status.MAX_STEPS or (ended != RUNNING and others):
+            state = state._replace(code=np.int32(RUNNING))
             history = History(*(entries[:-1] for entries in history))
+        elif ended != RUNNING:
+            self._ended = Status(ended)
         return (_trees.pack(state), carry[1]), [history]
 
     def tells(self) -> Any:
@@ -246,6 +277,10 @@ def _plain(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
 
 
+def _with_checksum(tree: PyTree) -> str:
+    return f"{_described(tree)} with the checksum {program.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
+
+
 def _described(tree: PyTree) -> str:
     """Paths, dtypes and shapes; of many leaves a checksum."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -253,6 +288,7 @@ def _described(tree: PyTree) -> str:
         f"{jax.tree_util.keystr(path)} {leaf.dtype.name}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
         for path, leaf in leaves
     )
-    return (
-        text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(leaves)} leaves, {zlib.crc32(text.encode()):x})"
-    )
+    text = text.strip()
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}... ({len(leaves)} leaves, {zlib.crc32(text.encode()):x})"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
-from gdopt import _trees
+from gdopt import _notes, _trees
 from gdopt._types import Optimizer, PyTree, Schedule
 from gdopt.errors import InputError
 from gdopt.optimizers import SpectralState, check_learning_rate, gd, spectral
@@ -61,7 +61,19 @@ class Rule(NamedTuple):
     def update(self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, **extras: Any) -> tuple[PyTree, PyTree]:
         """The optimizer's update at a rate; see `apply`."""
         with self._told():
-            return apply(self.with_rate(rate), updates, state, params, **extras)
+            out = apply(self.with_rate(rate), updates, state, params, **extras)
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise InputError(
+                f"optimizer={self.optimizer!r} has an update that returned a {type(out).__name__}: return (updates, "
+                "state)."
+            )
+        for what, new, old in (("updates", out[0], updates), ("a state", out[1], state)):
+            if _shapes(new) != _shapes(old):
+                raise InputError(
+                    f"optimizer={self.optimizer!r} returned {what} of another structure or other shapes than it was "
+                    f"given: {_trees.summary(new)} in place of {_trees.summary(old)}."
+                )
+        return out
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -85,16 +97,18 @@ class Rule(NamedTuple):
         try:
             rate = schedule(step)
         except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
+            hint = _notes.hint(error)
             raise InputError(
                 f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced "
-                f"integer, so choose with jnp.where instead of if. ({error})"
+                f"integer{hint and ': '}{hint}. ({error})"
             ) from error
         except Exception as error:
             error.add_note(f"gdopt: raised by learning_rate={schedule!r}, called with the step, a traced integer.")
             raise
         if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
             what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
-            raise InputError(f"the schedule gave {what} for a step: return one number.")
+            other = " An optimizer is given as optimizer=." if is_transformation(rate) else ""
+            raise InputError(f"the schedule gave {what} for a step: return one number.{other}")
         dtype = jnp.result_type(rate)
         if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
             raise InputError(f"the schedule gave dtype {dtype} for a step: return one real number.")
@@ -121,6 +135,11 @@ def _is_fixed(function: Any) -> bool:
         return False
     module = sys.modules.get(function.__module__)
     return function.__module__.split(".")[0] in ("gdopt", "optax") and vars(module).get(function.__name__) is function
+
+
+def _shapes(tree: PyTree) -> tuple[Any, list]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [jnp.shape(leaf) for leaf in leaves]
 
 
 def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -201,7 +202,7 @@ def advance(
             ended = streamed is not None and streamed.ended
             last = stop or pressed or ended
             if saves is not None and records:
-                if last or step == int(limits.max_steps):  # of which the end may be put off by another call
+                if last or step >= int(limits.max_steps):  # of which the end may be put off by another call
                     saves.finish(state, joined(records), limits)
                 elif saves.due():
                     saves.save(state, joined(records), limits)
@@ -230,8 +231,8 @@ def advance(
                 stop = cause is None and between(step, state, records[-1])
             if not running or step == until:
                 break
-    if saves is not None and not running:
-        saves.finish(state, joined(records), limits)
+        if saves is not None and not running:
+            saves.finish(state, joined(records), limits)
     return carry, joined(records), cause
 
 
@@ -313,7 +314,22 @@ def ctrl_c() -> Iterator[list[bool]]:
 
     for number in taken:
         signal.signal(number, handler)
+    _taken.append(give_back)
     try:
         yield pressed
     finally:
+        _taken.remove(give_back)
         give_back()
+
+
+_taken: list[Callable[[], None]] = []
+
+
+def _after_fork() -> None:
+    """A loader's workers, forked from a run, are to end by a signal, as a pool's do by SIGTERM."""
+    for give_back in reversed(_taken):
+        give_back()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

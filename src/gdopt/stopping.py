@@ -245,7 +245,10 @@ def explain(
         case Status.MAX_STEPS if noisy:
             epochs = "" if steps_per_epoch in (1, None) else f" ({steps / steps_per_epoch:g} epochs)"
             worse = f" That is no fall. {slower}" if losses[-width:].mean() >= losses[:width].mean() else ""
-            return f"took the {steps} steps asked for{epochs}: the loss went from {first} to {last}.{worse}"
+            what = (
+                f"the {steps} steps asked for" if steps <= limits.max_steps else f"{steps} steps, more than asked for"
+            )
+            return f"took {what}{epochs}: the loss went from {first} to {last}.{worse}"
         case Status.MAX_STEPS if not fell(losses, eps):
             return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
         case Status.MAX_STEPS:

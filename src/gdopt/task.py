@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees
-from gdopt._checks import refuse_no_arrays
+from gdopt._checks import fault, refuse_no_arrays
 from gdopt._types import PyTree
 from gdopt.data import Batches, Stream, check_data
 from gdopt.errors import InputError
@@ -80,10 +81,13 @@ def make_task(
 def _check_key(key: Any) -> jax.Array | None:
     if key is None:
         return None
+    if why := fault(key, carried=True):
+        raise InputError(f"key {why}.")
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
-        return jax.random.wrap_key_data(jnp.asarray(key))
+        with contextlib.suppress(TypeError):  # the wrong number of words
+            return jax.random.wrap_key_data(jnp.asarray(key))
     raise InputError(f"key={key!r} is not one random key: pass jax.random.key(0), say.")
 
 
