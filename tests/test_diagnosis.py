@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 
@@ -212,6 +213,93 @@ def test_nan_in_the_data_is_named_in_place_of_a_rate(options) -> None:
     assert found.message.endswith(", 1].")
 
 
+def test_nan_in_the_data_that_is_left_out_by_the_loss_is_not_blamed() -> None:
+    """A usual way to mark what is missing."""
+    result = run(lambda w, x: jnp.sum(jnp.exp((jnp.nan_to_num(x) @ w) ** 2)), jnp.ones(3), data=DEFECT)
+    assert "holds NaN" not in result.message
+    assert "Try a learning_rate" in result.message
+    failed = run(lambda w, x: jnp.sum(jnp.nan_to_num(x) @ w) + jnp.sum(jnp.log(-w)), jnp.ones(3), data=DEFECT)
+    assert (failed.steps, "holds NaN" in failed.message) == (0, False)
+
+
+def test_infinity_in_the_data_is_named() -> None:
+    result = run(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), data=np.where(np.isnan(DEFECT), np.inf, DEFECT))
+    assert "data holds infinity. Leave out what is infinite, or fill it" in result.message
+
+
+def test_nan_in_held_params_is_named() -> None:
+    params = {"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}
+    result = run(lambda p: jnp.sum(p["a"] * p["b"]), params, trainable={"a": True, "b": False})
+    assert "params['b'] holds NaN" in result.message
+    assert "It comes from params['b']: 1 of its 2 entries" in gdopt.diagnose(result).message
+
+
+@pytest.mark.parametrize(
+    ("number", "named"), [(float("nan"), "args[0]: it is nan"), (float("inf"), "args[0]: it is inf")]
+)
+def test_numbers_that_are_no_arrays(number, named) -> None:
+    result = run(lambda x, s: jnp.sum(x * s), jnp.ones(2), args=(number,))
+    assert named in gdopt.diagnose(result).message
+
+
+def test_constants_that_are_no_arrays() -> None:
+    masked = lambda x: jnp.sum(jax.nn.softmax(jnp.where(jnp.array([True, True]), -jnp.inf, x)) * x)
+    assert gdopt.diagnose(run(masked, jnp.ones(2))).primitive == "sub"
+    found = gdopt.diagnose(run(lambda s: -jnp.where(s < 0, s - 1.0, -jnp.inf), 1.0))
+    assert "A constant of the loss is infinite" in found.message
+
+
+def test_loops_side_by_side_that_are_of_other_lengths() -> None:
+    def loss(x):
+        rounds = lambda a, n: lax.fori_loop(0, n, lambda _, c: jnp.log(c), a)
+        return jnp.sum(x) + jnp.sum(jax.vmap(rounds)(lax.stop_gradient(x), jnp.array([0, 3])))
+
+    found = gdopt.diagnose(run(loss, jnp.ones(2)))
+    assert found.primitive == "log"
+    assert "of [1, -inf]" in found.message  # of which the first had been over from the beginning
+
+
+def test_params_that_the_loss_does_not_show_are_never_returned() -> None:
+    """Rows that it does not read have a gradient of zero, of which adam without eps makes 0 / 0."""
+    few = lambda table: jnp.sum((table[:2] - 1) ** 2)
+    options = {"optimizer": functools.partial(optax.adam, eps=0.0), "learning_rate": 0.1}
+    result = run(few, jnp.zeros((4, 2)), 0.1, optimizer=options["optimizer"])
+    assert np.isfinite(result.params).all()
+    assert "the params became NaN or infinite at step 1, after an update with the learning rate 0.1" in result.message
+    found = gdopt.diagnose(result)
+    assert (found.leaves, found.primitive) == (("params",), None)
+    assert "an optimizer that divides by its size needs an eps above 0" in found.message
+
+    batches = {"data": X[:, :1], "batch_size": 5, **options}
+    noisy = gdopt.minimize(lambda t, x: few(t) * jnp.mean(x**2), jnp.zeros((4, 2)), epochs=3, **batches)
+    assert (noisy.status, np.isfinite(noisy.params).all()) == (Status.NON_FINITE, True)
+
+    def inside(start):
+        result = gdopt.minimize(few, start, **options)
+        return result.params, result.status, result.success
+
+    params, status, success = jax.jit(inside)(jnp.zeros((4, 2)))
+    assert (np.isfinite(params).all(), int(status), bool(success)) == (True, Status.NON_FINITE, False)
+
+    saturated = run(lambda x: 10 * jnp.sum(jax.nn.sigmoid(-10 * x)), jnp.zeros(2), 3e38)
+    assert np.isfinite(saturated.params).all()
+
+
+def test_a_distance_beyond_the_range_is_no_infinity() -> None:
+    """Params may be finite where the squares of them are not."""
+    result = gdopt.minimize(lambda x: jnp.sum(jnp.sqrt(1 + (x / 1e25) ** 2)), jnp.full(2, 1e26), learning_rate=1e37)
+    assert np.isfinite(result.params).all()
+    assert result.status is not Status.NON_FINITE
+
+
+def test_a_schedule_of_nan_is_told() -> None:
+    result = run(lambda x: jnp.sum(x**2), jnp.ones(2), lambda step: jnp.where(step < 2, 0.1, jnp.nan))
+    found = gdopt.diagnose(result)
+    assert np.isnan(found.learning_rate)
+    assert "the update with the learning rate nan made it" in found.message
+    assert found.message.endswith("Correct the schedule.")
+
+
 def test_nan_in_args_is_named() -> None:
     given = ({"x": DEFECT, "note": "text"},)
     result = run(lambda w, given: jnp.mean((given["x"] @ w - 1) ** 2), jnp.ones(3), args=given)
@@ -267,6 +355,10 @@ def test_the_point_is_that_of_the_step_before_the_batches_that_were_fetched_ahea
 
 def test_what_there_is_nothing_to_diagnose_of() -> None:
     good = gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25)
+    trial = gdopt.minimize(lambda x: jnp.sum(jnp.log(x)), jnp.ones(2), max_steps=300)
+    assert (trial.status, np.isfinite(trial.history.loss[-1])) == (Status.MAX_STEPS, False)
+    with pytest.raises(gdopt.InputError, match="result ended with MAX_STEPS, not with NON_FINITE"):
+        gdopt.diagnose(trial)
     with pytest.raises(gdopt.InputError, match="result ended with CONVERGED, not with NON_FINITE"):
         gdopt.diagnose(good)
     with pytest.raises(gdopt.InputError, match=r"result=1\.0 is not a gdopt\.Result: pass what gdopt\.minimize"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import decimal
 import functools
 import inspect
 import math
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.sparse
+import torch
 from helpers import count_compilations
 
 import gdopt
@@ -195,6 +199,77 @@ BAD = {
         "keep_best=False was given with a rate that is found at each step.*Pass a learning_rate, or leave keep_best",
     ),
     "callback no function": ({"callback": 3}, "callback=3 is not a function: pass one that is called with a gdopt.Rep"),
+    "flag of text": ({"has_aux": "no"}, "has_aux='no' is neither True nor False"),
+    "another byte order": (
+        {"params": {"w": np.ones(2, ">f4")}},
+        r"params\['w'\] is of dtype >f4, which JAX does not know: convert it with .astype\('float32'\)",
+    ),
+    "a long number": (
+        {"params": np.clongdouble(1)},
+        r"is of dtype complex256, .* convert it with .astype\('complex128'\)",
+    ),
+    "records": ({"params": np.zeros(2, [("a", "f4")])}, "which JAX does not know: pass its fields as arrays of their"),
+    "another byte order in data": (BATCHES | {"data": (X, y.astype(">f4"))}, r"data\[1\] is of dtype >f4, which JAX"),
+    "another byte order in a batch": (
+        BATCHES | {"data": lambda: [(X, y.astype(">f4"))]},
+        r"a batch of data\[1\] is of dtype >f4, which JAX does not know",
+    ),
+    "another byte order in args": ({"args": (y.astype(">f4"),)}, r"args\[0\] is of dtype >f4, which JAX does not know"),
+    "another byte order in aux": (
+        {"loss": lambda x: (x**2, [y.astype(">f4")]), "has_aux": True},
+        r"aux\[0\] is of dtype >f4, which JAX does not know",
+    ),
+    "keys of two types in aux": (
+        {"loss": lambda x: (x**2, {1: x, "a": x}), "has_aux": True},
+        "aux is a dict whose keys",
+    ),
+    "keys of two types in a subclass": (
+        {"params": collections.defaultdict(float, {1: 1.0, "a": 2.0})},
+        "params is a dict whose keys are of the types int and str",
+    ),
+    "tensor among params": (
+        {"params": {"w": torch.ones(3), "b": 1.0}},
+        r"params\['w'\] is a torch.Tensor, no array of NumPy's or JAX's: convert it with numpy.asarray",
+    ),
+    "shape among params": (
+        {"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32), "b": 1.0}},
+        r"params\['w'\] is a jax.ShapeDtypeStruct, no array",
+    ),
+    "decimal among params": ({"params": [decimal.Decimal(1), 1.0]}, r"params\[0\] is a Decimal: write float"),
+    "integers that would wrap": (
+        BATCHES | {"data": (X, np.full(6, 1_700_000_000_000))},
+        r"data\[1\] holds integers up to 1700000000000, beyond the range of int32: convert it with .astype\(float\)",
+    ),
+    "a large integer": (
+        {"args": (2**40,)},
+        r"args\[0\] is 1099511627776, beyond the range of int32: write it as a float",
+    ),
+    "tensor with a gradient": (
+        BATCHES | {"data": (X, torch.ones(6, requires_grad=True))},
+        r"data\[1\] is a Tensor that NumPy cannot read: .*detach",
+    ),
+    "sparse data": (BATCHES | {"data": scipy.sparse.eye(6).tocsr()}, "data is a csr_matrix, not an array of numbers"),
+    "batch without rows": (BATCHES | {"data": lambda: [X[:0]]}, "a batch of data has zero rows: leave it out"),
+    "batch of nothing": (BATCHES | {"data": lambda: [None] * 3}, "a batch of data is None, which holds no arrays"),
+    "huge rate": (
+        {"learning_rate": 1e39},
+        r"learning_rate=1e\+39 is out of the range of float32, from 1.2e-38 to 3.4e",
+    ),
+    "tiny rate": ({"learning_rate": 1e-300}, "learning_rate=1e-300 is out of the range of float32"),
+    "optimizer for a rate": ({"learning_rate": optax.adam}, "An optimizer is given as optimizer=."),
+    "schedule of numpy": (
+        {"learning_rate": lambda step: np.exp(-step)},
+        "does not work as a schedule: .*compute with jax.numpy in place of numpy",
+    ),
+    "update of nothing": (
+        {"optimizer": lambda rate: optax.GradientTransformation(lambda p: (), lambda g, s, p: None)},
+        "has an update that returned a NoneType: return",
+    ),
+    "update of another shape": (
+        {"optimizer": lambda rate: optax.GradientTransformation(lambda p: (), lambda g, s, p: (jnp.ones(3), s))},
+        r"returned updates of another structure or other shapes than it was given: float32\[3\] in place of float32",
+    ),
+    "key of three words": ({"key": np.zeros(3, np.uint32)}, "is not one random key: pass"),
     "args no tuple": ({"args": [1.0]}, r"args is a list: pass a tuple, such as args=\(x,\)"),
 }
 
@@ -459,7 +534,20 @@ def test_a_start_at_a_minimum_or_a_saddle_is_no_reason_to_warn():
         assert gdopt.minimize(loss, W, learning_rate=0.1).steps == 0
 
 
+OLD, normal = np.random.RandomState(0), np.random.default_rng(4).normal
 GENERATOR, PYTHON = np.random.default_rng(0), random.Random(0)
+
+
+def drawn():
+    return GENERATOR.normal()
+
+
+class Noisy:
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, w):
+        return square(w - self.generator.normal())
 
 
 def generators():
@@ -470,6 +558,12 @@ def generators():
         "GENERATOR": lambda w: square(w - GENERATOR.normal(size=2).astype(np.float32)),
         "PYTHON": functools.partial(lambda scale, w: square(w - scale * PYTHON.random()), 2.0),
         "gauss": lambda w: square(w - gauss(0, 1)),
+        "self.generator": Noisy(),
+        "OLD": lambda w: square(w - OLD.normal()),
+        "normal": lambda w: square(w - normal()),
+        "functools.partial": functools.partial(lambda own, w: square(w - own.normal()), np.random.default_rng(2)),
+        "own": lambda w, own=GENERATOR: square(w - own.normal()),
+        "GENERATOR.*": lambda w: square(w - drawn()),
         "inner": lambda w: square(w - inner.random()),
         "numpy.random and random": lambda w: square(w - np.random.random() - random.random()),
     }
@@ -489,6 +583,7 @@ ALL_PAIRS = {
     "sum of squares": lambda w: jnp.sum(jnp.square(X @ w[:, None] - y)),
     "in a jit": jax.jit(lambda w: jnp.mean((X @ w[:, None] - y) ** 2)),
     "of a column in the data": lambda w: jnp.mean((X @ w - COLUMN) ** 2),
+    "halved": lambda w: jnp.mean(0.5 * (X @ w[:, None] - y) ** 2),
     "as a product": lambda w: (lambda r: jnp.sum(r * r))(X @ w[:, None] - y),
 }
 NOT_ALL_PAIRS = {
@@ -497,6 +592,9 @@ NOT_ALL_PAIRS = {
     "distances on purpose": lambda w: jnp.sum((lambda x: (x[:, None] - x[None, :]) ** 2)(X @ w)),
     "distances, half on purpose": lambda w: jnp.sum((lambda x: (x[:, None] - x) ** 2)(X @ w)),
     "to others on purpose": lambda w: jnp.sum(((X @ w)[:, None] - y[None, :]) ** 2),
+    "of a column and itself": lambda w: (lambda x: jnp.sum((x - x.ravel()) ** 2) + jnp.sum((x - x[:, 0]) ** 2))(
+        X @ w[:, None]
+    ),
     "a kernel": lambda w: jnp.sum(jnp.exp(-((X @ w[:, None] - y) ** 2))),
     "an energy distance": lambda w: jnp.mean(jnp.abs(X @ w[:, None] - y)),
     "the Gram matrix": lambda w: jnp.sum((X @ jnp.diag(w) @ X.T - 1) ** 2),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,25 @@ def test_a_handler_that_came_during_the_run_stays():
 
     minimize(callback=install)
     assert handlers() == {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: own}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_what_is_forked_from_a_run_ends_by_a_signal():
+    """As the workers of a loader's do, which a pool ends by SIGTERM: else it would wait for them for ever."""
+    codes = []
+
+    def fork(report: gdopt.Report) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, of forks and threads
+            child = os.fork()
+        if not child:
+            here = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+            os._exit(0 if here == [signal.SIG_DFL, signal.default_int_handler] else 1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return True
+
+    gdopt.minimize(lambda x: jnp.sum(jnp.cos(x)), jnp.ones(3), learning_rate=1e-6, callback=fork)
+    assert codes == [0]
 
 
 def test_a_run_within_a_run_leaves_the_handlers_to_the_outer_one():

@@ -329,6 +329,19 @@ def test_where_the_range_test_finds_none_the_error_says_why() -> None:
         gdopt.minimize(lambda x, batch: jnp.mean(batch) + 0 * x, 1.0, data=np.ones(6, np.float32), batch_size=2)
 
 
+def test_what_is_not_finite_from_the_beginning_is_named() -> None:
+    """No rate will do, so none is asked for."""
+    rows = np.ones((8, 2), np.float32)
+    rows[7, 0] = np.nan
+    fit = functools.partial(gdopt.minimize, lambda w, x: jnp.mean((x @ w) ** 2), np.ones(2, np.float32), batch_size=4)
+    with pytest.raises(
+        gdopt.InputError, match=r"not finite at the start.* data holds NaN: leave it out, or fill it\. With"
+    ):
+        fit(data=rows)
+    with pytest.raises(gdopt.InputError, match=r"With a learning_rate there is a result, of which gdopt.diagnose says"):
+        gdopt.minimize(lambda x: jnp.sum(jnp.log(x - 2)), jnp.ones(2), optimizer=optax.adam)
+
+
 def test_spectral_is_not_for_mini_batches() -> None:
     with pytest.raises(gdopt.InputError, match=r"holds gdopt.spectral\(\).*mini-batches"):
         minimize(optimizer=gdopt.spectral())

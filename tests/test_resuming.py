@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -126,6 +127,97 @@ def test_a_call_with_more_steps_goes_on(path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == [f"run.{step:012d}.gdopt" for step in (25, 60)]
 
 
+@pytest.mark.parametrize("whole", [{"max_steps": 70}, {"epochs": 10}])
+def test_a_call_with_fewer_steps_spoils_nothing(whole, path) -> None:
+    (name, most) = next(iter(whole.items()))
+    run = lambda count, path=path: minimize(path, **{"max_steps": None, name: count})
+    run(most - most // 3)
+    fewer = run(most // 3)
+    assert "more than asked for" in fewer.message
+    assert bits(run(most)) == bits(run(most, None))
+
+
+def test_a_signal_before_the_first_step_spoils_nothing(path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        usual = host.ctrl_c
+
+        @contextlib.contextmanager
+        def at_once():
+            with usual() as pressed:
+                os.kill(os.getpid(), signal.SIGTERM)
+                yield pressed
+
+        patch.setattr(host, "ctrl_c", at_once)
+        assert minimize(path).steps == 0
+    assert bits(minimize(path)) == bits(minimize())
+
+
+def test_another_target_counts_no_batch_twice(path) -> None:
+    """The loss of the epoch in which the first run ended is a mean of its batches."""
+    shifted = lambda w, rows: loss(w, rows) - 2
+    run = lambda target, path=None: gdopt.minimize(
+        shifted, jnp.zeros(3), max_steps=400, target=target, checkpoint=path, **{**BATCHES, "learning_rate": 0.05}
+    )
+    first = run(-1.0, path)
+    assert first.status is Status.TARGET_REACHED
+    assert run(-1.1).steps > first.steps
+    assert bits(run(-1.1, path)) == bits(run(-1.1))
+
+
+def test_the_end_of_a_failed_run_says_so(path) -> None:
+    run = lambda rate: gdopt.minimize(quartic, jnp.zeros(6), learning_rate=rate, checkpoint=path)
+    assert "That was the end" not in run(1e9).message
+    assert run(1e-4).message.endswith(
+        "That was the end of the run saved in 'run.000000000001.gdopt': to make another one, pass another path."
+    )
+
+
+def test_ctrl_c_in_the_last_save_loses_nothing(path, monkeypatch) -> None:
+    saving, fsync = threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        saving.set()
+        time.sleep(0.5)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+    def press() -> None:
+        saving.wait()
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    result = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path)
+    thread.join()
+    assert result.status is Status.CONVERGED
+    assert list(path.parent.glob("run.*.gdopt"))
+
+
+def test_sets_of_strings_have_no_order(tmp_path) -> None:
+    """That of a set is another in each process, and so is the text of a trace that holds one."""
+    code = (
+        "import functools, jax, jax.numpy as jnp, optax; from gdopt import loop, rule, task, problem\n"
+        "keep = jax.checkpoint_policies.save_only_these_names(*'abcdefgh')\n"
+        "loss = jax.checkpoint(lambda x: jnp.sum(jnp.sin(x)), policy=keep)\n"
+        "one = task.make_task(problem.make_problem(loss, jnp.ones(2)), args=(), data=None, batch_size=None, "
+        "with_key=False, key=None)\n"
+        "adam = lambda rate, names: optax.adam(rate)\n"
+        "print(loop.digests(one, rule.make_rule(functools.partial(adam, names={'a', 'b', 'c'}), 0.1)))"
+    )
+    run = lambda seed: (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    assert run("1") == run("2")
+
+
 def test_the_same_call_again_makes_no_step(path, monkeypatch) -> None:
     first = minimize(path)
     evaluated = []
@@ -202,8 +294,12 @@ def test_a_disk_that_is_full_is_a_warning(path, monkeypatch) -> None:
     ("change", "message"),
     [
         ({"batch_size": 5}, "its batch_size is 7, and here it is 5"),
-        ({"optimizer": optax.sgd}, "its optimizer is <function adam>, and here it is <function sgd>"),
-        ({"data": ROWS[:40]}, r"its data is  float32\[50, 3\], and here it is  float32\[40, 3\]"),
+        ({"optimizer": optax.sgd}, "its optimizer is <function adam> with .*, and here it is <function sgd> with "),
+        ({"data": ROWS[:40]}, r"its data is float32\[50, 3\] with .*, and here it is float32\[40, 3\] with "),
+        (
+            {"data": 2 * ROWS},
+            r"its data is float32\[50, 3\] with the checksum .*, and here it is float32\[50, 3\] with ",
+        ),
         ({"key": jax.random.key(1)}, "its key is "),
         ({"keep_best": False}, "its keep_best is True, and here it is False"),
     ],
@@ -216,10 +312,93 @@ def test_the_save_of_another_run_is_an_error_that_lists_both(change, message: st
 
 def test_other_params_and_x64_are_errors(path) -> None:
     minimize(path, max_steps=3)
-    with pytest.raises(gdopt.InputError, match=r"its params is  float32\[3\], and here it is \['w'\] float32\[3\]"):
+    with pytest.raises(gdopt.InputError, match=r"its params is float32\[3\], and here it is \['w'\] float32\[3\]"):
         gdopt.minimize(lambda p, r: loss(p["w"], r), {"w": jnp.zeros(3)}, checkpoint=path, **BATCHES)
     with jax.enable_x64(True), pytest.raises(gdopt.InputError, match="of another run"):
         minimize(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (optax.adam(0.01), optax.adam(0.01, b1=0.5)),
+        (optax.adam(0.01), optax.sgd(0.01)),
+        (optax.sgd(0.01), optax.sign_sgd(0.01)),
+        (optax.chain(optax.clip(1.0), optax.adam(0.01)), optax.chain(optax.clip(0.1), optax.adam(0.01))),
+        (lambda rate: optax.adam(rate, b1=0.9), lambda rate: optax.adam(rate, b1=0.8)),
+    ],
+)
+def test_other_numbers_in_an_optimizer_are_an_error(first, then, path) -> None:
+    """Their reprs are the same: it is told by what they compute."""
+    rate = {} if hasattr(first, "init") else {"learning_rate": 0.01}
+    run = lambda optimizer, steps: gdopt.minimize(
+        loss, jnp.zeros(3), data=ROWS, batch_size=7, optimizer=optimizer, max_steps=steps, checkpoint=path, **rate
+    )
+    run(first, 10)
+    with pytest.raises(gdopt.InputError, match=r"of another run: its optimizer is .* with updates of the checksum "):
+        run(then, 20)
+    assert run(first, 20).steps == 20
+
+
+def test_a_rate_for_one_that_was_found_is_an_error(path) -> None:
+    gdopt.minimize(quartic, jnp.zeros(6), max_steps=3, checkpoint=path)
+    with pytest.raises(gdopt.InputError, match="of another run: its optimizer is "):
+        gdopt.minimize(quartic, jnp.zeros(6), max_steps=5, learning_rate=1e-3, checkpoint=path)
+
+
+def test_an_aux_that_is_gone_is_an_error(path) -> None:
+    """A save that has more than there is room for, too."""
+    both = lambda w, rows: (loss(w, rows), {"a": w[0], "b": w})
+    one = lambda w, rows: (loss(w, rows), {"a": w[0]})
+    run = lambda loss, steps: gdopt.minimize(
+        loss, jnp.zeros(3), max_steps=steps, has_aux=True, checkpoint=path, **BATCHES
+    )
+    run(both, 3)
+    with (
+        pytest.warns(UserWarning, match="the loss is no longer"),
+        pytest.raises(gdopt.InputError, match=r"its state\.kept\.aux\['b'\] is float32\[3\], and here it is nothing"),
+    ):
+        run(one, 5)
+
+
+def test_other_args_and_held_params_are_errors(path) -> None:
+    """A run that has converged would come back with its answer, whatever it is asked now."""
+    near = lambda x, a: (x["free"] - x["held"] - a) ** 2
+    run = lambda held, a: gdopt.minimize(
+        near,
+        {"free": 0.0, "held": jnp.float32(held)},
+        args=(jnp.float32(a),),
+        trainable={"free": True, "held": False},
+        checkpoint=path,
+    )
+    assert run(1, 2).status is Status.CONVERGED
+    with pytest.raises(gdopt.InputError, match=r"its args is \[0\] float32\[\] with the checksum "):
+        run(1, 3)
+    with pytest.raises(gdopt.InputError, match=r"its held params is \[1\] float32\[\] with the checksum "):
+        run(2, 2)
+    assert run(1, 2).steps == run(1, 2).steps
+
+
+def test_another_start_is_a_warning(path) -> None:
+    minimize(path, max_steps=3)
+    with pytest.warns(
+        UserWarning, match=r"params are others than those that the run of .* began with: it goes on from"
+    ):
+        result = gdopt.minimize(loss, jnp.ones(3), max_steps=60, checkpoint=path, **BATCHES)
+    assert bits(result) == bits(minimize())
+
+
+def test_what_a_loss_closes_over_is_a_part_of_it(path) -> None:
+    """The answer of before is looked at anew: what is reported is of the loss at hand."""
+
+    def run(number: float, steps: int = 10_000) -> gdopt.Result:
+        goal = jnp.full(3, number)
+        return gdopt.minimize(lambda x: jnp.sum((x - goal) ** 2), jnp.zeros(3), max_steps=steps, checkpoint=path)
+
+    run(1.0)
+    with pytest.warns(UserWarning, match="the loss is no longer that of the checkpoint"):
+        result = run(5.0)
+    assert result.loss == pytest.approx(float(jnp.sum((result.params - 5.0) ** 2)))
 
 
 def test_a_changed_loss_is_a_warning(path) -> None:
@@ -258,6 +437,8 @@ def test_a_damaged_save_is_skipped_and_named(path) -> None:
 def test_bad_paths_are_refused_before_training(tmp_path) -> None:
     with pytest.raises(gdopt.InputError, match="which does not exist: make it before"):
         minimize(tmp_path / "nowhere" / "run")
+    with pytest.raises(gdopt.InputError, match=r"has a name that is too long .* of at most \d+ bytes"):
+        minimize(tmp_path / ("x" * 230))
     with pytest.raises(gdopt.InputError, match="is not a path"):
         minimize(3)
     with pytest.raises(gdopt.InputError, match=r"checkpoint=.* was given to minimize inside jit"):

@@ -291,6 +291,26 @@ def test_a_schedule_that_gives_nan_is_named():
     assert "the schedule gave the learning rate nan for step 7" in result.message
 
 
+@pytest.mark.parametrize("rate", [5.0, 1.5])
+def test_a_blow_up_of_no_quadratic_tells_no_rate(rate):
+    """The gradient grows 1e22-fold in a step: by the formula for quadratics, a rate of 1e-23 would be wanted."""
+    result = minimize(lambda x: jnp.sum(jnp.exp(x**2)), jnp.ones(2), learning_rate=rate)
+    assert result.message.endswith(f"Try a learning_rate well below {rate:.2g}, a tenth of it, say.")
+
+
+@pytest.mark.parametrize("options", [{"optimizer": optax.adam}, {}])
+def test_a_rate_of_zero_and_one_that_changes_nothing_are_told_from_a_large_one(options):
+    still = minimize(learning_rate=lambda step: 0.0, max_steps=4, **options)
+    assert still.message.endswith("The learning rate was 0 at each step: with one above 0 the loss can fall.")
+    tiny = minimize(params=jnp.full(2, 2.0), learning_rate=1e-30, max_steps=4, **options)
+    assert tiny.message.endswith("It has not changed at all: raise max_steps, or try a larger learning_rate.")
+
+
+def test_an_optimizer_that_ascends_is_told_what_it_may_lack():
+    result = gdopt.minimize(quadratic, jnp.zeros(2), optimizer=optax.scale_by_adam(), max_steps=50)
+    assert "needs optax.scale_by_learning_rate(...) as its last" in result.message
+
+
 # losses without a minimum
 
 

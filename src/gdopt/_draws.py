@@ -7,7 +7,7 @@ import functools
 import inspect
 import random
 from collections.abc import Callable, Hashable
-from types import BuiltinMethodType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import numpy as np
@@ -19,12 +19,14 @@ def states(function: Callable) -> dict[str, Hashable]:
     """Of NumPy's global generator, and of what the function itself closes over or names of its globals, by name."""
     named: dict[str, Any] = {"numpy.random": cast(Any, np.random).get_bit_generator()}
     for name, value in _reach(function):
+        owner = getattr(value, "__self__", None)
+        value = owner if isinstance(owner, np.random.Generator | np.random.RandomState | random.Random) else value
         if isinstance(value, np.random.Generator):
             named[name] = value.bit_generator
+        elif isinstance(value, np.random.RandomState):
+            named[name] = cast(Any, value)._bit_generator
         elif value is random or isinstance(value, random.Random):  # 10 µs, so not where nobody asks for it
             named[name] = value.getstate
-        elif isinstance(value, MethodType | BuiltinMethodType) and isinstance(value.__self__, random.Random):
-            named[name] = value.__self__.getstate  # from random import gauss
     return {name: _state(generator) for name, generator in named.items()}
 
 
@@ -42,17 +44,31 @@ def _state(generator: Any) -> Hashable:
     return repr(generator.state)
 
 
-def _reach(function: Any) -> list[tuple[str, Any]]:
+def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
+    """What it closes over, is bound to, has as defaults or names of its globals; so of the functions among these."""
+    found: list[tuple[str, Any]] = []
     while isinstance(function, functools.partial):
+        found += [("functools.partial", value) for value in (*function.args, *function.keywords.values())]
         function = function.func
     function = inspect.unwrap(function)
+    owner = getattr(function, "__self__", None if isinstance(function, FunctionType) else function)
+    found += [(f"self.{name}", value) for name, value in getattr(owner, "__dict__", {}).items()]
+    if not isinstance(function, FunctionType | MethodType):
+        function = type(function).__call__ if callable(function) else None
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType):
-        return []
-    code, found = function.__code__, []
+        return found
+    code = function.__code__
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
             found.append((name, cell.cell_contents))
         except ValueError:  # not bound yet
             continue
-    return found + [(name, function.__globals__[name]) for name in code.co_names if name in function.__globals__]
+    defaults = zip(reversed(code.co_varnames[: code.co_argcount]), reversed(function.__defaults__ or ()), strict=False)
+    found += [*defaults, *(function.__kwdefaults__ or {}).items()]
+    found += [(name, function.__globals__[name]) for name in code.co_names if name in function.__globals__]
+    if deep:
+        for _, value in list(found):
+            if isinstance(value, FunctionType):
+                found += _reach(value, deep=False)
+    return found

@@ -137,6 +137,9 @@ def rows_of_all_pairs(jaxpr: Any) -> int | None:
     return None
 
 
+_SHAPES = ("reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "convert_element_type")
+
+
 def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
     made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
 
@@ -145,7 +148,10 @@ def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
         eqn = None if isinstance(atom, _core().Literal) else made.get(atom)
         return eqn if eqn is not None and eqn.primitive.name in names else None
 
-    square = by(total.invars[0], "square", "integer_pow", "mul")
+    summed = total.invars[0]
+    while (scaled := by(summed, "mul")) is not None and isinstance(scaled.invars[0], _core().Literal):
+        summed = scaled.invars[1]  # half of the square, say
+    square = by(summed, "square", "integer_pow", "mul")
     if square is None or square.params.get("y", 2) != 2 or square.invars[0] is not square.invars[-1]:
         return False
     difference = by(square.invars[0], "sub")
@@ -156,6 +162,15 @@ def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
     if (column.aval.shape, row.aval.shape) != ((n, 1), (1, n)) or broadcast is None:
         return False
     if len(broadcast.invars[0].aval.shape) != 1:
+        return False
+
+    def whole(atom: Any) -> Any:
+        """What the numbers were taken from, whatever their shape was there."""
+        while (eqn := by(atom, *_SHAPES)) is not None:
+            atom = eqn.invars[0]
+        return atom
+
+    if whole(column) is whole(row):  # a column and itself: all pairs were meant
         return False
     todo, seen = [column], set()
     while todo:  # back to where the column is made as one

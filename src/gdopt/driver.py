@@ -111,11 +111,12 @@ def minimize(
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
             with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
             the same machine (other devices or another number of cores are a warning); with more steps or epochs it goes
-            on beyond its end. A stream has to give the same batches. Where its iterators have ``get_state`` and
-            ``set_state``, as grain's do, and the state is bytes or what JSON holds, it is set to the last batch that
-            was used; others are gone through again up to there, as the result's message then says. Several
-            processes give one path on a disk that they share; params that are split over them need orbax
-            (``gdopt[checkpoint]``).
+            on beyond its end, by the same range test where there was one. What differs, data and args and the
+            optimizer among it, is an error; a changed loss or start is a warning. A stream has to give the same
+            batches, which are not compared. Where its iterators have ``get_state`` and ``set_state``, as grain's do,
+            and the state is bytes or what JSON holds, it is set to the last batch that was used; others are gone
+            through again up to there, as the result's message then says. Several processes give one path on a disk that
+            they share; params that are split over them need orbax (``gdopt[checkpoint]``).
         throw: raise where the run does not end with success, instead of saying so in the result.
 
     Returns:

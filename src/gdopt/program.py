@@ -126,7 +126,7 @@ def checksum(tree: PyTree) -> str:
             if not leaf.is_fully_replicated:
                 continue
             leaf = leaf.addressable_data(0)
-        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 
