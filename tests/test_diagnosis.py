@@ -249,6 +249,18 @@ def test_constants_that_are_no_arrays() -> None:
     assert "A constant of the loss is infinite" in found.message
 
 
+@pytest.mark.parametrize("together", [jnp.stack, jnp.concatenate])
+def test_the_part_of_several_that_is_used_is_the_one_that_is_named(together) -> None:
+    def loss(x):
+        unused = jnp.sqrt(-1 - x**2)
+        used = jnp.log(x - 2)
+        return jnp.sum(together([unused, used]).reshape(2, 2)[1])
+
+    found = gdopt.diagnose(run(loss, jnp.ones(2)))
+    assert found.primitive == "log"
+    assert is_at(found.place, loss, "used = jnp.log")
+
+
 def test_loops_side_by_side_that_are_of_other_lengths() -> None:
     def loss(x):
         rounds = lambda a, n: lax.fori_loop(0, n, lambda _, c: jnp.log(c), a)

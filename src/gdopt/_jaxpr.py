@@ -304,6 +304,8 @@ def _search(
             source = None if source is None else source + skipped
         else:
             source = _source(eqn, inputs, values[atom])
+            if eqn.primitive.name in ("concatenate", "stack"):  # of which a part may be used
+                source = _healing(jaxpr, values, eqn, inputs, jaxpr.outvars[out], source)
             if source is None or (is_nan(values[atom]) and not is_nan(inputs[source])):
                 found.append(_origin(eqn, values[atom], inputs, here))
         if source is None:
@@ -313,6 +315,26 @@ def _search(
         return jaxpr.invars.index(atom)
     found.append(Origin(None, read(atom), [], False, lines))
     return None
+
+
+def _healing(jaxpr: Any, values: dict, eqn: Any, inputs: list, out: Any, source: int | None) -> int | None:
+    """Of several inputs that are not finite the one without which the output is; or else the ``source`` given."""
+    bad = [number for number, given in enumerate(inputs) if is_bad(given)]
+    if len(bad) < 2 or not is_bad(values[out]):
+        return source
+    later, literal = jaxpr.eqns[jaxpr.eqns.index(eqn) + 1 :], _core().Literal
+
+    def without(number: int) -> Any:
+        """The output, as it is where this input is finite."""
+        given = [jnp.nan_to_num(x) if n == number else x for n, x in enumerate(inputs)]
+        new = dict(zip(eqn.outvars, _outputs(eqn, given), strict=True))
+        for eqn_after in later:
+            if any(not isinstance(atom, literal) and atom in new for atom in eqn_after.invars):
+                given = [a.val if isinstance(a, literal) else new.get(a, values[a]) for a in eqn_after.invars]
+                new.update(zip(eqn_after.outvars, _outputs(eqn_after, given), strict=True))
+        return new.get(out, values[out])
+
+    return next((number for number in bad if not is_bad(without(number))), source)
 
 
 def _outputs(eqn: Any, inputs: list) -> list:
