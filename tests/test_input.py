@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import decimal
 import functools
 import inspect
@@ -10,6 +11,7 @@ import math
 import random
 import warnings
 from random import gauss
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +244,7 @@ BAD = {
     ),
     "a large integer": (
         {"args": (2**40,)},
-        r"args\[0\] is 1099511627776, beyond the range of int32: write it as a float",
+        r"args\[0\] is an int of 41 bits, beyond the range of int32: write it as a float",
     ),
     "tensor with a gradient": (
         BATCHES | {"data": (X, torch.ones(6, requires_grad=True))},
@@ -540,6 +542,37 @@ GENERATOR, PYTHON = np.random.default_rng(0), random.Random(0)
 
 def drawn():
     return GENERATOR.normal()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    w: Any
+    held: Any
+
+
+@pytest.mark.parametrize("held", [2**40, decimal.Decimal("1.5"), jax.ShapeDtypeStruct((2,), jnp.float32)], ids=repr)
+def test_what_is_held_may_be_anything(held):
+    assert gdopt.minimize(lambda m: square(m.w - 1), Module(W, held), learning_rate=0.25).success
+    mask = {"w": True, "held": False}
+    result = gdopt.minimize(lambda m: square(m["w"] - 1), {"w": W, "held": held}, trainable=mask, learning_rate=0.25)
+    assert result.params["held"] is held
+
+
+def test_what_fails_when_it_is_looked_at_is_not_looked_at():
+    class Late:
+        scale = 2.0
+
+        def __getattr__(self, name):
+            raise ImportError(name)
+
+    late = Late()
+    assert gdopt.minimize(lambda w: late.scale * square(w - 1), W, learning_rate=0.1).success
+
+
+def test_updates_may_be_a_list_and_broadcast():
+    mean = optax.GradientTransformation(lambda p: (), lambda g, s, p: [-0.1 * jnp.mean(g), s])
+    assert gdopt.minimize(lambda w: square(w - 1), W, optimizer=mean).success
 
 
 class Noisy:

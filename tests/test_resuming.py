@@ -401,6 +401,19 @@ def test_what_a_loss_closes_over_is_a_part_of_it(path) -> None:
     assert result.loss == pytest.approx(float(jnp.sum((result.params - 5.0) ** 2)))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer": optax.adam, "learning_rate": 0.1, "max_steps": 20}], ids=["searched", "given"]
+)
+def test_a_changed_loss_is_not_measured_by_the_old_one(options, path) -> None:
+    """Its values are larger than any before: that is no divergence, and no step that is to be taken back."""
+    gdopt.minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2), checkpoint=path, **options)
+    other = lambda x: 1e6 * jnp.sum((x - 2.0) ** 2) + 1e8
+    with pytest.warns(UserWarning, match="the loss is no longer that of the checkpoint"):
+        result = gdopt.minimize(other, jnp.zeros(2), checkpoint=path, **{**options, "max_steps": 500})
+    assert result.success
+    np.testing.assert_allclose(result.params, 2.0, atol=0.05)
+
+
 def test_a_changed_loss_is_a_warning(path) -> None:
     minimize(path, max_steps=3)
     with pytest.warns(UserWarning, match="the loss is no longer that of the checkpoint"):

@@ -128,13 +128,7 @@ def fault(leaf: Any, carried: bool) -> str:
         return (
             f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it elsewhere"
         )
-    if isinstance(leaf, int):
-        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
-        if limits.min <= leaf <= limits.max:
-            return ""
-        text = f"{leaf}" if leaf.bit_length() < 100 else f"an int of {leaf.bit_length()} bits"
-        return f"is {text}, beyond the range of {limits.dtype}: write it as a float"
-    if carried or isinstance(leaf, type | float | complex):
+    if carried or isinstance(leaf, type | int | float | complex):
         return ""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return (
@@ -150,10 +144,11 @@ def _wrapped(leaf: np.ndarray | np.generic) -> str:
     if leaf.dtype.kind not in "iu" or dtype == leaf.dtype or not leaf.size:
         return ""
     limits = jnp.iinfo(dtype)
-    if limits.min <= leaf.min() and leaf.max() <= limits.max:
+    least, most = int(leaf.min()), int(leaf.max())
+    if limits.min <= least and most <= limits.max:
         return ""
     return (
-        f"holds integers up to {max(leaf.max(), -leaf.min())}, beyond the range of {dtype}: convert it with "
+        f"holds integers up to {max(most, -least)}, beyond the range of {dtype}: convert it with "
         ".astype(float), or call jax.config.update('jax_enable_x64', True) first"
     )
 

@@ -19,14 +19,14 @@ def states(function: Callable) -> dict[str, Hashable]:
     """Of NumPy's global generator, and of what the function itself closes over or names of its globals, by name."""
     named: dict[str, Any] = {"numpy.random": cast(Any, np.random).get_bit_generator()}
     for name, value in _reach(function):
-        owner = getattr(value, "__self__", None)
+        owner = _of(value, "__self__") if callable(value) else None
         value = owner if isinstance(owner, np.random.Generator | np.random.RandomState | random.Random) else value
         if isinstance(value, np.random.Generator):
             named[name] = value.bit_generator
         elif isinstance(value, np.random.RandomState):
             named[name] = cast(Any, value)._bit_generator
         elif value is random or isinstance(value, random.Random):  # 10 µs, so not where nobody asks for it
-            named[name] = value.getstate
+            named[name] = cast(Any, value).getstate
     return {name: _state(generator) for name, generator in named.items()}
 
 
@@ -51,8 +51,8 @@ def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
         found += [("functools.partial", value) for value in (*function.args, *function.keywords.values())]
         function = function.func
     function = inspect.unwrap(function)
-    owner = getattr(function, "__self__", None if isinstance(function, FunctionType) else function)
-    found += [(f"self.{name}", value) for name, value in getattr(owner, "__dict__", {}).items()]
+    owner = None if isinstance(function, FunctionType) else _of(function, "__self__") or function
+    found += [(f"self.{name}", value) for name, value in (_of(owner, "__dict__") or {}).items()]
     if not isinstance(function, FunctionType | MethodType):
         function = type(function).__call__ if callable(function) else None
     function = getattr(function, "__func__", function)
@@ -72,3 +72,11 @@ def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
             if isinstance(value, FunctionType):
                 found += _reach(value, deep=False)
     return found
+
+
+def _of(value: Any, name: str) -> Any:
+    """An attribute; None where there is none, and of what fails when it is asked: modules that are loaded late."""
+    try:
+        return getattr(value, name, None)
+    except Exception:
+        return None

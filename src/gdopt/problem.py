@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _draws, _nnx, _notes, _trees
-from gdopt._checks import refuse_no_arrays, warn
+from gdopt._checks import fault, refuse_no_arrays, warn
 from gdopt._types import Loss, PyTree
 from gdopt.errors import InputError
 
@@ -64,14 +64,19 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
     """
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
-    refuse_no_arrays("params", params)
+    refuse_no_arrays("params", params, carried=True)
     leaves, treedef = jax.tree.flatten(params)
     chosen = _trainable_mask(params, treedef, trainable)
     _nnx.refuse_shared(params)
+    in_module = _trees.in_module(treedef)
     settings = [
         inside and isinstance(leaf, bool | int | float | complex)
-        for leaf, inside in zip(leaves, _trees.in_module(treedef), strict=True)
+        for leaf, inside in zip(leaves, in_module, strict=True)
     ]
+    for place, (leaf, choice, inside) in enumerate(zip(leaves, chosen, in_module, strict=True)):
+        if choice and not inside and (why := fault(leaf, carried=False)):
+            path, _ = jax.tree_util.tree_leaves_with_path(params)[place]
+            raise InputError(f"{_trees.path_name(path)} {why}.")
     kept = [
         choice and _trees.is_array(leaf) and not (setting or _trees.is_key(leaf))
         for leaf, choice, setting in zip(leaves, chosen, settings, strict=True)

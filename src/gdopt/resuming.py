@@ -27,7 +27,7 @@ from gdopt.joint import JointSaver, opened
 from gdopt.loop import Carry, State
 from gdopt.processes import peers
 from gdopt.result import History, RangeTest
-from gdopt.rule import Rule
+from gdopt.rule import Rule, search
 from gdopt.stopping import FAILURES, RUNNING, Status
 from gdopt.task import Task
 
@@ -164,9 +164,11 @@ class Saves:
         state: State = jax.tree_util.tree_map_with_path(put, fresh)
         ended = int(state.code)
         others = self.found.meta["limits"] != _limits(limits)
-        if self.found.meta["loss"] != self._meta["loss"]:  # what the best point came to by the old one says nothing
+        if self.found.meta["loss"] != self._meta["loss"]:  # what was measured of the old one says nothing
             others, best = True, np.full_like(state.kept.loss, np.inf)
-            state = state._replace(kept=state.kept._replace(loss=best))
+            state = state._replace(watch=fresh.watch, kept=state.kept._replace(loss=best))
+            if search(state.optimizer) is not None:
+                state = state._replace(optimizer=fresh.optimizer)
         # What ended by limits goes on where these are others now: its last point is evaluated once more.
         if ended == Status.MAX_STEPS or (ended != RUNNING and others):
             state = state._replace(code=np.int32(RUNNING))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
@@ -62,18 +63,18 @@ class Rule(NamedTuple):
         """The optimizer's update at a rate; see `apply`."""
         with self._told():
             out = apply(self.with_rate(rate), updates, state, params, **extras)
-        if not (isinstance(out, tuple) and len(out) == 2):
+        if not (isinstance(out, tuple | list) and len(out) == 2):
             raise InputError(
                 f"optimizer={self.optimizer!r} has an update that returned a {type(out).__name__}: return (updates, "
                 "state)."
             )
-        for what, new, old in (("updates", out[0], updates), ("a state", out[1], state)):
-            if _shapes(new) != _shapes(old):
+        for what, new, old in (("updates", out[0], params), ("a state", out[1], state)):
+            if not _fits(new, old):
                 raise InputError(
                     f"optimizer={self.optimizer!r} returned {what} of another structure or other shapes than it was "
                     f"given: {_trees.summary(new)} in place of {_trees.summary(old)}."
                 )
-        return out
+        return tuple(out)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -137,9 +138,15 @@ def _is_fixed(function: Any) -> bool:
     return function.__module__.split(".")[0] in ("gdopt", "optax") and vars(module).get(function.__name__) is function
 
 
-def _shapes(tree: PyTree) -> tuple[Any, list]:
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [jnp.shape(leaf) for leaf in leaves]
+def _fits(new: PyTree, old: PyTree) -> bool:
+    """Whether the structures are one, and the shapes come to be the old ones by broadcasting."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return False
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    try:
+        return all(np.broadcast_shapes(np.shape(x), np.shape(y)) == np.shape(y) for x, y in pairs)
+    except ValueError:
+        return False
 
 
 def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:

@@ -139,7 +139,7 @@ def judge(
     points are trials, and no trial is a failure. None for all other optimizers.
     """
     k, loss, grad_norm = point.step, point.loss, point.grad_norm
-    start = k == 0
+    start = watch.first_loss == jnp.inf  # nothing was evaluated yet
     first_loss = jnp.where(start, loss, watch.first_loss)
     first_grad_norm = jnp.where(start, grad_norm, watch.first_grad_norm)
 

@@ -95,5 +95,12 @@ def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}: pass a tuple, such as args=(x,).")
     refuse_no_arrays("args", args, carried=True)
+    limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if isinstance(leaf, int) and not limits.min <= leaf <= limits.max:
+            raise InputError(
+                f"{_trees.path_name(path, 'args')} is an int of {leaf.bit_length()} bits, beyond the range of "
+                f"{limits.dtype}: write it as a float."
+            )
     some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest
