@@ -56,11 +56,11 @@ def whole_number(name: str, value: Any, least: int = 1, upto: str = "10**9") -> 
     return int(number(name, value, lambda x: least <= x <= _LARGEST_COUNT and x % 1 == 0, wanted))
 
 
-def flag(name: str, value: Any) -> bool:
-    """True or False; a text such as "no" would count as True."""
-    if not isinstance(value, bool | np.bool_):
-        raise InputError(f"{name}={value!r} is neither True nor False.")
-    return bool(value)
+def check_flags(**given: Any) -> None:
+    """Raises InputError for what is neither True nor False: a text such as "no" would count as True."""
+    for name, value in given.items():
+        if not isinstance(value, bool | np.bool_):
+            raise InputError(f"{name}={value!r} is neither True nor False.")
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -75,8 +75,17 @@ def refuse_no_arrays(name: str, tree: PyTree, *, carried: bool = False) -> None:
 
     Where objects and texts may be ``carried`` along, arrays of them may, too.
     """
+    if not any(fault(leaf, carried) for leaf in flatten(name, tree)[0]):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if why := fault(leaf, carried):
+            raise InputError(f"{_trees.path_name(path, name)} {why}.")
+
+
+def flatten(name: str, tree: PyTree) -> tuple[list[Any], Any]:
+    """``jax.tree.flatten``; raises InputError for dicts that JAX cannot sort."""
     try:
-        leaves = jax.tree.leaves(tree)
+        return jax.tree.flatten(tree)
     except (TypeError, ValueError) as error:  # by the time that it is raised, JAX has forgotten where
         nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_unsortable)
         for path, node in nodes:
@@ -87,11 +96,6 @@ def refuse_no_arrays(name: str, tree: PyTree, *, carried: bool = False) -> None:
                     ": give them one type, str say."
                 ) from error
         raise
-    if not any(fault(leaf, carried) for leaf in leaves):
-        return
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if why := fault(leaf, carried):
-            raise InputError(f"{_trees.path_name(path, name)} {why}.")
 
 
 def _is_unsortable(node: Any) -> bool:

@@ -51,8 +51,10 @@ def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
         found += [("functools.partial", value) for value in (*function.args, *function.keywords.values())]
         function = function.func
     function = inspect.unwrap(function)
-    owner = None if isinstance(function, FunctionType) else _of(function, "__self__") or function
-    found += [(f"self.{name}", value) for name, value in (_of(owner, "__dict__") or {}).items()]
+    if not isinstance(function, FunctionType):
+        owner = _of(function, "__self__")
+        attributes = _of(function if owner is None else owner, "__dict__") or {}
+        found += [(f"self.{name}", value) for name, value in attributes.items()]
     if not isinstance(function, FunctionType | MethodType):
         function = type(function).__call__ if callable(function) else None
     function = getattr(function, "__func__", function)

@@ -326,7 +326,7 @@ def _healing(jaxpr: Any, values: dict, eqn: Any, inputs: list, out: Any, source:
 
     def without(number: int) -> Any:
         """The output, as it is where this input is finite."""
-        given = [jnp.nan_to_num(x) if n == number else x for n, x in enumerate(inputs)]
+        given = [filled(x) if n == number else x for n, x in enumerate(inputs)]
         new = dict(zip(eqn.outvars, _outputs(eqn, given), strict=True))
         for eqn_after in later:
             if any(not isinstance(atom, literal) and atom in new for atom in eqn_after.invars):
@@ -433,6 +433,11 @@ def is_nan(value: Any) -> bool:
 def is_bad(value: Any) -> bool:
     """Whether there is a NaN or an infinity among the numbers."""
     return _is_inexact(value) and not bool(_all_finite(value))
+
+
+def filled(value: Any) -> Any:
+    """With zeros in the places of NaN and infinity."""
+    return jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value))
 
 
 def _is_inexact(value: Any) -> bool:

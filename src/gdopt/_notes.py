@@ -10,7 +10,7 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -83,7 +83,7 @@ def add_result(error: Exception, callback: Callable, result: Any) -> None:
     note = f"gdopt: raised by callback={callback!r} after {result.steps} step{'' if result.steps == 1 else 's'}."
     if not hasattr(error, "result"):
         with contextlib.suppress(AttributeError):  # of a class that takes none
-            error.result = result  # pyright: ignore[reportAttributeAccessIssue]
+            cast(Any, error).result = result
             note += " The result so far is this error's .result."
     error.add_note(note)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from gdopt import _trees
-from gdopt._checks import fault, refuse_no_arrays, whole_number
+from gdopt._checks import fault, flatten, refuse_no_arrays, whole_number
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -270,7 +270,7 @@ def _numbers(name: str, leaf: Any) -> np.ndarray:
         array = np.asarray(leaf)
     except Exception as error:  # torch's, of a tensor in bfloat16 or with a gradient
         raise InputError(f"{name} is a {type(leaf).__name__} that NumPy cannot read: {error}") from error
-    if why := fault(leaf, carried=True) or fault(array, carried=True):
+    if why := fault(leaf if isinstance(leaf, np.ndarray | np.generic) else array, carried=True):
         raise InputError(f"{name} {why}.")
     if array.dtype not in _trees.NUMBERS:
         raise InputError(
@@ -297,12 +297,11 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
         if batch_size is not None:
             raise InputError(f"batch_size={batch_size!r} was given without data: pass data=, or leave batch_size out.")
         return None, None
-    refuse_no_arrays("data", data, carried=True)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(data)
+    _, treedef = flatten("data", data)
     lengths, arrays = {}, []
-    for path, leaf in leaves:
-        name = _trees.path_name(path, "data")
-        if why := isinstance(leaf, np.ndarray) and fault(leaf, carried=False):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        name, known = _trees.path_name(path, "data"), isinstance(leaf, jax.Array | np.ndarray)
+        if why := known and fault(leaf, carried=False):
             raise InputError(f"{name} {why}.")
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise InputError(
@@ -311,7 +310,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
             )
         if not leaf.shape:
             raise InputError(f"{name} is a scalar and has no rows: pass constants in args=, not in data=.")
-        arrays.append(leaf if isinstance(leaf, jax.Array) else _numbers(name, leaf))
+        arrays.append(leaf if known else _numbers(name, leaf))
         lengths[name] = arrays[-1].shape[0]
     if len(set(lengths.values())) != 1:
         what = ", ".join(f"{name} has {length}" for name, length in lengths.items()) or "it has no arrays"

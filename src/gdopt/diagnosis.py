@@ -81,8 +81,7 @@ class Evidence(NamedTuple):
     def sentence(self) -> str:
         """What a run's message says of it."""
         if self.bad_inputs:
-            verb = "holds" if len(self.bad_inputs) == 1 else "hold"
-            return f" {_some(self.bad_inputs)} {verb} {'NaN' if self._holds_nan(self.bad_inputs) else 'infinity'}."
+            return f" {_hold(self.bad_inputs)} {'NaN' if self._holds_nan(self.bad_inputs) else 'infinity'}."
         if not self.leaves:
             return " gdopt.diagnose(result) says what made it so."
         some, verb = _some(self.leaves), "is" if len(self.leaves) == 1 else "are"
@@ -113,6 +112,16 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more {'leaf' if more == 1 else 'leaves'}" if more > 0 else "")
 
 
+def _hold(names: list[str]) -> str:
+    return f"{_some(names)} {'holds' if len(names) == 1 else 'hold'}"
+
+
+def _named(**trees: PyTree) -> list[tuple[str, Any]]:
+    """The leaves with their paths."""
+    leaves = [(root, leaf) for root, tree in trees.items() for leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [(_trees.path_name(path, root), leaf) for root, (path, leaf) in leaves]
+
+
 def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: float | None) -> Evidence | None:
     """What is known of a step whose loss or gradient is not finite, from the params and what else the loss is given.
 
@@ -127,13 +136,11 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 
         # The loss anew, not the trace that the loop was made of: a replay has lost the lines of its source.
         trace, out = _jaxpr.trace(value_and_grad(value), params, rest.arrays, *given)
-        whole = zip(jax.tree_util.tree_leaves_with_path(rest.combine(params)), rest.arrays, strict=True)
-        named = [("params", *leaf) for leaf in jax.tree_util.tree_leaves_with_path(params)]
+        named, whole = _named(params=params), _named(params=rest.combine(params))
         count = len(named)
-        named += [("params", path, held) for (path, _), held in whole if held is not None]
-        trees = {"data": given[0], "args": given[1], "key": given[2]}
-        named += [(name, *leaf) for name, tree in trees.items() for leaf in jax.tree_util.tree_leaves_with_path(tree)]
-        arguments, names = [leaf for *_, leaf in named], [_trees.path_name(path, name) for name, path, _ in named]
+        named += [(name, held) for (name, _), held in zip(whole, rest.arrays, strict=True) if held is not None]
+        named += _named(data=given[0], args=given[1], key=given[2])
+        names, arguments = [name for name, _ in named], [leaf for _, leaf in named]
         (_, aux), _ = out
         outputs = ["the loss"] + [""] * len(jax.tree.leaves(aux))
         outputs += [f"the gradient of {name}" for name in names[:count]]
@@ -146,15 +153,14 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
             return [[jnp.isfinite(leaf).all() for leaf in leaves] for leaves in some]
 
         here, gradient, _ = finite(trace.consts, arguments)
-        inputs = [place for place in range(count, len(names)) if _jaxpr.is_bad(arguments[place])]
-        if inputs and (task.noisy or step == 0):  # else they did no harm at the start
-            filled = [_filled(leaf) if place in inputs else leaf for place, leaf in enumerate(arguments)]
-            # They may be masked out by the loss, or be meant: they are to blame where it is finite without them.
-            inputs = inputs if all(itertools.chain(*finite(trace.consts, filled))) else []
-        else:
-            inputs = []
         bad = lambda flags: [name for name, flag in zip(names, flags, strict=False) if not flag]
-        bad_inputs = [names[place] for place in inputs]
+        bad_inputs = [name for name, leaf in named[count:] if _jaxpr.is_bad(leaf)]
+        if bad_inputs and (task.noisy or step == 0):
+            filled = [_jaxpr.filled(leaf) if name in bad_inputs else leaf for name, leaf in named]
+            # They may be masked out by the loss, or be meant: they are to blame where it is finite without them.
+            bad_inputs = bad_inputs if all(itertools.chain(*finite(trace.consts, filled))) else []
+        else:  # they did no harm at the start
+            bad_inputs = []
         return Evidence(step, rate, trace, arguments, names, outputs, bad(here), bad(gradient), bad_inputs)
     except Exception:
         return None
@@ -162,16 +168,8 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 
 def named_inputs(task: Task) -> str:
     """A sentence on the data and args that hold NaN; "" where none does."""
-    trees = {"data": task.data, "args": task.args}
-    leaves = [(name, *leaf) for name, tree in trees.items() for leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    names = [_trees.path_name(path, name) for name, path, leaf in leaves if _jaxpr.is_nan(leaf)]
-    if not names:
-        return ""
-    return f" {_some(names)} {'holds' if len(names) == 1 else 'hold'} NaN: leave it out, or fill it."
-
-
-def _filled(leaf: Any) -> Any:
-    return jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf))
+    names = [name for name, leaf in _named(data=task.data, args=task.args) if _jaxpr.is_nan(leaf)]
+    return f" {_hold(names)} NaN: leave it out, or fill it." if names else ""
 
 
 def diagnose(result: Result) -> Diagnosis:

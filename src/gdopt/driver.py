@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _notes, _trees, loop, lr_finder, program, run
-from gdopt._checks import flag, number, whole_number
+from gdopt._checks import check_flags, number, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.checkpoint import Checkpoint
 from gdopt.diagnosis import Evidence, make_evidence
@@ -151,9 +151,7 @@ def minimize(
     check_optimizer(optimizer)
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
-    flags = {"has_aux": has_aux, "with_key": with_key, "keep_best": keep_best, "progress": progress, "throw": throw}
-    for name, value in flags.items():
-        flag(name, value)
+    check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
     batches, stream, noisy = task.batches, task.stream, task.noisy
@@ -176,10 +174,9 @@ def minimize(
         test = None
         if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
             test, learning_rate = _chosen(task, optimizer, steps, saves and saves.range_test)
-        if saves is not None:
-            saves.range_test = test
         rule = make_rule(optimizer, learning_rate)
         if saves is not None:
+            saves.range_test = test
             saves.compare_programs(task, rule)
 
         def compile(data: PyTree) -> tuple[Any, loop.Inputs]:

@@ -25,7 +25,7 @@ from gdopt.optimizers import MAX_REJECTED
 from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
-from gdopt.rule import Rule, evaluation_params, inject, owned_rate, search
+from gdopt.rule import Rule, evaluation_params, extra_arguments, inject, owned_rate, search
 from gdopt.sharding import Layout, placed
 from gdopt.stopping import RUNNING, Epoch, Evaluation, Limits, Watch
 from gdopt.task import Task
@@ -182,10 +182,7 @@ def digests(task: Task, rule: Rule) -> tuple[str, str]:
     given = task.problem.params, task.batch, task.args, task.key
 
     def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
-        value_fn = lambda params, obj_fn=None, grad_fn=None: task.value(params, *given)[0]
-        grad_fn = lambda params, _: jax.grad(value_fn)(params)
-        value = jnp.zeros((), jnp.result_type(float))
-        extras = {"value": value, "grad": params, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+        extras = extra_arguments(lambda params: task.value(params, *given)[0], jnp.zeros((), float), params)
         return rule.update(rate, params, rule.init(rate, params), params, **extras)
 
     return program.digest(task.value, *given), program.digest(update, 0.1, *given)
@@ -397,28 +394,23 @@ def _functions(
         kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))
         kept = _trees.select(keep, kept, state.kept) if keep_best else kept
 
-        # optax's line searches refuse extra arguments that nobody takes: these names are for other optimizers.
-        def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        def asked(params: PyTree) -> jax.Array:
             asked_again.append(True)
             return task.value(params, *given)[0]
-
-        def grad_fn(params: PyTree, _: Any) -> PyTree:
-            return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
 
         rate = None if rule.owns_rate else jnp.asarray(rate_at(inputs, k))
 
         def update(params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree]:
             optimizer = optimizer if rate is None else inject(optimizer, rate)
-            extras = {"value": loss, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
-            updates, optimizer = rule.update(rate, grad, optimizer, params, **extras)
+            updates, optimizer = rule.update(rate, grad, optimizer, params, **extra_arguments(asked, loss, grad))
             # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
             # hand fuses both, and last bits would differ.
             return optax.apply_updates(params, updates), _trees.strong(optimizer)
 
-        # That of before, where the evaluation ends the run: a save may go on under other limits, and make it again.
-        watch = _trees.select(running, watch, state.watch)
-        # Selected rather than under a cond, which costs more than it saves: all but a run's last step are made.
-        params, optimizer = _trees.select(running, update(params, state.optimizer), (params, state.optimizer))
+        # Selected rather than under a cond, which costs more than it saves: all but a run's last step are made. That
+        # one leaves the watch as it was, too: a save may go on under other limits, and make the evaluation again.
+        new, old = (*update(params, state.optimizer), watch), (params, state.optimizer, state.watch)
+        params, optimizer, watch = _trees.select(running, new, old)
         used = owned_rate(optimizer) if rate is None else rate
         record = (value, grad_norm, jnp.where(running, used, jnp.nan))
         return settings.in_place(State(k + running, code, params, optimizer, order, watch, kept)), record

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _notes, loop, run, suggestions
-from gdopt._checks import flag, one_of, rate, whole_number
+from gdopt._checks import check_flags, one_of, rate, whole_number
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.diagnosis import named_inputs
 from gdopt.errors import InputError
@@ -109,8 +109,7 @@ def lr_find(
     steps = check_ladder(start_lr, end_lr, num_steps, mode)
     repeats = whole_number("repeats", repeats)
     _check_factory(optimizer)
-    for name, value in {"refine": refine, "has_aux": has_aux, "with_key": with_key}.items():
-        flag(name, value)
+    check_flags(refine=refine, has_aux=has_aux, with_key=with_key)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
     return range_test(task, optimizer, steps, repeats=repeats, refine=refine)

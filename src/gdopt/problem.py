@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _draws, _nnx, _notes, _trees
-from gdopt._checks import fault, refuse_no_arrays, warn
+from gdopt._checks import fault, flatten, refuse_no_arrays, warn
 from gdopt._types import Loss, PyTree
 from gdopt.errors import InputError
 
@@ -64,8 +64,7 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
     """
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
-    refuse_no_arrays("params", params, carried=True)
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = flatten("params", params)
     chosen = _trainable_mask(params, treedef, trainable)
     _nnx.refuse_shared(params)
     in_module = _trees.in_module(treedef)
@@ -74,7 +73,7 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
         for leaf, inside in zip(leaves, in_module, strict=True)
     ]
     for place, (leaf, choice, inside) in enumerate(zip(leaves, chosen, in_module, strict=True)):
-        if choice and not inside and (why := fault(leaf, carried=False)):
+        if why := fault(leaf, carried=inside or not choice):
             path, _ = jax.tree_util.tree_leaves_with_path(params)[place]
             raise InputError(f"{_trees.path_name(path)} {why}.")
     kept = [

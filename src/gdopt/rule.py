@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
@@ -203,6 +203,19 @@ def apply(
             if not refused or refused[1] not in extras:
                 raise
             del extras[refused[1]]
+
+
+def extra_arguments(loss: Callable[[PyTree], jax.Array], value: jax.Array, grad: PyTree) -> dict[str, Any]:
+    """All that the update of an optimizer may ask for, under each of the names that optax has for it."""
+
+    # optax's line searches refuse extra arguments that nobody takes: these names are for other optimizers.
+    def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        return loss(params)
+
+    def grad_fn(params: PyTree, _: Any) -> PyTree:
+        return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
+
+    return {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
 
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
