@@ -151,7 +151,7 @@ def python_loops(loss: Loss, params: jax.Array, data: tuple, rate: float) -> dic
 
 def torch_loop(data: tuple, rate: float, start: jax.Array) -> Run:
     """The loop of torch's tutorials."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
 
     features, labels = (torch.tensor(np.asarray(array)) for array in data)
 

@@ -241,7 +241,7 @@ def time_table(rounds: int) -> tuple[list[str], list[Row]]:
 
 def torch_clock(rows: Any) -> Callable[[], Any]:
     """The same test in torch: a DataLoader over tensors, shuffled, as in torch-lr-finder's README."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
     from torch_lr_finder import LRFinder  # pyright: ignore[reportMissingImports]
 
     x, y = torch.tensor(np.asarray(rows[0])), torch.tensor(np.asarray(rows[1]), dtype=torch.long)

@@ -14,18 +14,17 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+import gdopt
+from gdopt import run
 
 port, process, case, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 address = f"127.0.0.1:{port}"
 jax.distributed.initialize(address, 2, process, coordinator_bind_address=address, shutdown_timeout_seconds=10)
-
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from jax.experimental import multihost_utils  # noqa: E402
-
-import gdopt  # noqa: E402
-from gdopt import run  # noqa: E402
 
 run._CHUNK_SECONDS = 1e-4  # so that there are many, and time to be killed in
 ROWS = np.random.default_rng(0).normal(size=(64, 40)).astype(np.float32)

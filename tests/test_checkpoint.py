@@ -392,7 +392,8 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument
 
 
 def test_arguments_are_taken_as_pythons_own(tmp_path: Path):
-    place = Checkpoint(tmp_path / "run", np.float32(2), np.int64(4))  # pyright: ignore[reportArgumentType]
+    of_numpy: Any = np.float32(2), np.int64(4)
+    place = Checkpoint(tmp_path / "run", *of_numpy)
     assert place == Checkpoint(str(tmp_path / "run"), 2.0, 4)
     assert [type(value) for value in (place.path, place.every_seconds, place.keep)] == [str, float, int]
     assert gdopt.Checkpoint("run").every_seconds == 60
@@ -461,7 +462,7 @@ def test_due_by_the_clock(base: Path, monkeypatch: pytest.MonkeyPatch):
         now[0] += 60
         assert saver.due()
         assert saver.save(1, ARRAYS, META)
-        saver._writer.join()  # pyright: ignore[reportOptionalMemberAccess]
+        saver.wait()
         assert not saver.due()
         now[0] += 59
         assert not saver.due()

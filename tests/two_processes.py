@@ -11,18 +11,17 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+
+import gdopt
 
 port, process, case = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 address = f"127.0.0.1:{port}"
 if process >= 0:  # -1: alone
     jax.distributed.initialize(address, 2, process, coordinator_bind_address=address, shutdown_timeout_seconds=10)
 jax.config.update("jax_enable_x64", True)
-
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-import gdopt  # noqa: E402
 
 ROWS = np.random.default_rng(0).normal(size=(64, 40))
 START = {"w": np.full((40, 512), 0.01), "b": np.zeros((1, 512))}
