@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees
+from gdopt import _jax, _trees
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -111,7 +110,7 @@ def _is_unsortable(node: Any) -> bool:
 def fault(leaf: Any, carried: bool) -> str:
     """What is wrong with a leaf, and the cure."""
     if isinstance(leaf, jax.Array):
-        if isinstance(leaf, jax.core.Tracer) or not leaf.is_deleted():
+        if _jax.is_tracer(leaf) or not leaf.is_deleted():
             return ""
         return (
             f"is an array of dtype {leaf.dtype} and shape {leaf.shape} that was deleted, or donated to a jitted "

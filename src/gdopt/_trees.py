@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
 
+from gdopt import _jax
 from gdopt._types import PyTree
 
 _TYPES = [t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)]
@@ -124,7 +124,7 @@ class Packed:
         """The tree again; outside of a trace, with its small leaves as NumPy's."""
         leaves = list(self.others)
         for vector, places in zip(self.vectors, self.places, strict=True):
-            traced, begin = isinstance(vector, jax.core.Tracer), 0
+            traced, begin = _jax.is_tracer(vector), 0
             numbers = vector if traced else np.asarray(vector)
             for place, shape in places:
                 end = begin + math.prod(shape)
@@ -237,11 +237,7 @@ def summary(tree: PyTree) -> str:
     def leaf_summary(leaf: Any) -> Any:
         if not hasattr(leaf, "dtype"):
             return leaf
-        if (
-            leaf.size <= 6
-            and not isinstance(leaf, jax.core.Tracer)
-            and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        ):
+        if leaf.size <= 6 and not _jax.is_tracer(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return _Bare(np.array2string(np.asarray(leaf), precision=4, separator=", ").replace("\n", ""))
         return _Bare(f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]")
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _jaxpr, _notes, _trees
+from gdopt import _jax, _nan_search, _notes, _replay, _trees
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 from gdopt.problem import value_and_grad
@@ -104,7 +104,7 @@ class Evidence(NamedTuple):
         return f"{cure}."
 
     def _holds_nan(self, names: list[str]) -> bool:
-        return any(_jaxpr.is_nan(self.arguments[self.names.index(name)]) for name in names)
+        return any(_nan_search.is_nan(self.arguments[self.names.index(name)]) for name in names)
 
 
 def _some(names: list[str]) -> str:
@@ -135,7 +135,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
             return task._replace(problem=problem).value(params, *given)
 
         # The loss anew, not the trace that the loop was made of: a replay has lost the lines of its source.
-        trace, out = _jaxpr.trace(value_and_grad(value), params, rest.arrays, *given)
+        trace, out = _replay.trace(value_and_grad(value), params, rest.arrays, *given)
         named, whole = _named(params=params), _named(params=rest.combine(params))
         count = len(named)
         named += [(name, held) for (name, _), held in zip(whole, rest.arrays, strict=True) if held is not None]
@@ -148,17 +148,17 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
         @jax.jit
         def finite(constants: list, arguments: list) -> list[list]:
             """Of params and of their gradients, which are; and the loss: in one program, as the run's own would be."""
-            value, *results = _jaxpr.call(trace.jaxpr, constants, *arguments)
+            value, *results = _replay.as_it_is(trace, arguments, constants)
             some = arguments[:count], results[-count:], [value]
             return [[jnp.isfinite(leaf).all() for leaf in leaves] for leaves in some]
 
-        here, gradient, _ = finite(trace.consts, arguments)
+        here, gradient, _ = finite(_jax.consts(trace), arguments)
         bad = lambda flags: [name for name, flag in zip(names, flags, strict=False) if not flag]
-        bad_inputs = [name for name, leaf in named[count:] if _jaxpr.is_bad(leaf)]
+        bad_inputs = [name for name, leaf in named[count:] if _nan_search.is_bad(leaf)]
         if bad_inputs and (task.noisy or step == 0):
-            filled = [_jaxpr.filled(leaf) if name in bad_inputs else leaf for name, leaf in named]
+            filled = [_nan_search.filled(leaf) if name in bad_inputs else leaf for name, leaf in named]
             # They may be masked out by the loss, or be meant: they are to blame where it is finite without them.
-            bad_inputs = bad_inputs if all(itertools.chain(*finite(trace.consts, filled))) else []
+            bad_inputs = bad_inputs if all(itertools.chain(*finite(_jax.consts(trace), filled))) else []
         else:  # they did no harm at the start
             bad_inputs = []
         return Evidence(step, rate, trace, arguments, names, outputs, bad(here), bad(gradient), bad_inputs)
@@ -168,7 +168,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 
 def named_inputs(task: Task) -> str:
     """A sentence on the data and args that hold NaN; "" where none does."""
-    names = [name for name, leaf in _named(data=task.data, args=task.args) if _jaxpr.is_nan(leaf)]
+    names = [name for name, leaf in _named(data=task.data, args=task.args) if _nan_search.is_nan(leaf)]
     return f" {_hold(names)} NaN: leave it out, or fill it." if names else ""
 
 
@@ -230,7 +230,7 @@ def _of_update(case: Evidence, result: Result) -> tuple[None, None, str]:
 
 def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
     """The primitive, its place, and what to say."""
-    values = _jaxpr.call(case.trace.jaxpr, case.trace.consts, *case.arguments)
+    values = _replay.as_it_is(case.trace, case.arguments)
     bad = [number for number, name in enumerate(case.outputs) if name and not jnp.isfinite(values[number]).all()]
     if not bad:
         return (
@@ -240,7 +240,7 @@ def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
             "compiled program rounds otherwise, and left the range of the dtype. Scale the loss, or use float64.",
         )
     number = bad[0]
-    found, source = _jaxpr.origins(case.trace.jaxpr, case.trace.consts, case.arguments, number)
+    found, source = _nan_search.origins(case.trace, case.arguments, number)
     told = [f"At step {case.step} {case.outputs[number]} is {_kind(values[number])}."]
     told += [_told(origin, "The first" if origin is found[0] else "The") for origin in found]
     if source is not None:
@@ -257,7 +257,7 @@ def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
     return made.primitive, _notes.line(made.lines), " ".join(told)
 
 
-def _told(origin: _jaxpr.Origin, which: str) -> str:
+def _told(origin: _nan_search.Origin, which: str) -> str:
     if origin.primitive is None:
         return f"A constant of the loss is {_kind(origin.value)}: {_shown(origin.value)}."
     what = "NaN" if _kind(origin.value) == "NaN" else "infinity"
@@ -279,7 +279,7 @@ def _where(case: Evidence, number: int) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "NaN" if _jaxpr.is_nan(value) else "infinite"
+    return "NaN" if _nan_search.is_nan(value) else "infinite"
 
 
 def _shown(value: Any) -> str:
@@ -292,5 +292,5 @@ def _shown(value: Any) -> str:
     if not array.size or not jnp.issubdtype(array.dtype, jnp.floating):
         return text
     return f"{text} from {float(jnp.nanmin(array)):.3g} to {float(jnp.nanmax(array)):.3g}" + (
-        " with NaN" if _jaxpr.is_nan(array) else ""
+        " with NaN" if _nan_search.is_nan(array) else ""
     )

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdopt import _jaxpr, _trees, program, stopping
+from gdopt import _lints, _trees, program, stopping
 from gdopt._checks import warn
 from gdopt._trees import Packed
 from gdopt._types import PyTree
@@ -142,7 +142,7 @@ def compile(
     batch = task._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
     value = program.trace(task.value, start, batch, args, one_key, rules=True)
-    if n := _jaxpr.rows_of_all_pairs(value.jaxpr):
+    if value.jaxpr is not None and (n := _lints.rows_of_all_pairs(value.jaxpr)):
         warn(
             f"the loss subtracts shapes ({n}, 1) and ({n},), which gives all {n} * {n} differences, and sums up their "
             "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
@@ -201,7 +201,7 @@ def warn_of_no_gradient(task: Task) -> None:
     """For a run whose gradient was exactly zero at the start: does the loss use the params at all?"""
     key = task.key if task.with_key else None
     grad = lambda *given: value_and_grad(task.value)(*given)[1]
-    if not _jaxpr.depends(grad, task.problem.params, task.batch, task.args, key):
+    if not _lints.depends(grad, task.problem.params, task.batch, task.args, key):
         warn(
             "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
             "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."

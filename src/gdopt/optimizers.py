@@ -6,12 +6,11 @@ import functools
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gdopt import _trees
+from gdopt import _jax, _trees
 from gdopt._checks import number
 from gdopt._types import PyTree, Scalar, Schedule
 from gdopt.errors import InputError
@@ -50,7 +49,7 @@ def check_learning_rate(learning_rate: Any) -> Any:
     """
     if callable(learning_rate):
         return learning_rate
-    if isinstance(learning_rate, jax.core.Tracer):
+    if _jax.is_tracer(learning_rate):
         if learning_rate.shape != ():
             raise InputError(f"learning_rate has shape {learning_rate.shape}: pass one number for all parameters.")
         if not (jnp.issubdtype(learning_rate.dtype, jnp.floating) or jnp.issubdtype(learning_rate.dtype, jnp.integer)):

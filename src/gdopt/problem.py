@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _draws, _nnx, _notes, _trees
+from gdopt import _draws, _jax, _nnx, _notes, _trees
 from gdopt._checks import fault, flatten, refuse_no_arrays, warn
 from gdopt._types import Loss, PyTree
 from gdopt.errors import InputError
@@ -93,7 +92,7 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
 def check_start(params: PyTree) -> None:
     """Raises InputError where the start has an infinite or NaN entry; one that is traced has none yet."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(leaf, jax.core.Tracer):
+        if _jax.is_tracer(leaf):
             continue
         if not leaf.is_fully_addressable:  # the other processes see to the other parts
             leaf = leaf.addressable_data(0)

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-import jax.core
 import numpy as np
 
-from gdopt import _trees
+from gdopt import _jax, _trees
 from gdopt._types import PyTree
 from gdopt.errors import GdoptError, InputError
 
@@ -139,7 +138,7 @@ def described(tree: PyTree) -> str:
 
 def _is_spread(tree: PyTree) -> bool:
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    return any(not isinstance(leaf, jax.core.Tracer) and not leaf.is_fully_addressable for leaf in arrays)
+    return any(not _jax.is_tracer(leaf) and not leaf.is_fully_addressable for leaf in arrays)
 
 
 def _short(value: Any) -> str:

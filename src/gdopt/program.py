@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import threading
+import weakref
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _jaxpr, _trees
+from gdopt import _fingerprint, _jax, _replay, _trees
 from gdopt._types import PyTree
 
 _PROGRAMS = 128  # compiled programs kept, the least recently used go first
@@ -32,7 +33,7 @@ class Traced(NamedTuple):
     constants: list[Any]
     out: PyTree  # the shapes of what it returns
     identity: Hashable | None  # equal only for traces that are, up to the constants' values; None: it cannot be told
-    jaxpr: Any
+    jaxpr: Any  # None where JAX's traces cannot be read
 
 
 def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False) -> Traced:
@@ -45,21 +46,34 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     tells them apart, too. These are functions, made anew at each trace but where an inner jit keeps its own, so traces
     that are equal may have different identities.
     """
-    closed, out = _jaxpr.trace(function, *args)
-    treedef, jaxpr, count = jax.tree.structure(out), closed.jaxpr, len(closed.consts)
+    if not _fingerprint.is_reliable():
+        return _untraced(function, *args)
+    closed, out = _replay.trace(function, *args)
+    mode = _replay.Mode.LOSS if rules else _replay.Mode.FINAL
+    kept = _fingerprint.copy(closed, mode)
+    treedef, jaxpr, count = jax.tree.structure(out), kept.jaxpr, len(_jax.consts(closed))
+    nested = count + len(kept.arrays)
 
     def replay(constants: Sequence, *args: PyTree) -> PyTree:
-        numbers = iter(constants[count:]) if lift else None
-        leaves = jax.tree.leaves(args)
-        found = _jaxpr.evaluate(jaxpr, constants[:count], leaves, numbers, rules)
+        numbers = iter(constants[nested:]) if lift else None
+        run = _replay.Replay(mode, constants[count:nested], numbers)
+        found = run(jaxpr, [*constants[:count], *jax.tree.leaves(args)])
         # What depends on no argument may be a number that was written into the trace.
         pairs = zip(found, jax.tree.leaves(out), strict=True)
         return treedef.unflatten(x if isinstance(x, jax.Array) else jnp.asarray(x, of.dtype) for x, of in pairs)
 
-    constants = [jnp.asarray(constant) for constant in closed.consts]
-    numbers = list(map(_jaxpr.number, _jaxpr.numbers(jaxpr))) if lift else []
-    identity = None if closed.effects else _jaxpr.fingerprint(jaxpr, lift, rules)
+    constants = [jnp.asarray(constant) for constant in (*_jax.consts(closed), *kept.arrays)]
+    numbers = list(map(_replay.number, _replay.numbers(jaxpr))) if lift else []
+    identity = None if kept.effects else _fingerprint.fingerprint(jaxpr, lifted=lift, rules=rules)
+    identity = identity and (identity, count, len(numbers))
     return Traced(replay, constants + numbers, out, identity, jaxpr)
+
+
+def _untraced(function: Callable, *args: PyTree) -> Traced:
+    """The function itself in place of its trace; the values of an outer trace that it closes over are its constants."""
+    made, constants = jax.closure_convert(lambda *args: function(*args), *args)
+    out = jax.eval_shape(lambda *args: function(*args), *args)
+    return Traced(lambda constants, *args: made(*args, *constants), constants, out, None, None)
 
 
 class Shared(NamedTuple):
@@ -68,12 +82,7 @@ class Shared(NamedTuple):
     run: Callable[..., PyTree]  # (constants, *args) -> what the function returns
     constants: list[Any]  # that it closes over
     out: PyTree  # the shapes of what it returns
-    shareable: bool
-
-    @property
-    def closed(self) -> bool:
-        """Whether all that it depends on are its arguments."""
-        return self.shareable and not self.constants
+    closed: bool  # whether all that it depends on are its arguments
 
     def call(self, *args: PyTree) -> PyTree:
         """What the function returns."""
@@ -86,30 +95,48 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     The function is traced now. What comes back is called with arguments of the same structure, shapes and dtypes. With
     ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
     """
-    closed, out = _jaxpr.trace(function, *args)
-    treedef = jax.tree.structure(out)
+    if not _fingerprint.is_reliable():
+        return _unshared(function, *args, donate_first=donate_first)
+    closed, out = _replay.trace(function, *args)
+    # What is being traced becomes part of the caller's program, which may outlive this call: it keeps its callbacks.
+    kept = _fingerprint.copy(closed, _replay.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
+    treedef, count = jax.tree.structure(out), len(_jax.consts(closed))
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
-    program = _Program(_jaxpr.fingerprint(closed.jaxpr), closed.jaxpr, donated)
-    shareable = program.fingerprint is not None and not closed.effects
-    run = _executable(program) if shareable else _executable.__wrapped__(program)
-    constants = [jnp.asarray(constant) for constant in closed.consts]
+    identity = None if kept.effects else _fingerprint.fingerprint(kept.jaxpr)
+    program = _Program(identity, kept.jaxpr, count, donated, kept.callbacks)
+    executable = _executable(program) if identity is not None else _Executable(program)
+    if not executable.lease(program.callbacks):  # another run is using it, with callbacks of its own
+        executable = _Executable(program)
+        executable.lease(program.callbacks)
+    constants = [jnp.asarray(constant) for constant in (*_jax.consts(closed), *kept.arrays)]
 
     def call(constants: list, *args: PyTree) -> PyTree:
         leaves = jax.tree.leaves(args)
-        return jax.tree.unflatten(treedef, run(leaves[:donated], leaves[donated:], constants))
+        return jax.tree.unflatten(treedef, executable.run(leaves[:donated], leaves[donated:], constants))
 
-    return Shared(call, constants, out, shareable)
+    if program.callbacks:
+        weakref.finalize(call, executable.release)
+    is_closed = identity is not None and not constants and not program.callbacks
+    return Shared(call, constants, out, is_closed)
+
+
+def _unshared(function: Callable, *args: PyTree, donate_first: bool) -> Shared:
+    """``jit`` as it is."""
+    made, constants = jax.closure_convert(lambda *args: function(*args), *args)
+    out = jax.eval_shape(lambda *args: function(*args), *args)
+    run = jax.jit(lambda constants, *args: made(*args, *constants), donate_argnums=(1,) if donate_first else ())
+    return Shared(run, constants, out, closed=False)
 
 
 def text(function: Callable, *args: PyTree) -> str:
     """The function's trace, to be compared with that of another process or time."""
-    return _text(_jaxpr.trace(function, *args)[0].jaxpr)
+    return _text(_jax.opened(_replay.trace(function, *args)[0]))
 
 
 def digest(function: Callable, *args: PyTree) -> str:
     """A checksum of the trace and of the arrays that the function closes over."""
-    closed, _ = _jaxpr.trace(function, *args)
-    return f"{zlib.crc32(_text(closed.jaxpr).encode()):08x}{checksum(closed.consts)}"
+    closed, _ = _replay.trace(function, *args)
+    return f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(_jax.consts(closed))}"
 
 
 def _text(jaxpr: Any) -> str:
@@ -134,7 +161,7 @@ def is_traced(*trees: PyTree) -> bool:
     """Whether there is no computing with these values now, as jit, vmap or grad traces one of them or, as jit does,
     everything."""
     leaves = *jax.tree.leaves(trees), jnp.asarray(0.0)
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    return any(map(_jax.is_tracer, leaves))
 
 
 def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -> list:
@@ -148,7 +175,7 @@ def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -
     if identity is None or not _trees.is_plain(treedef):
         return []
     kinds = tuple(leaf.aval if isinstance(leaf, jax.Array) else _kind(leaf) for leaf in leaves)
-    return (_passing_place if passing else _place)((identity, treedef, kinds, _settings()))
+    return (_passing_place if passing else _place)((identity, treedef, kinds, _jax.settings()))
 
 
 @functools.lru_cache(maxsize=_PROGRAMS)
@@ -165,14 +192,6 @@ def _kind(number: Any) -> Hashable:
     return type(number), np.shape(number), np.result_type(number)
 
 
-_SETTINGS = tuple(name for name in jax.config.values if hasattr(jax.config, name))
-
-
-def _settings() -> tuple:
-    """All of them, as seen by this thread: which of them a trace depends on is JAX's own business."""
-    return *(getattr(jax.config, name) for name in _SETTINGS), jax.sharding.get_abstract_mesh()
-
-
 def clear() -> None:
     """Forgets all programs."""
     _executable.cache_clear()
@@ -182,16 +201,46 @@ def clear() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """Compared by its fingerprint. It keeps the jaxpr, not its constants: those would keep the first data set alive."""
+    """Compared by its fingerprint. It keeps the copy of a trace, of which the caller's arrays were taken out."""
 
     fingerprint: Hashable
     jaxpr: Any = dataclasses.field(compare=False)
+    constants: int  # arguments that stand for the trace's own arrays, others than those that its nested traces held
     donated: int
+    callbacks: list[Callable] = dataclasses.field(compare=False)  # which the trace looks up here
+
+
+class _Executable:
+    """A compiled program. One run at a time may use it if it calls functions on the host, which are the run's own."""
+
+    def __init__(self, program: _Program):
+        def run(donated: list, arguments: list, constants: list) -> list:
+            own, nested = constants[: program.constants], constants[program.constants :]
+            return _replay.Replay(_replay.Mode.PROGRAM, nested)(program.jaxpr, [*own, *donated, *arguments])
+
+        self.run = jax.jit(run, donate_argnums=0)
+        self._table = program.callbacks
+        self._is_free = threading.Lock()
+
+    def lease(self, callbacks: list[Callable]) -> bool:
+        """Bring the functions that the program is to call; False while another run uses it."""
+        if not callbacks:
+            return True
+        if not self._is_free.acquire(blocking=False):
+            return False
+        self._table[:] = list(callbacks)
+        return True
+
+    def release(self) -> None:
+        """Let go of the functions."""
+        self._table[:] = [_no_callback] * len(self._table)
+        self._is_free.release()
+
+
+def _no_callback(*_: Any, **__: Any) -> None:
+    """Called by a program whose run is over."""
 
 
 @functools.lru_cache(maxsize=_PROGRAMS)
-def _executable(program: _Program) -> Callable:
-    def run(donated: list, arguments: list, constants: list) -> list:
-        return _jaxpr.call(program.jaxpr, constants, *donated, *arguments)
-
-    return jax.jit(run, donate_argnums=0)
+def _executable(program: _Program) -> _Executable:
+    return _Executable(program)

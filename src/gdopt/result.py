@@ -6,10 +6,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import numpy as np
 
-from gdopt import _trees
+from gdopt import _jax, _trees
 from gdopt._types import PyTree
 from gdopt.errors import GdoptError, NotConvergedError
 from gdopt.stopping import Status
@@ -191,7 +190,7 @@ class Result:
             >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.4).raise_for_status().success
             True
         """
-        if isinstance(self.success, jax.core.Tracer):
+        if _jax.is_tracer(self.success):
             raise GdoptError("raise_for_status was called inside jit, vmap or grad: nothing can be raised there yet.")
         if np.all(self.success):
             return self

@@ -6,13 +6,12 @@ import math
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gdopt import _trees
+from gdopt import _jax, _trees
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -182,7 +181,7 @@ def placed(trees: dict[str, PyTree]) -> tuple[dict[str, PyTree], Layout | None]:
 
 def _mesh(leaf: Any) -> Mesh | None:
     """The mesh of many devices that an array is on."""
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+    if not isinstance(leaf, jax.Array) or _jax.is_tracer(leaf):
         return None
     sharding = leaf.sharding
     return cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None

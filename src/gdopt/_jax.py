@@ -1,0 +1,100 @@
+"""The parts of JAX that are not public API. No other module touches one, and this one imports nothing of ``jax._src``.
+
+The tests run on JAX 0.9.2, 0.10.2 and 0.12.0.1. If a part is missing or has changed on another release, `_fingerprint`
+finds that out before the first program is shared, and then no program is: slower, never wrong.
+
+Part: what it is for; since which JAX; what replaces it.
+
+- ``ClosedJaxpr.jaxpr``, ``.consts``, ``.effects``: the arrays that a trace holds; always, and since 0.11 one class with
+  ``Jaxpr``; ``getattr(x, "jaxpr", x)`` does without the first.
+- ``Jaxpr.constvars``, ``.invars``, ``.outvars``, ``.eqns``, ``.replace``: to compare, replay and copy a trace; always;
+  nothing.
+- ``JaxprEqn.primitive``, ``.params``, ``.invars``, ``.outvars``, ``.effects``, ``.replace``: likewise.
+- ``JaxprEqn.ctx.manager``: the settings that an operation was traced under (``enable_x64``, a mesh); 0.4.36; nothing.
+- ``JaxprEqn.source_info``: the user's line in `diagnose`; always; no line is shown without it.
+- ``Primitive.name``, ``.multiple_results``, ``.bind``, ``.get_bind_params``: to replay an operation; always; nothing.
+- ``Literal(val, aval)``, ``Var.aval``, ``ShapedArray.weak_type``: the numbers in a trace; always; nothing.
+- names of operations and of their parameters (in `_replay` and `_fingerprint`); one that is unknown is left as it is.
+- ``jax.core.Tracer``: is somebody tracing? always; nothing.
+- ``jax.config.values``: programs are told apart by all settings; always; a list of names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.core
+
+
+@functools.cache
+def _classes() -> tuple[tuple[type, ...], type]:
+    """Those of traces, and that of literals.
+
+    A trace itself tells them: `jax.extend.core`, which has names for them, takes 20 ms to import and changes the names.
+    """
+    closed: Any = jax.make_jaxpr(lambda: 1.0)()
+    return (type(closed), type(opened(closed))), type(opened(closed).outvars[0])
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Tell whether it is a trace, with its arrays or without."""
+    return isinstance(value, _classes()[0])
+
+
+def is_literal(atom: Any) -> bool:
+    """Tell whether an operand is a value that is written into the trace."""
+    return isinstance(atom, _classes()[1])
+
+
+def is_tracer(value: Any) -> bool:
+    """Tell whether JAX is tracing the value, so that it has no number yet."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def opened(closed: Any) -> Any:
+    """The trace itself, of which ``constvars`` stand for what `consts` holds."""
+    return getattr(closed, "jaxpr", closed)
+
+
+def consts(closed: Any) -> list[Any]:
+    """The arrays that a trace holds; none for one whose arrays are passed to it."""
+    return list(getattr(closed, "consts", ()))
+
+
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """The traces among the parameters of an operation, such as the body of a loop."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if is_jaxpr(item):
+                yield item
+
+
+def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The outputs of an operation of a trace for these inputs."""
+    with eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def lines(eqn: Any) -> list[tuple[str, int, str]]:
+    """File, line and function that an operation was traced from, innermost first; nothing if JAX does not tell."""
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    return [(frame.file_name, frame.line_num, frame.function_name) for frame in getattr(traceback, "frames", ())]
+
+
+def is_backward(eqn: Any) -> bool:
+    """Tell whether reverse-mode differentiation added the operation."""
+    return "transpose" in str(getattr(getattr(eqn, "source_info", None), "name_stack", ""))
+
+
+@functools.cache
+def _setting_names() -> tuple[str, ...]:
+    return tuple(name for name in jax.config.values if hasattr(jax.config, name))
+
+
+def settings() -> tuple[Any, ...]:
+    """All settings as this thread sees them: which of them a trace depends on is JAX's own business."""
+    return *(getattr(jax.config, name) for name in _setting_names()), jax.sharding.get_abstract_mesh()
