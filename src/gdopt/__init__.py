@@ -3,9 +3,10 @@
 from importlib.metadata import version
 
 from gdopt import plot, schedules
+from gdopt._gd_step import gd_step
 from gdopt.checkpoint import Checkpoint
 from gdopt.diagnosis import Diagnosis, diagnose
-from gdopt.driver import clear_cache, gd_step, minimize
+from gdopt.driver import clear_cache, minimize
 from gdopt.errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt.lr_finder import lr_find
 from gdopt.optimizers import gd, spectral

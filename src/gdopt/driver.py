@@ -1,8 +1,7 @@
-"""``minimize``: check, compile, run, report. And the single vanilla step."""
+"""``minimize``: check, compile, run, report."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import time
@@ -19,8 +18,8 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.checkpoint import Checkpoint
 from gdopt.diagnosis import Evidence, make_evidence
 from gdopt.errors import InputError
-from gdopt.optimizers import check_learning_rate, gd
-from gdopt.problem import Problem, make_problem, value_and_grad
+from gdopt.optimizers import gd
+from gdopt.problem import Problem, make_problem
 from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
 from gdopt.result import History, RangeTest, Report, Result
@@ -373,47 +372,6 @@ def _inside(outcome: Any, task: Task) -> Result:
     )
 
 
-def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:
-    """The vanilla step ``x - learning_rate * grad f(x)``, jit-compiled.
-
-    Args:
-        loss: ``loss(params, *args)``, a real scalar. It is compiled once per function object, so define it outside of
-            your loop.
-        params: any pytree; float and complex leaves are updated in their own dtype, the rest is carried along.
-        learning_rate: a positive number. A new value compiles nothing.
-        *args: further arguments of the loss, pytrees of arrays.
-
-    Returns:
-        The new params, and the loss of the *old* ones.
-
-    Raises:
-        InputError: for integer or empty params, a loss that is no scalar, a rate that is not positive and finite.
-
-    Example:
-        >>> import gdopt
-        >>> params = 1.0
-        >>> for _ in range(3):
-        ...     params, value = gdopt.gd_step(lambda x: x**2, params, 0.25)
-        >>> float(params), float(value)
-        (0.125, 0.0625)
-    """
-    if callable(learning_rate):
-        raise InputError(f"learning_rate={learning_rate!r} is a schedule: pass its value for this step.")
-    rate = check_learning_rate(learning_rate)
-    problem = make_problem(loss, params)
-    new, value = _gd_step(loss, problem.rest, problem.params, rate, args)
-    return problem.rest.combine(new), value
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gd_step(
-    loss: Loss, rest: _trees.Rest, params: PyTree, learning_rate: Any, args: tuple
-) -> tuple[PyTree, jax.Array]:
-    (value, _), grad = value_and_grad(Problem(loss, params, rest).value)(params, *args)
-    new = jax.tree.map(lambda x, g: (x - learning_rate * g).astype(x.dtype), params, grad)
-    return new, value
-
-
 def clear_cache() -> None:
     """Forgets all compiled programs, which frees their memory; the next call compiles again.
 
@@ -424,7 +382,6 @@ def clear_cache() -> None:
         >>> gdopt.clear_cache()
     """
     program.clear()
-    cast(Any, _gd_step).clear_cache()
 
 
 def _distance(params: PyTree, start: PyTree) -> float:

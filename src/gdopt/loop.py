@@ -148,10 +148,6 @@ def compile(
             "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
         )
 
-    def differentiated() -> program.Traced:
-        both = value_and_grad(lambda params, constants, *given: value.replay(constants, params, *given))
-        return program.trace(both, start, value.constants, batch, args, one_key)
-
     schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
     epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
@@ -166,7 +162,7 @@ def compile(
     # A trace of the loss tells its gradient, too; but where it has new derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
     if not seen:
-        loss = differentiated()
+        loss = program.with_gradient(value, task.value, start, batch, args, one_key)
         kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
         if not kept:
             made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)

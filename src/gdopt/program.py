@@ -22,6 +22,7 @@ import numpy as np
 
 from gdopt import _fingerprint, _jax, _replay, _trees
 from gdopt._types import PyTree
+from gdopt.problem import value_and_grad
 
 _PROGRAMS = 128  # compiled programs kept, the least recently used go first
 
@@ -74,6 +75,17 @@ def _untraced(function: Callable, *args: PyTree) -> Traced:
     made, constants = jax.closure_convert(lambda *args: function(*args), *args)
     out = jax.eval_shape(lambda *args: function(*args), *args)
     return Traced(lambda constants, *args: made(*args, *constants), constants, out, None, None)
+
+
+def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyTree) -> Traced:
+    """((loss, aux), gradient) at ``(params, constants, *given)`` of a function that was traced with ``rules``."""
+    both = value_and_grad(lambda params, constants, *given: value.replay(constants, params, *given))
+    try:
+        return trace(both, params, value.constants, *given)
+    except jax.errors.UnexpectedTracerError:
+        # A derivative rule closes over a value that the function computes: JAX differentiates it only as it is called.
+        both = value_and_grad(lambda params, _, *given: function(params, *given))
+        return trace(both, params, value.constants, *given)
 
 
 class Shared(NamedTuple):

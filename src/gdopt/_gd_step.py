@@ -1,0 +1,64 @@
+"""The single vanilla step."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from gdopt import program
+from gdopt._types import Loss, PyTree, Scalar
+from gdopt.errors import InputError
+from gdopt.optimizers import check_learning_rate
+from gdopt.problem import make_problem
+
+
+def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:
+    """The vanilla step ``x - learning_rate * grad f(x)``, jit-compiled.
+
+    Args:
+        loss: ``loss(params, *args)``, a real scalar. It is traced at each call, so a change of what it reads is seen,
+            and compiled once for all that trace alike.
+        params: any pytree; float and complex leaves are updated in their own dtype, the rest is carried along.
+        learning_rate: a positive number. A new value compiles nothing.
+        *args: further arguments of the loss, pytrees of arrays.
+
+    Returns:
+        The new params, and the loss of the *old* ones.
+
+    Raises:
+        InputError: for integer or empty params, a loss that is no scalar, a rate that is not positive and finite.
+
+    Example:
+        >>> import gdopt
+        >>> params = 1.0
+        >>> for _ in range(3):
+        ...     params, value = gdopt.gd_step(lambda x: x**2, params, 0.25)
+        >>> float(params), float(value)
+        (0.125, 0.0625)
+    """
+    if callable(learning_rate):
+        raise InputError(f"learning_rate={learning_rate!r} is a schedule: pass its value for this step.")
+    rate = check_learning_rate(learning_rate)
+    problem = make_problem(loss, params)
+
+    def vanilla(traced: program.Traced, constants: list, params: PyTree, rate: Any, args: tuple) -> tuple:
+        (value, _), grad = traced.replay(traced.constants, params, constants, *args)
+        return jax.tree.map(lambda x, g: (x - rate * g).astype(x.dtype), params, grad), value
+
+    value = program.trace(problem.value, problem.params, *args, rules=True)
+    given = value.constants, problem.params, rate, args
+    if program.is_traced(given):  # it becomes a part of the caller's program
+        new, loss_before = vanilla(program.with_gradient(value, problem.value, problem.params, *args), *given)
+        return problem.rest.combine(new), loss_before
+    place = program.place_for(value.identity and (gd_step, value.identity), given, passing=True)
+    if not place:
+        traced = program.with_gradient(value, problem.value, problem.params, *args)
+        shared = program.share(functools.partial(vanilla, traced), *given)
+        if not shared.closed:
+            new, loss_before = shared.call(*given)
+            return problem.rest.combine(new), loss_before
+        place.append(shared)
+    new, loss_before = place[0].call(*given)
+    return problem.rest.combine(new), loss_before
