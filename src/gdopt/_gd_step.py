@@ -50,11 +50,12 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
     value = program.trace(problem.value, problem.params, *args, rules=True)
     given = value.constants, problem.params, rate, args
     if program.is_traced(given):  # it becomes a part of the caller's program
-        new, loss_before = vanilla(program.with_gradient(value, problem.value, problem.params, *args), *given)
+        traced, _ = program.with_gradient(value, problem.value, problem.params, *args)
+        new, loss_before = vanilla(traced, *given)
         return problem.rest.combine(new), loss_before
     place = program.place_for(value.identity and (gd_step, value.identity), given, passing=True)
     if not place:
-        traced = program.with_gradient(value, problem.value, problem.params, *args)
+        traced, _ = program.with_gradient(value, problem.value, problem.params, *args)
         shared = program.share(functools.partial(vanilla, traced), *given)
         if not shared.closed:
             new, loss_before = shared.call(*given)

@@ -72,6 +72,14 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield item
 
 
+def calls(closed: Any, name: str) -> bool:
+    """Tell whether an operation of this name is in a trace, however deep."""
+    return any(
+        eqn.primitive.name == name or any(calls(inner, name) for inner in inner_jaxprs(eqn.params))
+        for eqn in opened(closed).eqns
+    )
+
+
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """The outputs of an operation of a trace for these inputs."""
     with eqn.ctx.manager:

@@ -7,6 +7,7 @@ the start, the rate and the number of steps, and nothing of the way is kept in m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
-from gdopt import _trees
+from gdopt import _fingerprint, _jax, _replay, _trees
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -38,7 +39,6 @@ def differentiable(
     def solution(*inputs: Any) -> Any:
         return solve(*inputs)
 
-    @solution.defjvp
     def derivative(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         if not defined:
             raise InputError(
@@ -47,44 +47,104 @@ def differentiable(
                 "run, or put jax.lax.stop_gradient around what comes back."
             )
         out = solution(*primals)
-        params_dot, loss_dot, aux_dot = _compiled(moves)(out.params, out.success, known(*primals), known(*tangents))
+        given, treedef = jax.tree.flatten(known(*primals))
+        ways = jax.tree.leaves(known(*tangents))
+        moving = [number for number, way in enumerate(ways) if not _is_zero(way)]
+
+        def filled(some: list) -> tuple:
+            """What the loss depends on, with others in place of what moves."""
+            leaves = list(given)
+            for number, leaf in zip(moving, some, strict=True):
+                leaves[number] = leaf
+            return treedef.unflatten(leaves)
+
+        # jit, which outside of another one spares compiling each operation.
+        moved = jax.jit(functools.partial(moves, filled))
+        params_dot, loss_dot, aux_dot = moved(
+            out.params, out.success, [given[number] for number in moving], [ways[number] for number in moving]
+        )
         still = jax.tree.map(_zero_tangent, out)
         aux_dot = jax.tree.map(lambda zero, moved: zero if moved is None else moved, still.aux, aux_dot)
         return out, still._replace(params=params_dot, loss=loss_dot.astype(out.loss.dtype), aux=aux_dot)
 
-    def moves(params: PyTree, success: jax.Array, given: tuple, moved: tuple) -> tuple[PyTree, PyTree, PyTree]:
-        """The tangents of params, loss and aux where what the loss depends on is ``given`` and ``moved``."""
+    def moves(
+        filled: Callable[[list], tuple], params: PyTree, success: jax.Array, some: list, ways: list
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """The tangents of params, loss and aux where ``some`` of what the loss depends on moves along ``ways``."""
         real, back = _as_real(params)
 
-        def gradient(real: PyTree, *given: Any) -> PyTree:
+        def gradient(real: PyTree, some: list) -> PyTree:
+            given = filled(some)
             return jax.grad(lambda real: value(back(real), *given)[0])(real)
 
-        _, right = jax.jvp(lambda *given: gradient(real, *given), given, moved)
-        way = _solved(lambda x: jax.jvp(lambda real: gradient(real, *given), (real,), (x,))[1], right)
+        right = _tangents(lambda some: gradient(real, some), some, ways)
+        way = _solved(lambda x: _hessian_times(lambda real: gradient(real, some), real, x), right)
         sign = jnp.where(success, -1.0, jnp.nan)  # a factor, as it is to be seen from behind, too
         way = jax.tree.map(lambda leaf: (sign * leaf).astype(leaf.dtype), way)
         params_dot = jax.jvp(back, (real,), (way,))[1]
-        _, (loss_dot, aux_dot) = jax.jvp(value, (params, *given), (params_dot, *moved))
-        return params_dot, loss_dot, jax.tree.map(lambda leaf: None if _is_float0(leaf) else leaf, aux_dot)
+        loss_dot, aux_dot = _tangents(lambda at: value(at[0], *filled(at[1])), (params, some), (params_dot, ways))
+        return params_dot, loss_dot, jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
 
+    # Constants of the loss do not move, so a function of custom_vjp may close over them.
+    solution.defjvp(derivative, symbolic_zeros=True)
     return solution
 
 
-def _compiled(function: Callable) -> Callable:
-    """``jit``, which outside of another one saves compiling each operation; tangents of integers cannot be passed."""
+def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
+    """The tangents of what a function returns where its argument moves along a way.
 
-    def call(*args: PyTree) -> PyTree:
-        leaves, treedef = jax.tree.flatten(args)
-        given = [None if _is_float0(leaf) else leaf for leaf in leaves]
+    A function of `jax.custom_vjp` within it has no rule for forward mode. Then reverse mode gives them, one entry of
+    the output after the other; but derivatives of them in reverse mode take a single pass.
+    """
+    closed, out = _replay.trace(function, x)
+    if _has_rules_for_reverse_alone(closed):
+        return _tangents_by_reverse(closed, out, x, way)
+    return jax.jvp(function, (x,), (way,))[1]
 
-        @jax.jit
-        def compiled(given: list) -> PyTree:
-            filled = [old if new is None else new for old, new in zip(leaves, given, strict=True)]
-            return function(*treedef.unflatten(filled))
 
-        return compiled(given)
+def _tangents_by_reverse(closed: Any, out: PyTree, x: PyTree, way: PyTree) -> PyTree:
+    shapes, treedef = jax.tree.flatten(out)
+    inexact = [number for number, leaf in enumerate(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    zeros = [jnp.zeros(shapes[number].shape, shapes[number].dtype) for number in inexact]
 
-    return call
+    # Both ways are called later, in other traces, so what the function closes over is an argument of theirs.
+    def backward(given: tuple[list, PyTree], cotangents: list) -> PyTree:
+        constants, x = given
+
+        def outputs(x: PyTree) -> list:
+            leaves = _replay.Replay(_replay.Mode.LOSS)(closed, jax.tree.leaves(x), constants)
+            return [leaves[number] for number in inexact]
+
+        return jax.vjp(outputs, x)[1](cotangents)[0]
+
+    def forward(given: tuple[list, PyTree], way: PyTree) -> list:
+        def entry(number: int, at: jax.Array) -> jax.Array:
+            one = zeros[number].reshape(-1).at[at].set(1).reshape(zeros[number].shape)
+            row = backward(given, [*zeros[:number], one, *zeros[number + 1 :]])
+            products = jax.tree.map(lambda a, b: jnp.sum(a * b), row, way)
+            total = sum(jax.tree.leaves(products), jnp.zeros((), one.dtype))
+            return (total if jnp.iscomplexobj(one) else jnp.real(total)).astype(one.dtype)
+
+        rows = [functools.partial(entry, number) for number in range(len(zeros))]
+        return [lax.map(row, jnp.arange(zero.size)).reshape(zero.shape) for row, zero in zip(rows, zeros, strict=True)]
+
+    tangents: list[Any] = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in shapes]
+    found = jax.custom_derivatives.linear_call(forward, backward, (_jax.consts(closed), x), way)
+    for number, tangent in zip(inexact, found, strict=True):
+        tangents[number] = tangent
+    return treedef.unflatten(tangents)
+
+
+def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
+    """The derivative of a gradient along a way."""
+    if _has_rules_for_reverse_alone(_replay.trace(gradient, x)[0]):
+        return jax.vjp(gradient, x)[1](way)[0]  # the Hessian is symmetric
+    return jax.jvp(gradient, (x,), (way,))[1]
+
+
+def _has_rules_for_reverse_alone(closed: Any) -> bool:
+    """Tell whether forward mode would fail in a trace, which JAX says only as it compiles."""
+    return _fingerprint.is_reliable() and _jax.calls(closed, "custom_vjp_call")
 
 
 def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree) -> PyTree:
@@ -130,8 +190,10 @@ def _as_real(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     return jax.tree.map(split, params), lambda real: jax.tree.map(join, dtypes, real)
 
 
-def _is_float0(leaf: Any) -> bool:
-    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+def _is_zero(tangent: Any) -> bool:
+    """Tell whether it is zero for certain: of an integer, or of what nothing is differentiated by."""
+    is_symbolic = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return is_symbolic or getattr(tangent, "dtype", None) == jax.dtypes.float0
 
 
 def _zero_tangent(leaf: Any) -> Any:

@@ -162,7 +162,7 @@ def compile(
     # A trace of the loss tells its gradient, too; but where it has new derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
     if not seen:
-        loss = program.with_gradient(value, task.value, start, batch, args, one_key)
+        loss, value = program.with_gradient(value, task.value, start, batch, args, one_key)
         kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
         if not kept:
             made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)

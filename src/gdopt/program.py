@@ -77,15 +77,25 @@ def _untraced(function: Callable, *args: PyTree) -> Traced:
     return Traced(lambda constants, *args: made(*args, *constants), constants, out, None, None)
 
 
-def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyTree) -> Traced:
-    """((loss, aux), gradient) at ``(params, constants, *given)`` of a function that was traced with ``rules``."""
-    both = value_and_grad(lambda params, constants, *given: value.replay(constants, params, *given))
-    try:
-        return trace(both, params, value.constants, *given)
-    except jax.errors.UnexpectedTracerError:
-        # A derivative rule closes over a value that the function computes: JAX differentiates it only as it is called.
-        both = value_and_grad(lambda params, _, *given: function(params, *given))
-        return trace(both, params, value.constants, *given)
+def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyTree) -> tuple[Traced, Traced]:
+    """((loss, aux), gradient) at ``(params, constants, *given)`` of a function that was traced with ``rules``.
+
+    And the trace of the function that may be differentiated again: it calls the function itself if a derivative rule
+    closes over a value that the function computes, which JAX differentiates only as it is called.
+    """
+    for replayed in (value, value._replace(replay=lambda _, *args: function(*args), identity=None)):
+        replay = replayed.replay
+        both = value_and_grad(lambda params, constants, *given, replay=replay: replay(constants, params, *given))
+        try:
+            traced = trace(both, params, value.constants, *given)
+        except jax.errors.UnexpectedTracerError:
+            if replayed is value:
+                continue
+            raise
+        # Of values that are being traced, the constants hold all that are alive.
+        if not any(map(_jax.is_tracer, traced.constants)):
+            break
+    return traced, replayed
 
 
 class Shared(NamedTuple):
