@@ -3,6 +3,7 @@ again), or inside of somebody's ``jit``, ``vmap`` or ``grad`` as ``whole`` (all 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
 from gdopt.rule import Rule, evaluation_params, extra_arguments, inject, owned_rate, search
-from gdopt.sharding import Layout, placed
+from gdopt.sharding import Layout, explicit_mesh, placed
 from gdopt.stopping import RUNNING, Epoch, Evaluation, Limits, Watch
 from gdopt.task import Task
 
@@ -116,7 +117,26 @@ class Whole(NamedTuple):
     constants: list[Any]  # that the optimizer closes over
 
 
-def compile(
+def compile(task: Task, *args: Any, **options: Any) -> tuple[Compiled | Whole, Inputs]:
+    """Traces the loss once and shares the compiled loop with every equal problem; it is to be given these inputs.
+
+    On a mesh with Explicit axes the loss is traced as on one with Auto axes, where it need not say how to split each
+    operation. If that fails, as in a `shard_map` over that mesh, it is traced as it is.
+    """
+    try:
+        return _compile(task, *args, **options)
+    except InputError:
+        raise
+    except Exception:
+        mesh = explicit_mesh(task.problem.params, task.data, task.args)
+        if mesh is None:
+            raise
+        with contextlib.suppress(Exception):
+            return _compile(task._replace(explicit=mesh), *args, **options)
+        raise
+
+
+def _compile(
     task: Task,
     rule: Rule,
     rate: Any,
@@ -127,7 +147,7 @@ def compile(
     keep_best: bool = True,
     has_target: bool = False,
 ) -> tuple[Compiled | Whole, Inputs]:
-    """Traces the loss once and shares the compiled loop with every equal problem; it is to be given these inputs.
+    """``compile`` as the task has it.
 
     Where one of them is being traced by jit, vmap or grad, so is all of the loop.
 
@@ -151,7 +171,8 @@ def compile(
     schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
     epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
-    inputs, layout = _placed(Inputs(start, data, args, key, rate, limits, value.constants, numbers, epoch))
+    inputs = Inputs(start, data, args, key, rate, limits, value.constants, numbers, epoch)
+    inputs, layout = _placed(inputs, constants_stay=task.explicit is not None)
     inside = program.is_traced(inputs)
     if inside and trial:
         raise InputError(_TRIAL_INSIDE)
@@ -263,11 +284,12 @@ def _differentiable(made: Compiled | Whole, value: program.Traced, noisy: bool) 
     return made._replace(solve=differentiable(made.solve, of, known, defined=not noisy))
 
 
-def _placed(inputs: Inputs) -> tuple[Inputs, Layout | None]:
+def _placed(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
     """The inputs on the devices that some of them are on."""
     names = {"start": "params", "data": "data", "args": "args", "constants": "what the loss closes over"}
     names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
-    trees, layout = placed({name: getattr(inputs, field) for field, name in names.items()})
+    stay = {names["constants"]} if constants_stay else ()
+    trees, layout = placed({name: getattr(inputs, field) for field, name in names.items()}, stay)
     return inputs._replace(**{field: trees[name] for field, name in names.items()}), layout
 
 

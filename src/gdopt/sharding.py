@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -106,6 +108,35 @@ def _auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+def explicit_mesh(*trees: PyTree) -> Mesh | None:
+    """The mesh with Explicit axes that some arrays are on."""
+    meshes = [mesh for leaf in jax.tree.leaves(trees) if (mesh := _mesh(leaf)) is not None]
+    return next((mesh for mesh in meshes if _auto(mesh) is not mesh), None)
+
+
+def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
+    """The function called with its arrays as Explicit ones, split over the mesh as those ``given`` are.
+
+    The loop around it works on Auto ones. The structure of what is passed must be that of what is given.
+    """
+
+    def spec(leaf: Any) -> PartitionSpec:
+        sharding = getattr(leaf, "sharding", None)
+        return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+    def call(*args: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(args)
+        wanted = tuple(map(spec, jax.tree.leaves(given)))
+        wanted += (PartitionSpec(),) * (len(leaves) - len(wanted))  # a key that is drawn, not given
+        with jax.sharding.use_abstract_mesh(_auto(mesh).abstract_mesh):
+            inside = jax.sharding.explicit_axes(
+                lambda *leaves: function(*treedef.unflatten(leaves)), axes=mesh.axis_names, in_sharding=wanted
+            )
+            return inside(*leaves)
+
+    return call
+
+
 class Layout(NamedTuple):
     """Where the arrays of a run are, as a part of what its program is known by."""
 
@@ -147,10 +178,11 @@ class Layout(NamedTuple):
         return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, place), tree)
 
 
-def placed(trees: dict[str, PyTree]) -> tuple[dict[str, PyTree], Layout | None]:
+def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[str, PyTree], Layout | None]:
     """All of these on the mesh that some of them are on, copied to each device where they are on none.
 
-    Raises InputError where they are on two meshes; the names are for its message.
+    Those of the names ``kept`` stay on Explicit axes, if they are. Raises InputError where they are on two meshes; the
+    names are for its message, too.
     """
     if not any(map(_mesh, jax.tree.leaves(trees))):
         return trees, None
@@ -165,26 +197,29 @@ def placed(trees: dict[str, PyTree]) -> tuple[dict[str, PyTree], Layout | None]:
             )
     auto_mesh = _auto(mesh)
 
-    def put(leaf: Any) -> Any:
+    def put(leaf: Any, stays: bool) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             return leaf
         given: Any = _mesh(leaf)
+        if given is not None and stays:
+            return leaf
         if given is not None:
             auto = _auto(given)
             return leaf if auto is given else jax.device_put(leaf, NamedSharding(auto, cast(Any, leaf).sharding.spec))
         return _put(leaf, NamedSharding(auto_mesh, PartitionSpec()))
 
-    trees = {root: jax.tree.map(put, tree) for root, tree in trees.items()}
+    trees = {root: jax.tree.map(functools.partial(put, stays=root in kept), tree) for root, tree in trees.items()}
     params = tuple((path, x.shape, x.sharding) for path, x in jax.tree_util.tree_leaves_with_path(trees["params"]))
     return trees, Layout(auto_mesh, params, tuple(leaf.sharding for leaf in jax.tree.leaves(trees["data"])))
 
 
 def _mesh(leaf: Any) -> Mesh | None:
-    """The mesh of many devices that an array is on."""
+    """The mesh that an array is on; an Auto one of a single device is none."""
     if not isinstance(leaf, jax.Array) or _jax.is_tracer(leaf):
         return None
     sharding = leaf.sharding
-    return cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    mesh = cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) else None
+    return mesh if mesh is not None and (mesh.size > 1 or _auto(mesh) is not mesh) else None
 
 
 def check_batch_size(data: PyTree, batch_size: int) -> None:

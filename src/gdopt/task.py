@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gdopt import _trees
 from gdopt._checks import fault, refuse_no_arrays
@@ -15,7 +16,7 @@ from gdopt._types import PyTree
 from gdopt.data import Batches, Stream, check_data
 from gdopt.errors import InputError
 from gdopt.problem import Problem, check_start
-from gdopt.sharding import check_batch_size
+from gdopt.sharding import check_batch_size, explicitly
 
 
 class Task(NamedTuple):
@@ -29,6 +30,7 @@ class Task(NamedTuple):
     stream: Stream | None
     with_key: bool
     given_key: jax.Array | None
+    explicit: Mesh | None = None  # whose axes the loss sees as Explicit ones, as it was given its arrays
 
     @property
     def key(self) -> jax.Array:
@@ -54,6 +56,10 @@ class Task(NamedTuple):
 
     def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """(loss, aux) of all data or of a batch of them; the key only where the loss takes one."""
+        if self.explicit is not None:
+            given = self.problem.params, self.data, self.args, self.given_key
+            inside = self._replace(explicit=None).value
+            return explicitly(inside, self.explicit, given)(params, data, args, key)
         given = self.args_rest.combine(args)
         given = given if data is None else (data, *given)
         return self.problem.value(params, *given, **({"key": key} if self.with_key else {}))
