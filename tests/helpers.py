@@ -57,6 +57,15 @@ def count_compilations() -> Iterator[Compilations]:
         _counters[:] = [other for other in _counters if other is not counter]
 
 
+def evaluate(loss: Callable, *args: Any) -> tuple:
+    """Loss and gradient, traced, differentiated, replayed and shared as in ``minimize``, without its loop around."""
+    value = program.trace(loss, *args, rules=True)
+    both = jax.value_and_grad(lambda params, constants, *args: value.replay(constants, params, *args))
+    traced = program.trace(both, args[0], value.constants, *args[1:])
+    given = traced.constants, args[0], value.constants, *args[1:]
+    return program.share(traced.replay, *given).call(*given)
+
+
 def some_of(names: Iterable[str], usual: Container[str]) -> list[Any]:
     """All names as parameters of a test; the ones that are not usual are slow."""
     return [pytest.param(name, marks=[] if name in usual else pytest.mark.slow) for name in names]

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations, shared_traces, some_of
+from helpers import count_compilations, evaluate, shared_traces, some_of
 from hypothesis import given, settings
 from jax import lax
 from jax.extend import core
@@ -38,15 +38,6 @@ X = jnp.array([0.5, -1.0, 2.0])
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 FLAG = "jax_use_simplified_jaxpr_constants"  # arrays become literals; off by default, and may not stay for ever
 ARRAYS_ARE_LITERALS = bool(getattr(jax.config, FLAG, False))
-
-
-def evaluate(loss: Callable, *args: Any) -> tuple:
-    """Loss and gradient, traced, differentiated, replayed and shared as in ``minimize``, without its loop around."""
-    value = program.trace(loss, *args, rules=True)
-    both = jax.value_and_grad(lambda params, constants, *args: value.replay(constants, params, *args))
-    traced = program.trace(both, args[0], value.constants, *args[1:])
-    given = traced.constants, args[0], value.constants, *args[1:]
-    return program.share(traced.replay, *given).call(*given)
 
 
 def minimize(loss: Callable, params: Any = X, *, max_steps: int = 3, **options: Any) -> tuple:

@@ -77,9 +77,9 @@ class _Copier:
         self.effects: set = set()  # those of the callbacks
         self._numbers: dict[int, int] = {}
 
-    def copied(self, jaxpr: Any) -> Any:
-        """The trace itself where there is nothing to be replaced in it."""
-        eqns = [self._eqn(eqn) for eqn in jaxpr.eqns]
+    def copied(self, jaxpr: Any, replayed: bool = True) -> Any:
+        """The trace itself if there is nothing to be replaced in it; ``replayed``: a replay runs through it."""
+        eqns = [self._eqn(eqn, replayed) for eqn in jaxpr.eqns]
         outvars = list(map(_own_literal, jaxpr.outvars))
         if _same(eqns, jaxpr.eqns) and _same(outvars, jaxpr.outvars):
             return jaxpr
@@ -89,7 +89,7 @@ class _Copier:
         """A nested trace, with holes or copies in place of its arrays."""
         consts = [self._hole(array) if replayed else _own(array) for array in _jax.consts(closed)]
         jaxpr = _jax.opened(closed)
-        copied = self.copied(jaxpr)
+        copied = self.copied(jaxpr, replayed)
         if copied is jaxpr and not consts:
             return closed
         return closed.replace(jaxpr=copied, consts=consts) if consts else _with_body(closed, copied)
@@ -100,9 +100,9 @@ class _Copier:
             self.arrays.append(array)
         return Hole(self._numbers[id(array)])
 
-    def _eqn(self, eqn: Any) -> Any:
+    def _eqn(self, eqn: Any, replayed: bool) -> Any:
         invars = list(map(_own_literal, eqn.invars))
-        replayed = bool(bodies(eqn, self.mode))
+        replayed = replayed and bool(bodies(eqn, self.mode))
         params = {name: self._value(value, replayed) for name, value in eqn.params.items()}
         if self.slots and eqn.primitive.name in CALLBACKS and callable(params.get("callback")):
             params["callback"] = Slot(self.callbacks, len(self.callbacks))

@@ -72,9 +72,17 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
 
 def _untraced(function: Callable, *args: PyTree) -> Traced:
     """The function itself in place of its trace; the values of an outer trace that it closes over are its constants."""
-    made, constants = jax.closure_convert(lambda *args: function(*args), *args)
-    out = jax.eval_shape(lambda *args: function(*args), *args)
-    return Traced(lambda constants, *args: made(*args, *constants), constants, out, None, None)
+    made, out, constants = _converted(function, *args)
+    return Traced(made, constants, out, None, None)
+
+
+def _converted(function: Callable, *args: PyTree) -> tuple[Callable, PyTree, list[Any]]:
+    new = lambda *args: function(*args)
+    made, constants = jax.closure_convert(new, *args)  # takes out what may be differentiated by
+    count = len(constants)
+    closed, out = _replay.trace(function, *args)
+    others = [constant for constant in getattr(closed, "consts", ()) if _jax.is_tracer(constant)]
+    return lambda constants, *args: made(*args, *constants[:count]), out, [*constants, *others]
 
 
 def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyTree) -> tuple[Traced, Traced]:
@@ -144,10 +152,8 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
 
 def _unshared(function: Callable, *args: PyTree, donate_first: bool) -> Shared:
     """``jit`` as it is."""
-    made, constants = jax.closure_convert(lambda *args: function(*args), *args)
-    out = jax.eval_shape(lambda *args: function(*args), *args)
-    run = jax.jit(lambda constants, *args: made(*args, *constants), donate_argnums=(1,) if donate_first else ())
-    return Shared(run, constants, out, closed=False)
+    made, out, constants = _converted(function, *args)
+    return Shared(jax.jit(made, donate_argnums=(1,) if donate_first else ()), constants, out, closed=False)
 
 
 def text(function: Callable, *args: PyTree) -> str:
