@@ -43,6 +43,31 @@ def sharded(mesh: Mesh = MESH, start: Any = START, rows: Any = ROWS) -> tuple[An
     return gdopt.shard(start, mesh, largest="data"), gdopt.shard(rows, mesh, rows="data")
 
 
+@pytest.mark.parametrize("kind", AxisType)
+@pytest.mark.parametrize("devices", [8, 1])
+@pytest.mark.parametrize("how", ["args", "closed over", "data", "batches"])
+def test_losses_may_map_over_the_shards(how: str, devices: int, kind: Any) -> None:
+    if kind is AxisType.Manual:
+        pytest.skip("only within a shard_map")
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",), axis_types=(kind,))
+    rows = jax.device_put(ROWS[:, :3], NamedSharding(mesh, P("data")))
+    start = jax.device_put(jnp.zeros(3), NamedSharding(mesh, P()))
+    mean = lambda x, rows: jax.lax.pmean(jnp.mean((x[None] - rows) ** 2), "data")
+    mapped = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    call = {
+        "args": lambda **options: gdopt.minimize(mapped, start, args=(rows,), **options),
+        "closed over": lambda **options: gdopt.minimize(lambda x: mapped(x, rows), start, **options),
+        "data": lambda **options: gdopt.minimize(mapped, start, data=rows, **options),
+        "batches": lambda **options: gdopt.minimize(mapped, start, data=rows, batch_size=64, **options),
+    }[how]
+    expected = np.zeros(3)
+    for _ in range(3):
+        expected = expected - 0.3 * 2 / 3 * (expected - ROWS[:, :3].mean(0))
+    np.testing.assert_allclose(call(learning_rate=0.3, max_steps=3).params, expected, rtol=1e-4)
+    if how == "args":
+        np.testing.assert_allclose(call().params, ROWS[:, :3].mean(0), atol=1e-3)
+
+
 def shares(leaf: jax.Array) -> list[tuple[int, ...]]:
     return [part.data.shape for part in leaf.addressable_shards]
 

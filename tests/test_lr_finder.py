@@ -12,12 +12,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import count_compilations, shared_traces, some_of
-from jax.extend import core
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import scale
 
 import gdopt
-from gdopt import Status, schedules
+from gdopt import Status, _jax, schedules
 
 X, Y = load_breast_cancer(return_X_y=True)
 X, Y = scale(X).astype(np.float32), Y.astype(np.float32)
@@ -65,7 +64,7 @@ def test_runs_side_by_side_shuffle_once_an_epoch(monkeypatch: pytest.MonkeyPatch
     def sorts(jaxpr: Any, inside_cond: bool = False) -> list[bool]:
         found = [inside_cond for eqn in jaxpr.eqns if eqn.primitive.name == "sort"]
         for eqn in jaxpr.eqns:
-            for inner in core.jaxprs_in_params(eqn.params):
+            for inner in _jax.inner_jaxprs(eqn.params):
                 found += sorts(inner, inside_cond or eqn.primitive.name == "cond")
         return found
 

@@ -20,7 +20,6 @@ from typing import Any
 import equinox as eqx
 import hypothesis.strategies as st
 import jax
-import jax.core
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +28,10 @@ import pytest
 from helpers import count_compilations, evaluate, shared_traces, some_of
 from hypothesis import given, settings
 from jax import lax
-from jax.extend import core
+from jax.experimental.ode import odeint
 
 import gdopt
-from gdopt import loop, program, schedules
+from gdopt import _jax, _replay, loop, program, schedules
 
 X = jnp.array([0.5, -1.0, 2.0])
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
@@ -691,6 +690,100 @@ def test_new_numbers_and_new_data_compile_nothing(how: str) -> None:
 
 
 # name: makes the options of a call from a number. Other numbers, and objects made anew, are the same program.
+class Listener:
+    """Reads on the host."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def note(self, value: Any) -> None:
+        self.seen.append(float(value))
+
+    def answer(self, value: Any) -> np.float32:
+        self.note(value)
+        return np.float32(1)
+
+
+LISTENER = Listener()
+LARGE = jnp.arange(600.0)
+_of_large = jax.jit(lambda x: jnp.sum(x) * jnp.mean(LARGE) / 300)
+STEADY: dict[str, Callable] = {
+    "ode": lambda x: jnp.sum((odeint(lambda y, t, k: -k * y, x, jnp.linspace(0, 1, 3), 2.0)[-1] - 0.5) ** 2),
+    "debug.callback": lambda x: (jax.debug.callback(LISTENER.note, x[0]), jnp.sum(x**2))[1],
+    "ordered debug.callback": lambda x: (jax.debug.callback(LISTENER.note, x[0], ordered=True), jnp.sum(x**2))[1],
+    "debug.callback of a fresh lambda": lambda x: (jax.debug.callback(lambda v: LISTENER.note(v), x[0]), x @ x)[1],
+    "debug.print": lambda x: (jax.debug.print("{}", x[0]), jnp.sum(x**2))[1],
+    "pure_callback of a method": lambda x: jnp.sum(
+        (x - jax.pure_callback(LISTENER.answer, SCALAR, lax.stop_gradient(x[0]))) ** 2
+    ),
+    "io_callback": lambda x: jnp.sum(
+        (x - jax.experimental.io_callback(LISTENER.answer, SCALAR, lax.stop_gradient(x[0]))) ** 2
+    ),
+    "callback in a branch": lambda x: jnp.sum(
+        x**2 * lax.cond(x[0] > 0, lambda: jax.pure_callback(LISTENER.answer, SCALAR, 1.0), lambda: jnp.float32(2))
+    ),
+    "large array in a checkpoint": lambda x: jax.checkpoint(lambda x: _of_large(jnp.sin(x)) ** 2)(x),
+    "large array in a scan": lambda x: lax.scan(lambda s, y: (s + _of_large(x) * y, None), 0.0, x)[0] ** 2,
+    "local custom_vjp": lambda x: rule_vjp(1.0)(x),
+    "interpolation": lambda x: jnp.sum(jnp.interp(x, RAMP, BACK) ** 2),
+}
+
+
+@pytest.mark.skipif(ARRAYS_ARE_LITERALS, reason="new literals compile anew")
+@pytest.mark.parametrize("name", some_of(STEADY, STEADY.keys() - {"ode", "io_callback", "interpolation"}))
+def test_a_loss_that_stays_compiles_once(name: str, capfd: pytest.CaptureFixture) -> None:
+    gdopt.clear_cache()
+    ends, calls = [], []
+    for first in (True, False):
+        LISTENER.seen.clear()
+        with count_compilations() as counter:
+            ends.append(bits(minimize(STEADY[name], max_steps=4)))
+        assert bool(counter.names) is first
+        calls.append(list(LISTENER.seen))
+    assert ends[0] == ends[1]
+    assert calls[0] == calls[1]
+    assert ("callback" in name) == bool(calls[0])
+    assert ("print" in name) == bool(capfd.readouterr().out)
+
+
+def test_each_run_calls_its_own_functions() -> None:
+    """Side by side, one within the other, and inside jit, where the program outlives the call."""
+
+    def run(number: float, within: Callable = lambda: None) -> tuple[float, list]:
+        seen: list[float] = []
+
+        def answer(x: Any) -> np.float32:
+            seen.append(number)
+            within()
+            return np.float32(number)
+
+        loss = lambda x: jnp.sum((x - jax.pure_callback(answer, SCALAR, lax.stop_gradient(x[0]))) ** 2)
+        return float(minimize(loss, max_steps=200)[0][0]), seen
+
+    gdopt.clear_cache()
+    inner: list = []
+    end, seen = run(1.0, lambda: inner or inner.append(run(2.0)))
+    assert (end, set(seen)) == (pytest.approx(1, abs=1e-3), {1.0})
+    assert (inner[0][0], set(inner[0][1])) == (pytest.approx(2, abs=1e-3), {2.0})
+    with ThreadPoolExecutor(4) as pool:
+        numbers = [1.0, 2.0, 3.0, 4.0] * 2
+        found = list(pool.map(run, numbers))
+    assert [end for end, _ in found] == pytest.approx(numbers, abs=1e-3)
+    assert [set(seen) for _, seen in found] == [{number} for number in numbers]
+
+    listener = Listener()
+    jitted = jax.jit(
+        lambda x: (
+            gdopt.minimize(
+                lambda x: jnp.sum((x - jax.pure_callback(listener.answer, SCALAR, lax.stop_gradient(x[0]))) ** 2), x
+            ).params
+        )
+    )
+    for _ in range(2):
+        gc.collect()
+        np.testing.assert_allclose(jitted(X), jnp.ones(3), atol=1e-3)
+
+
 SCHEDULES = {
     "constant": schedules.constant,
     "triangular": lambda c: schedules.triangular(c / 4, c, step_size_up=2 + int(20 * c)),
@@ -986,38 +1079,32 @@ def test_threads_get_their_own_answers() -> None:
 # --------------------------------------------------------------------------------------------------- JAX as it is today
 
 
-def test_the_semi_public_parts_of_jax_are_as_they_were() -> None:
-    """Fails when a new JAX changes what ``program`` builds on, before a wrong answer tells."""
+def test_the_parts_of_jax_that_are_not_public_are_as_they_were() -> None:
+    """Fails when a new JAX changes what `_jax` and `_replay` build on, before the self-check turns sharing off."""
     held = jnp.arange(3.0)
 
     def function(x, y):
         return {"a": jax.jit(lambda x: jnp.sum(x * held))(x) + 1.5, "b": lax.sort((x, y))[1]}
 
     closed, out = jax.make_jaxpr(function, return_shape=True)(X, X)
-    jaxpr = closed.jaxpr
+    jaxpr = _jax.opened(closed)
     assert {name: (part.shape, part.dtype) for name, part in out.items()} == {"a": ((), X.dtype), "b": ((3,), X.dtype)}
-    assert isinstance(closed, core.ClosedJaxpr)
-    assert isinstance(jaxpr, core.Jaxpr)
-    assert not isinstance(closed, core.Jaxpr), "program._value would not look for constants"
-    assert len(jaxpr.constvars) == len(closed.consts)
+    assert _jax.is_jaxpr(closed)
+    assert _jax.is_jaxpr(jaxpr)
+    assert len(jaxpr.constvars) == len(_jax.consts(closed))
     assert len(jaxpr.invars) == len(jaxpr.outvars) == 2
     assert not closed.effects
-    got = jax.core.eval_jaxpr(jaxpr, closed.consts, X, X + 1)
+    got = _replay.as_it_is(closed, [X, X + 1])
     assert bits(got) == bits(jax.jit(function)(X, X + 1))
 
-    literals = [atom for eqn in jaxpr.eqns for atom in eqn.invars if isinstance(atom, core.Literal)]
+    literals = [atom for eqn in jaxpr.eqns for atom in eqn.invars if _jax.is_literal(atom)]
     assert [(float(atom.val), atom.aval.dtype) for atom in literals] == [(1.5, X.dtype)]
     (call,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "jit")
-    assert isinstance(call.params["jaxpr"], core.ClosedJaxpr)
+    assert _jax.is_jaxpr(call.params["jaxpr"])
     if not ARRAYS_ARE_LITERALS:
-        assert any(constant is held for constant in call.params["jaxpr"].consts), (
-            "where do inner jits keep their arrays?"
-        )
-    for eqn in jaxpr.eqns:
-        assert isinstance(eqn.primitive, core.Primitive)
-        hash((eqn.primitive, eqn.ctx))
+        assert any(constant is held for constant in _jax.consts(call.params["jaxpr"])), "where does a jit keep them?"
 
-    weak, strong, same = (jax.make_jaxpr(lambda x: x**2)(x).jaxpr for x in (1.0, jnp.float32(1), jnp.float32(2)))
+    weak, strong, same = (_jax.opened(jax.make_jaxpr(lambda x: x**2)(x)) for x in (1.0, jnp.float32(1), jnp.float32(2)))
     assert weak.invars[0].aval != strong.invars[0].aval == same.invars[0].aval
     assert strong.eqns[0].ctx == same.eqns[0].ctx
     assert strong.eqns[0].primitive == same.eqns[0].primitive
@@ -1026,13 +1113,31 @@ def test_the_semi_public_parts_of_jax_are_as_they_were() -> None:
         rule_jvp: {"jvp_jaxpr_fun", "num_consts", "symbolic_zeros"},
         rule_vjp: {"fwd_jaxpr_thunk", "bwd", "num_consts", "out_trees", "symbolic_zeros"},
     }.items():
-        (eqn,) = jax.make_jaxpr(rule(1.0))(X).eqns
+        (eqn,) = _jax.opened(jax.make_jaxpr(rule(1.0))(X)).eqns
         assert eqn.primitive.name == rule.__name__.replace("rule", "custom") + "_call"
-        assert isinstance(eqn.params["call_jaxpr"], core.ClosedJaxpr)
-        assert set(eqn.params) - {"call_jaxpr"} == others, (
-            "program passes over all but the primal: is that right still?"
-        )
+        assert _jax.is_jaxpr(eqn.params["call_jaxpr"])
+        assert set(eqn.params) - {"call_jaxpr"} == others, "all but the function itself is passed over: is it right?"
 
-    (eqn,) = jax.make_jaxpr(lambda: jax.pure_callback(_one, SCALAR))().eqns
-    assert eqn.params["callback"].callback_func is _one
+    (eqn,) = _jax.opened(jax.make_jaxpr(lambda: jax.pure_callback(_one, SCALAR))()).eqns
+    assert callable(eqn.params["callback"])
     assert jax.make_jaxpr(lambda x: jax.debug.print("{}", x))(1.0).effects
+
+
+# Loops, branches and checkpoints that a replay makes anew: what it knows of their parameters is all that there is.
+OPERATIONS = {
+    "scan": lambda x: lax.scan(lambda s, y: (s + jnp.sum(x) * y, s), 0.0, x)[0],
+    "while": lambda x: lax.while_loop(lambda s: s < x[0], lambda s: s + x[1], 0.0),
+    "cond": lambda x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, x),
+    "checkpoint": lambda x: jax.checkpoint(jnp.sin)(x),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_a_replay_makes_anew_is_known(name: str) -> None:
+    found = {eqn.primitive.name: eqn for eqn in _jax.opened(jax.make_jaxpr(OPERATIONS[name])(X)).eqns}
+    (eqn,) = (eqn for known, eqn in found.items() if known in _replay._BUILDERS)
+    builder = _replay._BUILDERS[eqn.primitive.name]
+    assert builder.knows(eqn)
+    assert not builder.knows(eqn.replace(params={**eqn.params, "new": 1}))
+    if name == "scan":
+        assert _replay.scan_counts(eqn) == (1, 1)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import count_compilations
+from jax.experimental.ode import odeint
 from sklearn.datasets import load_diabetes
 
 import gdopt
@@ -292,6 +293,71 @@ def test_the_minimum_moves_with_params_that_are_held(x64) -> None:
 
     got = jax.jit(jax.jacrev(run))(2.0)
     np.testing.assert_allclose([got["x"], got["held"]], [3.0, 1.0], rtol=1e-9)
+
+
+def decayed(rate: Any, x: Any) -> jax.Array:
+    """x e^-rate, by an integration whose derivative rule is one for reverse mode alone."""
+    return odeint(lambda y, _, rate: -rate * y, x, jnp.array([0.0, 1.0], x.dtype), rate, rtol=1e-7, atol=1e-7)[-1]
+
+
+def test_losses_with_rules_for_reverse_mode_alone_have_derivatives(x64) -> None:
+    def solution(rate: Any) -> Any:
+        result = gdopt.minimize(
+            lambda x: (jnp.sum((decayed(rate, x) - 0.5) ** 2) + 1, {"rate": rate * x, "n": 3}),
+            jnp.ones(2),
+            tol=1e-10,
+            has_aux=True,
+        )
+        return jnp.sum(result.params), result.loss, result.aux["rate"][0]
+
+    # Both params are e^rate / 2, the loss is 1, and the aux is rate e^rate / 2.
+    expected = [np.exp(2.0), 0.0, 1.5 * np.exp(2.0)]
+    forward = jax.jvp(solution, (2.0,), (1.0,))[1]
+    backward = jax.jit(jax.jacrev(solution))(2.0)
+    np.testing.assert_allclose(forward, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(backward, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_constants_of_the_loss_are_not_differentiated_by() -> None:
+    """A rule that closes over one would not allow it."""
+    scale = jnp.array([1.0, 2.0])
+    scaled = jax.custom_vjp(lambda x: scale * x)
+    scaled.defvjp(lambda x: (scale * x, None), lambda _, g: (scale * g,))
+    minimum = lambda c: gdopt.minimize(lambda x: jnp.sum((scaled(x) - c) ** 2), jnp.zeros(2), tol=1e-6).params
+    np.testing.assert_allclose(jax.jacrev(minimum)(jnp.ones(2)), np.diag([1, 0.5]), atol=1e-3)
+
+
+def rule_of_a_computed_value(kind: Any) -> Any:
+    """A loss with a derivative rule that closes over a value which the loss computes."""
+
+    def loss(x: Any, data: Any) -> Any:
+        size = 2 * jnp.mean(data)
+        function = kind(lambda y: size * y**2)
+        if kind is jax.custom_jvp:
+            function.defjvp(lambda primals, tangents: (function(*primals), 2 * size * primals[0] * tangents[0]))
+        else:
+            function.defvjp(lambda y: (size * y**2, y), lambda y, g: (2 * size * y * g,))
+        return jnp.sum(function(x - 1))
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", [jax.custom_jvp, jax.custom_vjp], ids=["jvp", "vjp"])
+def test_rules_may_close_over_what_the_loss_computes(kind: Any) -> None:
+    loss, x, data = rule_of_a_computed_value(kind), jnp.zeros(3), jnp.array([0.25, 0.75])
+    expected = x
+    for _ in range(4):
+        expected = expected - 0.1 * jax.jit(jax.grad(loss))(expected, data)
+    run = lambda x, **options: gdopt.minimize(loss, x, learning_rate=0.1, max_steps=4, **options).params
+    np.testing.assert_allclose(run(x, args=(data,)), expected, rtol=1e-6)
+    np.testing.assert_allclose(run(x, data=data), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda x: run(x, args=(data,)))(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(gdopt.gd_step(loss, x, 0.1, data)[0], x - 0.1 * jax.grad(loss)(x, data), rtol=1e-6)
+
+    def minimum(goal: Any) -> Any:
+        return gdopt.minimize(lambda x, goal: loss(x - goal, data), x, args=(goal,), tol=1e-6).params[0]
+
+    np.testing.assert_allclose(jax.grad(minimum)(0.5), 1, rtol=1e-3)
 
 
 def test_no_derivative_where_there_is_none() -> None:

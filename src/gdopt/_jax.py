@@ -16,6 +16,7 @@ Part: what it is for; since which JAX; what replaces it.
 - ``Literal(val, aval)``, ``Var.aval``, ``ShapedArray.weak_type``: the numbers in a trace; always; nothing.
 - names of operations and of their parameters (in `_replay` and `_fingerprint`); one that is unknown is left as it is.
 - ``jax.core.Tracer``: is somebody tracing? always; nothing.
+- ``Tracer._trace``: is it of a trace that is over? always; without it every tracer counts as such, which is slower.
 - ``jax.config.values``: programs are told apart by all settings; always; a list of names.
 """
 
@@ -52,6 +53,11 @@ def is_literal(atom: Any) -> bool:
 def is_tracer(value: Any) -> bool:
     """Tell whether JAX is tracing the value, so that it has no number yet."""
     return isinstance(value, jax.core.Tracer)
+
+
+def level(tracer: Any) -> int:
+    """A number that the tracers of one trace have in common, and that no other trace has as long as one is alive."""
+    return id(getattr(tracer, "_trace", None))
 
 
 def opened(closed: Any) -> Any:

@@ -97,42 +97,42 @@ def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> P
     the output after the other; but derivatives of them in reverse mode take a single pass.
     """
     closed, out = _replay.trace(function, x)
-    if _has_rules_for_reverse_alone(closed):
-        return _tangents_by_reverse(closed, out, x, way)
-    return jax.jvp(function, (x,), (way,))[1]
-
-
-def _tangents_by_reverse(closed: Any, out: PyTree, x: PyTree, way: PyTree) -> PyTree:
+    if not _has_rules_for_reverse_alone(closed):
+        return jax.jvp(function, (x,), (way,))[1]
     shapes, treedef = jax.tree.flatten(out)
     inexact = [number for number, leaf in enumerate(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    zeros = [jnp.zeros(shapes[number].shape, shapes[number].dtype) for number in inexact]
-
-    # Both ways are called later, in other traces, so what the function closes over is an argument of theirs.
-    def backward(given: tuple[list, PyTree], cotangents: list) -> PyTree:
-        constants, x = given
-
-        def outputs(x: PyTree) -> list:
-            leaves = _replay.Replay(_replay.Mode.LOSS)(closed, jax.tree.leaves(x), constants)
-            return [leaves[number] for number in inexact]
-
-        return jax.vjp(outputs, x)[1](cotangents)[0]
-
-    def forward(given: tuple[list, PyTree], way: PyTree) -> list:
-        def entry(number: int, at: jax.Array) -> jax.Array:
-            one = zeros[number].reshape(-1).at[at].set(1).reshape(zeros[number].shape)
-            row = backward(given, [*zeros[:number], one, *zeros[number + 1 :]])
-            products = jax.tree.map(lambda a, b: jnp.sum(a * b), row, way)
-            total = sum(jax.tree.leaves(products), jnp.zeros((), one.dtype))
-            return (total if jnp.iscomplexobj(one) else jnp.real(total)).astype(one.dtype)
-
-        rows = [functools.partial(entry, number) for number in range(len(zeros))]
-        return [lax.map(row, jnp.arange(zero.size)).reshape(zero.shape) for row, zero in zip(rows, zeros, strict=True)]
-
+    outputs = lambda x: [leaf for number, leaf in enumerate(jax.tree.leaves(function(x))) if number in inexact]
     tangents: list[Any] = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in shapes]
-    found = jax.custom_derivatives.linear_call(forward, backward, (_jax.consts(closed), x), way)
-    for number, tangent in zip(inexact, found, strict=True):
+    for number, tangent in zip(inexact, _tangents_by_reverse(outputs, x, way), strict=True):
         tangents[number] = tangent
     return treedef.unflatten(tangents)
+
+
+def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTree) -> list:
+    """J way with the Jacobian J of the outputs, which JAX can only multiply from the left.
+
+    `lax.custom_linear_solve` lets both products be given, and batches them, for (way, outputs) -> (0, J way).
+    """
+    out, backward = jax.vjp(outputs, x)
+    nothing, still = jax.tree.map(jnp.zeros_like, (out, way))
+
+    def entry(number: int, way: PyTree, at: jax.Array) -> jax.Array:
+        one = nothing[number].reshape(-1).at[at].set(1).reshape(nothing[number].shape)
+        (row,) = backward([*nothing[:number], one, *nothing[number + 1 :]])
+        products = jax.tree.map(lambda a, b: jnp.sum(a * b), row, way)
+        total = sum(jax.tree.leaves(products), jnp.zeros((), one.dtype))
+        return (total if jnp.iscomplexobj(one) else jnp.real(total)).astype(one.dtype)
+
+    def forward(_: Callable, at: tuple) -> tuple:
+        rows = [functools.partial(entry, number, at[0]) for number in range(len(out))]
+        pairs = zip(rows, out, strict=True)
+        return still, [lax.map(row, jnp.arange(leaf.size)).reshape(leaf.shape) for row, leaf in pairs]
+
+    moved = sum(jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way))
+    unused = [leaf + (0 * moved).astype(leaf.dtype) for leaf in nothing]  # all that it is given has to be linear
+    return lax.custom_linear_solve(
+        lambda at: at, (way, unused), forward, transpose_solve=lambda _, at: (backward(at[1])[0], nothing)
+    )[1]
 
 
 def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:

@@ -35,6 +35,7 @@ class Traced(NamedTuple):
     out: PyTree  # the shapes of what it returns
     identity: Hashable | None  # equal only for traces that are, up to the constants' values; None: it cannot be told
     jaxpr: Any  # None where JAX's traces cannot be read
+    level: int = 0  # of the tracers that the function was called with, which are of no use any more
 
 
 def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False) -> Traced:
@@ -49,7 +50,13 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     """
     if not _fingerprint.is_reliable():
         return _untraced(function, *args)
-    closed, out = _replay.trace(function, *args)
+    levels: list[int] = []
+
+    def watched(*args: PyTree) -> PyTree:
+        levels.extend(map(_jax.level, filter(_jax.is_tracer, jax.tree.leaves(args)[:1])))
+        return function(*args)
+
+    closed, out = _replay.trace(watched, *args)
     mode = _replay.Mode.LOSS if rules else _replay.Mode.FINAL
     kept = _fingerprint.copy(closed, mode)
     treedef, jaxpr, count = jax.tree.structure(out), kept.jaxpr, len(_jax.consts(closed))
@@ -67,7 +74,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     numbers = list(map(_replay.number, _replay.numbers(jaxpr))) if lift else []
     identity = None if kept.effects else _fingerprint.fingerprint(jaxpr, lifted=lift, rules=rules)
     identity = identity and (identity, count, len(numbers))
-    return Traced(replay, constants + numbers, out, identity, jaxpr)
+    return Traced(replay, constants + numbers, out, identity, jaxpr, *levels)
 
 
 def _untraced(function: Callable, *args: PyTree) -> Traced:
@@ -100,8 +107,7 @@ def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyT
             if replayed is value:
                 continue
             raise
-        # Of values that are being traced, the constants hold all that are alive.
-        if not any(map(_jax.is_tracer, traced.constants)):
+        if not any(_jax.is_tracer(constant) and _jax.level(constant) == value.level for constant in traced.constants):
             break
     return traced, replayed
 
