@@ -147,7 +147,7 @@ def minimize(
         ('CONVERGED', 3.0)
     """
     began = time.perf_counter()
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, searched=is_auto(learning_rate))
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)

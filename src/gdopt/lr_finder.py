@@ -144,7 +144,7 @@ def check_ladder(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str) ->
 
 
 def _check_factory(optimizer: Any) -> None:
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, searched=True)
     if is_transformation(optimizer):
         raise InputError(
             "optimizer is ready and owns its rate, so no other can be tried: pass the factory itself, such as "
