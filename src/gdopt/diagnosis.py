@@ -15,7 +15,7 @@ from gdopt._settings import as_own_work, own_work
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 from gdopt.problem import value_and_grad
-from gdopt.result import Result, table
+from gdopt.result import Result, ends, table
 from gdopt.stopping import Status
 from gdopt.task import Task
 
@@ -207,8 +207,9 @@ def diagnose(result: Result) -> Diagnosis:
         raise InputError(
             "result is of a run inside jit, vmap or grad, which nobody could look into: call gdopt.minimize outside."
         )
-    if result.status is not Status.NON_FINITE:
-        raise InputError(f"result ended with {result.status.name}, not with NON_FINITE: there is nothing to diagnose.")
+    ended = ends(result.status)
+    if ended != Status.NON_FINITE.name:
+        raise InputError(f"result ended with {ended}, not with NON_FINITE: there is nothing to diagnose.")
     case: Evidence | None = result._evidence
     if case is None:
         raise InputError(

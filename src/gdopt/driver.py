@@ -23,7 +23,7 @@ from gdopt.optimizers import gd
 from gdopt.problem import Problem, make_problem
 from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
-from gdopt.result import History, RangeTest, Report, Result
+from gdopt.result import NO_MESSAGE, History, RangeTest, Report, Result
 from gdopt.resuming import saves_at
 from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
@@ -365,7 +365,7 @@ def _inside(outcome: Any, task: Task) -> Result:
         grad_norm=outcome.grad_norm,
         steps=outcome.steps,
         status=outcome.code,
-        message="ran inside jit, vmap or grad: status holds the number of a gdopt.Status, without a sentence.",
+        message=NO_MESSAGE,
         success=outcome.success,
         history=cast(Any, None),
         steps_per_epoch=task.steps_per_epoch,
