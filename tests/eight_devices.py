@@ -252,6 +252,19 @@ def test_bad_input(call, message) -> None:
         call()
 
 
+@pytest.mark.parametrize("name", ["spectral", pytest.param("batches", marks=pytest.mark.slow)])
+def test_guards_and_checks_of_the_user_change_nothing(name) -> None:
+    params, rows = sharded()
+    args = jax.device_put((np.float32(2.0), np.ones(3, np.float32)))  # of one device, to be copied to all
+    scaled = lambda params, rows, scale, more: loss(params, rows) * scale + jnp.sum(more)
+    run = lambda: gdopt.minimize(scaled, params, data=rows, args=args, max_steps=5, **CALLS[name])
+    usual = run()
+    with jax.transfer_guard("disallow"), jax.debug_nans(True), jax.debug_infs(True):
+        guarded = run()
+    assert guarded.message == usual.message
+    jax.tree.map(np.testing.assert_array_equal, guarded.params, usual.params)
+
+
 def test_the_precision_limit_is_told_there_too() -> None:
     params, rows = sharded()
     limit = gdopt.minimize(lambda p, r: jnp.sum((p["w"] - 1) ** 2) + 1 + 0 * jnp.sum(r), params, data=rows, tol=0.0)

@@ -24,6 +24,7 @@ from helpers import count_compilations
 
 import gdopt
 from gdopt import Status
+from gdopt.rule import apply, check_optimizer, extra_arguments
 
 X = np.ones((6, 2), np.float32)
 y = np.ones(6, np.float32)
@@ -132,9 +133,26 @@ BAD = {
     "a class of optimizers": ({"optimizer": optax.MultiSteps}, "optimizer=<class .*MultiSteps.* is unknown"),
     "a combination of optimizers": (
         {"optimizer": optax.chain},
-        "optimizer=<function chain.* does not work as one: pass .*AttributeError: .* no attribute init",
+        r"optimizer=optax.chain takes no learning rate, .*: optimizer=optax.chain\(\.\.\.\)\.",
     ),
-    "optimizer of more": ({"optimizer": optax.apply_if_finite}, "does not work as one: .*max_consecutive_errors"),
+    "optimizer of another": ({"optimizer": optax.apply_if_finite}, "optimizer=optax.apply_if_finite takes no learning"),
+    "optimizer that is used wrongly": (
+        {"optimizer": lambda rate: optax.chain(rate)},
+        "optimizer=<function .* does not work as one: pass .*AttributeError: .* no attribute init",
+    ),
+    "optimizer that chooses its steps": (
+        {"optimizer": optax.lbfgs, "learning_rate": "auto"},
+        r"optimizer=optax.lbfgs needs no learning rate: call it, optimizer=optax.lbfgs\(\)\.",
+    ),
+    "optimizer with a rate": ({"optimizer": functools.partial(optax.adam, 0.1)}, "takes no learning rate"),
+    "optimizer of nothing at all": (
+        {"optimizer": lambda: optax.sgd(0.1)},
+        "takes no learning rate. Pass the optimizer",
+    ),
+    "optimizer of more": (
+        {"optimizer": lambda rate, momentum: optax.sgd(rate, momentum)},
+        "needs more than a learning rate. Pass functools.partial of it, with momentum=...",
+    ),
     "optimizer of other params": (
         {"optimizer": optax.lookahead(optax.sgd(0.1), 2, 0.5), "learning_rate": "auto"},
         "does not work as one: .*see what it takes as params",
@@ -294,6 +312,79 @@ def test_an_uncalled_optax_optimizer_is_a_factory():
     assert gdopt.minimize(square, 1.0, optimizer=optax.adam, learning_rate=0.1).success
     factory = functools.partial(optax.sgd, momentum=0.9)
     assert gdopt.minimize(square, 1.0, optimizer=factory, learning_rate=0.01).success
+
+
+def functions_of_optax():
+    for module in (optax, optax.contrib):
+        for name, value in sorted(vars(module).items()):
+            is_function = inspect.isfunction(value) or isinstance(value, functools.partial)
+            if is_function and not name.startswith("_"):
+                yield pytest.param(value, id=f"{module.__name__}.{name}")
+
+
+def takes(function, *args):
+    """Whether these arguments make an optimizer that goes down a slope."""
+    slope, grad = lambda params: jnp.sum(jnp.exp(params)), jnp.ones(2)  # at W
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some are deprecated
+            optimizer = function(*args)
+        state = optimizer.init(W)
+        for _ in range(3):  # the first update of some is zero
+            updates, state = apply(optimizer, grad, state, W, **extra_arguments(slope, slope(W), grad))
+    except Exception:  # of many kinds: the arguments are for something else
+        return False
+    return bool((updates < 0).all())
+
+
+# The signature does not tell. These leave the sign to what follows in a chain; need one of two further arguments; go
+# down whatever number they are given.
+SPECIAL = {"scale_by_rprop", "scale_by_madgrad", "noisy_sgd", "scale_by_cocob"}
+
+
+@pytest.mark.parametrize("function", list(functions_of_optax()))
+def test_a_function_of_optax_counts_as_a_factory_if_it_is_one(function):
+    """What its signature tells is what comes of calling it."""
+    accepted = [not raises(check_optimizer, function, searched=searched) for searched in (False, True)]
+    name = getattr(function, "__name__", "")
+    if name not in SPECIAL:
+        assert accepted[0] == takes(function, 0.1)
+    assert accepted[1] == (accepted[0] and raises(function))  # without a rate it is no optimizer
+
+
+def raises(function, *args, **options):
+    try:
+        function(*args, **options)
+    except Exception:
+        return True
+    return False
+
+
+class Factory:
+    def __call__(self, step_size):
+        return optax.sgd(step_size)
+
+    def method(self, step_size=0.1):
+        return optax.sgd(step_size)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        gdopt.gd,
+        lambda rate: optax.sgd(rate),
+        lambda rate=None: optax.sgd(rate),
+        lambda *rates: optax.sgd(*rates),
+        functools.partial(optax.adamw, weight_decay=1e-2),
+        functools.partial(optax.contrib.schedule_free, optax.sgd(0.1)),
+        jax.tree_util.Partial(optax.adam, b1=0.8),
+        optax.inject_hyperparams(optax.adam),
+        Factory(),
+        Factory().method,
+    ],
+)
+def test_factories_of_all_sorts_may_be_searched_for_a_rate(factory):
+    check_optimizer(factory, searched=True)
 
 
 def test_float64_params_without_x64_are_announced_once():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -36,6 +37,13 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_version_is_the_installed_one() -> None:
     assert gdopt.__version__ == importlib.metadata.version("gdopt")
+
+
+def test_the_face_shows_the_public_names_alone() -> None:
+    assert set(dir(gdopt)) - {name for name in dir(gdopt) if re.fullmatch("__.*__", name)} == set(gdopt.__all__)
+    assert {"__doc__", "__file__", "__name__", "__version__"} <= set(dir(gdopt))
+    assert all(hasattr(gdopt, name) for name in dir(gdopt))
+    assert {"plot", "schedules"} <= set(dir(gdopt))
 
 
 def public_names(module: types.ModuleType) -> list[str]:

@@ -391,7 +391,7 @@ def test_a_result_comes_out_of_a_jit() -> None:
     assert repr(result).startswith("gdopt.Result")
     with pytest.raises(gdopt.InputError, match="result has no history"):
         gdopt.plot.descent(result)
-    assert "inside jit, vmap or grad" in result.message
+    assert result.message.startswith("lost in jit, vmap, grad or tree.map")
     outside = gdopt.minimize(quadratic, jnp.zeros(3))
     assert jax.tree.map(lambda leaf: leaf, outside).message == outside.message
 

@@ -40,3 +40,8 @@ __all__ = [
     "shard",
     "spectral",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not those that this file needs itself."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -24,7 +24,7 @@ _LARGEST_COUNT = 10**9  # the sum of two counts fits the 32-bit step counter
 def number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:
     """The value as Python's float where it is one finite real number and valid."""
     try:
-        array = np.asarray(value)
+        array = _trees.on_host(value)
         real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
         if real and array.ndim == 0 and math.isfinite(array) and valid(float(array)):
             return float(array)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from gdopt import program
+from gdopt._settings import own_promotion, own_transfers
 from gdopt._types import Loss, PyTree, Scalar
 from gdopt.errors import InputError
 from gdopt.optimizers import check_learning_rate
@@ -45,7 +46,8 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
 
     def vanilla(traced: program.Traced, constants: list, params: PyTree, rate: Any, args: tuple) -> tuple:
         (value, _), grad = traced.replay(traced.constants, params, constants, *args)
-        return jax.tree.map(lambda x, g: (x - rate * g).astype(x.dtype), params, grad), value
+        with own_promotion():
+            return jax.tree.map(lambda x, g: (x - rate * g).astype(x.dtype), params, grad), value
 
     value = program.trace(problem.value, problem.params, *args, rules=True)
     given = value.constants, problem.params, rate, args
@@ -58,8 +60,10 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
         traced, _ = program.with_gradient(value, problem.value, problem.params, *args)
         shared = program.share(functools.partial(vanilla, traced), *given)
         if not shared.closed:
-            new, loss_before = shared.call(*given)
+            with own_transfers():
+                new, loss_before = shared.call(*given)
             return problem.rest.combine(new), loss_before
         place.append(shared)
-    new, loss_before = place[0].call(*given)
+    with own_transfers():
+        new, loss_before = place[0].call(*given)
     return problem.rest.combine(new), loss_before

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from gdopt import _jax
+from gdopt._settings import own_work
 from gdopt._types import PyTree
 
 _TYPES = [t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)]
@@ -95,11 +96,25 @@ def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: lax.select(condition, a, b), if_true, if_false)
 
 
+def on_device(leaf: Any) -> jax.Array:
+    """Return the leaf as JAX's array, whatever guard there is: `jax.device_put` takes twice the time."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    with own_work():
+        return jnp.asarray(leaf)
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """Return the leaf as NumPy's array, whatever guard there is: `jax.device_get` takes three times the time."""
+    with own_work():
+        return np.asarray(leaf)
+
+
 def strong(tree: PyTree) -> PyTree:
     """Arrays without weak types: a weak leaf would turn strong after one update and everything compile once more."""
 
     def strong_leaf(leaf: Any) -> jax.Array:
-        array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        array = on_device(leaf)
         return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
     return jax.tree.map(strong_leaf, tree)
@@ -125,7 +140,7 @@ class Packed:
         leaves = list(self.others)
         for vector, places in zip(self.vectors, self.places, strict=True):
             traced, begin = _jax.is_tracer(vector), 0
-            numbers = vector if traced else np.asarray(vector)
+            numbers = vector if traced else on_host(vector)
             for place, shape in places:
                 end = begin + math.prod(shape)
                 part = lax.slice_in_dim(numbers, begin, end) if traced else numbers[begin:end]
@@ -237,11 +252,18 @@ def summary(tree: PyTree) -> str:
     def leaf_summary(leaf: Any) -> Any:
         if not hasattr(leaf, "dtype"):
             return leaf
-        if leaf.size <= 6 and not _jax.is_tracer(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return _Bare(np.array2string(np.asarray(leaf), precision=4, separator=", ").replace("\n", ""))
-        return _Bare(f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]")
+        if _is_readable(leaf) and leaf.size <= 6:
+            return _Bare(np.array2string(on_host(leaf), precision=4, separator=", ").replace("\n", ""))
+        return _Bare(f"{getattr(leaf.dtype, 'name', leaf.dtype)}[{', '.join(map(str, leaf.shape))}]")
 
     return repr(jax.tree.map(leaf_summary, tree))
+
+
+def _is_readable(leaf: Any) -> bool:
+    """Tell whether it is an array of numbers that this process holds."""
+    if not isinstance(leaf, jax.Array):
+        return isinstance(leaf, np.ndarray | np.generic)
+    return not (_jax.is_tracer(leaf) or is_key(leaf) or leaf.is_deleted()) and leaf.is_fully_addressable
 
 
 class _Bare(str):

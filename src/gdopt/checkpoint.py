@@ -184,7 +184,7 @@ def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
 
 def _native(name: str, array: Any) -> np.ndarray:
     """The array in C order and in the file's order of bytes, if it is one of numbers."""
-    array = np.asarray(array, order="C")
+    array = np.asarray(_trees.on_host(array), order="C")
     dtype = _DTYPES.get(array.dtype.name)
     if dtype is None:
         raise CheckpointError(f"the array {name!r} is of {array.dtype}, which cannot be saved: give one of numbers.")
@@ -427,7 +427,7 @@ class Saver:
         try:
             if spread is not None:
                 meta = {**meta, SPREAD: spread()}
-            write(save_at(self._base, step), {name: np.asarray(arrays[name]) for name in arrays}, meta)
+            write(save_at(self._base, step), {name: _trees.on_host(arrays[name]) for name in arrays}, meta)
         except Exception as error:
             self._fail(step, error)
             self._remove_parts()  # a full disk would stay full
@@ -490,7 +490,7 @@ def _host_copies(arrays: Arrays, old: dict[str, np.ndarray]) -> dict[str, np.nda
     for name, array in arrays.items():
         if not _in_memory(array):
             continue
-        plain, mine = np.asarray(array), old.get(name)
+        plain, mine = _trees.on_host(array), old.get(name)
         if mine is not None and (mine.shape, mine.dtype) == (plain.shape, plain.dtype):
             np.copyto(mine, plain)
         else:

@@ -325,7 +325,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
                 f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all rows."
             )
     batches = None if batch_size in (None, rows) else Batches(rows, batch_size)
-    return treedef.unflatten(map(jnp.asarray, arrays)), batches
+    return treedef.unflatten(map(_trees.on_device, arrays)), batches
 
 
 def is_stream(data: Any) -> bool:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _jax, _nan_search, _notes, _replay, _trees
+from gdopt._settings import as_own_work, own_work
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 from gdopt.problem import value_and_grad
-from gdopt.result import Result, table
+from gdopt.result import Result, ends, table
 from gdopt.stopping import Status
 from gdopt.task import Task
 
@@ -103,6 +104,7 @@ class Evidence(NamedTuple):
             cure += "; where a gradient is zero, an optimizer that divides by its size needs an eps above 0"
         return f"{cure}."
 
+    @as_own_work
     def _holds_nan(self, names: list[str]) -> bool:
         return any(_nan_search.is_nan(self.arguments[self.names.index(name)]) for name in names)
 
@@ -166,6 +168,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
         return None
 
 
+@as_own_work
 def named_inputs(task: Task) -> str:
     """A sentence on the data and args that hold NaN; "" where none does."""
     names = [name for name, leaf in _named(data=task.data, args=task.args) if _nan_search.is_nan(leaf)]
@@ -204,15 +207,17 @@ def diagnose(result: Result) -> Diagnosis:
         raise InputError(
             "result is of a run inside jit, vmap or grad, which nobody could look into: call gdopt.minimize outside."
         )
-    if result.status is not Status.NON_FINITE:
-        raise InputError(f"result ended with {result.status.name}, not with NON_FINITE: there is nothing to diagnose.")
+    ended = ends(result.status)
+    if ended != Status.NON_FINITE.name:
+        raise InputError(f"result ended with {ended}, not with NON_FINITE: there is nothing to diagnose.")
     case: Evidence | None = result._evidence
     if case is None:
         raise InputError(
             "result holds no record of its last step, as it was pickled or copied, or as that could not be computed "
             "again: call gdopt.minimize again, from result.params say, and pass its result."
         )
-    primitive, place, message = _of_update(case, result) if case.bad_params else _of_loss(case)
+    with own_work():
+        primitive, place, message = _of_update(case, result) if case.bad_params else _of_loss(case)
     return Diagnosis(case.step, case.learning_rate, tuple(case.leaves), primitive, place, message)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from gdopt import _notes, _trees, loop, lr_finder, program, run
 from gdopt._checks import check_flags, number, whole_number
+from gdopt._settings import as_own_work, own_work
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.checkpoint import Checkpoint
 from gdopt.diagnosis import Evidence, make_evidence
@@ -22,7 +23,7 @@ from gdopt.optimizers import gd
 from gdopt.problem import Problem, make_problem
 from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
-from gdopt.result import History, RangeTest, Report, Result
+from gdopt.result import NO_MESSAGE, History, RangeTest, Report, Result
 from gdopt.resuming import saves_at
 from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
@@ -147,7 +148,7 @@ def minimize(
         ('CONVERGED', 3.0)
     """
     began = time.perf_counter()
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, searched=is_auto(learning_rate))
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
@@ -187,7 +188,8 @@ def minimize(
         if isinstance(compiled, loop.Whole):
             given = {"callback": callback, "progress": progress, "checkpoint": checkpoint, "throw": throw}
             _refuse_host_visits(**given, data=None if stream is None else data)
-            return _inside(compiled.solve(compiled.constants, inputs), task)
+            with own_work():
+                return _inside(compiled.solve(compiled.constants, inputs), task)
         check_joined(inputs)
         failure: list[Exception] = []
         streamed, boundary = None, batches.per_epoch if batches and callback else None
@@ -257,6 +259,7 @@ def minimize(
     return result.raise_for_status() if throw else result
 
 
+@as_own_work
 def _evidence(
     task: Task,
     rule: Rule,
@@ -280,8 +283,9 @@ def _wants_stop(answer: Any) -> bool:
     """Whether the callback said stop. What is no bool was hardly meant as one: the length of a line written, say."""
     if answer is None:
         return False
-    if isinstance(answer, bool | np.bool_ | jax.Array) and np.shape(answer) == () and np.asarray(answer).dtype == bool:
-        return bool(answer)
+    value = jax.device_get(answer) if isinstance(answer, jax.Array) else answer
+    if isinstance(value, bool | np.bool_ | np.ndarray) and np.shape(value) == () and np.asarray(value).dtype == bool:
+        return bool(value)
     raise InputError(f"callback returned {answer!r}: return True to stop the run, and None or False to let it go on.")
 
 
@@ -361,7 +365,7 @@ def _inside(outcome: Any, task: Task) -> Result:
         grad_norm=outcome.grad_norm,
         steps=outcome.steps,
         status=outcome.code,
-        message="ran inside jit, vmap or grad: status holds the number of a gdopt.Status, without a sentence.",
+        message=NO_MESSAGE,
         success=outcome.success,
         history=cast(Any, None),
         steps_per_epoch=task.steps_per_epoch,
@@ -388,12 +392,11 @@ def _distance(params: PyTree, start: PyTree) -> float:
     """|x - x0|, on the host: one number at the end is not worth a compilation."""
     if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves((params, start))):
         return float(_trees.norm(jax.tree.map(jnp.subtract, params, start)))
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=True)
-    return math.hypot(
-        *(float(np.linalg.norm(np.ravel(np.asarray(a) - np.asarray(b)).astype(complex))) for a, b in pairs)
-    )
+    pairs = zip(*map(jax.tree.leaves, jax.device_get((params, start))), strict=True)
+    return math.hypot(*(float(np.linalg.norm(np.ravel(a - b).astype(complex))) for a, b in pairs))
 
 
+@as_own_work
 def _report(problem: Problem, step: int, epoch: int, state: loop.State, records: History) -> Report:
     kept = state.kept
     return Report(
@@ -430,7 +433,7 @@ def _chosen(task: Task, optimizer: Any, steps: _Steps, made: RangeTest | None) -
 
 def _cycles(peak: float, steps: int) -> Schedule:
     """Smith's three cycles of halving height; the peak is closed over as an array: another one compiles nothing."""
-    highest, shape = jnp.asarray(peak, float), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
+    highest, shape = _trees.on_device(np.asarray(peak)), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
     return lambda step: highest * shape(step)
 
 

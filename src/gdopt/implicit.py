@@ -18,6 +18,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 
 from gdopt import _fingerprint, _jax, _replay, _trees
+from gdopt._settings import own_promotion
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -60,9 +61,10 @@ def differentiable(
 
         # jit, which outside of another one spares compiling each operation.
         moved = jax.jit(functools.partial(moves, filled))
-        params_dot, loss_dot, aux_dot = moved(
-            out.params, out.success, [given[number] for number in moving], [ways[number] for number in moving]
-        )
+        with own_promotion():
+            params_dot, loss_dot, aux_dot = moved(
+                out.params, out.success, [given[number] for number in moving], [ways[number] for number in moving]
+            )
         still = jax.tree.map(_zero_tangent, out)
         aux_dot = jax.tree.map(lambda zero, moved: zero if moved is None else moved, still.aux, aux_dot)
         return out, still._replace(params=params_dot, loss=loss_dot.astype(out.loss.dtype), aux=aux_dot)

@@ -17,6 +17,7 @@ from jax import lax
 
 from gdopt import _lints, _trees, program, stopping
 from gdopt._checks import warn
+from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt.data import Batches
@@ -168,7 +169,8 @@ def _compile(
             "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
         )
 
-    schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
+    with own_promotion():
+        schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
     epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
     inputs = Inputs(start, data, args, key, rate, limits, value.constants, numbers, epoch)
@@ -186,7 +188,8 @@ def _compile(
         loss, value = program.with_gradient(value, task.value, start, batch, args, one_key)
         kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
         if not kept:
-            made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)
+            with own_promotion():
+                made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)
             if not closed:
                 return _differentiable(made, value, noisy), inputs
             kept.append(made)
@@ -202,7 +205,9 @@ def digests(task: Task, rule: Rule) -> tuple[str, str]:
         extras = extra_arguments(lambda params: task.value(params, *given)[0], jnp.zeros((), float), params)
         return rule.update(rate, params, rule.init(rate, params), params, **extras)
 
-    return program.digest(task.value, *given), program.digest(update, 0.1, *given)
+    with own_promotion():
+        updates = program.digest(update, 0.1, *given)
+    return program.digest(task.value, *given), updates
 
 
 def loss_arguments(
@@ -231,7 +236,8 @@ def check_alike(task: Task, **given: Any) -> None:
     if others is None:
         return
     if callable(given.get("learning_rate")):
-        given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
+        with own_work():
+            given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
         loss=program.text(task.value, task.problem.params, task.batch, task.args, task.key),
         params=described(task.problem.params),
@@ -314,7 +320,7 @@ def _make(
         many = program.share(_chunk(step, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True)
         if not program.is_traced(first.constants, many.constants):
             closed = first.closed and many.closed and not asked_again
-            return Compiled(first.call, many.call, first.out, eps, pace=[]), closed
+            return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, pace=[]), closed
         if inputs.key is not None and inputs.key.ndim:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # an optimizer closes over what is being traced

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _notes, loop, run, suggestions
+from gdopt import _notes, _trees, loop, run, suggestions
 from gdopt._checks import check_flags, one_of, rate, whole_number
+from gdopt._settings import own_work
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.diagnosis import named_inputs
 from gdopt.errors import InputError
@@ -144,7 +145,7 @@ def check_ladder(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str) ->
 
 
 def _check_factory(optimizer: Any) -> None:
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, searched=True)
     if is_transformation(optimizer):
         raise InputError(
             "optimizer is ready and owns its rate, so no other can be tried: pass the factory itself, such as "
@@ -160,8 +161,9 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
             "leaves them to the training: pass a function that returns a new iterator each time, or a learning_rate."
         )
     loop.check_alike(task, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
-    keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
-    keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
+    with own_work():
+        keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
+        keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
     with _notes.memory(params=task.problem.params, data=task.data, args=task.args):
         curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
         while verdict.missing == "lower" and steps.can_grow and lowest > -_EXTENSIONS:
@@ -218,7 +220,7 @@ def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: i
 
 def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
     """The rates, for each key."""
-    return jnp.asarray(np.broadcast_to(rates, (*keys.shape, len(rates))), float)
+    return _trees.on_device(np.broadcast_to(rates, (*keys.shape, len(rates))))
 
 
 def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, loop.Carry, loop.Inputs]:
@@ -252,9 +254,10 @@ def _verdict(curve: _Curve) -> suggestions.Verdict:
 def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> Refinement:
     """Trains the neighbours of a suggestion on the same batches, and compares their last losses."""
     rates = suggestion * _NEIGHBOURS
-    keys = jnp.atleast_1d(keys)
-    lanes = jnp.asarray(np.repeat(rates, len(keys))[:, None], float)
-    advance, state, inputs = _begin(task, optimizer, jnp.tile(keys, len(rates)), lanes)
+    with own_work():
+        keys = jnp.atleast_1d(keys)
+        lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
+    advance, state, inputs = _begin(task, optimizer, many, lanes)
     _, history, cause = advance(state, inputs, lambda *_: False, until=_REFINING_STEPS)
     _check_cause(cause)
     last = np.full((_JUDGED, len(lanes)), np.inf)  # where a run ended before

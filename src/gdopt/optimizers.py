@@ -12,6 +12,7 @@ from jax import lax
 
 from gdopt import _jax, _trees
 from gdopt._checks import number
+from gdopt._settings import own_promotion
 from gdopt._types import PyTree, Scalar, Schedule
 from gdopt.errors import InputError
 
@@ -149,7 +150,8 @@ def spectral() -> optax.GradientTransformationExtraArgs:
 def _init(params: PyTree) -> SpectralState:
     params = _trees.strong(params)
     blank = optax.tree.zeros_like(params)
-    zero = jnp.zeros((), _scalar_dtype(params))
+    with own_promotion():
+        zero = jnp.zeros((), _scalar_dtype(params))
     none = jnp.int32(0)
     threshold = zero + _THRESHOLD
     return SpectralState(blank, blank, zero, zero, zero, zero, threshold, zero, zero, accepted=none, rejected=none)
@@ -161,7 +163,8 @@ def _checked_update(
     del extra_args
     if params is None:
         raise InputError("spectral was updated without params: call update(grad, state, params, value=loss).")
-    return _update(updates, state, params, value)
+    with own_promotion():
+        return _update(updates, state, params, value)
 
 
 # jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.

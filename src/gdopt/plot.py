@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gdopt._checks import whole_number
+from gdopt._settings import own_work
 from gdopt._types import Schedule
 from gdopt.errors import GdoptError, InputError
 from gdopt.result import RangeTest, Result
@@ -144,7 +145,8 @@ def schedule(schedule: Schedule, steps: int, *, ax: Any = None) -> Any:
     """
     if not callable(schedule):
         raise InputError(f"schedule={schedule!r} is not a function: pass one step -> rate, such as those of schedules.")
-    rates = np.array([schedule(step) for step in range(whole_number("steps", steps))], float)
+    with own_work():
+        rates = np.array([schedule(step) for step in range(whole_number("steps", steps))], float)
     ax = _figure(3).subplots() if ax is None else ax
     log = _spans_decades(rates) and np.median(rates) < rates.max() / 10
     ax.plot(np.arange(len(rates)), rates, color="C2")

@@ -96,11 +96,12 @@ def check_start(params: PyTree) -> None:
             continue
         if not leaf.is_fully_addressable:  # the other processes see to the other parts
             leaf = leaf.addressable_data(0)
-        finite = np.isfinite(np.asarray(leaf))
+        start = _trees.on_host(leaf)
+        finite = np.isfinite(start)
         if not finite.all():
             at = tuple(int(i) for i in np.argwhere(~finite)[0])
             raise InputError(
-                f"{_trees.path_name(path)} starts with {np.asarray(leaf)[at]}{f' at index {at}' if at else ''}: every "
+                f"{_trees.path_name(path)} starts with {start[at]}{f' at index {at}' if at else ''}: every "
                 "entry of the start must be finite."
             )
 

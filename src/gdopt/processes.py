@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from gdopt import _jax, _trees
+from gdopt._settings import own_work
 from gdopt._types import PyTree
 from gdopt.errors import GdoptError, InputError
 
@@ -42,7 +43,8 @@ class Peers:
         text = json.dumps(note).encode()[:_BYTES]
         page = np.zeros(_BYTES, np.uint8)
         page[: len(text)] = np.frombuffer(text, np.uint8)
-        pages = np.asarray(multihost_utils.process_allgather(page)).reshape(-1, _BYTES)
+        with own_work():
+            pages = np.asarray(multihost_utils.process_allgather(page)).reshape(-1, _BYTES)
         notes = [json.loads(page.tobytes().rstrip(b"\0")) for page in pages]
         for number, other in enumerate(notes):
             if "error" in other and number != jax.process_index():
@@ -129,7 +131,7 @@ def described(tree: PyTree) -> str:
         elif _trees.is_key(leaf):
             parts.append(described(jax.random.key_data(leaf)))
         elif _trees.is_array(leaf):
-            array = np.asarray(leaf)
+            array = _trees.on_host(leaf)
             parts.append(f"{array.dtype} {array.shape} {zlib.crc32(array.tobytes())}")
         else:
             parts.append(repr(leaf))

@@ -70,7 +70,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
         pairs = zip(found, jax.tree.leaves(out), strict=True)
         return treedef.unflatten(x if isinstance(x, jax.Array) else jnp.asarray(x, of.dtype) for x, of in pairs)
 
-    constants = [jnp.asarray(constant) for constant in (*_jax.consts(closed), *kept.arrays)]
+    constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
     numbers = list(map(_replay.number, _replay.numbers(jaxpr))) if lift else []
     identity = None if kept.effects else _fingerprint.fingerprint(jaxpr, lifted=lift, rules=rules)
     identity = identity and (identity, count, len(numbers))
@@ -144,7 +144,7 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     if not executable.lease(program.callbacks):  # another run is using it, with callbacks of its own
         executable = _Executable(program)
         executable.lease(program.callbacks)
-    constants = [jnp.asarray(constant) for constant in (*_jax.consts(closed), *kept.arrays)]
+    constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
 
     def call(constants: list, *args: PyTree) -> PyTree:
         leaves = jax.tree.leaves(args)
@@ -187,14 +187,14 @@ def checksum(tree: PyTree) -> str:
             if not leaf.is_fully_replicated:
                 continue
             leaf = leaf.addressable_data(0)
-        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, crc)
+        crc = zlib.crc32(np.ascontiguousarray(_trees.on_host(leaf)).reshape(-1).view(np.uint8).data, crc)
     return f"{crc:08x}"
 
 
 def is_traced(*trees: PyTree) -> bool:
     """Whether there is no computing with these values now, as jit, vmap or grad traces one of them or, as jit does,
     everything."""
-    leaves = *jax.tree.leaves(trees), jnp.asarray(0.0)
+    leaves = *jax.tree.leaves(trees), _trees.on_device(0.0)
     return any(map(_jax.is_tracer, leaves))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -113,13 +114,10 @@ class RangeTest:
     refinement: Refinement | None
 
     def __repr__(self) -> str:
-        by_rule = ", ".join(f"{n} {'none' if r is None else f'{r:.3g}'}" for n, r in self.suggestions.items())
-        rows = {
-            "status": self.status.name,
-            "message": self.message,
-            "suggestion": "none" if self.suggestion is None else f"{self.suggestion:.3g}",
-            "by rule": by_rule,
-        }
+        rates = {"suggestion": self.suggestion, **self.suggestions}
+        told = {name: "none" if rate is None else _number(rate, ".3g") for name, rate in rates.items()}
+        rows = {"status": ends(self.status), "message": self.message, "suggestion": told.pop("suggestion")}
+        rows["by rule"] = ", ".join(f"{name} {rate}" for name, rate in told.items())
         return table("gdopt.RangeTest", rows)
 
 
@@ -127,9 +125,9 @@ class RangeTest:
 class Result:
     """How a run ended, and what it found.
 
-    A pytree, which may be returned from ``jit``, ``vmap`` and the like. Where `minimize` was called inside of these,
-    all numbers are arrays, with a leading axis after a vmap; ``status`` holds the number of a `Status`; and there is no
-    history, as its length is not known.
+    A pytree, to be passed to ``jit``, ``vmap`` and the like, and to be returned from them. There all numbers become
+    arrays, with a leading axis after a vmap, ``status`` holds the number of a `Status`, and ``message`` is lost. If
+    `minimize` was called inside of these, there is no history either, since its length is not known.
 
     Attributes:
         params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
@@ -192,37 +190,111 @@ class Result:
         """
         if _jax.is_tracer(self.success):
             raise GdoptError("raise_for_status was called inside jit, vmap or grad: nothing can be raised there yet.")
-        if np.all(self.success):
+        status, success = jax.device_get((self.status, self.success))
+        if np.all(success):
             return self
-        if self.history is not None:
-            raise NotConvergedError(f"{self.status.name}: {self.message}", self)
-        codes, counts = np.unique(np.asarray(self.status)[~np.asarray(self.success)], return_counts=True)
-        ends = ", ".join(f"{Status(code).name} ({count})" for code, count in zip(codes, counts, strict=True))
-        raise NotConvergedError(f"{counts.sum()} of {np.size(self.success)} runs ended without success: {ends}.", self)
+        if np.ndim(status) == 0:
+            raise NotConvergedError(f"{Status(int(status))}: {self.message}", self)
+        failed = np.asarray(status)[~np.asarray(success)]
+        message = f"{failed.size} of {np.size(success)} runs ended without success: {ends(failed)}."
+        raise NotConvergedError(message, self)
 
     def __repr__(self) -> str:
-        outside = self.history is not None
         rows = {
-            "status": self.status.name if outside else _trees.summary(self.status),
+            "status": ends(self.status),
             "message": self.message,
-            "loss": f"{self.loss:.6g}" if outside else _trees.summary(self.loss),
-            "grad_norm": f"{self.grad_norm:.3g}" if outside else _trees.summary(self.grad_norm),
-            "steps": f"{self.steps}" if outside else _trees.summary(self.steps),
-            "params": _trees.summary(self.params),
+            "loss": _number(self.loss, ".6g"),
+            "grad_norm": _number(self.grad_norm, ".3g"),
+            "steps": _number(self.steps, ""),
+            "params": _shown(self.params),
         }
         if self.aux is not None:
-            rows["aux"] = _trees.summary(self.aux)
+            rows["aux"] = _shown(self.aux)
         return table("gdopt.Result", rows)
 
 
-def _make_pytree(cls: type, *meta: str) -> None:
-    """All fields but these are its children."""
-    data = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in meta]
-    jax.tree_util.register_dataclass(cls, data, meta)
+NO_MESSAGE = "lost in jit, vmap, grad or tree.map, which keep numbers alone: status is the number of a gdopt.Status."
 
 
-_make_pytree(RangeTest, "status", "message")
-_make_pytree(Result, "message", "steps_per_epoch", "compile_seconds", "run_seconds")
+class _Sentence:
+    """The message of a result, as the part of a pytree that is no leaf.
+
+    All of them count as equal. So two results have one structure, and jit compiles nothing for another message. It
+    belongs to the numbers that it was written of: beside others, `NO_MESSAGE` stands.
+    """
+
+    def __init__(self, text: str, numbers: list[Any]):
+        self._text, self._of = text, _as_text(numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Sentence)
+
+    def __hash__(self) -> int:
+        return hash(_Sentence)
+
+    def beside(self, numbers: list[Any]) -> str:
+        """The message if these are the numbers that it was written of."""
+        return self._text if self._of is not None and self._of == _as_text(numbers) else NO_MESSAGE
+
+
+def _as_text(numbers: list[Any]) -> str | None:
+    """Scalars, to be compared; None for what is no number, such as what jit traces."""
+    try:
+        scalars = jax.device_get(numbers)
+        single = all(np.ndim(x) == 0 for x in scalars)
+        return repr([x if x is None else float(x) for x in scalars]) if single else None
+    except Exception:  # a pytree's leaves may be anything
+        return None
+
+
+def _make_pytree(cls: type, *telling: str) -> None:
+    """Make a pytree of a class. Its children are all fields but the message, which belongs to those ``telling``."""
+    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name != "message"]
+    keys = [jax.tree_util.GetAttrKey(name) for name in names]
+
+    def flatten(result: Any) -> tuple[list[Any], _Sentence]:
+        told = _Sentence(result.message, [getattr(result, name) for name in telling])
+        return [getattr(result, name) for name in names], told
+
+    def flatten_with_keys(result: Any) -> tuple[list[tuple[Any, Any]], _Sentence]:
+        children, told = flatten(result)
+        return list(zip(keys, children, strict=True)), told
+
+    def unflatten(told: _Sentence, children: Iterable[Any]) -> Any:
+        fields = dict(zip(names, children, strict=True))
+        return cls(**fields, message=told.beside([fields[name] for name in telling]))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+_make_pytree(RangeTest, "status", "suggestion")
+_make_pytree(Result, "status", "steps", "loss")
+
+
+def ends(status: Any) -> str:
+    """The name of a status; of many, how many runs ended in which way."""
+    try:
+        codes = np.asarray(jax.device_get(status))
+        if codes.ndim == 0:
+            return Status(codes.item()).name
+        found = zip(*np.unique(codes, return_counts=True), strict=True)
+        return ", ".join(f"{Status(code.item())} ({count})" for code, count in found)
+    except Exception:  # what is being traced, or anything else that a leaf was replaced by
+        return _shown(status)
+
+
+def _number(value: Any, spec: str) -> str:
+    try:
+        return format(np.asarray(jax.device_get(value)).item(), spec)
+    except Exception:
+        return _shown(value)
+
+
+def _shown(tree: PyTree) -> str:
+    try:
+        return _trees.summary(tree)
+    except Exception:  # raised by somebody's repr
+        return f"<{type(tree).__name__}>"
 
 
 def table(title: str, rows: dict[str, str]) -> str:

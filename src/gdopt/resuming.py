@@ -83,7 +83,7 @@ class Saves:
             "batch_size": repr(task.batches and task.batches.batch_size),
             "args": _with_checksum(task.args),
             "held params": _with_checksum(task.problem.rest.arrays),
-            "key": np.asarray(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
+            "key": _trees.on_host(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
             "keep_best": repr(keep_best),
             "float": jax.dtypes.canonicalize_dtype(float).name,
         }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 import sys
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from types import FunctionType, NoneType
 from typing import Any, NamedTuple
@@ -150,8 +152,7 @@ def _fits(new: PyTree, old: PyTree) -> bool:
 
 
 def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
-    """Checks that the optimizer is one, and that it and not two parties decide the rate; "auto" makes it `spectral`."""
-    check_optimizer(optimizer)
+    """Check that one party decides the rate, the optimizer or the caller; "auto" makes it `spectral`."""
     if is_transformation(optimizer):
         if not is_auto(learning_rate):
             raise InputError(
@@ -172,13 +173,83 @@ def is_auto(learning_rate: Any) -> bool:
     return isinstance(learning_rate, str) and learning_rate == "auto"
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raises InputError for what is neither a transformation nor a factory."""
-    if not is_transformation(optimizer) and (not callable(optimizer) or isinstance(optimizer, type)):
+def check_optimizer(optimizer: Any, *, searched: bool) -> None:
+    """Raise InputError for what is neither a transformation nor a factory.
+
+    A rate is ``searched`` for with "auto" and in a range test. That makes sense only if the factory needs one.
+    """
+    if is_transformation(optimizer):
+        return
+    if not callable(optimizer) or isinstance(optimizer, type):
         raise InputError(
             f"optimizer={optimizer!r} is unknown: pass an optax transformation such as optax.adam(1e-3), or a factory "
             "learning_rate -> transformation such as optax.adam or gdopt.gd."
         )
+    try:
+        known = _known.setdefault(optimizer, {})
+    except TypeError:  # it is not hashable, or takes no weak reference
+        known = {}
+    if searched not in known:
+        known[searched] = _no_factory(optimizer, searched)
+    if why := known[searched]:
+        raise InputError(f"optimizer={_name(optimizer)} {why}")
+
+
+# What `_no_factory` says of a function, with and without a search: a signature takes as long as two checks of a call.
+_known: weakref.WeakKeyDictionary[Any, dict[bool, str]] = weakref.WeakKeyDictionary()
+
+
+def _no_factory(function: Any, searched: bool) -> str:
+    """Say why a function does not make an optimizer of a learning rate, with the cure; "" if it may.
+
+    Functions of optax's and gdopt's call the rate ``learning_rate``, or a name that ends like that, and put it first.
+    If it has a default, the optimizer needs none: it chooses its own steps. Other functions may use any name.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions that are written in C have none
+        return ""
+    name, needed = _name(function), [p.name for p in signature.parameters.values() if p.default is p.empty]
+    called = "." if name.startswith("<") else f": optimizer={name}({'...' if needed else ''})."
+    if _is_optaxs(function):
+        first = next(iter(signature.parameters.values()), None)
+        if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD) or not _is_rate(first.name):
+            return f"takes no learning rate, as optax.adam does. Pass the optimizer that it returns{called}"
+        if first.default is not first.empty and searched:
+            return (
+                f"needs no learning rate: call it, optimizer={name}(). To search for a rate all the same, pass "
+                f"optimizer=lambda rate: {name}(rate)."
+            )
+    try:
+        signature.bind(0.1)
+    except TypeError:
+        if not signature.parameters:
+            return f"takes no learning rate. Pass the optimizer that it returns{called}"
+        others = ", ".join(f"{other}=..." for other in needed[1:])
+        return f"needs more than a learning rate. Pass functools.partial of it, with {others}."
+    return ""
+
+
+def _is_rate(name: str) -> bool:
+    return name.endswith("learning_rate")
+
+
+def _is_optaxs(function: Any) -> bool:
+    """Tell whether a function, or what a partial calls, is one of optax's or gdopt's."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", None)).split(".")[0] in ("optax", "gdopt")
+
+
+def _name(function: Any) -> str:
+    """The function as one writes it, if it is public in optax or gdopt; otherwise its repr."""
+    if isinstance(function, functools.partial):
+        return f"functools.partial({_name(function.func)}, ...)"
+    for place in ("optax", "optax.contrib", "gdopt"):
+        name = getattr(function, "__name__", "")
+        if name and vars(sys.modules[place]).get(name) is function:
+            return f"{place}.{name}"
+    return repr(function)
 
 
 def is_transformation(optimizer: Any) -> bool:

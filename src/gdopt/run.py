@@ -15,6 +15,7 @@ import numpy as np
 
 from gdopt import _trees, loop, stopping
 from gdopt._checks import warn
+from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
 from gdopt.data import Batch, Feed
 from gdopt.errors import InputError
@@ -103,7 +104,7 @@ class Streamed:
                 break
             given, self._given = self._given, batch
             carry, code = self._step(carry, inputs, first, step, batch)
-            if before is not None and not (np.asarray(before) == RUNNING).any():
+            if before is not None and not (_trees.on_host(before) == RUNNING).any():
                 self._given = given
                 break  # so this step was none, and the batches ahead are not needed
             before = code
@@ -178,7 +179,7 @@ def advance(
     if saves is not None:
         carry, records = saves.restored(carry, limits)
     state = carry[0].tree()
-    step, cause, running = int(state.step), None, bool((np.asarray(state.code) == RUNNING).any())
+    step, cause, running = int(state.step), None, bool((_trees.on_host(state.code) == RUNNING).any())
     if streamed is not None:
         streamed.go_on(step + (not running), saves)  # what ended by itself has looked at one more
     if not running:  # all of it was saved
@@ -221,7 +222,7 @@ def advance(
             else:
                 carry = streamed.advance(carry, inputs, step, limit, interrupted)
             state = carry[0].tree()  # waits for the chunk
-            reached, running = int(state.step), bool((np.asarray(state.code) == RUNNING).any())
+            reached, running = int(state.step), bool((_trees.on_host(state.code) == RUNNING).any())
             seconds = time.perf_counter() - began
             count = reached - step + (not running)
             records.append(_history(carry, count))
@@ -238,7 +239,7 @@ def advance(
 
 def _history(carry: Carry, count: int) -> History:
     """The first rows that the carry holds."""
-    return History(*np.array(np.moveaxis(np.asarray(carry[1])[:count], -1, 0)))
+    return History(*np.array(np.moveaxis(_trees.on_host(carry[1])[:count], -1, 0)))
 
 
 def joined(records: list[History]) -> History:
@@ -261,7 +262,8 @@ def run(
     state = carry[0].tree()
     code = Status(int(state.code))
     status = cause if cause and code is Status.MAX_STEPS else code
-    average = evaluation_params(state.optimizer, state.params)
+    with own_work(), own_promotion():
+        average = evaluation_params(state.optimizer, state.params)
     if average is not state.params and status not in stopping.FAILURES:
         step = np.int32(state.step)
         last = inputs._replace(limits=inputs.limits._replace(max_steps=int(step)))

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from gdopt._checks import number, one_of, rate, whole_number
+from gdopt._settings import own_promotion
 from gdopt._types import Scalar, Schedule
 from gdopt.errors import InputError
 
@@ -247,7 +248,8 @@ def one_cycle(
     def schedule(step):
         k = jnp.minimum(_count(step), last)
         rising = (k <= math.floor(peak)) & (peak > 0)
-        x = jnp.where(rising, _fraction(k, rise), _fraction(last - k, fall))
+        with own_promotion():  # a peak between two steps is compared with whole numbers
+            x = jnp.where(rising, _fraction(k, rise), _fraction(last - k, fall))
         # (1 - cos(pi x)) / 2, which in float32 would lose all digits of a small end rate
         return _between(jnp.where(rising, start, end), top, x if linear else jnp.sin(jnp.pi / 2 * x) ** 2)
 

@@ -96,7 +96,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    array = np.asarray(leaf)
+    array = _trees.on_host(leaf)
     array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

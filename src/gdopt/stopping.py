@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_NUMBER_FORMATS = tuple("bcdeEfFgGnoxX%")  # the last letter of what formats a number
+
 
 class Status(enum.IntEnum):
     """Why a run ended.
@@ -26,10 +28,14 @@ class Status(enum.IntEnum):
     - ``INTERRUPTED``: Ctrl-C.
     - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
 
+    Prints as its name; otherwise it is an int.
+
     Example:
         >>> import gdopt
-        >>> gdopt.Status.CONVERGED.name
-        'CONVERGED'
+        >>> print(gdopt.Status.CONVERGED)
+        CONVERGED
+        >>> f"{gdopt.Status(3)} has the number {gdopt.Status(3):d}"
+        'MAX_STEPS has the number 3'
     """
 
     CONVERGED = 1
@@ -41,6 +47,12 @@ class Status(enum.IntEnum):
     STOPPED = 7
     INTERRUPTED = 8
     DATA_EXHAUSTED = 9
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self) if spec.endswith(_NUMBER_FORMATS) else self.name, spec)
 
 
 class Rates(enum.Enum):

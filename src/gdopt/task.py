@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gdopt import _trees
 from gdopt._checks import fault, refuse_no_arrays
+from gdopt._settings import own_work
 from gdopt._types import PyTree
 from gdopt.data import Batches, Stream, check_data
 from gdopt.errors import InputError
@@ -35,7 +36,10 @@ class Task(NamedTuple):
     @property
     def key(self) -> jax.Array:
         """The one that all random numbers of a call are drawn from."""
-        return jax.random.key(0) if self.given_key is None else self.given_key
+        if self.given_key is not None:
+            return self.given_key
+        with own_work():
+            return jax.random.key(0)
 
     @property
     def noisy(self) -> bool:
@@ -93,7 +97,7 @@ def _check_key(key: Any) -> jax.Array | None:
         return key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
         with contextlib.suppress(TypeError):  # the wrong number of words
-            return jax.random.wrap_key_data(jnp.asarray(key))
+            return jax.random.wrap_key_data(_trees.on_device(key))
     raise InputError(f"key={key!r} is not one random key: pass jax.random.key(0), say.")
 
 
@@ -109,4 +113,4 @@ def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
                 f"{limits.dtype}: write it as a float."
             )
     some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest
+    return jax.tree.map(lambda leaf: _trees.on_device(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest
