@@ -231,7 +231,7 @@ _OWNERS = ("jax", "jaxlib")
 
 def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
     """A value as part of a fingerprint. Equality must mean "compiles to the same": 0.0 == -0.0 and 1 == True do not."""
-    kind = type(value)
+    kind: type = type(value)
     if kind in (NoneType, bool, int, str, bytes):
         return kind, value
     if _is_compared(kind):
@@ -241,7 +241,7 @@ def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
     inner = functools.partial(_value, lifted=lifted, rules=rules)
     if kind in (tuple, list) or (isinstance(value, tuple) and _is_jaxs_own(kind)):
         return kind, tuple(map(inner, value))
-    if kind is dict:
+    if isinstance(value, dict) and kind is dict:
         return kind, tuple((name, inner(item)) for name, item in value.items())
     if kind in (set, frozenset) and all(type(item) in (int, str) for item in value):
         return kind, frozenset(value)

@@ -130,7 +130,7 @@ def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTr
         pairs = zip(rows, out, strict=True)
         return still, [lax.map(row, jnp.arange(leaf.size)).reshape(leaf.shape) for row, leaf in pairs]
 
-    moved = sum(jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way))
+    moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
     unused = [leaf + (0 * moved).astype(leaf.dtype) for leaf in nothing]  # all that it is given has to be linear
     return lax.custom_linear_solve(
         lambda at: at, (way, unused), forward, transpose_solve=lambda _, at: (backward(at[1])[0], nothing)
