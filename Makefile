@@ -65,11 +65,11 @@ $(VENV)/stamp:
 	@touch $@
 
 $(VENV)/stamp-demo: $(VENV)/stamp pyproject.toml constraints.txt
-	$(PIP) hatchling
+	$(PIP) hatchling hatch-fancy-pypi-readme
 	$(PIP) --no-build-isolation --editable '.[examples]'
 	@touch $@
 
 $(VENV)/stamp-dev: $(VENV)/stamp pyproject.toml constraints.txt
-	$(PIP) hatchling
+	$(PIP) hatchling hatch-fancy-pypi-readme
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
