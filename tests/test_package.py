@@ -12,6 +12,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 import types
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import gdopt
 
@@ -204,6 +206,25 @@ def test_the_changelog_of_the_metadata_exists(wheel: Path) -> None:
     page = urls(wheel)["Changelog"]
     assert page == f"{urls(wheel)['Source']}/blob/main/CHANGELOG.md"
     assert (ROOT / "CHANGELOG.md").exists()
+
+
+def pins(name: str) -> dict[str, str]:
+    """The versions that a constraints file pins with ``==``, by package."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_constraints_floor_pins_the_floors() -> None:
+    """``make test-floor`` runs with the versions that pyproject.toml promises."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    promised = [*project["dependencies"], *extras["plot"], *extras["progress"], *extras["checkpoint"]]
+    floors = pins("constraints-floor.txt")
+    for requirement in map(Requirement, promised):
+        (floor,) = requirement.specifier
+        assert floor.operator == ">="
+        pinned = floors[requirement.name]
+        assert pinned in requirement.specifier, f"{requirement.name} {pinned} is older than {floor}"
+        assert re.fullmatch(rf"{re.escape(floor.version)}(\.0)*", pinned), f"{requirement.name} {pinned} is newer"
 
 
 if __name__ == "__main__":
