@@ -227,6 +227,15 @@ def test_constraints_floor_pins_the_floors() -> None:
         assert re.fullmatch(rf"{re.escape(floor.version)}(\.0)*", pinned), f"{requirement.name} {pinned} is newer"
 
 
+@pytest.mark.parametrize(
+    ("row", "file"), [("oldest", "constraints-floor.txt"), ("pinned", "constraints.txt")], ids=["oldest", "pinned"]
+)
+def test_the_readme_names_the_versions_that_are_run(row: str, file: str) -> None:
+    (line,) = re.findall(rf"^\| {row} \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:5] == [pins(file)[package] for package in ("jax", "numpy", "optax")]
+
+
 if __name__ == "__main__":
     SURFACE.write_text(surface(), encoding="utf-8")
     print(f"wrote {SURFACE.relative_to(ROOT)}")
