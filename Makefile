@@ -1,5 +1,5 @@
 # Needs make and python3 (3.11 or newer); everything else goes into .venv at the versions of constraints.txt.
-# `make test-newest` and `make test-floor` look for another Python, and have environments of their own.
+# `make test-newest`, `make test-floor` and `make wheel-check` look for another Python, and have environments of their own.
 
 PYTHON  ?= python3
 WORKERS ?= 2
@@ -18,7 +18,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures bench test test-slow test-newest test-floor lint types format surface constraints clean
+.PHONY: help demo pictures bench test test-slow test-newest test-floor wheel-check lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,16 @@ test-newest: .venv-newest/stamp ## run TESTS with the newest Python, JAX and Num
 test-floor: .venv-floor/stamp ## run TESTS with the oldest versions that are supported, in .venv-floor
 	@$(call versions,.venv-floor)
 	.venv-floor/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+wheel-check: $(VENV)/stamp-dev ## build the wheel, install it into a clean environment and run the README there
+	rm -rf build/wheel
+	$(RUN) build --outdir build/wheel
+	@$(call environment,build/wheel/venv,$(NEWEST))
+	$(call install,build/wheel/venv) build/wheel/*.whl
+	cd build/wheel && venv/bin/python -I -c 'import gdopt; print("gdopt", gdopt.__version__, "from", gdopt.__file__)'
+	$(call install,build/wheel/venv) "$$(echo build/wheel/*.whl)[examples]" hypothesis pytest
+	@$(call versions,build/wheel/venv)
+	build/wheel/venv/bin/python -m pytest tests/test_docs.py -k test_page
 
 lint: $(VENV)/stamp-dev ## check style, formatting and the direction of imports
 	$(RUN) ruff check
