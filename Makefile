@@ -1,7 +1,14 @@
 # Needs make and python3 (3.11 or newer); everything else goes into .venv at the versions of constraints.txt.
+# `make test-newest`, `make test-floor` and `make wheel-check` look for another Python, and have environments of their own.
 
 PYTHON  ?= python3
 WORKERS ?= 2
+# The versions of Python that the other environments may have, the first choice first.
+NEWEST  ?= 3.14 3.13 3.12
+FLOOR   ?= 3.11 3.12 3.13 3.14
+# What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests.
+TESTS   ?= $(addprefix tests/test_,program.py diagnosis.py minimize.py transformations.py) \
+           $(wildcard tests/test_stale.py tests/test_settings.py)
 # ci: the same examples in every run; default: random ones; thorough: many random ones (tests/conftest.py).
 export HYPOTHESIS_PROFILE ?= ci
 
@@ -11,7 +18,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures bench test test-slow lint types format surface constraints clean
+.PHONY: help demo pictures bench test test-slow test-newest test-floor wheel-check lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +37,24 @@ test: lint types ## run every check: lint, types, tests, documentation and examp
 
 test-slow: $(VENV)/stamp-dev ## run the slow tests, which `make test` leaves out
 	$(RUN) pytest -n $(WORKERS) -m slow
+
+test-newest: .venv-newest/stamp ## run TESTS with the newest Python, JAX and NumPy that are found, in .venv-newest
+	@$(call versions,.venv-newest)
+	.venv-newest/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+test-floor: .venv-floor/stamp ## run TESTS with the oldest versions that are supported, in .venv-floor
+	@$(call versions,.venv-floor)
+	.venv-floor/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+wheel-check: $(VENV)/stamp-dev ## build the wheel, install it into a clean environment and run the README there
+	rm -rf build/wheel
+	$(RUN) build --outdir build/wheel
+	@$(call environment,build/wheel/venv,$(NEWEST))
+	$(call install,build/wheel/venv) build/wheel/*.whl
+	cd build/wheel && venv/bin/python -I -c 'import gdopt; print("gdopt", gdopt.__version__, "from", gdopt.__file__)'
+	$(call install,build/wheel/venv) "$$(echo build/wheel/*.whl)[examples]" hypothesis pytest
+	@$(call versions,build/wheel/venv)
+	build/wheel/venv/bin/python -m pytest tests/test_docs.py -k test_page
 
 lint: $(VENV)/stamp-dev ## check style, formatting and the direction of imports
 	$(RUN) ruff check
@@ -52,8 +77,8 @@ constraints: ## write constraints.txt anew, from the newest versions that fit to
 	(sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --exclude-editable) > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
-clean: ## remove the environment, caches and builds
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+clean: ## remove the environments, caches and builds
+	rm -rf $(VENV) .venv-newest .venv-floor build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are what keeps a second run from installing again.
@@ -65,11 +90,34 @@ $(VENV)/stamp:
 	@touch $@
 
 $(VENV)/stamp-demo: $(VENV)/stamp pyproject.toml constraints.txt
-	$(PIP) hatchling
+	$(PIP) hatchling hatch-fancy-pypi-readme
 	$(PIP) --no-build-isolation --editable '.[examples]'
 	@touch $@
 
 $(VENV)/stamp-dev: $(VENV)/stamp pyproject.toml constraints.txt
-	$(PIP) hatchling
+	$(PIP) hatchling hatch-fancy-pypi-readme
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
+
+# This environment keeps the versions that were the newest when it was made. `make clean` removes it.
+.venv-newest/stamp: pyproject.toml
+	@$(call environment,.venv-newest,$(NEWEST))
+	$(call install,.venv-newest) --editable '.[test]'
+	@touch $@
+
+.venv-floor/stamp: pyproject.toml constraints-floor.txt
+	@$(call environment,.venv-floor,$(FLOOR))
+	$(call install,.venv-floor) --constraint constraints-floor.txt --editable '.[test]'
+	@touch $@
+
+# Make environment $(1) with the first of the Python versions $(2) that works. Commands of pyenv can exist and fail, and
+# Debian's Python can lack ensurepip, so each one is tried.
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)
+environment = found=; for version in $(2); do for python in python$$version $(PYENV)/versions/$$version.*[0-9]/bin/python; do \
+	if [ -z "$$found" ] && "$$python" -c "import ensurepip, venv" 2> /dev/null; then found="$$python"; fi; done; done; \
+	if [ -z "$$found" ]; then echo "No usable Python was found for $(1). It needs one of $(2), with venv and ensurepip. make \
+	looked for python3.N on the PATH and in $(PYENV)/versions." >&2; exit 1; fi; \
+	echo "$$found -m venv --clear $(1)" && "$$found" -m venv --clear $(1)
+install = $(1)/bin/python -m pip --disable-pip-version-check install --quiet
+versions = $(1)/bin/python -c 'import platform; from importlib.metadata import version; \
+	print("Python", platform.python_version(), *(f"{p} {version(p)}" for p in ("jax", "jaxlib", "numpy", "optax")))'

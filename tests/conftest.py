@@ -6,7 +6,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# What one process has compiled, another one loads: a run that is killed and started again above all.
+# What one process has compiled, another one loads: a run that is killed and started again above all. The version of
+# jaxlib is part of the keys, so that environments with different versions can share the folder.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", "build", "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import email
 import enum
 import importlib.metadata
 import inspect
 import re
 import subprocess
 import sys
+import tomllib
 import types
 import zipfile
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import gdopt
 
@@ -159,14 +163,84 @@ def test_public_names_are_documented(name: str, value: Any) -> None:
     assert not text.startswith(f"{name}("), f"{name} has only the docstring that a dataclass gives itself"
 
 
-def test_wheel_holds_the_package(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder]
     subprocess.run(build, cwd=ROOT, capture_output=True, timeout=120, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_wheel_holds_the_package(wheel: Path) -> None:
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path for path in (ROOT / "src" / "gdopt").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert "gdopt/py.typed" in files
     assert files == {path.relative_to(ROOT / "src").as_posix() for path in sources}
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_string(archive.read(name).decode())
+
+
+def urls(wheel: Path) -> dict[str, str]:
+    return dict(line.split(", ") for line in metadata(wheel).get_all("Project-URL", []))
+
+
+def test_links_of_the_description_are_absolute_and_lead_to_files(wheel: Path) -> None:
+    """A package index shows the README away from the repository."""
+    description = str(metadata(wheel).get_payload())
+    source = urls(wheel)["Source"]
+    pages = f"{source}/blob/main/"
+    pictures = f"{source.replace('github.com', 'raw.githubusercontent.com')}/main/"
+    link = re.compile(r"""(!?)\[[^\]]*\]\(\s*([^)\s]+)|(?:src|href)=["']([^"']+)|^\[[^\]]+\]:\s*(\S+)""", re.MULTILINE)
+    found = [(mark, inline or html or definition) for mark, inline, html, definition in link.findall(description)]
+    assert len(found) > 10
+    for mark, target in found:
+        assert target.startswith("https://"), f"{target} is relative"
+        if mark or target.startswith(source):
+            prefix = pictures if mark else pages
+            assert target.startswith(prefix), f"{target} does not start with {prefix}"
+            path = target.removeprefix(prefix).split("#")[0]
+            assert (ROOT / path).exists(), f"{target} leads to a file that does not exist"
+    # The rest of the text is README.md as it is.
+    assert description.replace(pages, "").replace(pictures, "") == (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_changelog_of_the_metadata_exists(wheel: Path) -> None:
+    page = urls(wheel)["Changelog"]
+    assert page == f"{urls(wheel)['Source']}/blob/main/CHANGELOG.md"
+    assert (ROOT / "CHANGELOG.md").exists()
+
+
+def pins(name: str) -> dict[str, str]:
+    """The versions that a constraints file pins with ``==``, by package."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_constraints_floor_pins_the_floors() -> None:
+    """``make test-floor`` runs with the versions that pyproject.toml promises."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    promised = [*project["dependencies"], *extras["plot"], *extras["progress"], *extras["checkpoint"]]
+    floors = pins("constraints-floor.txt")
+    for requirement in map(Requirement, promised):
+        (floor,) = requirement.specifier
+        assert floor.operator == ">="
+        pinned = floors[requirement.name]
+        assert pinned in requirement.specifier, f"{requirement.name} {pinned} is older than {floor}"
+        assert re.fullmatch(rf"{re.escape(floor.version)}(\.0)*", pinned), f"{requirement.name} {pinned} is newer"
+
+
+@pytest.mark.parametrize(
+    ("row", "file"), [("oldest", "constraints-floor.txt"), ("pinned", "constraints.txt")], ids=["oldest", "pinned"]
+)
+def test_the_readme_names_the_versions_that_are_run(row: str, file: str) -> None:
+    (line,) = re.findall(rf"^\| {row} \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:5] == [pins(file)[package] for package in ("jax", "numpy", "optax")]
 
 
 if __name__ == "__main__":

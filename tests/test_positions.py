@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +63,8 @@ class Source:
         return "the rows"  # by which grain tells sources apart
 
 
-def grain_loader(source: Any = None, shuffle: bool = False, seed: int = 0) -> grain.DataLoader:
+def grain_loader(source: Any = None, shuffle: bool = False, seed: int = 0) -> Any:
+    grain = pytest.importorskip("grain")
     rows = Source() if source is None else source
     return grain.DataLoader(
         data_source=rows,
@@ -75,6 +75,7 @@ def grain_loader(source: Any = None, shuffle: bool = False, seed: int = 0) -> gr
 
 
 def grain_dataset() -> Callable:
+    grain = pytest.importorskip("grain")
     seeds = itertools.count()  # another order in each epoch, which is told by how often the function was called
     return lambda: grain.MapDataset.source(Source()).shuffle(seed=next(seeds)).batch(SIZE).to_iter_dataset()
 

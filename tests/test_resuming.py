@@ -83,6 +83,8 @@ def finished(process: subprocess.Popen) -> str:
     ],
 )
 def test_killed_at_any_moment_it_comes_to_the_same_bits(kind: str, kills: int, path) -> None:
+    if kind == "grain":
+        pytest.importorskip("grain")
     chance = random.Random(kills)
     expected = start(kind, "none", 4096, 0)
     killed = 0

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from helpers import count_compilations
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import gdopt
 from gdopt import Status
@@ -96,21 +93,24 @@ def check_equal(result: gdopt.Result, expected: tuple) -> None:
     assert result.steps == len(losses) - 1
 
 
-# What may be a stream
+# What may be a stream. The tests that use torch or grain import it themselves, so that the others run without it.
 
 
-def torch_loader(shuffle: bool = False) -> DataLoader:
-    rows = TensorDataset(torch.from_numpy(IMAGES), torch.from_numpy(LABELS.astype(np.int64)))
-    return DataLoader(rows, SIZE, shuffle=shuffle, num_workers=0, generator=torch.Generator().manual_seed(3))
+def torch_loader(shuffle: bool = False) -> Any:
+    torch, data = pytest.importorskip("torch"), pytest.importorskip("torch.utils.data")
+    rows = data.TensorDataset(torch.from_numpy(IMAGES), torch.from_numpy(LABELS.astype(np.int64)))
+    return data.DataLoader(rows, SIZE, shuffle=shuffle, num_workers=0, generator=torch.Generator().manual_seed(3))
 
 
-def grain_loader(shuffle: bool = False) -> grain.DataLoader:
+def grain_loader(shuffle: bool = False) -> Any:
+    grain = pytest.importorskip("grain")
     rows = list(zip(IMAGES, LABELS, strict=True))
     sampler = grain.samplers.IndexSampler(len(rows), grain.sharding.NoSharding(), shuffle, num_epochs=1, seed=3)
     return grain.DataLoader(data_source=rows, sampler=sampler, operations=[grain.transforms.Batch(SIZE)])
 
 
-def grain_dataset() -> grain.MapDataset:
+def grain_dataset() -> Any:
+    grain = pytest.importorskip("grain")
     return grain.MapDataset.source(list(zip(IMAGES, LABELS, strict=True))).shuffle(seed=3).batch(SIZE)
 
 
@@ -230,6 +230,7 @@ def test_a_loader_may_use_its_memory_again():
 
 
 def test_torch_tensors_share_no_memory_with_the_run():
+    torch = pytest.importorskip("torch")
     x, y = torch.from_numpy(IMAGES[:SIZE].copy()), torch.from_numpy(LABELS[:SIZE].copy())
 
     def in_place() -> Iterator:
@@ -298,9 +299,17 @@ def test_each_shape_is_compiled_once_whatever_the_epochs_and_calls():
     assert after_first[0] == after_first[-1] == counter.count
     assert counter.names.count("jit(run)") <= 3  # the start, and a step for each shape
     with count_compilations() as counter:
-        run(torch_loader(), new_loss, epochs=2, learning_rate=0.1)
+        run(Again(), new_loss, epochs=2, learning_rate=0.1)
         run(lambda: (jax.device_put(batch) for batch in batches()), lambda w, batch: 1.5 * loss(w, batch), epochs=1)
         run(batches(), new_loss, max_steps=3)
+    assert counter.names == []
+
+
+def test_torch_tensors_use_what_was_compiled_for_arrays():
+    loader = torch_loader()
+    run(batches, epochs=1)
+    with count_compilations() as counter:
+        run(loader, epochs=2, learning_rate=0.1)
     assert counter.names == []
 
 
@@ -451,14 +460,12 @@ def test_schedules_and_other_optimizers():
 # Range tests
 
 
-def test_range_tests_agree_whatever_the_stream():
-    tests = [
-        gdopt.lr_find(loss, START, data=stream, num_steps=60) for stream in (batches, Again(), Sized(), torch_loader())
-    ]
-    assert tests[0].suggestion is not None
-    assert len({test.suggestion for test in tests}) == 1
-    for test in tests:
-        np.testing.assert_array_equal(test.loss, tests[0].loss)
+@pytest.mark.parametrize("stream", [Again, Sized, torch_loader])
+def test_range_tests_agree_whatever_the_stream(stream):
+    expected, test = (gdopt.lr_find(loss, START, data=data, num_steps=60) for data in (batches, stream()))
+    assert expected.suggestion is not None
+    assert test.suggestion == expected.suggestion
+    np.testing.assert_array_equal(test.loss, expected.loss)
 
 
 def test_auto_finds_a_rate_and_trains_from_the_first_batch():
@@ -530,16 +537,24 @@ def test_what_does_not_go_with_a_stream_is_told():
     for find in (gdopt.lr_find, functools.partial(gdopt.minimize, max_steps=100)):
         with pytest.raises(gdopt.InputError, match="data is an iterator, which can be gone through once, and a range"):
             find(loss, START, data=batches())
-    unsized = DataLoader(Unsized(), batch_size=None)  # whose len raises TypeError
-    for stream in (batches, Again(), unsized):
-        with pytest.raises(gdopt.InputError, match="epochs=3 was given with a stream that does not tell how many"):
-            run(stream, epochs=3, learning_rate="auto")
-    check_equal(run(unsized, epochs=2), by_hand(batches, epochs=2))
 
 
-class Unsized(IterableDataset):
-    def __iter__(self):
-        return batches()
+def unsized_torch_loader() -> Any:
+    """A loader that has a ``__len__``, which raises TypeError."""
+    data = pytest.importorskip("torch.utils.data")
+
+    class Unsized(data.IterableDataset):
+        def __iter__(self):
+            return batches()
+
+    return data.DataLoader(Unsized(), batch_size=None)
+
+
+@pytest.mark.parametrize("stream", [lambda: batches, Again, unsized_torch_loader], ids=["function", "list", "torch"])
+def test_auto_needs_to_know_how_many_batches_there_are(stream):
+    with pytest.raises(gdopt.InputError, match="epochs=3 was given with a stream that does not tell how many"):
+        run(stream(), epochs=3, learning_rate="auto")
+    check_equal(run(stream(), epochs=2), by_hand(batches, epochs=2))
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, PER_EPOCH])
