@@ -107,8 +107,7 @@ class _Copier:
         if self.slots and eqn.primitive.name in CALLBACKS and callable(params.get("callback")):
             params["callback"] = Slot(self.callbacks, len(self.callbacks))
             self.callbacks.append(eqn.params["callback"])
-            self.effects.update(eqn.effects)
-        elif self.slots and eqn.primitive.name in CALLBACKS:  # a print, of which everything is a value
+        if self.slots and eqn.primitive.name in CALLBACKS:  # without a function of its own it is a print
             self.effects.update(eqn.effects)
         if _same(invars, eqn.invars) and _same(params.values(), eqn.params.values()):
             return eqn
@@ -353,7 +352,8 @@ def _look_alike(make: Callable) -> bool:
     traces = [trace(make(array), x)[0] for array in arrays]
     copies = [[copy(closed, mode) for closed in traces] for mode in Mode]
     before = [[_told_by(closed, kept) for closed, kept in zip(traces, pair, strict=True)] for pair in copies]
-    jax.eval_shape(lambda x: _replayed(traces[0], copies[-1][0], x), x)  # that one can be made
+    replay = Replay(Mode.PROGRAM, copies[-1][0].arrays)
+    jax.eval_shape(lambda x: replay(copies[-1][0].jaxpr, [*_jax.consts(traces[0]), x]), x)  # that one can be made
     arrays[0] += 100  # of which the copies are to see nothing
     return any(
         told[0] == told[1] or told[0][0] is None or fingerprint(pair[0].jaxpr) != told[0][0]
@@ -366,10 +366,6 @@ def _told_by(closed: Any, kept: Copy) -> tuple[Hashable | None, list[bytes]]:
     return fingerprint(kept.jaxpr), [np.asarray(array).tobytes() for array in (*_jax.consts(closed), *kept.arrays)]
 
 
-def _replayed(closed: Any, kept: Copy, x: Any) -> list:
-    return Replay(list(Mode)[-1], kept.arrays)(kept.jaxpr, [*_jax.consts(closed), x])
-
-
 @functools.cache
 def is_reliable() -> bool:
     """Tell whether fingerprints tell traces apart on this JAX; tried once in a process, in about 20 ms.
@@ -377,7 +373,8 @@ def is_reliable() -> bool:
     If not, a warning says so once, and no program is shared: each call compiles anew, and is right.
     """
     try:
-        alike = [name for name, make in TRAPS.items() if _look_alike(make)]
+        with jax.disable_jit(False), jax.numpy_dtype_promotion("standard"):
+            alike = [name for name, make in TRAPS.items() if _look_alike(make)]
         why = f"those that differ in an array alone look alike (in {', '.join(alike)})" if alike else ""
     except Exception as error:
         why = f"traces cannot be read ({type(error).__name__}: {error})"
