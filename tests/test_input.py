@@ -148,6 +148,7 @@ BAD = {
         {"optimizer": lambda: optax.sgd(0.1)},
         "takes no learning rate. Pass the optimizer",
     ),
+    "optimizer of a rate by name": ({"optimizer": lambda *, rate: optax.sgd(rate)}, "takes no learning rate as"),
     "optimizer of more": (
         {"optimizer": lambda rate, momentum: optax.sgd(rate, momentum)},
         "needs more than a learning rate. Pass functools.partial of it, with momentum=...",

@@ -372,7 +372,7 @@ def test_a_callback_runs_under_the_settings_of_its_user(mistake: Callable, error
 def test_a_stream_is_read_under_the_settings_of_its_user() -> None:
     def batches() -> Iterator[Any]:
         yield PARTS[0]
-        yield jnp.asarray(ROWS)
+        yield jnp.add(ROWS, TWO)
 
     with under(STRICT), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
         run(data=batches, learning_rate=0.1)

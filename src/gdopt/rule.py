@@ -226,6 +226,8 @@ def _no_factory(function: Any, searched: bool) -> str:
         if not signature.parameters:
             return f"takes no learning rate. Pass the optimizer that it returns{called}"
         others = ", ".join(f"{other}=..." for other in needed[1:])
+        if not others:
+            return "takes no learning rate as its first argument: pass a function that does."
         return f"needs more than a learning rate. Pass functools.partial of it, with {others}."
     return ""
 
