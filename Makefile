@@ -7,8 +7,7 @@ WORKERS ?= 2
 NEWEST  ?= 3.14 3.13 3.12
 FLOOR   ?= 3.11 3.12 3.13 3.14
 # What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests.
-TESTS   ?= $(addprefix tests/test_,program.py diagnosis.py minimize.py transformations.py) \
-           $(wildcard tests/test_stale.py tests/test_settings.py)
+TESTS   ?= $(addprefix tests/test_,program.py stale.py diagnosis.py minimize.py transformations.py settings.py)
 # ci: the same examples in every run; default: random ones; thorough: many random ones (tests/conftest.py).
 export HYPOTHESIS_PROFILE ?= ci
 
