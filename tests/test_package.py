@@ -24,6 +24,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import gdopt
+from gdopt import _jax
 
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = Path(__file__).with_name("public_surface.txt")
@@ -241,6 +242,15 @@ def test_the_readme_names_the_versions_that_are_run(row: str, file: str) -> None
     (line,) = re.findall(rf"^\| {row} \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2:5] == [pins(file)[package] for package in ("jax", "numpy", "optax")]
+
+
+def test_one_module_alone_imports_what_is_not_public_in_jax() -> None:
+    for path in sorted(Path(gdopt.__file__).parent.glob("*.py")):
+        text = path.read_text()
+        used = re.findall(r"jax\._src|jax\.extend|jax\.core\b|jax\.interpreters|from jax import core", text)
+        assert set(used) <= ({"jax._src", "jax.extend", "jax.core"} if path.name == "_jax.py" else set()), path.name
+    imports = re.findall(r"^\s*(?:import|from) .*", Path(_jax.__file__).read_text(), re.MULTILINE)
+    assert not [line for line in imports if "_src" in line or "extend" in line]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The parts of JAX that are not public API. No other module touches one, and this one imports nothing of ``jax._src``.
+"""The parts of JAX that are not public API: all of them, with what for.
+
+No other module imports one. `_replay`, `_fingerprint`, `_lints` and `_nan_search` walk through traces, and read of them
+what is listed here and no more. Nothing is imported from ``jax._src``.
 
 The tests run on JAX 0.9.2, 0.10.2 and 0.12.0.1. If a part is missing or has changed on another release, `_fingerprint`
 finds that out before the first program is shared, and then no program is: slower, never wrong.
