@@ -146,6 +146,10 @@ def inside(start: Any) -> Any:
     return gdopt.minimize(fit, start, args=(THERE,), max_steps=12)
 
 
+def on_batches(start: Any) -> Any:
+    return gdopt.minimize(fit, start, data=THERE, batch_size=8, learning_rate=0.1, max_steps=6)
+
+
 def solution(scale: Any) -> Any:
     return gdopt.minimize(fit, START, args=(THERE, scale), tol=1e-6).params["b"]
 
@@ -202,6 +206,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "stream on the device": lambda: run(data=lambda: iter(PARTS), **ADAM),
     "jit": lambda: facts(jax.jit(inside)(START)),
     "vmap": lambda: facts(jax.vmap(inside)(STARTS)),
+    "vmap, batches": lambda: facts(jax.vmap(on_batches)(STARTS)),
     "jit of a vmap": lambda: facts(jax.jit(jax.vmap(inside))(STARTS)),
     "grad": lambda: jax.jit(jax.grad(solution))(TWO),
     "grad outside of jit": lambda: jax.grad(solution)(TWO),
@@ -238,6 +243,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 DRAWS = {name for name in CALLS if any(part in name for part in ("batches", "keys", "lr_find, refined"))}
 DRAWS |= {"checkpoint", "callback", "averaged", "target"}  # of batches, too
+TRIALS = {name for name in CALLS if "spectral in an own loop" in name}  # the last point may be one
 # What no plain loop survives: JAX's own `grad` and slicing move numbers when they run outside of jit.
 NOT_PLAIN = {(name, "grad outside of jit") for name in SETTINGS if "no transfers" in name or name == "all strict"}
 
@@ -250,6 +256,7 @@ FAST += ("no rank promotion", "no raw keys")
 OTHERS = [name for name in CALLS if name not in (*OFTEN, "lr_find, refined", "auto for batches", "lr_find, stream")]
 COVERED = {(setting, call) for setting in FAST for call in OFTEN}
 COVERED |= {(setting, OTHERS[place % len(OTHERS)]) for place, setting in enumerate(FAST)}
+COVERED |= {("no transfers", "vmap, batches")}
 COVERED |= {("all strict", call) for call in ("diagnose", "checkpoint", "stream", "lr_find", "callback", "gd_step")}
 
 
@@ -264,13 +271,20 @@ def call(name: str, path: Path) -> Any:
 
 
 @functools.cache
-def expected(name: str, path: Path) -> list[Any]:
+def expected(name: str, path: Path) -> Any:
     """The same without a setting."""
-    return leaves(call(name, path))
+    return call(name, path)
 
 
 def leaves(tree: Any) -> list[Any]:
     return [leaf if isinstance(leaf, str) else np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def answer(outcome: Any) -> list[Any]:
+    """What little depends on last bits: the params, without the steps on the way to them."""
+    if isinstance(outcome, tuple):
+        return leaves(outcome[0])
+    return leaves(outcome.get("params", outcome) if isinstance(outcome, dict) else outcome)
 
 
 @pytest.fixture(scope="module")
@@ -300,14 +314,13 @@ def test_a_call_survives_a_setting(setting: str, name: str, directory: Path, tmp
         before = jax.config.values.copy()
         outcome = call(name, tmp_path)
         assert jax.config.values == before
-    got = leaves(outcome)
-    if random and name in DRAWS:
+    if (random and name in DRAWS) or (arithmetic and name in TRIALS):
         return
-    for mine, theirs in zip(got, usual, strict=not arithmetic):
-        if arithmetic:
-            if isinstance(mine, np.ndarray) and np.issubdtype(mine.dtype, np.floating):
-                np.testing.assert_allclose(mine, theirs, rtol=0.05, atol=1e-3)
-            break  # the first are the params, and of what follows much depends on last bits
+    if arithmetic:
+        for mine, theirs in zip(answer(outcome), answer(usual), strict=True):
+            np.testing.assert_allclose(mine.astype(complex), theirs.astype(complex), rtol=0.05, atol=0.02)
+        return
+    for mine, theirs in zip(leaves(outcome), leaves(usual), strict=True):
         if isinstance(mine, str):
             assert mine == theirs
         else:

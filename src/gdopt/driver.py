@@ -358,7 +358,8 @@ def _refuse_host_visits(**options: Any) -> None:
 
 
 def _inside(outcome: Any, task: Task) -> Result:
-    """The result of a run that is being traced: its numbers are arrays."""
+    """The result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
+    zero = _trees.on_device(0.0)
     return Result(
         params=task.problem.rest.combine(outcome.params),
         loss=outcome.loss,
@@ -368,11 +369,11 @@ def _inside(outcome: Any, task: Task) -> Result:
         message=NO_MESSAGE,
         success=outcome.success,
         history=cast(Any, None),
-        steps_per_epoch=task.steps_per_epoch,
+        steps_per_epoch=jax.tree.map(_trees.on_device, task.steps_per_epoch),
         range_test=None,
         aux=outcome.aux,
-        compile_seconds=0.0,
-        run_seconds=0.0,
+        compile_seconds=cast(Any, zero),
+        run_seconds=cast(Any, zero),
     )
 
 
