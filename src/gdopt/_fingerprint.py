@@ -333,17 +333,25 @@ def _nothing(x: Any) -> Any:
 # as any other function is.)
 TRAPS: dict[str, Callable[[Any], Callable]] = {
     "number": lambda c: lambda x: x * c[0],
-    "jit": _jitted,
-    "scan": lambda c: lambda x: lax.scan(lambda s, _: (_jitted(c)(s), None), x, None, length=2)[0],
-    "while": lambda c: lambda x: lax.while_loop(lambda s: s[0] < 1, _jitted(c), x),
-    "condition of a while": lambda c: lambda x: lax.while_loop(lambda s: _jitted(c)(s)[0] < 1, lambda s: s + 1, x),
-    "cond": lambda c: lambda x: lax.cond(x[0] > 0, _jitted(c), _nothing, x),
+    "scan": lambda c: _around("scan", _jitted(c)),
+    "while": lambda c: _around("while", _jitted(c)),
+    "cond": lambda c: _around("cond", _jitted(c)),
     "switch": lambda c: lambda x: lax.switch(lax.convert_element_type(x[0], "int32"), [_nothing, _jitted(c)], x),
-    "checkpoint": lambda c: jax.checkpoint(_jitted(c)),
+    "checkpoint": lambda c: _around("checkpoint", _jitted(c)),
     "vmap": lambda c: jax.vmap(_jitted(c[0])),
     "custom_jvp": _with_jvp,
     "custom_vjp": _with_vjp,
 }
+
+
+def _around(name: str, f: Callable) -> Callable:
+    """A function within an operation that a replay can make anew."""
+    return {
+        "scan": lambda x: lax.scan(lambda s, _: (f(s), None), x, None, length=2)[0],
+        "while": lambda x: lax.while_loop(lambda s: s[0] < 1, f, x),
+        "cond": lambda x: lax.cond(x[0] > 0, f, _nothing, x),
+        "checkpoint": jax.checkpoint(f),
+    }[name]
 
 
 def _look_alike(make: Callable) -> bool:
@@ -352,12 +360,10 @@ def _look_alike(make: Callable) -> bool:
     traces = [trace(make(array), x)[0] for array in arrays]
     copies = [[copy(closed, mode) for closed in traces] for mode in Mode]
     before = [[_told_by(closed, kept) for closed, kept in zip(traces, pair, strict=True)] for pair in copies]
-    replay = Replay(Mode.PROGRAM, copies[-1][0].arrays)
-    jax.eval_shape(lambda x: replay(copies[-1][0].jaxpr, [*_jax.consts(traces[0]), x]), x)  # that one can be made
     arrays[0] += 100  # of which the copies are to see nothing
+    after = [fingerprint(pair[0].jaxpr) for pair in copies]
     return any(
-        told[0] == told[1] or told[0][0] is None or fingerprint(pair[0].jaxpr) != told[0][0]
-        for told, pair in zip(before, copies, strict=True)
+        told[0] == told[1] or told[0][0] is None or now != told[0][0] for told, now in zip(before, after, strict=True)
     )
 
 
@@ -366,15 +372,26 @@ def _told_by(closed: Any, kept: Copy) -> tuple[Hashable | None, list[bytes]]:
     return fingerprint(kept.jaxpr), [np.asarray(array).tobytes() for array in (*_jax.consts(closed), *kept.arrays)]
 
 
+def _make_anew() -> None:
+    """Replay a trace in which each operation that a replay can make anew is made anew."""
+    x, around = np.ones(2, np.float32), _jitted(np.ones(2, np.float32))
+    for name in ("checkpoint", "cond", "while", "scan"):
+        around = _around(name, around)
+    closed, _ = trace(around, x)
+    kept = copy(closed, Mode.PROGRAM)
+    jax.eval_shape(lambda x: Replay(Mode.PROGRAM, kept.arrays)(kept.jaxpr, [*_jax.consts(closed), x]), x)
+
+
 @functools.cache
 def is_reliable() -> bool:
-    """Tell whether fingerprints tell traces apart on this JAX; tried once in a process, in about 20 ms.
+    """Tell whether fingerprints tell traces apart on this JAX; tried once in a process, in about 30 ms.
 
     If not, a warning says so once, and no program is shared: each call compiles anew, and is right.
     """
     try:
         with jax.disable_jit(False), jax.numpy_dtype_promotion("standard"):
             alike = [name for name, make in TRAPS.items() if _look_alike(make)]
+            _make_anew()
         why = f"those that differ in an array alone look alike (in {', '.join(alike)})" if alike else ""
     except Exception as error:
         why = f"traces cannot be read ({type(error).__name__}: {error})"
