@@ -300,7 +300,7 @@ def _is_jaxs_own(kind: type) -> bool:
 
 
 def _is_known(function: FunctionType) -> bool:
-    """Whether it is a function of a library that nobody changes, found by its name, and closes over nothing."""
+    """Tell whether it is a function of a library that nobody changes, found by its name, and closes over nothing."""
     module = sys.modules.get(function.__module__)
     owned = function.__module__.split(".")[0] in (*_OWNERS, "optax", "gdopt", "numpy")
     return owned and not function.__closure__ and vars(module).get(function.__name__) is function

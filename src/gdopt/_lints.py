@@ -11,7 +11,7 @@ from gdopt._types import PyTree
 
 
 def depends(function: Callable, *args: PyTree) -> bool:
-    """Whether anything that the function returns is computed from its arguments."""
+    """Tell whether anything that the function returns is computed from its arguments."""
     jaxpr = _jax.opened(trace(function, *args)[0])
     reached = set(jaxpr.invars)
     is_reached = lambda atom: not _jax.is_literal(atom) and atom in reached

@@ -169,12 +169,12 @@ def _origin(eqn: Any, value: Any, inputs: list, lines: list) -> Origin:
 
 
 def is_nan(value: Any) -> bool:
-    """Whether there is a NaN among the numbers."""
+    """Tell whether there is a NaN among the numbers."""
     return _is_inexact(value) and bool(_any_nan(value))
 
 
 def is_bad(value: Any) -> bool:
-    """Whether there is a NaN or an infinity among the numbers."""
+    """Tell whether there is a NaN or an infinity among the numbers."""
     return _is_inexact(value) and not bool(_all_finite(value))
 
 

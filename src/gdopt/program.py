@@ -193,8 +193,7 @@ def checksum(tree: PyTree) -> str:
 
 
 def is_traced(*trees: PyTree) -> bool:
-    """Whether there is no computing with these values now, as jit, vmap or grad traces one of them or, as jit does,
-    everything."""
+    """Tell whether there is no computing with these values now: jit, vmap or grad traces one or, as jit does, all."""
     leaves = *jax.tree.leaves(trees), _trees.on_device(0.0)
     return any(map(_jax.is_tracer, leaves))
 

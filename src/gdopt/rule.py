@@ -41,7 +41,7 @@ class Rule(NamedTuple):
 
     @property
     def owns_rate(self) -> bool:
-        """Whether the optimizer is ready and has its own rate: see `owned_rate`."""
+        """Tell whether the optimizer is ready and has its own rate: see `owned_rate`."""
         return is_transformation(self.optimizer)
 
     def with_rate(self, rate: Any) -> Any:
@@ -133,7 +133,7 @@ class Rule(NamedTuple):
 
 
 def _is_fixed(function: Any) -> bool:
-    """Whether it is one of optax's or gdopt's own functions, which nobody changes, and closes over nothing."""
+    """Tell whether it is one of optax's or gdopt's own functions, which nobody changes, and closes over nothing."""
     if not isinstance(function, FunctionType) or function.__closure__:
         return False
     module = sys.modules.get(function.__module__)
@@ -141,7 +141,7 @@ def _is_fixed(function: Any) -> bool:
 
 
 def _fits(new: PyTree, old: PyTree) -> bool:
-    """Whether the structures are one, and the shapes come to be the old ones by broadcasting."""
+    """Tell whether the structures are one, and the shapes come to be the old ones by broadcasting."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         return False
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
@@ -169,7 +169,7 @@ def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
 
 
 def is_auto(learning_rate: Any) -> bool:
-    """Whether the rate is to be chosen."""
+    """Tell whether the rate is to be chosen."""
     return isinstance(learning_rate, str) and learning_rate == "auto"
 
 
@@ -255,7 +255,7 @@ def _name(function: Any) -> str:
 
 
 def is_transformation(optimizer: Any) -> bool:
-    """Whether it is ready: optax's protocol is a pair of functions (MultiSteps has it without being a tuple)."""
+    """Tell whether it is ready: optax's protocol is a pair of functions (MultiSteps has it without being a tuple)."""
     if isinstance(optimizer, type):  # the class itself, MultiSteps say
         return False
     return callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
