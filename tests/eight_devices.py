@@ -45,18 +45,20 @@ def sharded(mesh: Mesh = MESH, start: Any = START, rows: Any = ROWS) -> tuple[An
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("devices", [8, 1])
-@pytest.mark.parametrize("how", ["args", "closed over", "data", "batches"])
+@pytest.mark.parametrize("how", ["args", "closed over", "data", "batches", "nothing on the mesh"])
 def test_losses_may_map_over_the_shards(how: str, devices: int, kind: Any) -> None:
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",), axis_types=(kind,))
     rows = jax.device_put(ROWS[:, :3], NamedSharding(mesh, P("data")))
     start = jax.device_put(jnp.zeros(3), NamedSharding(mesh, P()))
     mean = lambda x, rows: jax.lax.pmean(jnp.mean((x[None] - rows) ** 2), "data")
     mapped = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    whole = jax.shard_map(lambda x: jnp.mean((x[None] - ROWS[:, :3]) ** 2), mesh=mesh, in_specs=P(), out_specs=P())
     call = {
         "args": lambda **options: gdopt.minimize(mapped, start, args=(rows,), **options),
         "closed over": lambda **options: gdopt.minimize(lambda x: mapped(x, rows), start, **options),
         "data": lambda **options: gdopt.minimize(mapped, start, data=rows, **options),
         "batches": lambda **options: gdopt.minimize(mapped, start, data=rows, batch_size=64, **options),
+        "nothing on the mesh": lambda **options: gdopt.minimize(whole, jnp.zeros(3), **options),
     }[how]
     expected = np.zeros(3)
     for _ in range(3):

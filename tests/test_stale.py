@@ -521,6 +521,44 @@ def test_an_unknown_parameter_gets_no_fingerprint() -> None:
     assert traced.identity is None
 
 
+class Policy:
+    """Compares equal to others of another rate."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Policy)
+
+    __hash__ = None
+
+    def __call__(self, _: Any, g: Any) -> tuple:
+        return (self.rate * g,)
+
+
+def test_rules_are_told_apart_by_themselves() -> None:
+    def step(rate: float) -> Any:
+        function = jax.custom_vjp(lambda x: x)
+        function.defvjp(lambda x: (x, None), Policy(rate))
+        kept = jax.jit(lambda x: jnp.sum(function(x) ** 2))
+        return gdopt.minimize(lambda x: kept(x), X, learning_rate=0.1, max_steps=1).history.loss[1]
+
+    for rate in (1.0, 2.0, 1.0):
+        np.testing.assert_allclose(step(rate), np.sum((X - 0.2 * rate * X) ** 2), rtol=1e-5)
+
+
+def test_functions_without_a_module_get_no_fingerprint() -> None:
+    made: dict[str, Any] = {}
+    exec("def add(a, b):\n    return a + b + 1.0", made)
+    make = lambda c: (
+        lambda x: jnp.sum((x - c) ** 2) + lax.stop_gradient(lax.reduce(x, np.float32(-1), made["add"], (0,)))
+    )
+    for number in (1.0, 2.0):
+        loss = make(number)
+        result = gdopt.minimize(loss, X, learning_rate=0.1, max_steps=1)
+        np.testing.assert_allclose(result.history.loss[0], loss(X), rtol=1e-6)
+
+
 def test_the_self_check_is_quick_and_made_once() -> None:
     script = """
         import time, jax, numpy as np, gdopt

@@ -168,7 +168,7 @@ def fingerprint(jaxpr: Any, *, lifted: bool = False, rules: bool = False) -> Has
     """
     try:
         return tuple(_parts(jaxpr, lifted, rules))
-    except (_Unshareable, RecursionError):
+    except Exception:  # _Unshareable, or what an object that nobody has thought of raises
         return None
 
 
@@ -211,12 +211,22 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
             yield key, _value(value, inside, rules)
 
 
+class _Itself:
+    """A function as a part of a fingerprint: equal to itself alone. It may hold arrays, and is not kept."""
+
+    def __init__(self, function: Any):
+        self._ref, self._id = weakref.ref(function), id(function)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._ref() is not None and self._ref() is other._ref()
+
+    def __hash__(self) -> int:
+        return self._id
+
+
 def _rule(function: Any) -> Hashable:
-    """A function that JAX calls as it differentiates, as a weak reference: it may hold the caller's arrays."""
-    try:
-        return weakref.ref(getattr(function, "f", function))
-    except TypeError:
-        raise _Unshareable from None
+    """A function that JAX calls as it differentiates."""
+    return _Itself(getattr(function, "f", function))
 
 
 # Objects of JAX's that compare by value, and of which equal ones compile to the same: JAX's own caches rely on that.
@@ -301,9 +311,9 @@ def _is_jaxs_own(kind: type) -> bool:
 
 def _is_known(function: FunctionType) -> bool:
     """Tell whether it is a function of a library that nobody changes, found by its name, and closes over nothing."""
-    module = sys.modules.get(function.__module__)
-    owned = function.__module__.split(".")[0] in (*_OWNERS, "optax", "gdopt", "numpy")
-    return owned and not function.__closure__ and vars(module).get(function.__name__) is function
+    name = function.__module__ or ""
+    owned = name.split(".")[0] in (*_OWNERS, "optax", "gdopt", "numpy")
+    return owned and not function.__closure__ and vars(sys.modules.get(name)).get(function.__name__) is function
 
 
 # --------------------------------------------------------------------------------------------------------- self-check

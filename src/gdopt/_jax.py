@@ -81,12 +81,13 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield item
 
 
-def calls(closed: Any, name: str) -> bool:
-    """Tell whether an operation of this name is in a trace, however deep."""
-    return any(
-        eqn.primitive.name == name or any(calls(inner, name) for inner in inner_jaxprs(eqn.params))
-        for eqn in opened(closed).eqns
-    )
+def calls(closed: Any, name: str) -> Iterator[Any]:
+    """The operations of this name in a trace, however deep."""
+    for eqn in opened(closed).eqns:
+        if eqn.primitive.name == name:
+            yield eqn
+        for inner in inner_jaxprs(eqn.params):
+            yield from calls(inner, name)
 
 
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:

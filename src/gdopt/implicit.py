@@ -146,7 +146,7 @@ def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree)
 
 def _has_rules_for_reverse_alone(closed: Any) -> bool:
     """Tell whether forward mode would fail in a trace, which JAX says only as it compiles."""
-    return _fingerprint.is_reliable() and _jax.calls(closed, "custom_vjp_call")
+    return _fingerprint.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
 
 
 def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree) -> PyTree:

@@ -28,7 +28,7 @@ from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
 from gdopt.rule import Rule, evaluation_params, extra_arguments, inject, owned_rate, search
-from gdopt.sharding import Layout, explicit_mesh, placed
+from gdopt.sharding import Layout, explicit_mesh, mapped_mesh, placed
 from gdopt.stopping import RUNNING, Epoch, Evaluation, Limits, Watch
 from gdopt.task import Task
 
@@ -128,12 +128,15 @@ def compile(task: Task, *args: Any, **options: Any) -> tuple[Compiled | Whole, I
         return _compile(task, *args, **options)
     except InputError:
         raise
-    except Exception:
+    except Exception as error:
         mesh = explicit_mesh(task.problem.params, task.data, task.args)
-        if mesh is None:
-            raise
+        key = task.key if task.with_key else None
         with contextlib.suppress(Exception):
-            return _compile(task._replace(explicit=mesh), *args, **options)
+            if mesh is None and not any(note.startswith("gdopt") for note in getattr(error, "__notes__", ())):
+                # The loss itself can be traced, and says which mesh it maps over.
+                mesh = mapped_mesh(task.value, task.problem.params, task.batch, task.args, key)
+            if mesh is not None:
+                return _compile(task._replace(explicit=mesh), *args, **options)
         raise
 
 

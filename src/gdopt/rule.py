@@ -136,8 +136,8 @@ def _is_fixed(function: Any) -> bool:
     """Tell whether it is one of optax's or gdopt's own functions, which nobody changes, and closes over nothing."""
     if not isinstance(function, FunctionType) or function.__closure__:
         return False
-    module = sys.modules.get(function.__module__)
-    return function.__module__.split(".")[0] in ("gdopt", "optax") and vars(module).get(function.__name__) is function
+    name = function.__module__ or ""
+    return name.split(".")[0] in ("gdopt", "optax") and vars(sys.modules[name]).get(function.__name__) is function
 
 
 def _fits(new: PyTree, old: PyTree) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gdopt import _jax, _trees
+from gdopt import _jax, _replay, _trees
 from gdopt._types import PyTree
 from gdopt.errors import InputError
 
@@ -112,6 +112,12 @@ def explicit_mesh(*trees: PyTree) -> Mesh | None:
     """The mesh with Explicit axes that some arrays are on."""
     meshes = [mesh for leaf in jax.tree.leaves(trees) if (mesh := _mesh(leaf)) is not None]
     return next((mesh for mesh in meshes if _auto(mesh) is not mesh), None)
+
+
+def mapped_mesh(function: Callable, *args: PyTree) -> Mesh | None:
+    """The mesh with Explicit axes that a function maps over by `shard_map`."""
+    meshes = [eqn.params.get("mesh") for eqn in _jax.calls(_replay.trace(function, *args)[0], "shard_map")]
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and _auto(mesh) is not mesh), None)
 
 
 def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
