@@ -818,15 +818,14 @@ def test_another_schedule_of_a_kind_compiles_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("make", [rule_jvp, rule_vjp, rule_beside], ids=["jvp", "vjp", "beside"])
-def test_the_identity_of_a_trace_that_is_differentiated_tells_its_rules(make: Callable) -> None:
+def test_a_trace_with_rules_that_is_differentiated_has_no_identity(make: Callable) -> None:
     def identity(loss):
         return program.trace(loss, X, rules=True).identity
 
     for loss in (make(1.0), looped(make)(1.0)):
-        assert identity(loss) != identity(loss)
-    kept, other = jax.jit(make(1.0)), jax.jit(make(2.0))
-    assert identity(kept) == identity(kept) != identity(other)
-    assert identity(looped(lambda _: kept)(1)) == identity(looped(lambda _: kept)(1)) is not None
+        assert identity(loss) is None
+    kept = jax.jit(make(1.0))  # whose rule is one function, and may read what changes
+    assert identity(kept) is identity(looped(lambda _: kept)(1)) is None
     assert identity(square(1)) == identity(square(1)) is not None
 
 

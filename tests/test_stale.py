@@ -521,6 +521,38 @@ def test_an_unknown_parameter_gets_no_fingerprint() -> None:
     assert traced.identity is None
 
 
+def test_the_aux_has_its_own_structure() -> None:
+    gdopt.clear_cache()
+    make = lambda *keys: lambda x: (jnp.sum(x**2), dict(zip(keys, x, strict=False)))
+    for keys in (("lo", "up"), ("a", "b"), ("lo", "up")):
+        result = gdopt.minimize(make(*keys), X, learning_rate=0.1, max_steps=1, has_aux=True)
+        assert tuple(result.aux) == keys
+    result = gdopt.minimize(lambda x: (jnp.sum(x**2), (x[0], x[1])), X, learning_rate=0.1, max_steps=1, has_aux=True)
+    assert isinstance(result.aux, tuple)
+
+
+@pytest.mark.parametrize("within", ["bare", "jit", "cond", "switch"])
+def test_what_a_kept_rule_reads_may_change(within: str) -> None:
+    """JAX keeps the trace of a branch, and calls the rule in it anew."""
+    scale = np.array(1.0, np.float32)
+    scaled = jax.custom_vjp(lambda x: x * 1.0)
+    scaled.defvjp(lambda x: (x * 1.0, None), lambda _, g: (g * scale,))
+    same, kept = lambda x: x, jax.jit(lambda x: scaled(x))
+    inner = {
+        "bare": scaled,
+        "jit": kept,
+        "cond": lambda x: lax.cond(x[0] < 99, scaled, same, x),
+        "switch": lambda x: lax.switch((x[0] > 99).astype(int), [scaled, same, same], x),
+    }[within]
+    loss = lambda x: jnp.sum(inner(x) ** 2) / 2
+    for number in (2.0, 3.0, 2.0):
+        scale[...] = number
+        step = X - 0.1 * jax.jit(jax.grad(lambda x: loss(x)))(X)
+        result = gdopt.minimize(loss, X, learning_rate=0.1, max_steps=1, keep_best=False)
+        np.testing.assert_allclose(result.params, step, rtol=1e-6)
+        np.testing.assert_allclose(gdopt.gd_step(loss, X, 0.1)[0], step, rtol=1e-6)
+
+
 class Policy:
     """Compares equal to others of another rate."""
 

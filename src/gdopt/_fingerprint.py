@@ -104,6 +104,10 @@ class _Copier:
         invars = list(map(_own_literal, eqn.invars))
         replayed = replayed and bool(bodies(eqn, self.mode))
         params = {name: self._value(value, replayed) for name, value in eqn.params.items()}
+        if self.mode is Mode.PROGRAM and params.get("policy") is not None:
+            params["policy"] = (
+                None  # of what a gradient stores: it may hold arrays, and nothing differentiates a program
+            )
         if self.slots and eqn.primitive.name in CALLBACKS and callable(params.get("callback")):
             params["callback"] = Slot(self.callbacks, len(self.callbacks))
             self.callbacks.append(eqn.params["callback"])
@@ -163,8 +167,8 @@ class _Unshareable(Exception):
 def fingerprint(jaxpr: Any, *, lifted: bool = False, rules: bool = False) -> Hashable | None:
     """Everything that the compiled program of a `copy` depends on, by value; None where a value cannot be compared.
 
-    With ``lifted``, the numbers that a replay is given count by their kind alone. With ``rules``, the derivative rules
-    of functions count, too, and so do the policies of checkpoints.
+    With ``lifted``, the numbers that a replay is given count by their kind alone. With ``rules``, for a trace that is
+    to be differentiated, policies of checkpoints count, and a function with derivative rules gets no fingerprint.
     """
     try:
         return tuple(_parts(jaxpr, lifted, rules))
@@ -199,10 +203,10 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
         if name in RULES and key not in ("call_jaxpr", "name"):
             # Nothing differentiates the finished program, so there only the function itself counts, not its rules.
             if rules and key in RULES[name]:
-                yield key, _rule(value)
+                raise _Unshareable  # JAX calls it anew at each differentiation, and what it reads may have changed
         elif key == "policy" and name in ("checkpoint", "remat2"):  # of what a gradient stores: no value depends on it
             if rules:
-                yield key, None if value is None else _rule(value)
+                yield key, None if value is None else _Itself(value)
         elif key in ("ft_in", "ft_out") and name == "scan":
             yield key, scan_counts(eqn)
         elif name in CALLBACKS and key == "callback":
@@ -222,11 +226,6 @@ class _Itself:
 
     def __hash__(self) -> int:
         return self._id
-
-
-def _rule(function: Any) -> Hashable:
-    """A function that JAX calls as it differentiates."""
-    return _Itself(getattr(function, "f", function))
 
 
 # Objects of JAX's that compare by value, and of which equal ones compile to the same: JAX's own caches rely on that.

@@ -44,9 +44,8 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     With ``lift``, the numbers written into it become constants like its arrays. That costs the compiler what it knows
     of them, so it is for small functions such as schedules, which are made anew with other numbers.
 
-    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp, and the identity
-    tells them apart, too. These are functions, made anew at each trace but where an inner jit keeps its own, so traces
-    that are equal may have different identities.
+    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace that has
+    some has no identity: JAX calls them as it differentiates, and what they read may have changed by then.
     """
     if not _fingerprint.is_reliable():
         return _untraced(function, *args)
@@ -73,7 +72,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
     numbers = list(map(_replay.number, _replay.numbers(jaxpr))) if lift else []
     identity = None if kept.effects else _fingerprint.fingerprint(jaxpr, lifted=lift, rules=rules)
-    identity = identity and (identity, count, len(numbers))
+    identity = (identity, count, len(numbers), treedef) if identity and _trees.is_plain(treedef) else None
     return Traced(replay, constants + numbers, out, identity, jaxpr, *levels)
 
 
