@@ -105,9 +105,7 @@ class _Copier:
         replayed = replayed and bool(bodies(eqn, self.mode))
         params = {name: self._value(value, replayed) for name, value in eqn.params.items()}
         if self.mode is Mode.PROGRAM and params.get("policy") is not None:
-            params["policy"] = (
-                None  # of what a gradient stores: it may hold arrays, and nothing differentiates a program
-            )
+            params["policy"] = None  # of what a gradient stores, and of no use here; it may hold arrays
         if self.slots and eqn.primitive.name in CALLBACKS and callable(params.get("callback")):
             params["callback"] = Slot(self.callbacks, len(self.callbacks))
             self.callbacks.append(eqn.params["callback"])
@@ -209,8 +207,6 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
                 yield key, None if value is None else _Itself(value)
         elif key in ("ft_in", "ft_out") and name == "scan":
             yield key, scan_counts(eqn)
-        elif name in CALLBACKS and key == "callback":
-            yield key, _value(value)
         else:
             yield key, _value(value, inside, rules)
 

@@ -57,14 +57,13 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
         new, loss_before = vanilla(traced, *given)
         return problem.rest.combine(new), loss_before
     place = program.place_for(value.identity and (gd_step, value.identity), given, passing=True)
-    if not place:
+    if place:
+        shared = place[0]
+    else:
         traced, _ = program.with_gradient(value, problem.value, problem.params, *args)
         shared = program.share(functools.partial(vanilla, traced), *given)
-        if not shared.closed:
-            with own_transfers():
-                new, loss_before = shared.call(*given)
-            return problem.rest.combine(new), loss_before
-        place.append(shared)
+        if shared.closed:
+            place.append(shared)
     with own_transfers():
-        new, loss_before = place[0].call(*given)
+        new, loss_before = shared.call(*given)
     return problem.rest.combine(new), loss_before

@@ -185,7 +185,7 @@ def _compile(
     options = rule.identity, schedule and schedule.identity, settings, inside and has_target
     known = rule.identity is not None and (schedule is None or schedule.identity is not None)
 
-    # A trace of the loss tells its gradient, too; but where it has new derivative rules, only a trace of that does.
+    # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
     if not seen:
         loss, value = program.with_gradient(value, task.value, start, batch, args, one_key)
