@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -165,6 +165,20 @@ def pack(tree: PyTree, most: int = 1) -> Packed:
     for place in itertools.chain(*groups.values()):
         leaves[place] = None
     return Packed(vectors, leaves, treedef, places)
+
+
+def unpack(packed: Packed) -> PyTree:
+    """The tree again, with JAX's arrays."""
+    return jax.tree.map(on_device, packed.tree())
+
+
+def as_real(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """The params with (real, imaginary) in place of complex leaves, of which a real loss is no complex-linear function,
+    and the way back."""
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
+    split = lambda leaf: (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
+    join = lambda dtype, parts: (lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(dtype)
+    return jax.tree.map(split, params), lambda real: jax.tree.map(join, dtypes, real)
 
 
 def copy(tree: PyTree) -> PyTree:

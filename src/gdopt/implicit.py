@@ -73,7 +73,7 @@ def differentiable(
         filled: Callable[[list], tuple], params: PyTree, success: jax.Array, some: list, ways: list
     ) -> tuple[PyTree, PyTree, PyTree]:
         """The tangents of params, loss and aux where ``some`` of what the loss depends on moves along ``ways``."""
-        real, back = _as_real(params)
+        real, back = _trees.as_real(params)
 
         def gradient(real: PyTree, some: list) -> PyTree:
             given = filled(some)
@@ -181,15 +181,6 @@ def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), found)
 
     return lax.custom_linear_solve(times_hessian, right, solve, symmetric=True)
-
-
-def _as_real(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """The params with (real, imaginary) in place of complex leaves, of which a real loss is no complex-linear function,
-    and the way back."""
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
-    split = lambda leaf: (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
-    join = lambda dtype, parts: (lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(dtype)
-    return jax.tree.map(split, params), lambda real: jax.tree.map(join, dtypes, real)
 
 
 def _is_zero(tangent: Any) -> bool:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from gdopt import _jax, _trees
+from gdopt import _jax, _trees, trials
 from gdopt._checks import number
 from gdopt._settings import own_promotion
+from gdopt._trees import Packed
 from gdopt._types import PyTree, Scalar, Schedule
 from gdopt.errors import InputError
+from gdopt.trials import Trials, Verdict
 
 
 def gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
@@ -67,30 +68,36 @@ def check_learning_rate(learning_rate: Any) -> Any:
     return rate
 
 
-Unit = tuple[PyTree, jax.Array]  # a tree over the size of its largest entry, and that size
-
-
 class SpectralState(NamedTuple):
     """What `spectral` remembers: the last accepted point, the rate, and what decides on the next trial."""
 
-    params: PyTree  # the last accepted point, with its gradient and its loss
-    grad: PyTree
-    value: jax.Array
+    trials: Trials
     learning_rate: jax.Array  # of the last update
-    reference: jax.Array  # the average of accepted losses that a new one is measured against
-    weight: jax.Array  # the sum of that average's weights
     threshold: jax.Array  # the short rate is used where it is below this share of the long one
     long: jax.Array  # both rates of the accepted step before; 0: it had none
     short: jax.Array
-    accepted: jax.Array  # points; 0: the next one is where the search starts
-    rejected: jax.Array  # trials in a row; at MAX_REJECTED no step was found
+
+    @property
+    def params(self) -> PyTree:
+        """The last accepted point."""
+        return _trees.unpack(self.trials.point)
+
+    @property
+    def grad(self) -> PyTree:
+        """The gradient there."""
+        return _trees.unpack(self.trials.grad)
+
+    @property
+    def value(self) -> jax.Array:
+        """The loss there."""
+        return self.trials.value
+
+    @property
+    def rejected(self) -> jax.Array:
+        """Trials in a row that were taken back."""
+        return self.trials.rejected
 
 
-MAX_REJECTED = 60  # a rate halved that often is below 1e-18 of what it was
-_FIRST_STEP = 0.01  # of the largest entry of the params; CG_DESCENT's psi_0
-_SUFFICIENT = 1e-4  # of the decrease that the slope promises; Armijo's constant
-_SHORTEST, _LONGEST = 0.1, 0.5  # of a rejected rate; SPG's safeguard
-_ROUNDING = 10  # losses within this many eps of each other count as equal
 _MEMORY = 0.95  # Zhang and Hager's eta: 0 measures against the last loss, 1 against the mean of all
 _THRESHOLD, _ADAPT = 0.5, 1.02  # each use of one rate makes the other likelier by this factor
 _TURN = 4  # accepted steps: so many alternate between the rates, so many choose by the threshold
@@ -143,18 +150,16 @@ def spectral() -> optax.GradientTransformationExtraArgs:
         Array([3., 3.], dtype=float32)
     """
 
-    return optax.GradientTransformationExtraArgs(_init, cast(Any, _checked_update))  # optax knows no extra arguments
+    # optax knows neither states of others nor extra arguments.
+    return optax.GradientTransformationExtraArgs(cast(Any, _init), cast(Any, _checked_update))
 
 
 # Not inside of `spectral`, so that each of its transformations is known to be the same.
 def _init(params: PyTree) -> SpectralState:
-    params = _trees.strong(params)
-    blank = optax.tree.zeros_like(params)
     with own_promotion():
-        zero = jnp.zeros((), _scalar_dtype(params))
-    none = jnp.int32(0)
-    threshold = zero + _THRESHOLD
-    return SpectralState(blank, blank, zero, zero, zero, zero, threshold, zero, zero, accepted=none, rejected=none)
+        first = trials.begin(params)
+    zero = jnp.zeros_like(first.value)
+    return SpectralState(first, zero, zero + _THRESHOLD, zero, zero)
 
 
 def _checked_update(
@@ -171,52 +176,28 @@ def _checked_update(
 @functools.partial(jax.jit, inline=True)
 def _update(grad: PyTree, state: SpectralState, params: PyTree, value: Any) -> tuple[PyTree, SpectralState]:
     """The way to the next trial, from the loss and the gradient at the last one."""
-    params, grad = _trees.strong(params), _trees.strong(grad)
-    eps, value = jnp.finfo(jnp.result_type(value)).eps, jnp.asarray(value, state.value.dtype)
-
-    # The step as it really is: what leads back from far off, x + (accepted - x), has the rounding of that far x.
-    step = _trees.unit(optax.tree.sub(params, state.params))
-    change = _trees.unit(optax.tree.sub(grad, state.grad))
-    slope = _dot(_trees.unit(state.grad), step)
-    moves = _trees.vdot(step[0], step[0]) > 0  # which the rates need as well
-    bound = state.reference + _SUFFICIENT * jnp.minimum(slope, 0) + _ROUNDING * eps * jnp.abs(state.reference)
-    first = state.accepted == 0
-    grad_size = _trees.largest(grad)
-    finite = jnp.isfinite(value) & jnp.isfinite(grad_size)
-    leads_on = (grad_size > 0) | (value <= state.value)  # a plateau may lie below the average, and ends all
-    accepted = first | (moves & finite & leads_on & (value <= bound))
-    rejected = jnp.where(accepted, 0, jnp.where(moves, state.rejected + 1, MAX_REJECTED))
-    gave_up = rejected == MAX_REJECTED
-
-    new = _trees.select(accepted, _accept(state, params, grad, value, step, change), state)
-    shorter = jnp.where(gave_up, 0, _shorter_rate(state, value, slope, _dot(step, change)))
-    rate = jnp.where(accepted, new.learning_rate, shorter)
-    new = new._replace(learning_rate=rate, accepted=jnp.where(gave_up, 0, new.accepted), rejected=rejected)
+    here, grad = trials.pack(params), trials.pack(grad)
+    last, eps = state.trials, jnp.finfo(jnp.result_type(value)).eps
+    value = jnp.asarray(value, last.value.dtype)
+    verdict = trials.judge(last, here, grad, value, eps)
+    point = trials.follow(last, verdict, here, grad, value, _MEMORY)
+    new = _trees.select(verdict.accepted, _accept(state, here, grad, value, verdict), state)
+    share = trials.shorter(last, value, verdict.slope, trials.dot(verdict.step, verdict.change))
+    shortened = jnp.where(verdict.gave_up, 0, state.learning_rate * share)
+    rate = jnp.where(verdict.accepted, new.learning_rate, shortened)
+    point = point._replace(left=jnp.where(verdict.accepted, rate * trials.square(grad) / 2, last.left))
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, g: jax.Array) -> jax.Array:
         wide = rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
         return ((accepted_x - x) - wide * g).astype(x.dtype)
 
-    return jax.tree.map(leaf_update, params, new.params, new.grad), new
+    updates = jax.tree.map(leaf_update, here, point.point, point.grad)
+    return updates.tree(), new._replace(trials=point, learning_rate=rate)
 
 
-def _dot(a: Unit, b: Unit) -> jax.Array:
-    return a[1] * b[1] * _trees.vdot(a[0], b[0])
-
-
-def _scalar_dtype(params: PyTree) -> Any:
-    """Of the state's scalars: that of the loss is not known at the start, so the widest there is."""
-    return jnp.promote_types(_trees.norm_dtype(params), float)
-
-
-def _accept(
-    state: SpectralState, params: PyTree, grad: PyTree, value: jax.Array, step: Unit, change: Unit
-) -> SpectralState:
-    """The state in which this trial is the accepted point, with the rate of the step from here."""
-    first = state.accepted == 0
-    weight = jnp.where(first, 1, _MEMORY * state.weight + 1)
-    reference = jnp.where(first, value, state.reference + (value - state.reference) / weight)
-
+def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array, verdict: Verdict) -> SpectralState:
+    """The rate of the step from a trial that is accepted, and what the next one is chosen by."""
+    first, step, change, number = verdict.first, verdict.step, verdict.change, state.trials.accepted
     eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps
     ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
     ratio = step[1] / change[1]
@@ -224,44 +205,27 @@ def _accept(
     long, short = ratio * ss / sy, ratio * sy / yy
     wants_short = short < state.threshold * long
     chosen = jnp.where(wants_short, _shortest(state, long, short), long)
-    alternate = jnp.where(state.accepted % 2 == 0, short, long)
+    alternate = jnp.where(number % 2 == 0, short, long)
     uncurved = jnp.where(yy > 0, ratio * jnp.sqrt(ss / yy), _UNCURVED * state.learning_rate)
-    rate = jnp.where(curved, jnp.where(state.accepted // _TURN % 2 == 0, alternate, chosen), uncurved)
-    rate = jnp.where(first, _first_rate(params, grad, value), rate)
+    rate = jnp.where(curved, jnp.where(number // _TURN % 2 == 0, alternate, chosen), uncurved)
+    rate = jnp.where(first, trials.first_rate(params, grad, value), rate)
     adapted = state.threshold * jnp.where(wants_short, 1 / _ADAPT, _ADAPT)
 
-    # A step below the resolution of the params tells nothing of the curvature; from one beyond their range there is no
-    # way back.
+    # A step below the resolution of the params tells nothing of the curvature.
     x_size, grad_size = _trees.largest(params), _trees.largest(grad)
     least = _RESOLUTION * eps * x_size / grad_size
     rate = jnp.where(rate < least, jnp.maximum(least, jnp.where(curved, long, 0)), rate)
-    highest = min(float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(params))
-    most = jnp.minimum(jnp.maximum(highest / 2 - x_size, 0) / grad_size, jnp.finfo(x_size.dtype).max)
+    most = jnp.minimum(trials.farthest(params) / grad_size, jnp.finfo(x_size.dtype).max)
     rate = jnp.where(grad_size > 0, jnp.minimum(rate, most), 0)
 
     accepted = SpectralState(
-        params=params,
-        grad=grad,
-        value=value,
+        state.trials,
         learning_rate=rate,
-        reference=reference,
-        weight=weight,
         threshold=jnp.where(curved, adapted, state.threshold),
         long=jnp.where(curved, long, 0),
         short=jnp.where(curved, short, 0),
-        accepted=state.accepted + 1,
-        rejected=jnp.zeros_like(state.rejected),
     )
     return jax.tree.map(lambda new, old: new.astype(old.dtype), accepted, state)
-
-
-def _first_rate(params: PyTree, grad: PyTree, value: jax.Array) -> jax.Array:
-    """CG_DESCENT's I0: a hundredth of the largest entry; at zero, a hundredth of the way to a loss of zero."""
-    unit_grad, grad_size = _trees.unit(grad)
-    x_size = _trees.largest(params)
-    # XLA would make (a / b) / b a / b**2, which leaves float32 early.
-    to_zero = lax.optimization_barrier(jnp.abs(value) / grad_size / _trees.vdot(unit_grad, unit_grad)) / grad_size
-    return jnp.where(x_size > 0, _FIRST_STEP * x_size / grad_size, jnp.where(value != 0, _FIRST_STEP * to_zero, 1))
 
 
 def _shortest(state: SpectralState, long: jax.Array, short: jax.Array) -> jax.Array:
@@ -276,14 +240,3 @@ def _shortest(state: SpectralState, long: jax.Array, short: jax.Array) -> jax.Ar
     share = 2 / (q2 + jnp.sqrt(q2**2 - 4 * q1))
     rate = jnp.where(jnp.isfinite(share) & (share > 0), share * long, short)
     return jnp.where(state.long > 0, jnp.minimum(short, jnp.minimum(state.short, rate)), short)
-
-
-def _shorter_rate(state: SpectralState, value: jax.Array, slope: jax.Array, curvature: jax.Array) -> jax.Array:
-    """The rate to the minimum of the cubic through both values and slopes (Nocedal & Wright, eq. 3.59), safeguarded."""
-    rate = state.learning_rate
-    fall = 3 * (state.value - value) + 2 * slope + curvature
-    root = jnp.sqrt(fall**2 - slope * (slope + curvature))
-    share = 1 - (slope + curvature + root - fall) / (curvature + 2 * root)
-    quadratic = -slope / (2 * (value - state.value - slope))
-    share = jnp.where(jnp.isfinite(share) & (share > 0), share, quadratic)
-    return rate * jnp.where(jnp.isfinite(share), jnp.clip(share, _SHORTEST, _LONGEST), _SHORTEST)

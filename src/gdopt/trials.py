@@ -1,0 +1,130 @@
+"""Trial points: what the optimizers share that accept a point or lead back from it by its loss."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gdopt import _trees
+from gdopt._trees import Packed
+from gdopt._types import PyTree
+
+MAX_REJECTED = 60  # a step halved that often is below 1e-18 of what it was
+_SMALL = 4096  # entries of an array that is computed with together with others
+_FIRST_STEP = 0.01  # of the largest entry of the params; CG_DESCENT's psi_0
+_SUFFICIENT = 1e-4  # of the decrease that the slope promises; Armijo's constant
+_SHORTEST, _LONGEST = 0.1, 0.5  # of a rejected step; SPG's safeguard
+_ROUNDING = 10  # losses within this many eps of each other count as equal
+
+Unit = tuple[PyTree, jax.Array]  # a tree over the size of its largest entry, and that size
+
+
+class Trials(NamedTuple):
+    """The last accepted point, and what decides on the next one.
+
+    Params and gradients are packed: their small leaves are computed with as one vector of each dtype, so that many of
+    them compile as fast as one.
+    """
+
+    point: Packed
+    grad: Packed
+    value: jax.Array
+    reference: jax.Array  # the average of accepted losses that a new one is measured against
+    weight: jax.Array  # the sum of that average's weights
+    left: jax.Array  # what the curvature that was learned says is left to gain at the accepted point: g'Hg / 2
+    accepted: jax.Array  # points; 0: the next one is where the search starts
+    rejected: jax.Array  # trials in a row; at MAX_REJECTED no step was found
+
+
+class Verdict(NamedTuple):
+    """What a trial comes to."""
+
+    first: jax.Array  # it is where the search starts
+    accepted: jax.Array
+    step: Unit  # from the accepted point to the trial
+    change: Unit  # of the gradient along it
+    slope: jax.Array  # of the loss along the step, at the accepted point
+    rejected: jax.Array  # trials in a row, with this one
+    gave_up: jax.Array
+
+
+def begin(params: PyTree) -> Trials:
+    """The state before the first trial."""
+    blank = jax.tree.map(jnp.zeros_like, pack(params))
+    zero = jnp.zeros((), jnp.promote_types(_trees.norm_dtype(blank), float))  # the loss's dtype is not known yet
+    left, none = jnp.full_like(zero, jnp.inf), jnp.int32(0)
+    return Trials(blank, blank, zero, zero, zero, left, accepted=none, rejected=none)
+
+
+def pack(tree: PyTree) -> Packed:
+    """A tree with its small leaves together."""
+    return _trees.pack(_trees.strong(tree), _SMALL)
+
+
+def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any) -> Verdict:
+    """Accept a trial whose loss is sufficiently below the average of the accepted ones (Zhang & Hager, 2004)."""
+    # The step as it really is: what leads back from far off, x + (accepted - x), has the rounding of that far x.
+    step = _trees.unit(jax.tree.map(jnp.subtract, params, last.point))
+    change = _trees.unit(jax.tree.map(jnp.subtract, grad, last.grad))
+    slope = dot(_trees.unit(last.grad), step)
+    moves = _trees.vdot(step[0], step[0]) > 0
+    bound = last.reference + _SUFFICIENT * jnp.minimum(slope, 0) + _ROUNDING * eps * jnp.abs(last.reference)
+    first = last.accepted == 0
+    grad_size = _trees.largest(grad)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_size)
+    leads_on = (grad_size > 0) | (value <= last.value)  # a plateau may lie below the average, and ends all
+    accepted = first | (moves & finite & leads_on & (value <= bound))
+    rejected = jnp.where(accepted, 0, jnp.where(moves, last.rejected + 1, MAX_REJECTED))
+    return Verdict(first, accepted, step, change, slope, rejected, rejected == MAX_REJECTED)
+
+
+def follow(last: Trials, verdict: Verdict, params: Packed, grad: Packed, value: jax.Array, memory: float) -> Trials:
+    """The state after a trial; ``memory`` is Zhang and Hager's eta: 0 compares with the last loss, 1 with the mean."""
+    weight = jnp.where(verdict.first, 1, memory * last.weight + 1)
+    reference = jnp.where(verdict.first, value, last.reference + (value - last.reference) / weight)
+    new = Trials(params, grad, value, reference, weight, last.left, last.accepted + 1, jnp.zeros_like(last.rejected))
+    new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, last)
+    new = _trees.select(verdict.accepted, new, last)
+    return new._replace(accepted=jnp.where(verdict.gave_up, 0, new.accepted), rejected=verdict.rejected)
+
+
+def dot(a: Unit, b: Unit) -> jax.Array:
+    """The inner product."""
+    return a[1] * b[1] * _trees.vdot(a[0], b[0])
+
+
+def square(tree: PyTree) -> jax.Array:
+    """The squared 2-norm; infinite or 0 where it leaves the range."""
+    unit, size = _trees.unit(tree)
+    return size * (size * _trees.vdot(unit, unit))
+
+
+def first_rate(params: PyTree, grad: PyTree, value: jax.Array) -> jax.Array:
+    """CG_DESCENT's I0: a hundredth of the largest entry; at zero, a hundredth of the way to a loss of zero."""
+    unit_grad, grad_size = _trees.unit(grad)
+    x_size = _trees.largest(params)
+    # XLA would make (a / b) / b a / b**2, which leaves float32 early.
+    to_zero = lax.optimization_barrier(jnp.abs(value) / grad_size / _trees.vdot(unit_grad, unit_grad)) / grad_size
+    return jnp.where(x_size > 0, _FIRST_STEP * x_size / grad_size, jnp.where(value != 0, _FIRST_STEP * to_zero, 1))
+
+
+def shorter(last: Trials, value: jax.Array, slope: jax.Array, curvature: jax.Array) -> jax.Array:
+    """The share of a rejected step that leads to the minimum of the cubic through both values and slopes.
+
+    Source: Nocedal & Wright, "Numerical Optimization", eq. 3.59, safeguarded.
+    """
+    fall = 3 * (last.value - value) + 2 * slope + curvature
+    root = jnp.sqrt(fall**2 - slope * (slope + curvature))
+    share = 1 - (slope + curvature + root - fall) / (curvature + 2 * root)
+    quadratic = -slope / (2 * (value - last.value - slope))
+    share = jnp.where(jnp.isfinite(share) & (share > 0), share, quadratic)
+    return jnp.where(jnp.isfinite(share), jnp.clip(share, _SHORTEST, _LONGEST), _SHORTEST)
+
+
+def farthest(params: PyTree) -> jax.Array:
+    """How far a step may move an entry: from beyond half the range of the dtype there is no way back."""
+    highest = min(float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(params))
+    return jnp.maximum(highest / 2 - _trees.largest(params), 0)
