@@ -103,7 +103,7 @@ def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[loop.Carry, 
     task = make_task(make_problem(loss, params), args=(), data=rows, batch_size=batch_size, with_key=False, key=None)
     rule = make_rule(options.pop("optimizer", gdopt.gd), rate)
     key = task.key if task.noisy else None
-    compiled, inputs = loop.compile(task, rule, rule.rate, Limits(100, 0.0, -np.inf), key)
+    compiled, inputs = loop.compile(task, rule, rule.rate, Limits(100, 0.0, None, -np.inf), key)
     assert isinstance(compiled, loop.Compiled)
     chunk = jax.jit(compiled.chunk).lower(compiled.start(inputs), np.int32(0), np.int32(3), inputs).compile()
     carry, _ = chunk(compiled.start(inputs), np.int32(0), np.int32(3), inputs)
@@ -143,7 +143,7 @@ def test_what_a_loss_closes_over_stays_split() -> None:
         make_problem(lambda p: loss(p, rows), START), args=(), data=None, batch_size=None, with_key=False, key=None
     )
     rule = make_rule(gdopt.gd, 0.1)
-    _, inputs = loop.compile(task, rule, rule.rate, Limits(9, 0.0, -np.inf), None)
+    _, inputs = loop.compile(task, rule, rule.rate, Limits(9, 0.0, None, -np.inf), None)
     assert shares(inputs.constants[0]) == [(8, 160)] * 8
     result = gdopt.minimize(lambda p: loss(p, rows), START, learning_rate=0.1, max_steps=3)
     assert shares(result.params["w"]) == [(160, 128)] * 8

@@ -133,7 +133,7 @@ def all_schedules() -> dict[str, Any]:
 OPTIMIZERS, STUCK, SCHEDULES = optimizers(), stuck_optimizers(), all_schedules()
 
 # What optimizers differ in by their own nature, where it is not the usual:
-TRACES = {"backtracking": 2, "lbfgs": 3, "sam_opaque": 2, "sophia": 2}  # of the loss: these evaluate it by themselves
+TRACES = {"backtracking": 3, "lbfgs": 5, "sam_opaque": 2, "sophia": 2}  # of the loss: these evaluate it by themselves
 FIRST_MOVE = {"multi_steps": 3, "apply_every": 3, "rprop": 2, "schedule_free_adamw": 2}  # update: others are exactly 0
 TAKES = {"sam": (), "sam_clipped": (), "sam_opaque": ("grad_fn",)}  # extra arguments of `update`: these refuse others
 TAKES |= dict.fromkeys(("backtracking", "lbfgs"), ("value", "grad", "value_fn"))

@@ -127,7 +127,6 @@ BAD = {
     "complex rate": ({"learning_rate": 1j}, "learning_rate=1j is not a finite number above 0"),
     "rate for a ready optimizer": ({"optimizer": optax.adam(1e-3)}, "learning_rate=0.1 was given with an optimizer"),
     "optimizer by name": ({"optimizer": "adam"}, "optimizer='adam' is unknown.*optax.adam"),
-    "optimizer of nothing": ({"optimizer": None}, "optimizer=None is unknown"),
     "optimizer of a number": ({"optimizer": 0.1}, "optimizer=0.1 is unknown.*optax.adam"),
     "a class of optimizers": ({"optimizer": optax.MultiSteps}, "optimizer=<class .*MultiSteps.* is unknown"),
     "a combination of optimizers": (
@@ -627,7 +626,8 @@ def test_a_loss_that_ignores_its_params_is_told(loss):
     with pytest.warns(UserWarning, match="gradient is exactly zero everywhere: the loss does not depend on") as caught:
         result = gdopt.minimize(loss, W, learning_rate=0.1)
     assert [warning.filename for warning in caught] == [__file__]
-    assert result.message.startswith("converged after 0 steps: the gradient is exactly zero")
+    flat = loss is not IGNORES["argmax"]  # a neighbour of the start is lower
+    assert result.message.startswith("converged after 0 steps: the gradient is" if flat else "stalled after 0 steps: ")
 
 
 def test_mini_batches_that_ignore_the_params_are_told():

@@ -244,9 +244,9 @@ def test_a_plateau_beyond_is_no_minimum() -> None:
 def test_a_plateau_is_taken_back() -> None:
     """Though its loss is below the average that a new point is measured against."""
     optimizer, x = gdopt.spectral(), jnp.array([1.0])
-    state = optimizer.init(x)._replace(
-        accepted=jnp.int32(9), weight=jnp.float32(9), reference=jnp.float32(5), value=jnp.float32(2)
-    )
+    state = optimizer.init(x)
+    numbers = {"accepted": jnp.int32(9), "weight": jnp.float32(9), "reference": jnp.float32(5), "value": jnp.float32(2)}
+    state = state._replace(trials=state.trials._replace(**numbers))
     for grad, accepted in ((1.0, True), (0.0, False)):
         _, new = optimizer.update(jnp.array([grad]), state, x, value=3.0)
         assert (new.rejected == 0) == accepted
@@ -256,7 +256,7 @@ def test_a_point_that_no_step_leaves() -> None:
     """Finite at the start alone: said to be so, and not to be a minimum."""
     loss = lambda x: jnp.where(x == 1, x, jnp.nan)
     result = gdopt.minimize(loss, 1.0)
-    assert (result.status, result.success) == (Status.PRECISION_LIMIT, False)
+    assert (result.status, result.success) == (Status.STALLED, False)
     assert result.params == 1
     assert "is not finite there" in result.message
 
@@ -299,7 +299,7 @@ def test_never_worse_than_given(case: tuple[list[float], list[float]], tol: floa
 
 
 def test_minimize_repeats_a_loop_by_hand() -> None:
-    result = gdopt.minimize(rosenbrock, START)
+    result = gdopt.minimize(rosenbrock, START, optimizer=gdopt.gd)
     _, state, values = descend(rosenbrock, START, result.steps + 1)
     np.testing.assert_allclose(result.history.loss[:30], values[:30], rtol=1e-3)
     np.testing.assert_allclose(state.params, result.params, atol=0.01)
@@ -384,9 +384,10 @@ def test_one_trace_and_no_further_compilation() -> None:
 
 
 def test_history_and_message_tell_the_rates() -> None:
-    result = gdopt.minimize(rosenbrock, START)
+    result = gdopt.minimize(rosenbrock, START, optimizer=gdopt.gd)
     *rates, last = result.history.learning_rate
     assert np.isnan(last)
+    rates = [rate for rate in rates if not np.isnan(rate)]  # no rate led to where a claim was withdrawn
     assert (np.array(rates) > 0).all()
     low, high = (f"{rate:.2g}" for rate in (min(rates), max(rates)))
     assert result.message.endswith(f"The learning rate was chosen at each step, between {low} and {high}.")

@@ -43,7 +43,8 @@ def test_converged_means_that_at_most_tol_of_the_gain_is_left(tol):
 
 def test_a_smaller_tol_needs_more_steps():
     steps = [minimize(tol=tol).steps for tol in (1e-1, 1e-2, 1e-3, 1e-4)]
-    assert steps == sorted(set(steps))
+    assert steps == sorted(steps)
+    assert len(set(steps)) >= 3  # a claim that was withdrawn may hold for the next tol as well
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e-6, 1e6, 1e12])
@@ -159,14 +160,14 @@ def test_precision_limit_ends_what_cannot_improve():
     result = minimize(lambda x: 1000 + quadratic(x), tol=0)  # rounding hides the rest of the gain
     assert (result.status, result.success) == (Status.PRECISION_LIMIT, True)
     assert result.steps < 5000
-    assert "no longer changes by more than rounding" in result.message
+    assert "no longer changes, and about" in result.message
 
 
 def test_steps_too_small_to_change_anything_are_no_success():
     result = minimize(learning_rate=1e-12)
-    assert (result.status, result.success) == (Status.PRECISION_LIMIT, False)
+    assert (result.status, result.success) == (Status.STALLED, False)
     assert result.steps < 2000
-    assert "or the learning rate does not fit" in result.message
+    assert "the steps do not fit. Try another learning_rate" in result.message
 
 
 def test_restart_at_the_answer_ends_at_once_and_is_no_worse():
@@ -198,7 +199,7 @@ def test_divergence_is_told_and_its_advice_helps(times, curvature, offset):
     result = run(times / curvature)
     assert (result.status, result.success) == (Status.DIVERGED, False)
     np.testing.assert_array_equal(result.params, np.full(2, 3, np.float32))  # the best point: here the start
-    assert np.isfinite(result.history.loss).all()
+    assert np.isfinite(result.history.loss[:-1]).all()
     assert result.message.startswith(f"diverged at step {result.steps}: the loss grew from ")
     advice = re.search(r"learning_rate below (\S+)\.$", result.message)
     assert advice

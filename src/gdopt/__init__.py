@@ -10,6 +10,7 @@ from gdopt.driver import clear_cache, minimize
 from gdopt.errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt.lr_finder import lr_find
 from gdopt.optimizers import gd, spectral
+from gdopt.quasi_newton import quasi_newton
 from gdopt.result import History, RangeTest, Refinement, Report, Result
 from gdopt.sharding import shard
 from gdopt.stopping import Status
@@ -36,6 +37,7 @@ __all__ = [
     "lr_find",
     "minimize",
     "plot",
+    "quasi_newton",
     "schedules",
     "shard",
     "spectral",

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _notes, _trees, loop, lr_finder, program, run
@@ -27,7 +26,7 @@ from gdopt.result import NO_MESSAGE, History, RangeTest, Report, Result
 from gdopt.resuming import saves_at
 from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
 from gdopt.schedules import triangular2
-from gdopt.stopping import Limits, Rates, Status, chosen_rates, explain, succeeded
+from gdopt.stopping import Ending, Limits, Rates, Status, Told, Watch, chosen_rates, explain, is_better, succeeded
 from gdopt.task import Task, make_task
 
 _MAX_STEPS = 10_000
@@ -44,11 +43,12 @@ def minimize(
     args: tuple = (),
     data: PyTree = None,
     batch_size: int | None = None,
-    optimizer: Optimizer = gd,
+    optimizer: Optimizer | None = None,
     learning_rate: Scalar | Schedule | Literal["auto"] = "auto",
     max_steps: int | None = None,
     epochs: int | None = None,
     tol: float | None = None,
+    grad_tol: float | None = None,
     target: float | None = None,
     has_aux: bool = False,
     with_key: bool = False,
@@ -62,7 +62,7 @@ def minimize(
 ) -> Result:
     """Minimises a differentiable loss by gradient descent, or by any optax optimizer, in one compiled loop.
 
-    With nothing but a loss and params, the learning rate is found at every step. Each step evaluates the loss and its
+    With nothing but a loss and params, every step is found by `quasi_newton`. Each step evaluates the loss and its
     gradient, tests whether to stop, and then updates: N updates make N + 1 evaluations, and every loss that is reported
     belongs to the params beside it. Nothing is recompiled for a new rate, limit, number in ``args`` or set of data of
     the same shape, nor for a fresh lambda that computes the same.
@@ -81,7 +81,9 @@ def minimize(
         batch_size: rows per step, for arrays. They are shuffled anew in each epoch; rows that fill no batch sit that
             epoch out. By default (None) each step sees all rows, unshuffled.
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
-            transformation``: ``gdopt.gd``, the default; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``.
+            transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. By default
+            (None) `quasi_newton` for a loss that is the same at each step, with fewer pairs if params would take too
+            much memory; `gd` for mini-batches and random keys, and if a learning_rate is given.
         learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
             your own. Of `gd` on a loss that is the same at each step, "auto" finds the rate at every step: it is short
             for ``optimizer=gdopt.spectral()``. With mini-batches, random keys and other factories it makes a range test
@@ -89,11 +91,14 @@ def minimize(
             from half of what the test suggests to twice of it; so ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
         epochs: passes over the data after which to stop; of arrays, ``rows // batch_size`` updates each.
-        tol: a full-batch run has converged once ``|g| |x - x0| <= tol (f(x0) - f(x))``, in 2-norms over all leaves: for
-            a convex loss, what is left to gain is then about ``tol`` of what was gained. Has no scale: multiplying the
-            loss or the params changes nothing. Default 1e-4, which four of five CUTEst problems of benchmarks/ come
-            to in float32; 0 asks for all that the dtype gives. Holds at any local minimum, not just at the best. Not
-            for mini-batches, whose noisy gradients cannot tell.
+        tol: a full-batch run has converged once what is left to gain is at most ``tol`` of what the second half of the
+            run has gained. `quasi_newton` and `spectral` estimate what is left by the curvature they learn; for other
+            optimizers it is at most ``|g| |x - x0|`` for a convex loss. At the end the estimate is verified at the
+            point that is returned: see ``Result.left``. Has no scale: multiplying the loss or the params changes
+            nothing. Default 1e-4; 0 asks for all that the dtype gives. Not for mini-batches, whose noisy gradients
+            cannot tell.
+        grad_tol: a full-batch run has converged as well once the largest entry of the gradient is at most this, which
+            SciPy calls ``gtol``. It has the units of the loss over those of the params. Default None: not tested.
         target: stop once the loss is at or below this value; with mini-batches or keys, the mean loss of an epoch.
         has_aux: the loss returns ``(value, aux)``; ``Result.aux`` is the aux of the returned params.
         with_key: the loss takes a keyword ``key``, a fresh one at each step.
@@ -134,8 +139,9 @@ def minimize(
         InputError: for bad input, before anything compiles; and where a range test finds no rate.
         NotConvergedError: with ``throw=True``, where ``Result.success`` would be False; it carries the result.
 
-    Source: the convergence test is the convexity bound f(x) - f* <= |g| |x - x*| (Boyd & Vandenberghe, "Convex
-    Optimization", section 9.1.2), with |x - x0| for the unknown distance.
+    Source: the estimate g'H^-1 g / 2 of what is left is that of Minuit (James & Roos, "Minuit: a system for function
+    minimization and analysis of the parameter errors and correlations", 1975), the bound |g| |x - x*| is of Boyd &
+    Vandenberghe, "Convex Optimization", section 9.1.2.
 
     Example:
         >>> import gdopt, jax.numpy as jnp
@@ -156,7 +162,7 @@ def minimize(
     task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
     batches, stream, noisy = task.batches, task.stream, task.noisy
     steps = _check_steps(max_steps, epochs, task)
-    limits = Limits(steps.most, _check_tol(tol, noisy), _check_target(target))
+    limits = Limits(steps.most, _check_tol(tol, noisy), _check_grad_tol(grad_tol, noisy), _check_target(target))
     loop.check_alike(
         task,
         learning_rate=learning_rate,
@@ -172,9 +178,15 @@ def minimize(
         if saves is not None:
             saves.compare(task, keep_best=keep_best)
         test = None
-        if is_auto(learning_rate) and not is_transformation(optimizer) and (noisy or optimizer is not gd):
+        if optimizer is None and (noisy or not is_auto(learning_rate)):
+            optimizer = gd
+        if (
+            is_auto(learning_rate)
+            and not is_transformation(optimizer)
+            and (noisy or not (optimizer is None or optimizer is gd))
+        ):
             test, learning_rate = _chosen(task, optimizer, steps, saves and saves.range_test)
-        rule = make_rule(optimizer, learning_rate)
+        rule = make_rule(optimizer, learning_rate, problem.params)
         if saves is not None:
             saves.range_test = test
             saves.compare_programs(task, rule)
@@ -225,7 +237,9 @@ def minimize(
         status=status,
         history=history,
         returned_step=int(kept.step),
-        left=float(kept.grad_norm) * _distance(params, inputs.start) if status is Status.PRECISION_LIMIT else math.inf,
+        ending=jax.device_get(state.ending),
+        watch=jax.device_get(state.watch),
+        farthest=_farthest(params),
         noisy=noisy,
         has_target=target is not None,
         has_steps=max_steps is not None or epochs is not None,
@@ -233,6 +247,7 @@ def minimize(
         limits=limits,
         eps=compiled.eps,
         rates=rule.rates if search(state.optimizer) is None else Rates.SEARCHED,
+        optimizer=rule.name,
         range_test=test,
         why_exhausted="" if streamed is None else streamed.feed.why,
         not_finite=("", "") if evidence is None else (evidence.sentence, evidence.cure),
@@ -245,6 +260,8 @@ def minimize(
         status=status,
         message=ending.message + (saves.told if saves else ""),
         success=ending.success,
+        left=ending.left,
+        verified=ending.verified,
         history=history,
         steps_per_epoch=ending.steps_per_epoch,
         range_test=test,
@@ -295,7 +312,9 @@ class _Ending(NamedTuple):
     status: Status
     history: History
     returned_step: int
-    left: float
+    ending: Ending
+    watch: Watch
+    farthest: float
     noisy: bool
     has_target: bool
     has_steps: bool  # or epochs
@@ -303,6 +322,7 @@ class _Ending(NamedTuple):
     limits: Limits
     eps: float
     rates: Rates
+    optimizer: str  # that was chosen
     range_test: RangeTest | None
     why_exhausted: str
     not_finite: tuple[str, str]  # what is known of it, and what to try
@@ -312,18 +332,27 @@ class _Ending(NamedTuple):
         return len(self.history.loss) - 1
 
     @property
+    def is_claim(self) -> bool:
+        """Whether what is known of the returned point belongs to this status."""
+        return self.status in (Status.CONVERGED, Status.PRECISION_LIMIT, Status.STALLED)
+
+    @property
+    def left(self) -> float:
+        return float(self.ending.left) if self.is_claim else math.nan
+
+    @property
+    def verified(self) -> bool:
+        return self.is_claim and bool(self.ending.verified)
+
+    @property
     def success(self) -> bool:
         if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
-            return not (self.has_steps or self.has_target)
-        first = self.history.loss[0]
-        best = np.nanmin(self.history.loss) if np.isfinite(first) else math.inf
-        options = {"noisy": self.noisy, "has_target": self.has_target}
-        return bool(succeeded(self.status, first, best, self.left, self.eps, **options))
+            return not (self.has_steps or self.has_target) and bool(is_better(self.watch))
+        return bool(succeeded(self.status, self.watch, noisy=self.noisy, has_target=self.has_target))
 
     @property
     def message(self) -> str:
-        message = explain(
-            self.status,
+        told = Told(
             steps=self.steps,
             returned_step=self.returned_step,
             history=self.history,
@@ -333,11 +362,16 @@ class _Ending(NamedTuple):
             eps=self.eps,
             how=self.rates,
             success=self.success,
+            ending=self.ending,
+            farthest=self.farthest,
             not_finite=self.not_finite,
         )
+        message = explain(self.status, told)
         if self.status is Status.DATA_EXHAUSTED and not self.success:
             message += f" {self.why_exhausted}"
-        if self.rates is Rates.SEARCHED:
+        if self.optimizer:
+            message += f" The optimizer was {self.optimizer}."
+        elif self.rates is Rates.SEARCHED:
             message += chosen_rates(self.history.learning_rate)
         if self.range_test is not None:
             message += (
@@ -368,6 +402,8 @@ def _inside(outcome: Any, task: Task) -> Result:
         status=outcome.code,
         message=NO_MESSAGE,
         success=outcome.success,
+        left=outcome.ending.left,
+        verified=outcome.ending.verified > 0,
         history=cast(Any, None),
         steps_per_epoch=jax.tree.map(_trees.on_device, task.steps_per_epoch),
         range_test=None,
@@ -389,12 +425,10 @@ def clear_cache() -> None:
     program.clear()
 
 
-def _distance(params: PyTree, start: PyTree) -> float:
-    """|x - x0|, on the host: one number at the end is not worth a compilation."""
-    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves((params, start))):
-        return float(_trees.norm(jax.tree.map(jnp.subtract, params, start)))
-    pairs = zip(*map(jax.tree.leaves, jax.device_get((params, start))), strict=True)
-    return math.hypot(*(float(np.linalg.norm(np.ravel(a - b).astype(complex))) for a, b in pairs))
+def _farthest(params: PyTree) -> float:
+    """The largest entry, on the host; 0 if other processes hold some of them."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if getattr(leaf, "is_fully_addressable", True)]
+    return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
 
 
 @as_own_work
@@ -463,6 +497,17 @@ def _check_steps(max_steps: Any, epochs: Any, task: Task) -> _Steps:
         asked.append(epochs * (batches.per_epoch if batches else 1))
     most = whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
     return _Steps(most, None, None, most)
+
+
+def _check_grad_tol(grad_tol: Any, noisy: bool) -> float | None:
+    if grad_tol is None:
+        return None
+    if noisy:
+        raise InputError(
+            f"grad_tol={grad_tol!r} was given for a noisy loss, whose gradients do not become small: with mini-batches "
+            "or keys pass target=, max_steps= or epochs=."
+        )
+    return number("grad_tol", grad_tol, lambda x: x >= 0, "a number of at least 0, such as 1e-5")
 
 
 def _check_tol(tol: Any, noisy: bool) -> float:

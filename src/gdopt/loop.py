@@ -23,14 +23,15 @@ from gdopt._types import PyTree
 from gdopt.data import Batches
 from gdopt.errors import InputError
 from gdopt.implicit import differentiable
-from gdopt.optimizers import MAX_REJECTED
 from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
-from gdopt.rule import Rule, evaluation_params, extra_arguments, inject, owned_rate, search
+from gdopt.rule import Rule, curvature, evaluation_params, extra_arguments, inject, owned_rate, restarted, search
 from gdopt.sharding import Layout, explicit_mesh, mapped_mesh, placed
-from gdopt.stopping import RUNNING, Epoch, Evaluation, Limits, Watch
+from gdopt.stopping import RUNNING, Ending, Epoch, Evaluation, Limits, Search, Status, Watch
 from gdopt.task import Task
+from gdopt.trials import MAX_REJECTED
+from gdopt.verification import Claim, InTrace, OnHost, settle
 
 CAPACITY = 4096  # rows of the history that a carry has room for
 _SMALL = 4096  # entries of an array that is computed with together with others
@@ -83,6 +84,7 @@ class State(NamedTuple):
     order: PyTree  # the epoch's shuffled row numbers
     watch: Watch
     kept: Kept
+    ending: Ending
 
 
 Carry = tuple[Packed, jax.Array]  # the state, and the rows of the history that the host has not read yet
@@ -98,6 +100,7 @@ class Outcome(NamedTuple):
     steps: jax.Array
     code: jax.Array
     success: jax.Array
+    ending: Ending
 
 
 class Compiled(NamedTuple):
@@ -109,6 +112,8 @@ class Compiled(NamedTuple):
     carry: PyTree  # the shapes of it
     eps: float  # of the dtype in which the loss is computed
     pace: list[float]  # the seconds of a step in the last run, where there was one
+    probes: list[Any]  # what a claim is verified by, once there was one
+    verify: Callable[[Carry, Inputs], Carry] | None = None  # verifies what a run claims at its end
 
 
 class Whole(NamedTuple):
@@ -181,9 +186,21 @@ def _compile(
     inside = program.is_traced(inputs)
     if inside and trial:
         raise InputError(_TRIAL_INSIDE)
-    settings = Settings(noisy, task.batches, task.with_key, keep_best, inside, None if inside else layout)
+    tests_gradient = limits.grad_tol is not None
+    settings = Settings(
+        noisy, task.batches, task.with_key, keep_best, tests_gradient, inside, None if inside else layout
+    )
     options = rule.identity, schedule and schedule.identity, settings, inside and has_target
     known = rule.identity is not None and (schedule is None or schedule.identity is not None)
+
+    def finished(made: Compiled | Whole) -> Compiled | Whole:
+        """With what belongs to this call alone."""
+        if isinstance(made, Whole):
+            return _differentiable(made, value, noisy)
+        if noisy:
+            return made
+        verifier = Verifier(task, rule, None, schedule, settings, made.eps)
+        return made._replace(verify=functools.partial(verifier.on_host, value, made.probes))
 
     # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
@@ -194,10 +211,10 @@ def _compile(
             with own_promotion():
                 made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)
             if not closed:
-                return _differentiable(made, value, noisy), inputs
+                return finished(made), inputs
             kept.append(made)
         seen.append(kept[0])
-    return _differentiable(seen[0], value, noisy), inputs
+    return finished(seen[0]), inputs
 
 
 def digests(task: Task, rule: Rule) -> tuple[str, str]:
@@ -259,6 +276,7 @@ class Settings(NamedTuple):
     batches: Batches | None
     with_key: bool
     keep_best: bool
+    tests_gradient: bool  # its largest entry
     inside: bool  # of a jit, vmap or grad
     layout: Layout | None = None  # of many devices
 
@@ -281,10 +299,8 @@ class Settings(NamedTuple):
         return state._replace(params=params, optimizer=optimizer, kept=kept)
 
 
-def _differentiable(made: Compiled | Whole, value: program.Traced, noisy: bool) -> Compiled | Whole:
+def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
     """What is to run inside of a transformation, with the derivatives of a minimum."""
-    if isinstance(made, Compiled):
-        return made
 
     def of(params: PyTree, constants: list, *given: PyTree) -> tuple[jax.Array, PyTree]:
         return value.replay(constants, params, *given, None)
@@ -323,12 +339,14 @@ def _make(
         many = program.share(_chunk(step, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True)
         if not program.is_traced(first.constants, many.constants):
             closed = first.closed and many.closed and not asked_again
-            return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, pace=[]), closed
+            return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, [], []), closed
         if inputs.key is not None and inputs.key.ndim:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
         start, step = _functions(task, rule, inputs, traced_loss, schedule, settings, asked_again)
-    whole = program.share(_whole(start, step, settings, has_target, eps), inputs)
+    verifier = Verifier(task, rule, traced_loss, schedule, settings, eps)
+    verify = (lambda state, _: state) if settings.noisy else verifier.in_trace
+    whole = program.share(_whole(start, step, verify, settings, has_target), inputs)
     return Whole(whole.run, whole.constants), whole.closed and not asked_again
 
 
@@ -376,13 +394,15 @@ def _functions(
         optimizer = rule.init(rate_at(inputs, jnp.int32(0)), inputs.start)
         if settings.noisy and search(optimizer) is not None:
             raise InputError(
-                "optimizer holds gdopt.spectral(), which compares one value of the loss with the next: it is not for "
-                "mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave batch_size out."
+                "optimizer holds gdopt.spectral() or gdopt.quasi_newton(), which compare one value of the loss with "
+                "the next: they are not for mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave "
+                "batch_size out."
             )
         if not keep_best and search(optimizer) is not None:
             raise InputError(
-                "keep_best=False was given with a rate that is found at each step, by gdopt.spectral(): the last point "
-                "may be a trial that is to be taken back. Pass a learning_rate, or leave keep_best out."
+                "keep_best=False was given with a rate that is found at each step, as gdopt.quasi_newton() and "
+                "gdopt.spectral() do: the last point may be a trial that is to be taken back. Pass a learning_rate, or "
+                "leave keep_best out."
             )
         best = _trees.copy(settings.compact(inputs.start)) if keep_best else None
         state = State(
@@ -393,6 +413,7 @@ def _functions(
             order=batches.first_order() if batches else None,
             watch=stopping.first_watch(loss_dtype, norm.dtype),
             kept=Kept(best, jnp.int32(0), nan, norm, blank),
+            ending=stopping.first_ending(loss_dtype),
         )
         return settings.in_place(state)
 
@@ -406,18 +427,20 @@ def _functions(
         away = jax.tree.map(jnp.subtract, here, settings.compact(inputs.start))
         distance = _trees.quick_norm(away)
         finite = lax.cond(jnp.isfinite(distance), lambda: jnp.asarray(True), lambda: _trees.all_finite(here))
-        point = Evaluation(k, value, grad_norm, distance, finite)
+        largest = _trees.largest(settings.compact(grad)) if settings.tests_gradient else None
+        point = Evaluation(k, value, grad_norm, distance, finite, largest)
         found = search(state.optimizer)
-        gave_up = None if found is None else found.rejected >= MAX_REJECTED
+        if found is not None:
+            found = Search(found.rejected >= MAX_REJECTED, found.accepted, found.left.astype(loss_dtype))
         epoch = epoch_of(inputs, k)
-        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, gave_up, eps, epoch)
+        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, found, eps, epoch)
         running = code == RUNNING
         if not settings.noisy:
             finite &= jnp.isfinite(grad_norm) & jnp.isfinite(value)
             keep = (k == 0) | (finite & (value < state.kept.loss))
         else:
             failed = stopping.failed(code)
-            keep = (k == 0) | jnp.where(running, stopping.is_good(watch, state.kept.loss, value), ~failed)
+            keep = (k == 0) | jnp.where(running, stopping.is_good(watch, value), ~failed)
         kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))
         kept = _trees.select(keep, kept, state.kept) if keep_best else kept
 
@@ -440,9 +463,160 @@ def _functions(
         params, optimizer, watch = _trees.select(running, new, old)
         used = owned_rate(optimizer) if rate is None else rate
         record = (value, grad_norm, jnp.where(running, used, jnp.nan))
-        return settings.in_place(State(k + running, code, params, optimizer, order, watch, kept)), record
+        new = State(k + running, code, params, optimizer, order, watch, kept, state.ending)
+        return settings.in_place(new), record
 
     return start, step
+
+
+class Verifier(NamedTuple):
+    """How a claim to be at a minimum is verified: see `verification.settle`."""
+
+    task: Task
+    rule: Rule
+    loss: program.Traced | None  # with its gradient; None if that is traced once there is a claim
+    schedule: program.Traced | None
+    settings: Settings
+    eps: float
+
+    def in_trace(self, state: State, inputs: Inputs) -> State:
+        """The state with its claim verified, or withdrawn: then the run goes on."""
+
+        def verify(state: State) -> State:
+            probe = functools.partial(self.probe, state, inputs)
+            free = self.free(state, inputs) if self.rule.may_project else None
+            return self._settled(InTrace, probe, free, state, inputs)
+
+        return lax.cond(_claims(state), verify, lambda state: state, state)
+
+    @as_own_work
+    def on_host(self, value: program.Traced, probes: list, carry: Carry, inputs: Inputs) -> Carry:
+        """The same for a run that is not traced: what it computes with the loss is compiled now, if it was not yet."""
+        state = carry[0].tree()
+        if not _claims(state):
+            return carry
+        programs = probes or self._programs(value, state, inputs)
+        if programs[-1] and not probes:
+            probes.extend(programs)
+        if self.settings.layout is not None:
+            return programs[0].call(carry[0], inputs), carry[1]
+        known = returned_params(state)
+        free = programs[1] and jax.tree.map(_trees.on_host, programs[1].call(state, inputs))
+
+        def probe(params: list, ways: list) -> Any:
+            loss, *trees = programs[0].call(known, params, ways, inputs)
+            return _trees.on_host(loss)[()], *([_trees.on_host(leaf) for leaf in tree] for tree in trees)
+
+        with np.errstate(all="ignore"):
+            state = self._settled(OnHost, probe, free, state, inputs)
+        return _trees.pack(state), carry[1]
+
+    def _programs(self, value: program.Traced, state: State, inputs: Inputs) -> tuple:
+        """What is compiled, and whether it depends on nothing else than on the traces and its inputs."""
+        task = self.task
+        batch = task._replace(data=inputs.data).batch
+        loss, _ = program.with_gradient(value, task.value, inputs.start, batch, inputs.args, None)
+        traced = self._replace(loss=loss)
+        if self.settings.layout is not None:
+            whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
+            made = program.share(whole, _trees.pack(state), inputs)
+            return made, None, made.closed
+        blocks = list(map(jnp.zeros_like, self._blocks(returned_params(state))))
+        given = returned_params(state), blocks, blocks, inputs
+        probe = traced._probe
+        try:
+            made = program.share(probe, *given)
+        except Exception:  # JAX raises various ones for a loss that has no second derivatives
+            probe = lambda params, xs, ways, inputs: traced._probe(params, xs, None, inputs)
+            made = program.share(probe, *given)
+        free = program.share(traced.free, state, inputs) if self.rule.may_project else None
+        return made, free, made.closed and (free is None or free.closed)
+
+    def probe(self, state: State, inputs: Inputs, xs: list, ways: list) -> tuple[jax.Array, list, list]:
+        """The loss, its gradient, and the Hessian times a direction."""
+        try:
+            return self._probe(returned_params(state), xs, ways, inputs)
+        except Exception:
+            return self._probe(returned_params(state), xs, None, inputs)
+
+    def _probe(self, params: PyTree, xs: list, ways: list | None, inputs: Inputs) -> tuple[jax.Array, list, list]:
+        real, back = _trees.as_real(params)
+        like = self.settings.compact(real)
+        traced: Any = self.loss
+        given = inputs.data, inputs.args, None
+
+        def gradient(xs: list) -> tuple[list, jax.Array]:
+            there = back(jax.tree.unflatten(jax.tree.structure(like), xs).tree())
+            (loss, _), grad = traced.replay(traced.constants, there, inputs.constants, *given)
+            return self._blocks(grad), loss
+
+        if ways is None:
+            grad, loss = gradient(xs)
+            return loss, grad, [jnp.full_like(x, jnp.nan) for x in xs]
+        grad, product, loss = jax.jvp(gradient, (xs,), (ways,), has_aux=True)
+        return loss, grad, product
+
+    def _blocks(self, tree: PyTree) -> list:
+        """A tree like the params as a few real arrays."""
+        return jax.tree.leaves(self.settings.compact(_trees.as_real(tree)[0]))
+
+    def free(self, state: State, inputs: Inputs) -> list:
+        """0 for entries that the optimizer holds at a bound: that it moves against the gradient alone, not along it."""
+        params, rule = returned_params(state), self.rule
+        traced: Any = self.loss
+        given = inputs.data, inputs.args, None
+        (loss, _), grad = traced.replay(traced.constants, params, inputs.constants, *given)
+        rate = None
+        if not rule.owns_rate:
+            rate = self.schedule.replay(inputs.numbers, state.step) if self.schedule else jnp.asarray(inputs.rate)
+
+        def moved(number: jax.Array) -> PyTree:
+            turned = jax.tree.map(lambda g: (1 - 2 * number).astype(g.real.dtype) * g, grad)
+            extras = extra_arguments(lambda params: self.task.value(params, *given)[0], loss, turned)
+            updates, _ = rule.update(rate, turned, state.optimizer, params, **extras)
+            return jax.tree.map(jnp.not_equal, optax.apply_updates(params, updates), params)
+
+        both = lax.map(moved, lax.iota(jnp.int32, 2))
+        return self._blocks(jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, params))
+
+    def _settled(self, place: Any, probe: Any, free: list | None, state: State, inputs: Inputs) -> State:
+        kept, np = state.kept, place.np
+        params = jax.tree.map(np.asarray, returned_params(state))
+        real, back = _trees.as_real(params)
+        known, scale = curvature(state.optimizer, params), None
+        if known is not None:
+            most = functools.reduce(np.maximum, [np.max(1 / np.sqrt(d)) for d in jax.tree.leaves(known) if d.size])
+            share = lambda x, d: (1 / np.sqrt(d) / most).astype(x.real.dtype)  # 1 at the most, for 16 bits
+            twice = jax.tree.map(lambda x, d: (share(x, d),) * (2 if jnp.iscomplexobj(x) else 1), params, known)
+            scale = jax.tree.leaves(self.settings.compact(twice))
+        searches = search(state.optimizer) is not None
+        claim = Claim(
+            state.code,
+            state.step,
+            self._arrays(place, real),
+            self._arrays(place, _trees.as_real(jax.tree.map(np.subtract, params, inputs.start))[0]),
+            kept.loss,
+            kept.grad_norm,
+            state.watch,
+            scale,
+            free,
+        )
+        new = settle(place, probe, claim, inputs.limits, self.eps, searches=searches)
+        state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
+        if not searches:
+            return state
+        there = back(jax.tree.unflatten(jax.tree.structure(self.settings.compact(real)), new.point).tree())
+        there = jax.tree.map(lambda x, old: np.asarray(x, old.dtype), there, params)
+        optimizer = place.select(new.restarts, restarted(state.optimizer), state.optimizer)
+        params = place.select(new.moves, there, state.params)
+        return state._replace(step=(state.step + new.moves).astype(np.int32), params=params, optimizer=optimizer)
+
+    def _arrays(self, place: Any, tree: PyTree) -> list:
+        return [place.np.asarray(leaf) for leaf in jax.tree.leaves(self.settings.compact(tree))]
+
+
+def _claims(state: State) -> Any:
+    return (state.code == Status.CONVERGED) | (state.code == Status.PRECISION_LIMIT)
 
 
 def _first(
@@ -486,7 +660,7 @@ def _chunk(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere: Cal
 
 
 def _whole(
-    start: Callable, step: Callable, settings: Settings, has_target: bool, eps: float
+    start: Callable, step: Callable, verify: Callable, settings: Settings, has_target: bool
 ) -> Callable[[Inputs], Outcome]:
     """All steps in one program. Mini-batches take a loop in a loop, so that a vmap of it shuffles once per epoch and
     not at each step, where a batched ``cond`` would do both of what it is to choose from."""
@@ -512,8 +686,12 @@ def _whole(
             running = lambda packed: packed.tree().code == RUNNING
             per_epoch = batches.per_epoch
             packed = lax.while_loop(running, lambda packed: epoch(packed, inputs, per_epoch), packed)
-        else:
+        elif settings.noisy:
             packed = steps(packed, inputs)
+        else:  # a claim that does not hold is withdrawn, and the run goes on
+            running = lambda packed: packed.tree().code == RUNNING
+            rounds = lambda packed: _trees.pack(verify(steps(packed, inputs).tree(), inputs))
+            packed = lax.while_loop(running, rounds, packed)
         state = ended = packed.tree()
         average = evaluation_params(state.optimizer, state.params)
         if average is not state.params:
@@ -522,17 +700,8 @@ def _whole(
             failed = stopping.failed(state.code)
             state = _trees.select(failed, state, step(again, last)[0])
         params, kept = returned_params(state), state.kept
-        distance = _trees.norm(jax.tree.map(jnp.subtract, params, inputs.start))
-        success = stopping.succeeded(
-            ended.code,
-            jnp.where(ended.step == 0, ended.kept.loss, ended.watch.first_loss),
-            kept.loss,
-            kept.grad_norm * distance,
-            eps,
-            noisy=settings.noisy,
-            has_target=has_target,
-        )
-        return Outcome(params, kept.loss, kept.grad_norm, kept.aux, ended.step, ended.code, success)
+        success = stopping.succeeded(ended.code, ended.watch, noisy=settings.noisy, has_target=has_target)
+        return Outcome(params, kept.loss, kept.grad_norm, kept.aux, ended.step, ended.code, success, ended.ending)
 
     return whole
 

@@ -227,7 +227,7 @@ def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tup
     """Runs side by side, one for each key and row of rates, before their first step, and `run.advance` for them."""
 
     def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
-        limits = Limits(loop.LAST_STEP, 0.0, -math.inf)
+        limits = Limits(loop.LAST_STEP, 0.0, None, -math.inf)
         return loop.compile(task._replace(data=data), Rule(optimizer), rates, limits, keys, trial=True)
 
     compiled, inputs = compile(task.data)

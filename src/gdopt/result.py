@@ -19,9 +19,10 @@ class History(NamedTuple):
     """One entry per evaluation, as NumPy arrays; all three of entry k are of the same point, the one after k updates.
 
     N updates make N + 1 entries. ``learning_rate[k]`` is the rate of the update that was made *from* point k; the last
-    point has none: NaN. An optimizer that owns its rate tells it by a ``learning_rate`` in its state, as `spectral` and
-    ``optax.lbfgs`` do; else NaN. Of a rate that is found at each step all trials are here, also those that were taken
-    back: their loss may be high, infinite or NaN, and their rate is that of the step from the last accepted point.
+    point has none: NaN. Nor has one at which a claim was withdrawn: the check led from there to the next point. An
+    optimizer that owns its rate tells it by a ``learning_rate`` in its state, as `spectral` and ``optax.lbfgs`` do;
+    else NaN. Of an optimizer that takes points back all trials are here: their loss may be high, infinite or NaN, and
+    their rate is that of the step from the last accepted point.
 
     Example:
         >>> import gdopt
@@ -137,9 +138,13 @@ class Result:
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`; ``Status(int(result.status))`` after a jit.
         message: a sentence that says what happened and, where that helps, what to try.
-        success: whether the run ended as asked: CONVERGED or TARGET_REACHED; PRECISION_LIMIT where the loss fell and
-            the gradient says that little is left; for a noisy loss without a target MAX_STEPS, where nothing else was
-            asked for.
+        success: whether the run ended as asked: CONVERGED, PRECISION_LIMIT or TARGET_REACHED; for a noisy loss without
+            a target also MAX_STEPS, if nothing else was asked for and the mean loss of the last epoch is at most the
+            loss of the start.
+        left: an estimate of what is left to gain at ``params``, in units of the loss: what Newton's method would gain
+            next. NaN where it is not known.
+        verified: whether that was checked at ``params`` at the end, by the curvature of the loss or, at a kink, by
+            neighbours drawn at random. Their evaluations are not among the steps.
         history: a `History`; None inside of jit, vmap and grad.
         steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone), of a stream those of
             its first pass; None for a loss that is the same function at each step, and for a stream that went no
@@ -164,6 +169,8 @@ class Result:
     status: Status
     message: str
     success: bool
+    left: float
+    verified: bool
     history: History
     steps_per_epoch: int | None
     range_test: RangeTest | None

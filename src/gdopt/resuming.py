@@ -263,7 +263,9 @@ def _layout(carry: Carry) -> str:
 
 
 def _limits(limits: tuple) -> list[str]:
-    return [repr(float(limit)) for limit in limits[1:]]  # how many steps is told by the state itself
+    return [
+        repr(limit if limit is None else float(limit)) for limit in limits[1:]
+    ]  # how many steps is told by the state itself
 
 
 def _placed(array: Any, place: Any) -> jax.Array:

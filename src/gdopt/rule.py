@@ -21,8 +21,10 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from gdopt import _notes, _trees
 from gdopt._types import Optimizer, PyTree, Schedule
 from gdopt.errors import InputError
-from gdopt.optimizers import SpectralState, check_learning_rate, gd, spectral
+from gdopt.optimizers import check_learning_rate, gd, spectral
+from gdopt.quasi_newton import PAIRS, QuasiNewtonState, affordable_memory, quasi_newton
 from gdopt.stopping import Rates
+from gdopt.trials import Trials
 
 
 class Rule(NamedTuple):
@@ -31,6 +33,7 @@ class Rule(NamedTuple):
     optimizer: Any
     schedule: Schedule | None = None  # None: the rate is a number, or the optimizer owns it
     rate: float = float("nan")  # of the number; NaN where a schedule or the optimizer has it
+    chosen: int | None = None  # the pairs of the `quasi_newton` that the caller left to be chosen
 
     @property
     def rates(self) -> Rates:
@@ -118,18 +121,35 @@ class Rule(NamedTuple):
         return rate
 
     @property
+    def name(self) -> str:
+        """What a message calls an optimizer of gdopt's that was chosen for the caller; "" for others."""
+        if self.chosen is None:
+            return ""
+        fewer = "" if self.chosen == PAIRS else f"(memory={self.chosen}), as more pairs would take too much memory"
+        return f"gdopt.quasi_newton{fewer}"
+
+    @property
+    def may_project(self) -> bool:
+        """Tell whether the optimizer may hold params at a bound: one that is put together, or not known, may."""
+        return _identity(self.optimizer) is None and self.identity is None
+
+    @property
     def identity(self) -> Hashable | None:
         """Equal only for optimizers that make the same updates; None where that shows in their trace alone."""
-        optimizer = self.optimizer
-        if self.owns_rate:
-            functions = optimizer.init, optimizer.update
-            return functions if all(map(_is_fixed, functions)) else None
-        if type(optimizer) is not functools.partial:
-            return optimizer if _is_fixed(optimizer) else None
-        numbers = (*optimizer.args, *optimizer.keywords.values())
-        if not _is_fixed(optimizer.func) or not all(type(x) in (bool, int, float, str, NoneType) for x in numbers):
-            return None
-        return optimizer.func, tuple(optimizer.keywords), tuple((type(x), repr(x)) for x in numbers)
+        if not self.owns_rate:
+            return _identity(self.optimizer)
+        both = _identity(self.optimizer.init), _identity(self.optimizer.update)
+        return None if None in both else both
+
+
+def _identity(function: Any) -> Hashable | None:
+    """The identity of a function that nobody changes, or of a partial that gives numbers to one; None for others."""
+    if type(function) is not functools.partial:
+        return function if _is_fixed(function) else None
+    numbers = (*function.args, *function.keywords.values())
+    if not _is_fixed(function.func) or not all(type(x) in (bool, int, float, str, NoneType) for x in numbers):
+        return None
+    return function.func, tuple(function.keywords), tuple((type(x), repr(x)) for x in numbers)
 
 
 def _is_fixed(function: Any) -> bool:
@@ -151,8 +171,11 @@ def _fits(new: PyTree, old: PyTree) -> bool:
         return False
 
 
-def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
-    """Check that one party decides the rate, the optimizer or the caller; "auto" makes it `spectral`."""
+def make_rule(optimizer: Optimizer | None, learning_rate: Any, params: PyTree = None) -> Rule:
+    """Check that one party decides the rate, the optimizer or the caller.
+
+    "auto" makes it `spectral`, and without an optimizer `quasi_newton`, with as many pairs as there is memory for.
+    """
     if is_transformation(optimizer):
         if not is_auto(learning_rate):
             raise InputError(
@@ -161,7 +184,10 @@ def make_rule(optimizer: Optimizer, learning_rate: Any) -> Rule:
             )
         return Rule(optimizer)
     if is_auto(learning_rate):
-        return Rule(spectral())
+        if optimizer is not None:
+            return Rule(spectral())
+        memory = affordable_memory(params)
+        return Rule(quasi_newton(memory), chosen=memory)
     if learning_rate is None:
         raise InputError("learning_rate=None: leave it out to have it chosen, or pass a number or a schedule.")
     checked = check_learning_rate(learning_rate)
@@ -178,7 +204,7 @@ def check_optimizer(optimizer: Any, *, searched: bool) -> None:
 
     A rate is ``searched`` for with "auto" and in a range test. That makes sense only if the factory needs one.
     """
-    if is_transformation(optimizer):
+    if optimizer is None or is_transformation(optimizer):
         return
     if not callable(optimizer) or isinstance(optimizer, type):
         raise InputError(
@@ -326,9 +352,25 @@ def inject(state: PyTree, rate: jax.Array) -> PyTree:
     return jax.tree.map(replace, state, is_leaf=lambda node: node is kept[0])
 
 
-def search(state: PyTree) -> SpectralState | None:
-    """The state of `spectral`, wherever it stands in the optimizer's: then points are trials, and may be taken back."""
-    return next(iter(_parts(state, SpectralState)), None)
+def search(state: PyTree) -> Trials | None:
+    """The trials of an optimizer that takes bad points back, wherever they stand in its state; None for all others."""
+    return next(iter(_parts(state, Trials)), None)
+
+
+def restarted(state: PyTree) -> PyTree:
+    """The state of an optimizer that takes bad points back, in which the next one is where its search starts."""
+    fresh = lambda node: node._replace(rejected=node.rejected * 0, accepted=node.accepted * 0)
+    is_trials = lambda node: isinstance(node, Trials)
+    return jax.tree.map(lambda node: fresh(node) if is_trials(node) else node, state, is_leaf=is_trials)
+
+
+def curvature(state: PyTree, params: PyTree) -> PyTree | None:
+    """The curvature of each entry up to a factor, if an optimizer has learned that of all of them."""
+    for learned in _parts(state, QuasiNewtonState):
+        diagonal = learned.diagonal.tree()
+        if jax.tree.structure(diagonal) == jax.tree.structure(params):
+            return diagonal
+    return None
 
 
 def _parts(state: PyTree, kind: type) -> list[Any]:

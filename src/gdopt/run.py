@@ -222,8 +222,11 @@ def advance(
             else:
                 carry = streamed.advance(carry, inputs, step, limit, interrupted)
             state = carry[0].tree()  # waits for the chunk
-            reached, running = int(state.step), bool((_trees.on_host(state.code) == RUNNING).any())
             seconds = time.perf_counter() - began
+            if compiled.verify is not None:
+                carry = compiled.verify(carry, inputs)
+                state = carry[0].tree()
+            reached, running = int(state.step), bool((_trees.on_host(state.code) == RUNNING).any())
             count = reached - step + (not running)
             records.append(_history(carry, count))
             if count:

@@ -16,17 +16,20 @@ _NUMBER_FORMATS = tuple("bcdeEfFgGnoxX%")  # the last letter of what formats a n
 class Status(enum.IntEnum):
     """Why a run ended.
 
-    - ``CONVERGED``: what is left to gain is at most ``tol`` of what was gained, or the gradient is exactly zero.
+    - ``CONVERGED``: little is left to gain, by ``tol`` or ``grad_tol``, or the gradient is exactly zero. Verified at
+      the point that is returned, if the loss has second derivatives.
     - ``TARGET_REACHED``: the loss is at or below ``target``.
     - ``MAX_STEPS``: the steps or epochs that were asked for are done.
-    - ``PRECISION_LIMIT``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or the
-      search for a rate found no further step.
-    - ``DIVERGED``: the loss has grown a millionfold and the gradient a thousandfold.
+    - ``PRECISION_LIMIT``: the loss changes by no more than rounding, and what is left to gain is below that, too; or it
+      has a kink, and no neighbour is lower.
+    - ``DIVERGED``: the loss has grown a millionfold and the gradient a thousandfold, and they went on growing.
     - ``NON_FINITE``: the loss, its gradient or the params became infinite or NaN, other than at a trial that is taken
       back.
     - ``STOPPED``: the callback asked for the end.
     - ``INTERRUPTED``: Ctrl-C.
     - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
+    - ``STALLED``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or no further
+      step was found, although more is left to gain: the learning rate has decayed, or the point is a saddle.
 
     Prints as its name; otherwise it is an int.
 
@@ -47,6 +50,7 @@ class Status(enum.IntEnum):
     STOPPED = 7
     INTERRUPTED = 8
     DATA_EXHAUSTED = 9
+    STALLED = 10
 
     def __str__(self) -> str:
         return self.name
@@ -71,13 +75,19 @@ FAILURES = (Status.DIVERGED, Status.NON_FINITE)
 # arbitrary (f0 near 0), or a start near a saddle (g0 near 0), from being called divergence.
 _GROWN_LOSS = 1e6
 _GROWN_GRADIENT = 1e3
+_GROWN_FOR = 20  # doublings, at least
+_HELD = 5  # evaluations in a row at which little is left
+_HELD_ACCEPTED = 2  # the same of accepted points, whose curvature is known
+_PART_LEFT = 0.1  # of the loss: with more of it left, its size is not yet that of the minimum
+_NOTHING = 1e-12  # of what was gained: a loss below counts as zero
+_LESS = 0.1  # of what is asked for: asked for after a claim that was contradicted
 _STALLED_UPDATES = 50
 _PER_UPDATE = 20
-_NEAR = 3e5
-_NEAR_ROOT = 30
+_RECENT = 20  # evaluations of a loss with random keys that are averaged
 _PART = 10  # of a stream that ended in its first pass, so much at either end is compared
 _WORTHLESS = 1e4  # a gradient that grew so much in one step tells of no quadratic
 _ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
+_KNOWN = 30  # eps |f|: how well a loss is known that is a sum of many terms
 
 
 class Limits(NamedTuple):
@@ -85,6 +95,7 @@ class Limits(NamedTuple):
 
     max_steps: jax.Array | int
     tol: jax.Array | float
+    grad_tol: jax.Array | float | None  # None: not tested
     target: jax.Array | float
 
 
@@ -96,7 +107,20 @@ class Watch(NamedTuple):
     mark: jax.Array  # the best loss when it last improved by more than rounding
     stalled: jax.Array  # how long it has not, in units of 1 / _PER_UPDATE updates
     grad_norm: jax.Array  # of the last evaluation
-    epoch_loss: jax.Array  # sum of this epoch's losses
+    peak: jax.Array  # the highest loss, up to a factor of two
+    grown: jax.Array  # how often that was surpassed in a row, after loss and gradient had grown
+    # Of a loss that is the same function at each step:
+    older: jax.Array  # the best loss after between a quarter and half of the steps made so far
+    recent: jax.Array  # the same after half of them or more
+    doubles: jax.Array  # the step at which they are renewed
+    accepted: jax.Array  # points, of an optimizer that takes others back
+    held: jax.Array  # how often in a row little was left
+    bar: jax.Array  # the share of what is asked for that is asked for now
+    patience: jax.Array  # the step before which nothing is claimed
+    # Of a noisy one:
+    epoch_loss: jax.Array  # the sum of this epoch's losses
+    mean_loss: jax.Array  # of the last epoch, or of the last evaluations
+    spread: jax.Array  # how far the last evaluations were from that
 
 
 class Epoch(NamedTuple):
@@ -115,40 +139,77 @@ class Evaluation(NamedTuple):
     grad_norm: jax.Array
     distance: jax.Array  # |x - x0|; zero or infinite where squares leave the dtype's range
     finite: jax.Array  # whether the params are
+    largest: jax.Array | None  # entry of the gradient, if that is tested
+
+
+class Search(NamedTuple):
+    """What an optimizer that takes bad points back says of itself before it has seen an evaluation."""
+
+    gave_up: jax.Array  # it has found no further step
+    accepted: jax.Array  # points so far
+    left: jax.Array  # what its curvature says is left to gain at the last one
+
+
+class Ending(NamedTuple):
+    """What is known of the point that is returned."""
+
+    left: Any  # to gain, in units of the loss; NaN if unknown
+    verified: Any  # NOT_VERIFIED, BY_CURVATURE or BY_NEIGHBOURS
+    negative: Any  # whether the curvature is negative in some direction
+
+
+NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS = range(3)
+
+
+def first_ending(dtype: Any) -> Ending:
+    """Before anything is known."""
+    return Ending(jnp.full((), jnp.nan, dtype), jnp.int32(NOT_VERIFIED), jnp.asarray(False))
 
 
 def first_watch(loss_dtype, norm_dtype) -> Watch:
     """Before the first evaluation."""
     unknown = jnp.full((), jnp.inf, loss_dtype)
+    none = jnp.int32(0)
     return Watch(
         first_loss=unknown,
         first_grad_norm=jnp.full((), jnp.inf, norm_dtype),
         mark=unknown,
-        stalled=jnp.int32(0),
+        stalled=none,
         grad_norm=jnp.full((), jnp.inf, norm_dtype),
+        peak=-unknown,
+        grown=none,
+        older=unknown,
+        recent=unknown,
+        doubles=jnp.int32(2),
+        accepted=none,
+        held=none,
+        bar=jnp.ones((), loss_dtype),
+        patience=none,
         epoch_loss=jnp.zeros((), loss_dtype),
+        mean_loss=jnp.zeros((), loss_dtype),
+        spread=jnp.zeros((), loss_dtype),
     )
 
 
-# jit, inlined, so that these forty small operations are traced once in a process and not at each call.
+# jit, inlined, so that these many small operations are traced once in a process and not at each call.
 @functools.partial(jax.jit, static_argnums=5, inline=True)
 def judge(
     watch: Watch,
     kept_loss: jax.Array,
     point: Evaluation,
     limits: Limits,
-    gave_up: jax.Array | None,
+    search: Search | None,
     eps: float,
     epoch: Epoch | None,
 ) -> tuple[jax.Array, Watch]:
     """The code of this evaluation (RUNNING or a Status) and what to remember; ``kept_loss`` is of the point to return.
 
-    ``epoch`` is None for a loss that is the same function at each step. For a noisy one (mini-batches, random
-    keys) a single small gradient says nothing, so only the target (on the mean of an epoch), divergence and the number
-    of steps are tested.
+    CONVERGED and PRECISION_LIMIT are claims that are still to be verified. ``epoch`` is None for a loss that is the
+    same function at each step. For a noisy one (mini-batches, random keys) a single small gradient says nothing, so
+    only the target (on the mean of an epoch), divergence and the number of steps are tested.
 
-    ``gave_up`` is of an optimizer that takes bad points back by itself: whether it has found no further step. Its
-    points are trials, and no trial is a failure. None for all other optimizers.
+    ``search`` is of an optimizer that takes bad points back by itself. Its points are trials, and no trial is a
+    failure. None for all other optimizers.
     """
     k, loss, grad_norm = point.step, point.loss, point.grad_norm
     start = watch.first_loss == jnp.inf  # nothing was evaluated yet
@@ -157,11 +218,15 @@ def judge(
 
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & point.finite  # what a loss does not read may be NaN
     size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
-    diverged = (loss - first_loss > _GROWN_LOSS * size) & (grad_norm > _GROWN_GRADIENT * first_grad_norm)
+    grows = (loss - first_loss > _GROWN_LOSS * size) & (grad_norm > _GROWN_GRADIENT * first_grad_norm)
+    higher = loss > jnp.maximum(2 * watch.peak, watch.peak)
+    grown = jnp.where(grows, watch.grown + higher, 0)  # some optimizers stay up there for long, and come back
+    peak = jnp.where(finite & higher, loss, watch.peak)
     failed = ~finite
-    if gave_up is not None:
-        diverged = jnp.asarray(False)
+    if search is not None:
+        grown = jnp.zeros_like(grown)
         failed = failed & (start | (loss == -jnp.inf) | ~point.finite)  # below that nothing is to be found
+    diverged = (grown >= _GROWN_FOR) | (failed & (watch.grown > 0))
 
     # The precision test looks at the loss, so it must not take for a limit what is a pause: an evaluation that repeats
     # the last one may come from gradients that are being accumulated or a rate of 0, and counts a twentieth; and an
@@ -172,36 +237,113 @@ def judge(
     mark = jnp.where(gained, loss, watch.mark)
     wanders = ~(loss <= mark + _ROUNDING * rounding)
     stalled = jnp.where(gained | wanders, 0, watch.stalled + jnp.where(grad_norm == watch.grad_norm, 1, _PER_UPDATE))
+    new = watch._replace(
+        first_loss=first_loss,
+        first_grad_norm=first_grad_norm,
+        mark=mark,
+        stalled=stalled,
+        grad_norm=grad_norm,
+        peak=peak,
+        grown=grown,
+    )
 
     if epoch is None:
-        reached = loss <= limits.target
-        # For convex f, f(x) - f* <= |g| |x - x*|, with |x - x0| for the unknown distance: what is left is at most tol
-        # of what was gained. No step size appears, so tiny rates and accumulating optimizers cannot fool it.
-        gain = first_loss - loss
-        converged = ((gain > 0) & (point.distance > 0) & (grad_norm * (point.distance / gain) <= limits.tol)) | (
-            grad_norm == 0
-        )
+        reached = finite & (loss <= limits.target)
+        new = _count_held(new, kept_loss, point, limits, search, start)
+        held = _HELD if search is None else _HELD_ACCEPTED
+        flat = (grad_norm == 0) & (start | (loss <= kept_loss))  # a plateau higher up has no gradient, too
+        converged = ((new.held >= held) & (k >= watch.patience)) | flat
+        if point.largest is not None and limits.grad_tol is not None:
+            converged = converged | (finite & (point.largest <= limits.grad_tol) & (start | (loss <= kept_loss)))
         limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
-        if gave_up is not None:
-            converged = converged & (start | (loss <= kept_loss))  # a trial on a plateau higher up has no gradient, too
-            limited = limited | gave_up
-        epoch_loss = watch.epoch_loss
+        if search is not None:
+            limited = limited | search.gave_up
     else:
         epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
-        reached = epoch.ends & (epoch_loss / epoch.steps <= limits.target)
+        mean = epoch_loss / epoch.steps
+        reached = epoch.ends & (mean <= limits.target)
         converged = limited = jnp.asarray(False)
+        # Before the first epoch has ended, and for random keys, of which each is an epoch: the last evaluations.
+        some = watch.mean_loss + (loss - watch.mean_loss) / jnp.minimum(k + 1, _RECENT)
+        whole = jnp.asarray(epoch.steps) > 1
+        mean_loss = jnp.where(epoch.ends & whole, mean, jnp.where(whole & (k >= epoch.steps), watch.mean_loss, some))
+        off = jnp.where(start, 0, jnp.abs(loss - watch.mean_loss))
+        spread = watch.spread + (off - watch.spread) / jnp.minimum(k + 1, _RECENT)
+        new = new._replace(
+            epoch_loss=epoch_loss, mean_loss=mean_loss.astype(loss.dtype), spread=spread.astype(loss.dtype)
+        )
 
     code = jnp.int32(RUNNING)
     for status, holds in (  # the later, the stronger
         (Status.MAX_STEPS, k >= limits.max_steps),
         (Status.PRECISION_LIMIT, limited),
-        (Status.DIVERGED, diverged),
         (Status.CONVERGED, converged),
         (Status.TARGET_REACHED, reached),
         (Status.NON_FINITE, failed),
+        (Status.DIVERGED, diverged),
     ):
         code = jnp.where(holds, jnp.int32(status), code)
-    return code, Watch(first_loss, first_grad_norm, mark, stalled, grad_norm, epoch_loss)
+    return code, new
+
+
+def _count_held(
+    watch: Watch,
+    kept_loss: jax.Array,
+    point: Evaluation,
+    limits: Limits,
+    search: Search | None,
+    start: jax.Array,
+) -> Watch:
+    """Count the points in a row at which what seems to be left is little.
+
+    An optimizer that learns the curvature tells what is left. Little is ``tol`` of what about the second half of the
+    run has gained: what it gained from a bad start says nothing of the scale of the minimum. As long as all of a loss
+    is left, its size does not either. Of another optimizer, what is left is at most |g| |x - x*| for a convex loss
+    (Boyd & Vandenberghe, "Convex Optimization", section 9.1.2), with |x - x0| for the unknown distance; then little is
+    ``tol`` of what the run has gained, as the claim is to be verified anyway.
+    """
+    best = jnp.where(start, point.loss, jnp.fmin(kept_loss, point.loss))
+    renews = point.step >= watch.doubles
+    older = jnp.where(start, best, jnp.where(renews, watch.recent, watch.older))
+    recent = jnp.where(start | renews, best, watch.recent)
+    doubles = jnp.where(renews, 2 * watch.doubles, watch.doubles)
+    if search is None:
+        here, counts, accepted = point.loss, jnp.asarray(True), watch.accepted
+        gain = watch.first_loss - here
+        little = (point.distance > 0) & (gain > 0)
+        little &= point.grad_norm * (point.distance / gain) <= watch.bar * limits.tol
+    else:
+        here, counts, accepted = kept_loss, search.accepted != watch.accepted, search.accepted
+        gain = older - here
+        little = (search.accepted > 1) & (gain > 0) & (search.left <= watch.bar * (limits.tol * gain))
+        little &= ~is_all(search.left, here, watch, limits, searches=True)
+    held = jnp.where(counts, jnp.where(little, watch.held + 1, 0), watch.held)
+    return watch._replace(older=older, recent=recent, doubles=doubles, accepted=accepted, held=held)
+
+
+def is_all(left: Any, loss: Any, watch: Watch, limits: Limits, *, searches: bool) -> Any:
+    """Whether most of a loss is left to gain: its size says nothing of that of the minimum then, which may be zero."""
+    nothing = _NOTHING if searches else limits.tol * limits.tol
+    return (left > _PART_LEFT * abs(loss)) & (abs(loss) > nothing * (watch.first_loss - loss))
+
+
+def allowed(np: Any, watch: Watch, loss: Any, limits: Limits) -> Any:
+    """What may be left to gain at the point that is returned, by ``tol``."""
+    gain = watch.older - loss
+    known = (gain > 0) & np.isfinite(gain)
+    return (limits.tol * np.where(known, gain, 0)).astype(loss.dtype)
+
+
+def resolution(loss: Any, eps: float) -> Any:
+    """What a loss is known to."""
+    return _KNOWN * eps * abs(loss)
+
+
+def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
+    """What to remember if a claim does not hold: the next one comes later, and with less left."""
+    none = watch.held * 0
+    patience = (step + np.maximum(step // 4, _HELD)).astype(watch.patience.dtype)
+    return watch._replace(held=none, stalled=none, bar=(watch.bar * _LESS).astype(watch.bar.dtype), patience=patience)
 
 
 def failed(code: jax.Array) -> jax.Array:
@@ -209,88 +351,93 @@ def failed(code: jax.Array) -> jax.Array:
     return functools.reduce(jnp.logical_or, [code == status for status in FAILURES])
 
 
-def is_good(watch: Watch, kept_loss: jax.Array, loss: jax.Array) -> jax.Array:
-    """Whether a noisy run may fall back on this point: its loss is at most the start's, give or take its own size."""
-    size = jnp.maximum(jnp.abs(watch.first_loss), watch.first_loss - kept_loss)
-    return loss <= watch.first_loss + size
+def is_good(watch: Watch, loss: jax.Array) -> jax.Array:
+    """Whether a noisy run may fall back on this point: its loss is at most the start's."""
+    return loss <= watch.first_loss
 
 
-def explain(
-    status: Status,
-    *,
-    steps: int,
-    returned_step: int,
-    history: tuple[np.ndarray, np.ndarray, np.ndarray],
-    limits: Limits,
-    noisy: bool,
-    steps_per_epoch: int | None,
-    eps: float,
-    how: Rates,
-    success: bool,
-    not_finite: tuple[str, str] = ("", ""),
-) -> str:
-    """The sentence for a status, with its remedy; ``not_finite``, what is known of a last point that is not, and the
-    remedy for that."""
-    losses, grad_norms, rates = history
-    found, cure = not_finite
+def succeeded(code: Any, watch: Watch, *, noisy: bool, has_target: bool) -> Any:
+    """Whether a run ended as asked, after what it claims was verified; all of it may be traced."""
+    done = (code == Status.CONVERGED) | (code == Status.TARGET_REACHED) | (code == Status.PRECISION_LIMIT)
+    return done | ((code == Status.MAX_STEPS) & is_better(watch)) if noisy and not has_target else done
+
+
+def is_better(watch: Watch) -> Any:
+    """Whether the mean of its last epoch says that a noisy run did not end above its start.
+
+    The start's loss is known of a single batch, so up to how much batches differ, and to twice that loss.
+    """
+    size, first = watch.spread, watch.first_loss
+    return (watch.mean_loss <= first + size) & (watch.mean_loss <= first + 2 * abs(first))
+
+
+class Told(NamedTuple):
+    """What a message is made of."""
+
+    steps: int
+    returned_step: int
+    history: tuple[np.ndarray, np.ndarray, np.ndarray]
+    limits: Limits
+    noisy: bool
+    steps_per_epoch: int | None
+    eps: float
+    how: Rates
+    success: bool
+    ending: Ending
+    farthest: float  # entry of the params that are returned
+    not_finite: tuple[str, str] = ("", "")  # what is known of a last point that is not, and the remedy for that
+
+
+def explain(status: Status, told: Told) -> str:
+    """The sentence for a status, with its remedy."""
+    losses, grad_norms, rates = told.history
+    steps, how, noisy, eps = told.steps, told.how, told.noisy, told.eps
+    found, cure = told.not_finite
     # A single batch says little: with mini-batches, the mean of the first and of the last epoch. A full-batch run that
     # did not fail speaks of the point that it returns.
-    width = (steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
-    end = steps if noisy or status in FAILURES else returned_step
+    width = (told.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
+    end = steps if noisy or status in FAILURES else told.returned_step
     first, last = f"{losses[:width].mean():.6g}", f"{losses[: end + 1][-width:].mean():.6g}"
     after = f"after {steps} step{'' if steps == 1 else 's'}"
-    back = "" if returned_step == steps else f" The point of step {returned_step} is returned."
-    tried = losses[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
+    back = "" if told.returned_step == steps else f" The point of step {told.returned_step} is returned."
     plain = how is Rates.PLAIN and not noisy
     slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(losses, grad_norms, rates, plain)
     match status:
-        case Status.CONVERGED if grad_norms[-1] == 0:
-            return f"converged {after}: the gradient is exactly zero (loss {last})."
-        case Status.CONVERGED:
+        case Status.CONVERGED if grad_norms[end] == 0:
+            what = "the gradient is exactly zero, and no direction was seen in which the loss falls"
             return (
-                f"converged {after}: the loss fell from {first} to {last}, and at most about {float(limits.tol):g} of "
-                "that is left to gain (by the convexity bound)."
+                f"converged {after}: {what if told.ending.verified else 'the gradient is exactly zero'} (loss {last})."
             )
+        case Status.CONVERGED:
+            fall = f"the loss fell from {first} to {last}" if fell(losses, eps) else f"the loss is {last}"
+            return f"converged {after}: {fall}{_left(told)}"
         case Status.TARGET_REACHED:
             what = "mean loss of an epoch" if noisy else "loss"
-            return f"reached the target {after}: the {what}, {last}, is at or below {float(limits.target):g}."
+            return f"reached the target {after}: the {what}, {last}, is at or below {float(told.limits.target):g}."
         case Status.MAX_STEPS if noisy:
-            epochs = "" if steps_per_epoch in (1, None) else f" ({steps / steps_per_epoch:g} epochs)"
-            worse = f" That is no fall. {slower}" if losses[-width:].mean() >= losses[:width].mean() else ""
-            what = (
-                f"the {steps} steps asked for" if steps <= limits.max_steps else f"{steps} steps, more than asked for"
-            )
+            per_epoch = told.steps_per_epoch
+            epochs = "" if per_epoch in (1, None) else f" ({steps / per_epoch:g} epochs)"
+            worse = "" if told.success or fell_to(losses, width) else f" The loss did not decrease. {slower}"
+            most = told.limits.max_steps
+            what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
             return f"took {what}{epochs}: the loss went from {first} to {last}.{worse}"
         case Status.MAX_STEPS if not fell(losses, eps):
             return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
         case Status.MAX_STEPS:
-            another = "" if how is Rates.SEARCHED else ", or try another learning_rate"
             return (
                 f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {last}, the gradient "
-                f"norm is {grad_norms[end]:.3g}.{back} Raise max_steps{another}."
+                f"norm is {grad_norms[end]:.3g}.{back} {_more(losses, eps, how)}"
             )
-        case Status.PRECISION_LIMIT if how is Rates.SEARCHED and not success and not np.isfinite(tried):
+        case Status.PRECISION_LIMIT if told.ending.verified == BY_NEIGHBOURS:
             return (
-                f"got stuck {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
-                "finite there. Start elsewhere, or make the loss finite around that point."
-            )
-        case Status.PRECISION_LIMIT if not fell(losses, eps):
-            rate = "" if how is Rates.SEARCHED else ", or the learning rate does not fit: try a larger or a smaller one"
-            return (
-                f"nothing has changed {after}: the loss stays at {last}, within rounding ({eps:.1g} of it). Either the "
-                f"start is a minimum already{rate}, or the gradient is not that of the loss."
-            )
-        case Status.PRECISION_LIMIT if not success:
-            larger = "" if how is Rates.SEARCHED else "a larger rate or "
-            return (
-                f"got stuck {after}: the loss {last} no longer changes by more than rounding ({eps:.1g} of it), though "
-                f"by its gradient (norm {grad_norms[end]:.3g}) more may be gained. Try {larger}float64."
+                f"reached the precision limit {after}: the loss {last} has a kink there, and no point among {TRIED} "
+                "neighbours is lower."
             )
         case Status.PRECISION_LIMIT:
-            return (
-                f"reached the precision limit {after}: the loss {last} no longer changes by more than rounding "
-                f"({eps:.1g} of it). Where that is not enough, float64 may gain more."
-            )
+            more = " float64 may gain more." if eps > _COARSE else ""
+            return f"reached the precision limit {after}: the loss {last} no longer changes{_left(told)}{more}"
+        case Status.STALLED:
+            return _stalled(told, after, first, last)
         case Status.DIVERGED:
             return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"
         case Status.NON_FINITE if steps == 0:
@@ -301,7 +448,13 @@ def explain(
                 f"the loss became -inf at step {steps}, from {first} at the start: it has no lower bound, so no "
                 f"minimum can be found.{back} Check its sign, or add a penalty."
             )
-        case Status.NON_FINITE if how is not Rates.OWNED and not np.isfinite(rates[:steps]).all():
+        case Status.NON_FINITE if told.farthest > _FAR:
+            lowest = f"{np.fmin.reduce(losses):.6g}"
+            return (
+                f"the loss fell from {first} to {lowest} as the params grew to {told.farthest:.2g}, and left "
+                "the range there: it seems to have no lower bound. Check its sign, or add a penalty."
+            )
+        case Status.NON_FINITE if how in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
             bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
             return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
         case Status.NON_FINITE:
@@ -322,6 +475,80 @@ def explain(
             return f"interrupted {after}: the loss went from {first} to {last}."
 
 
+_FAR = 1e15  # an entry of the params, beyond what anything is measured in
+TRIED = 96  # neighbours, at the most
+_COARSE = 1e-10  # eps: above it, a wider dtype has more digits
+_DECAYED = 1e-3  # of the highest rate
+_LAST = 1000  # steps: what they gained tells whether more of them would
+
+
+def fell_to(losses: np.ndarray, width: int) -> bool:
+    """Whether the last evaluations of a noisy run are below the first ones."""
+    return bool(losses[-width:].mean() < losses[:width].mean())
+
+
+def _left(told: Told) -> str:
+    """What is left, in units of the loss, and how that is known."""
+    if not told.ending.verified:
+        return ". What is left could not be verified, as the loss has no second derivatives there."
+    left = float(told.ending.left)
+    much = f"about {left:.2g} is left to gain" if left > 0 else "nothing is left to gain"
+    return f", and {much} by its curvature there."
+
+
+def _more(losses: np.ndarray, eps: float, how: Rates) -> str:
+    """The remedy for a run that took all its steps."""
+    others = {Rates.SEARCHED: "another start", Rates.OWNED: "another optimizer"}.get(how, "another learning_rate")
+    before = np.fmin.reduce(losses[:-_LAST]) if losses.size > _LAST else losses[0]
+    if before - np.fmin.reduce(losses) > _ROUNDING * eps * abs(before):
+        return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {others}."
+    return f"The last {_LAST} steps gained nothing: try {others}."
+
+
+def _stalled(told: Told, after: str, first: str, last: str) -> str:
+    losses, grad_norms, rates = told.history
+    left = float(told.ending.left)
+    more = f"about {left:.2g} or more is left to gain" if np.isfinite(left) and left > 0 else "more may be left to gain"
+    known = rates[np.isfinite(rates)]
+    tried = losses[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
+    if told.farthest > _FAR:
+        return (
+            f"stalled {after}: the loss fell from {first} to {last} as the params grew to {told.farthest:.2g}, so it "
+            "seems to have no lower bound. Check its sign, or add a penalty."
+        )
+    if told.how in (Rates.PLAIN, Rates.GIVEN) and known.size and known[-1] <= _DECAYED * known.max():
+        step = int(np.flatnonzero(rates > _DECAYED * known.max())[-1]) + 1 if known.max() > 0 else 0
+        return (
+            f"stalled {after}: the learning rate decayed to {known[-1]:.2g} (below a thousandth of its highest after "
+            f"step {step}), and nothing changes any more, though {more}. The loss went from {first} to {last}. Let the "
+            "rate decay more slowly, or not so far."
+        )
+    if told.how is Rates.SEARCHED and not np.isfinite(tried):
+        return (
+            f"stalled {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
+            "finite there. Start elsewhere, or make the loss finite around that point."
+        )
+    if (told.ending.negative and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]) or grad_norms[-1] == 0:
+        where = "a saddle or a maximum, where the curvature is negative" if told.ending.negative else "no minimum"
+        if grad_norms[told.returned_step] > 0:
+            return (
+                f"stalled {after}: the gradient is exactly zero at the last point, but not at the best, whose loss is "
+                f"{last}. Try a smaller learning rate, or another start."
+            )
+        return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
+    rate = {Rates.SEARCHED: "", Rates.OWNED: " Try another optimizer."}.get(told.how, " Try another learning_rate.")
+    wider = " float64 may gain more." if told.eps > _COARSE else ""
+    if not fell(losses, told.eps):
+        return (
+            f"stalled {after}: the loss stays at {last}, within rounding ({told.eps:.1g} of it), though {more}. Either "
+            f"the gradient does not match the loss, or the steps do not fit.{rate}{wider}"
+        )
+    return (
+        f"stalled {after}: the loss {last} no longer changes by more than rounding ({told.eps:.1g} of it), though "
+        f"{more}.{rate}{wider}"
+    )
+
+
 def chosen_rates(rates: np.ndarray) -> str:
     """What a message adds where nobody gave a rate."""
     used = rates[rates > 0]  # not the one that leads back to where a search began
@@ -338,21 +565,6 @@ def fell(losses: np.ndarray, eps: float) -> bool:
 def _fell(first: Any, best: Any, eps: float) -> Any:
     with np.errstate(invalid="ignore"):  # of a loss that is infinite at the start, and did not fall
         return first - best > _ROUNDING * eps * abs(first)
-
-
-def succeeded(code: Any, first: Any, best: Any, left: Any, eps: float, *, noisy: bool, has_target: bool) -> Any:
-    """Whether a run ended as asked; all of it may be traced.
-
-    ``left`` is |g| |x - x0|, the convexity bound of what is left to gain.
-    """
-    # Steps too small to change anything look just like the precision limit: they have gained nothing, or the gradient
-    # is still large. Measured at true limits: left up to 1.4e5 eps |f|; where the rate had run out: from 3e6.
-    # Where the loss is flat to rounding the gradient still goes as its root: of that, 30 times in float64.
-    share = max(_NEAR * eps, _NEAR_ROOT * eps**0.5)
-    little = (left <= share * abs(first)) | (left <= share * abs(best))
-    at_limit = (code == Status.PRECISION_LIMIT) & _fell(first, best, eps) & little
-    done = (code == Status.MAX_STEPS) & (noisy and not has_target)
-    return (code == Status.CONVERGED) | (code == Status.TARGET_REACHED) | at_limit | done
 
 
 def _slower(losses: np.ndarray, grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:

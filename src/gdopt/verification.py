@@ -1,0 +1,420 @@
+"""The end of a run, checked: is there really so little left to gain at the point that is returned?
+
+Products of the Hessian with a few directions give what Newton's method would still gain, g'H^-1 g / 2, and show
+negative curvature, which tells a saddle from a minimum. If they contradict the claim, the points that they lead to are
+tried. If none of these is lower although the gradient promises it, the loss has a kink; then neighbours tell what a
+gradient cannot.
+
+All of it is computed with lists of real arrays, by NumPy on the host or by JAX in a trace: as a program it takes a
+second to compile, so a run outside of jit compiles the products alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gdopt import _trees, stopping
+from gdopt.stopping import RUNNING, Ending, Limits, Status, Watch
+
+Blocks = list[Any]  # real arrays, the entries of the params
+# (point, direction) -> the loss, its gradient, and the Hessian times the direction
+Probe = Callable[[Blocks, Blocks], tuple[Any, Blocks, Blocks]]
+
+_EXACT = 32  # entries of the params: the whole Hessian of so many is computed
+_KRYLOV = 24  # directions for more of them
+_ENTRIES, _FEWEST = 2**24, 6  # of all directions together, and the fewest of these
+_CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
+_NOISE = 10  # eps times the number of directions: the rounding of a curvature
+_KINK = 100  # times the rounding of the loss: what a step downhill should have gained
+_STRETCH = 4.0  # the length of a try over that of the one before
+
+# The points that are tried, one kind after the other.
+NEIGHBOURS = 96
+_NEWTON, _NEGATIVE, _DOWNHILL = 6, 32, 12
+_ENDS = (_NEWTON, _NEWTON + _NEGATIVE, _NEWTON + _NEGATIVE + _DOWNHILL)
+_ALL = _ENDS[-1] + NEIGHBOURS
+
+
+class Check(NamedTuple):
+    """What was found at a point."""
+
+    left: Any  # to gain, in units of the loss; infinite if the curvature does not tell
+    curved: Any  # whether the loss has a Hessian there
+    negative: Any  # whether there is a direction of negative curvature
+    lower: Any  # whether a point was found that is lower by more than was allowed
+    kink: Any  # whether the loss does not fall where its gradient points to, nor at any neighbour
+    point: Blocks  # the lowest found
+    loss: Any
+    steepest: Any  # the largest entry of the gradient at the given one
+
+
+class OnHost:
+    """Arrays and loops of Python's."""
+
+    np = np
+
+    @staticmethod
+    def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
+        """Stack what a function gives for each number."""
+        return [np.stack(blocks) for blocks in zip(*map(function, range(count)), strict=True)]
+
+    @staticmethod
+    def fold(count: int, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(number, carry)`` for each number."""
+        for number in range(count):
+            carry = body(number, carry)
+        return carry
+
+    @staticmethod
+    def loop(goes_on: Callable, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(carry)`` as long as it goes on."""
+        while goes_on(carry):
+            carry = body(carry)
+        return carry
+
+    @staticmethod
+    def select(condition: Any, if_true: Any, if_false: Any) -> Any:
+        """One of two trees."""
+        return if_true if condition else if_false
+
+    @staticmethod
+    def put(rows: Any, number: Any, row: Any) -> Any:
+        """Write a row, if there is room for it."""
+        if number < len(rows):
+            rows[number] = row
+        return rows
+
+
+class InTrace:
+    """The same for what is being traced."""
+
+    np = jnp
+
+    @staticmethod
+    def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
+        """Stack what a function gives for each number."""
+        return lax.map(function, lax.iota(int, count))
+
+    @staticmethod
+    def fold(count: int, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(number, carry)`` for each number."""
+        return lax.fori_loop(0, count, body, carry)
+
+    @staticmethod
+    def loop(goes_on: Callable, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(carry)`` as long as it goes on."""
+        return lax.while_loop(goes_on, body, carry)
+
+    @staticmethod
+    def select(condition: Any, if_true: Any, if_false: Any) -> Any:
+        """One of two trees."""
+        return _trees.select(condition, if_true, if_false)
+
+    @staticmethod
+    def put(rows: Any, number: Any, row: Any) -> Any:
+        """Write a row, if there is room for it."""
+        return rows.at[number].set(row, mode="drop")
+
+
+Place = type[OnHost] | type[InTrace]
+
+
+class Claim(NamedTuple):
+    """A run that has ended at a minimum, as it says."""
+
+    code: Any
+    step: Any
+    params: Blocks  # that are returned
+    moved: Blocks  # from the start
+    loss: Any
+    grad_norm: Any
+    watch: Watch
+    scale: Blocks | None  # by how much each entry moves along directions of about equal curvature, if that is known
+    free: Blocks | None  # 0 for entries that the optimizer holds in their places, 1 for others
+
+
+class Settled(NamedTuple):
+    """What comes of a claim."""
+
+    code: Any  # RUNNING if it is withdrawn
+    ending: Ending
+    watch: Watch
+    moves: Any  # whether the run goes on at ``point``
+    restarts: Any  # whether it starts its search anew there
+    point: Blocks
+
+
+def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float, *, searches: bool) -> Settled:
+    """Verify a claim, or withdraw it: then the run goes on, if its optimizer ``searches`` at a lower point.
+
+    An optimizer that does not is left on its own way; if it has come to its end, the run has stalled.
+    """
+    np, loss, watch = place.np, claim.loss, claim.watch
+    may, rounding = stopping.allowed(np, watch, loss, limits), stopping.resolution(loss, eps)
+    wanted = np.maximum(may, rounding)
+    typical = [np.fmax(abs(x), abs(moved)) for x, moved in zip(claim.params, claim.moved, strict=True)]
+    size = _largest(np, typical)
+    size = np.where(size > 0, size, 1)
+    typical = [np.where(x > 0, x, size.astype(x.dtype)) for x in typical]
+    scale = typical
+    if claim.scale is not None:
+        share = size / _largest(np, claim.scale)
+        scale = [(x * share).astype(t.dtype) for x, t in zip(claim.scale, typical, strict=True)]
+    if claim.free is not None:
+        scale, typical = ([x * f for x, f in zip(each, claim.free, strict=True)] for each in (scale, typical))
+    seen = check(place, probe, claim.params, loss, scale, typical, wanted, rounding)
+
+    limited = claim.code == Status.PRECISION_LIMIT
+    all_left = stopping.is_all(seen.left, loss, watch, limits, searches=searches) & (claim.step > 0)
+    little = seen.curved & (seen.left <= wanted) & ~seen.lower & ~all_left
+    untold = ~seen.curved & ~limited & ~seen.lower
+    kink = limited & seen.kink
+    holds = little | untold | kink
+    if limits.grad_tol is not None:
+        holds = holds | (seen.steepest <= limits.grad_tol)
+    name = np.where(limited & (kink | (seen.left > may)), Status.PRECISION_LIMIT, Status.CONVERGED)
+    stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0)
+    goes_on = ~holds & ((seen.lower & searches) | ~stuck) & (claim.step < limits.max_steps)
+    ended = np.where(stuck, Status.STALLED, Status.MAX_STEPS)
+    code = np.where(holds, name, np.where(goes_on, RUNNING, ended))
+    how = np.where(little, stopping.BY_CURVATURE, np.where(kink, stopping.BY_NEIGHBOURS, stopping.NOT_VERIFIED))
+    left = np.where(kink | ~np.isfinite(seen.left), np.nan, seen.left).astype(loss.dtype)
+    moves = goes_on & seen.lower if searches else goes_on & False
+    return Settled(
+        code=code.astype(np.int32),
+        ending=Ending(left, how.astype(np.int32), seen.negative),
+        watch=place.select(goes_on, stopping.contradicted(np, watch, claim.step), watch),
+        moves=moves,
+        restarts=moves & limited,
+        point=seen.point,
+    )
+
+
+def _largest(np: Any, blocks: Blocks) -> Any:
+    return np.max(np.stack([np.max(abs(block), initial=0).astype(_trees.norm_dtype(blocks)) for block in blocks]))
+
+
+class _Spectrum(NamedTuple):
+    """The Hessian between directions, and its eigenvalues."""
+
+    basis: Blocks  # with a leading axis of directions, in units of the scale
+    right: Any  # the gradient along each
+    matrix: Any
+    even: Any  # the root of each direction's curvature, by which the matrix is divided from both sides
+    values: Any  # of that, ascending
+    vectors: Any
+    noise: Any  # of the values
+    known: Any
+
+
+def check(
+    place: Place, probe: Probe, params: Blocks, loss: Any, scale: Blocks, typical: Blocks, allowed: Any, rounding: Any
+) -> Check:
+    """Look for what is left to gain at a point, and for a lower one.
+
+    ``scale`` is by how much each entry moves along directions of about equal curvature, and ``typical`` the size of
+    each entry; both are 0 for entries that are held in their places. At most ``allowed`` may be left; the loss is known
+    up to ``rounding``.
+    """
+    np, eps = place.np, max(float(jnp.finfo(x.dtype).eps) for x in params)
+    dtype = _trees.norm_dtype(params)
+    moved = lambda ways: [x + way.astype(x.dtype) for x, way in zip(params, ways, strict=True)]
+    _, grad, _ = probe(params, [np.zeros_like(x) for x in params])
+    slope = [g.astype(s.dtype) * s for g, s in zip(grad, scale, strict=True)]
+
+    def times(way: Blocks) -> Blocks:
+        """S H S times a direction, with the scale S."""
+        along = [(w * s).astype(x.dtype) for w, s, x in zip(way, scale, params, strict=True)]
+        return [h.astype(s.dtype) * s for h, s in zip(probe(params, along)[2], scale, strict=True)]
+
+    found = _spectrum(place, times, slope, eps, dtype)
+    parts = found.vectors.T @ (found.right / found.even)
+    firm = np.maximum(np.abs(found.values), found.noise)
+    newton = np.where(parts == 0, 0, parts / np.where(firm > 0, firm, 1))
+    left = np.where(found.known & (firm > 0).all(), np.sum(parts * newton) / 2, np.where((parts != 0).any(), np.inf, 0))
+    left = left.astype(loss.dtype)
+    highest, least = np.max(np.abs(found.matrix)), found.values[0]
+    negative = found.known & (least < -np.maximum(found.noise, _CLEAR * np.max(np.abs(found.values))))
+    flat = highest == 0
+    little = found.known & (left <= allowed) & ~negative & ~flat
+
+    # How far to go in each direction: Newton's, the most negative, and downhill to the minimum of the parabola.
+    size = np.max(np.abs(found.right))
+    unit, steepest = found.right / np.where(size > 0, size, 1), np.where(flat, 1, highest)
+    bend, square = unit @ (found.matrix / steepest) @ unit, unit @ unit
+    best = np.where(bend > 0, square / np.where(bend > 0, bend, 1) / steepest, 1)
+    promised = np.where(bend > 0, size * (size * best) * square / 2, np.where(size > 0, np.inf, 0))
+    visible = np.maximum(allowed, rounding)
+    along = lambda weights: [
+        w * s for w, s in zip(_combined(place, weights / found.even, found.basis), scale, strict=True)
+    ]
+    ways = (
+        along(found.vectors @ -newton),
+        along(found.vectors[:, 0]),
+        [-a * b for a, b in zip(slope, scale, strict=True)],
+    )
+    reach = np.sqrt(
+        _dot(place, typical, typical, dtype) / np.maximum(_dot(place, ways[1], ways[1], dtype), jnp.finfo(dtype).tiny)
+    )
+    seen = np.sqrt(2 * visible / np.where(least != 0, np.abs(least), 1))  # so far that the loss changes visibly
+    lengths = [
+        np.ones_like(best),
+        np.where(np.isfinite(seen) & (seen > 0), seen, 1e-3 * reach),
+        best,
+        np.ones_like(best),
+    ]
+    lengths = np.stack([length.astype(dtype) for length in lengths])
+
+    def other(number: Any) -> Blocks:
+        """One of the points that are tried."""
+        kind = sum((number >= end) * 1 for end in _ENDS)
+        count = number - sum((kind == k) * end for k, end in enumerate(_ENDS, start=1))
+        power = np.where(kind == 1, count // 2, np.where(kind == 3, 0, -count)).astype(dtype)
+        sign = np.where((kind == 1) & (count % 2 == 1), -1, 1)
+        length = sign * _STRETCH**power * lengths[kind]
+        neighbour = _neighbour(place, number, typical, eps)
+        each = [
+            np.where(
+                kind == 3,
+                way[-1],
+                length.astype(way[0].dtype) * np.where(kind == 0, way[0], np.where(kind == 1, *way[1:3])),
+            )
+            for way in zip(*ways, neighbour, strict=True)
+        ]
+        return moved(each)
+
+    def goes_on(search: tuple) -> Any:
+        number, lowest, *_ = search
+        return (number < _ALL) & ~(lowest < loss - visible)
+
+    def attempt(search: tuple) -> tuple:
+        number, lowest, point, told = search
+        there = other(number)
+        value = probe(there, [np.zeros_like(x) for x in there])[0].astype(loss.dtype)
+        better = value < lowest  # NaN is not
+        following = np.where((number + 1 == _ENDS[0]) & ~negative, _ENDS[1], number + 1)
+        point = [np.where(better, new, old) for new, old in zip(there, point, strict=True)]
+        told = told + np.isfinite(value)
+        return following.astype(number.dtype), np.where(better, value, lowest), point, told.astype(number.dtype)
+
+    first = np.where(left > allowed, 0, np.where(negative, _ENDS[0], np.where(flat, _ENDS[2], _ALL)))
+    first = first.astype(np.int32)
+    _, lowest, point, told = place.loop(goes_on, attempt, (first, loss, params, np.zeros_like(first)))
+    lower = lowest < loss - visible
+    kink = ~little & ~lower & (promised > _KINK * rounding) & (told > NEIGHBOURS // 2)  # not outside of its domain
+    return Check(np.maximum(left, loss - lowest), found.known, negative, lower, kink, point, lowest, _largest(np, grad))
+
+
+def _spectrum(place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, eps: float, dtype: Any) -> _Spectrum:
+    """The eigenvalues of the Hessian: of all of it, or of what Lanczos' directions see."""
+    np, count = place.np, sum(block.size for block in slope)
+    basis, matrix = (_whole if count <= _EXACT else _krylov)(place, times, slope, count, dtype)
+    right = _products(place, basis, slope, dtype)
+    known = np.isfinite(matrix).all() & np.isfinite(right).all()
+    matrix, right = np.where(known, matrix, 0), np.where(np.isfinite(right), right, 0)
+    even = np.sqrt(np.abs(np.diagonal(matrix))) if count <= _EXACT else np.ones_like(right)
+    even = np.where(even > 0, even, np.where((even > 0).any(), np.max(even), 1))
+    values, vectors = np.linalg.eigh(matrix / even[:, None] / even[None, :])
+    noise = _NOISE * matrix.shape[0] * eps * np.max(np.abs(values))
+    return _Spectrum(basis, right, matrix, even, values, vectors, noise, known)
+
+
+def _whole(place: Place, times: Callable, like: Blocks, count: int, dtype: Any) -> tuple[Blocks, Any]:
+    """Each entry as a direction, and the matrix between them."""
+    np = place.np
+    begins = [sum(block.size for block in like[:number]) for number in range(len(like))]
+    basis = [
+        np.eye(count, block.size, -begin, block.dtype).reshape(count, *block.shape)
+        for block, begin in zip(like, begins, strict=True)
+    ]
+    images = place.rows(lambda number: times([rows[number] for rows in basis]), count)
+    matrix = np.concatenate([block.reshape(count, -1).astype(dtype) for block in images], axis=1)
+    return basis, (matrix + matrix.T) / 2
+
+
+def _krylov(place: Place, times: Callable, slope: Blocks, count: int, dtype: Any) -> tuple[Blocks, Any]:
+    """Directions from the gradient on, with a little of chance in it, and the matrix between them.
+
+    Source: Lanczos, "An iteration method for the solution of the eigenvalue problem", 1950; orthogonalised in full.
+    """
+    np, size = place.np, max(_FEWEST, min(_KRYLOV, _ENTRIES // count))
+    chance = _normal(place, _chance(place, slope, 0), dtype)
+    first = _normal(place, [a + 0.1 * b for a, b in zip(_normal(place, slope, dtype), chance, strict=True)], dtype)
+    rows = [place.put(np.zeros((size, *block.shape), block.dtype), 0, block) for block in first]
+
+    def follow(number: Any, carry: tuple) -> tuple:
+        rows, matrix = carry
+        image = times([block[number] for block in rows])
+        matrix = place.put(matrix, number, _products(place, rows, image, dtype))
+        for _ in range(2):  # once leaves what rounding has put there
+            taken = _combined(place, _products(place, rows, image, dtype), rows)
+            image = [a - b for a, b in zip(image, taken, strict=True)]
+        following = _normal(place, image, dtype)
+        return [place.put(block, number + 1, x) for block, x in zip(rows, following, strict=True)], matrix
+
+    rows, matrix = place.fold(size, follow, (rows, np.zeros((size, size), dtype)))
+    lower = np.tril(matrix)  # at its time each direction knew nothing of the later ones
+    return rows, lower + np.tril(matrix, -1).T
+
+
+def _products(place: Place, rows: Blocks, blocks: Blocks, dtype: Any) -> Any:
+    """The inner product with each row."""
+
+    def flat(rows: Any, block: Any) -> Any:
+        axes = tuple(range(1, rows.ndim)), tuple(range(block.ndim))
+        exactly: Any = {} if place is OnHost else {"precision": "highest"}
+        return place.np.tensordot(rows.astype(dtype), block.astype(dtype), axes, **exactly)
+
+    return sum(flat(*each) for each in zip(rows, blocks, strict=True))
+
+
+def _combined(place: Place, weights: Any, rows: Blocks) -> Blocks:
+    """The sum of the rows, each times its weight."""
+    exactly: Any = {} if place is OnHost else {"precision": "highest"}
+    return [place.np.tensordot(weights.astype(block.dtype), block, 1, **exactly) for block in rows]
+
+
+def _dot(place: Place, a: Blocks, b: Blocks, dtype: Any) -> Any:
+    return sum(place.np.sum(x.astype(dtype) * y.astype(dtype)) for x, y in zip(a, b, strict=True))
+
+
+def _normal(place: Place, blocks: Blocks, dtype: Any) -> Blocks:
+    """The blocks with norm 1; 0 if they have none."""
+    np = place.np
+    size = sum(np.max(np.abs(block), initial=0).astype(dtype) for block in blocks)
+    unit = [block / np.where(size > 0, size, 1).astype(block.dtype) for block in blocks]
+    norm = np.sqrt(_dot(place, unit, unit, dtype))
+    return [block / np.where(norm > 0, norm, 1).astype(block.dtype) for block in unit]
+
+
+def _chance(place: Place, like: Blocks, number: Any) -> Blocks:
+    """Entries from -1 to 1 that look random, others for each number: JAX's own take long to compile.
+
+    Source: Weyl's equidistributed sequences, with the irrational numbers of Roberts, "The unreasonable effectiveness of
+    quasirandom sequences", 2018, and a hash of what they give.
+    """
+    np, begin, out = place.np, 1, []
+    for block in like:
+        entries = np.arange(begin, begin + block.size, dtype=np.float32).reshape(block.shape)
+        begin += block.size
+        mixed = np.sin(entries * np.float32(0.75487767) + number * np.float32(0.56984029)) * np.float32(1e4)
+        out.append((2 * (mixed - np.floor(mixed)) - 1).astype(block.dtype))
+    return out
+
+
+def _neighbour(place: Place, number: Any, typical: Blocks, eps: float) -> Blocks:
+    """A step of random length: along all entries, or along a single one."""
+    np, begin, out = place.np, 0, []
+    share = number * np.float32(0.61803399)
+    length = eps ** (0.1 + 0.65 * (share - np.floor(share)))
+    chosen = number // 4 % sum(block.size for block in typical)
+    for block, chance in zip(typical, _chance(place, typical, number), strict=True):
+        here = (np.arange(begin, begin + block.size) == chosen).reshape(block.shape) | (number % 2 == 0)
+        begin += block.size
+        out.append(np.where(here, length.astype(block.dtype) * block * chance, 0))
+    return out

@@ -1,0 +1,249 @@
+"""What a run says at its end is right: in natural units, from bad starts, at saddles, at kinks and when a rate dies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdopt
+from gdopt import InputError, Status
+
+READINGS = np.random.default_rng(0).normal(170, 10, (6, 200))[0]
+SEVEN = np.array([1.17, 2.97, 3.26, 4.69, 5.83, 6.0, 6.41])
+VALUES = np.array([78.93, 58.2, 67.47, 37.47, 45.65, 32.92, 29.97])
+
+
+def gaussian(p: Any) -> jax.Array:
+    """The likelihood of heights in cm, whose start is 17 standard deviations off."""
+    return jnp.sum(p["ls"] + 0.5 * ((jnp.asarray(READINGS) - p["mu"]) / jnp.exp(p["ls"])) ** 2)
+
+
+def two_scales(p: Any) -> jax.Array:
+    return (p["a"] / 1e4 - 1) ** 2 + (p["b"] * 1e3 - 1) ** 2
+
+
+def short_line(p: Any) -> jax.Array:
+    x = jnp.linspace(0, 1e-4, 100)
+    return jnp.mean((p["a"] + p["b"] * x - 1 - 5 * x / 1e-4) ** 2)
+
+
+def unknown_sigma(t: Any) -> jax.Array:
+    x, y = jnp.asarray(SEVEN), jnp.asarray(VALUES)
+    return jnp.sum(t["ls"] + 0.5 * ((y - t["a"] - t["b"] * x) / jnp.exp(t["ls"])) ** 2)
+
+
+NATURAL = {
+    "Gaussian": (gaussian, {"mu": 0.0, "ls": 0.0}, {"mu": READINGS.mean(), "ls": np.log(READINGS.std())}),
+    "two scales": (two_scales, {"a": 0.0, "b": 0.0}, {"a": 1e4, "b": 1e-3}),
+    "short line": (short_line, {"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 5e4}),
+    "unknown sigma": (unknown_sigma, {"a": 0.0, "b": 0.0, "ls": 0.0}, {"a": 89.1236, "b": -9.0094, "ls": 1.7953}),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", NATURAL)
+def test_natural_units_from_bad_starts(name: str, dtype: Any) -> None:
+    """By the test of 0.1.0 each of these converged far away: mu was 0.03, and the slope of seven points positive."""
+    loss, start, right = NATURAL[name]
+    with jax.enable_x64(dtype == np.float64):
+        result = gdopt.minimize(loss, start)
+        gained = float(loss(start)) - result.loss
+    assert result.success, result
+    assert result.verified, result
+    assert 0 <= result.left <= 1e-4 * gained
+    for key, value in right.items():
+        np.testing.assert_allclose(result.params[key], value, rtol=1e-3)
+
+
+def test_poisson_regression_in_float32() -> None:
+    """The loss is 5e5, of which float32 sees 0.03: the answer has to be within a standard error of the right one."""
+    rng = np.random.default_rng(0)
+    n = 500
+    rows = np.stack([np.ones(n), rng.uniform(20, 80, n), rng.uniform(0, 0.5, n), rng.integers(0, 2, n)], 1)
+    counts = rng.poisson(np.exp(rows @ [4, 0.03, -1.5, 0.2]))
+    X, y = rows.astype("f4"), counts.astype("f4")
+    loss = lambda p: jnp.sum(jnp.exp(X @ p) - y * (X @ p))
+    result = gdopt.minimize(loss, jnp.array([np.log(counts.mean()), 0, 0, 0], "f4"))
+    right = np.array([4.001, 0.0300, -1.491, 0.191])
+    errors = np.sqrt(np.diag(np.linalg.inv(rows.T @ (np.exp(rows @ right)[:, None] * rows))))
+    assert result.success, result
+    assert (np.abs(result.params - right) < errors + 0.0005).all(), (result, errors)
+
+
+@pytest.mark.parametrize("dies", [optax.cosine_decay_schedule(1e-3, 10), optax.exponential_decay(1e-2, 5, 0.3)])
+def test_a_rate_that_died_is_no_success(dies: Any) -> None:
+    result = gdopt.minimize(lambda x: 0.5 * jnp.sum(x**2), jnp.ones(1), learning_rate=dies)
+    assert result.status == Status.STALLED
+    assert not result.success
+    assert result.message.startswith(f"stalled after {result.steps} steps: the learning rate decayed to ")
+    np.testing.assert_allclose(result.left, result.loss, rtol=0.01)  # it says how much is left
+
+
+def test_what_is_judged_is_what_is_returned() -> None:
+    """Adam at this rate finds a dip, runs on, and comes to rest elsewhere."""
+    loss = lambda x: x**2 / 50 - jnp.exp(-((x - 2.0) ** 2) / 0.02)
+    result = gdopt.minimize(loss, 5.0, optimizer=optax.adam, learning_rate=1.0, max_steps=2000)
+    assert not result.success or result.grad_norm < 0.01, result
+
+
+def test_dead_units_are_no_minimum() -> None:
+    x = jnp.arange(1.0, 5.0)
+    loss = lambda w: jnp.mean((jax.nn.relu(w[0] * x + w[1]) - 2 * x) ** 2)
+    result = gdopt.minimize(loss, jnp.array([1.0, 0.1]), learning_rate=0.3, max_steps=3000)
+    assert not result.success
+
+
+# --- saddles and maxima ---
+
+
+def test_saddles_are_left() -> None:
+    result = gdopt.minimize(lambda p: (p[0] * p[1] - 1) ** 2, jnp.zeros(2))
+    assert result.success, result
+    assert result.loss < 1e-6, result
+
+
+def test_networks_of_zeros_are_left() -> None:
+    x = np.linspace(-2, 2, 40)[:, None]
+    start = {"w": np.zeros((1, 4)), "v": np.zeros((4, 1))}
+    loss = lambda p: jnp.mean((jnp.tanh(x @ p["w"]) @ p["v"] - x) ** 2)
+    result = gdopt.minimize(loss, jax.tree.map(lambda leaf: leaf.astype("f4"), start))
+    assert result.loss < 0.05 * float(loss(start)), result
+
+
+def test_an_exact_maximum_is_left() -> None:
+    result = gdopt.minimize(jnp.cos, 0.0)
+    assert result.success, result
+    assert abs(result.loss + 1) < 1e-5, result
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.sgd(0.1), optax.lbfgs()])
+def test_other_optimizers_say_that_it_is_a_saddle(optimizer: Any) -> None:
+    result = gdopt.minimize(lambda p: (p[0] * p[1] - 1) ** 2, jnp.zeros(2), optimizer=optimizer)
+    assert result.status == Status.STALLED
+    assert not result.success
+    assert "saddle" in result.message
+
+
+# --- kinks and bounds ---
+
+
+@pytest.mark.parametrize("optimizer", [None, gdopt.gd])
+def test_kinks(optimizer: Any) -> None:
+    result = gdopt.minimize(lambda x: jnp.abs(x - 1.0), 5.0, optimizer=optimizer)
+    assert result.success, result
+    assert result.verified, result
+    np.testing.assert_allclose(result.params, 1, atol=1e-5)
+
+
+def test_bounds_of_a_projecting_optimizer() -> None:
+    optimizer = optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative())
+    result = gdopt.minimize(lambda x: jnp.sum((x + 1) ** 2), jnp.ones(2), optimizer=optimizer)
+    assert result.success, result
+    np.testing.assert_array_equal(result.params, 0)
+
+
+# --- no minimum ---
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"),
+    [(lambda x: -x, 1.0), (lambda x: -jnp.log(jnp.log(x)), 3.0), (lambda x: -jnp.log1p(jnp.abs(x)), 1.0)],
+)
+def test_no_lower_bound(loss: Any, start: float) -> None:
+    result = gdopt.minimize(loss, start)
+    assert not result.success
+    assert "no lower bound" in result.message
+
+
+def test_target_at_a_trial_without_a_gradient() -> None:
+    """At a target counts a point that can be returned."""
+    loss = lambda x: jnp.where(x > 1, (x - 1) ** 2, jnp.sqrt(jnp.maximum(x - 1, 0.0)) * 0)
+    result = gdopt.minimize(loss, 3.0, learning_rate=1.5, target=0.5)
+    assert result.status != Status.TARGET_REACHED or result.loss <= 0.5
+
+
+# --- growth ---
+
+
+def rosenbrock(x: jax.Array) -> jax.Array:
+    return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+@pytest.mark.parametrize("optimizer", [optax.lars(1.0), optax.contrib.acprop(1e-3)])
+def test_a_growth_that_does_not_last_is_no_divergence(optimizer: Any) -> None:
+    """The loss peaks at 8e6 and 8e7, and comes back."""
+    result = gdopt.minimize(rosenbrock, jnp.zeros(2), optimizer=optimizer, max_steps=2000)
+    assert result.status != Status.DIVERGED, result
+
+
+def test_a_loss_that_falls_by_a_factor_at_each_step_has_not_converged() -> None:
+    def zakharov(x: jax.Array) -> jax.Array:
+        s = jnp.sum(0.5 * jnp.arange(1, x.size + 1) * x)
+        return jnp.sum(x**2) + s**2 + s**4
+
+    result = gdopt.minimize(zakharov, jnp.full(10, 100.0))
+    assert result.loss < 1e-9 * float(zakharov(jnp.full(10, 100.0))), result
+
+
+def test_mini_batches_that_end_above_the_start_are_no_success() -> None:
+    data = np.random.default_rng(0).normal(size=(64, 3)).astype("f4")
+    loss = lambda w, batch: jnp.mean((batch @ w - 1) ** 2)
+    for rate, success in ((0.05, True), (100.0, False)):
+        options = {"data": data, "batch_size": 8, "epochs": 3, "optimizer": optax.adam, "learning_rate": rate}
+        result = gdopt.minimize(loss, jnp.zeros(3), **options)
+        assert result.success == success, result
+
+
+# --- the same inside of jit, vmap and grad ---
+
+
+def test_endings_inside_of_a_transformation_are_the_same() -> None:
+    starts = jnp.array([[0.0, 0.0], [3.0, 0.5], [1.0, 1.0]])
+    fit = lambda start: gdopt.minimize(lambda p: (p[0] * p[1] - 1) ** 2 + 1e-3 * jnp.sum(p**2), start)
+    inside = jax.vmap(fit)(starts)
+    for row, start in enumerate(starts):
+        outside = fit(start)
+        assert (outside.status, outside.success) == (int(inside.status[row]), bool(inside.success[row]))
+        np.testing.assert_allclose(outside.loss, inside.loss[row], rtol=1e-4)
+        assert bool(inside.verified[row]) == outside.verified
+
+
+def test_derivatives_need_success() -> None:
+    def end(scale: jax.Array, steps: int) -> jax.Array:
+        return gdopt.minimize(
+            lambda x: jnp.sum((x - scale) ** 4 + (x - scale) ** 2), jnp.zeros(2), max_steps=steps
+        ).loss
+
+    fit = lambda scale, steps: gdopt.minimize(lambda x: jnp.sum((x - scale) ** 2), jnp.zeros(2), max_steps=steps).params
+    assert np.isnan(jax.jacobian(lambda scale: fit(scale, 1))(3.0)).all()
+    np.testing.assert_allclose(jax.jacobian(lambda scale: fit(scale, 1000))(3.0), 1, rtol=1e-4)
+
+
+# --- the absolute test ---
+
+
+def test_grad_tol_is_the_largest_entry_of_the_gradient() -> None:
+    loss = lambda x: jnp.sum(jnp.array([1.0, 100.0]) * x**2)
+    options = {"learning_rate": 0.004, "tol": 0.0}
+    result = gdopt.minimize(loss, jnp.ones(2), grad_tol=0.1, **options)
+    largest = np.abs(jax.grad(loss)(result.params)).max()
+    assert result.status == Status.CONVERGED
+    assert largest <= 0.1
+    before = gdopt.minimize(loss, jnp.ones(2), max_steps=result.steps - 1, **options)
+    assert np.abs(jax.grad(loss)(before.params)).max() > 0.1
+
+
+@pytest.mark.parametrize("grad_tol", [-1e-5, float("nan"), "small"])
+def test_bad_grad_tol(grad_tol: Any) -> None:
+    with pytest.raises(InputError, match="grad_tol="):
+        gdopt.minimize(lambda x: x**2, 1.0, grad_tol=grad_tol)
+
+
+def test_grad_tol_is_not_for_noisy_losses() -> None:
+    with pytest.raises(InputError, match=r"grad_tol=0\.1 was given for a noisy loss"):
+        gdopt.minimize(lambda x, key: x**2, 1.0, with_key=True, grad_tol=0.1, learning_rate=0.1)
