@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes RESULTS.md.
 
-    python benchmarks/run_all.py                    # all of them: two hours
+    python benchmarks/run_all.py                    # all of them: two hours and a half
     python benchmarks/run_all.py --quick            # all of them, in half an hour
     python benchmarks/run_all.py memory scaling     # these
 
@@ -29,6 +29,7 @@ PICTURES = {
     "many_fits": "docs/many_fits.png",
     "scaling": "docs/scaling.png",
     "cutest": "docs/cutest.png",
+    "endings": None,
     "calls": None,
     "auto_training": None,
     "lr_finders": None,

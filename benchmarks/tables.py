@@ -71,15 +71,19 @@ def _set_x64(x64: bool) -> None:
     jax.config.update("jax_enable_x64", x64)
 
 
-def arguments(doc: str | None, quick: str, picture: str | None = None) -> argparse.Namespace:
+def arguments(doc: str | None, quick: str, picture: str | None = None, only: Sequence[str] = ()) -> argparse.Namespace:
     """The options of a script, with what is said of them, and as ``flags`` what repeats its run."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
     if picture:
         parser.add_argument("--picture", metavar="PATH", help=picture)
+    if only:
+        parser.add_argument("--only", nargs="+", choices=only, help="run these groups of problems alone")
     options = parser.parse_args()
     options.flags = " --quick" * options.quick + " --markdown" * options.markdown
+    if only and options.only:
+        options.flags += f" --only {' '.join(options.only)}"
     if picture and options.picture:
         options.flags += f" --picture {options.picture}"
     return options

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -81,3 +87,56 @@ def test_every_section_of_the_results_is_of_a_script() -> None:
     assert sorted(sections) == sorted(run_all.PICTURES)
     assert results.count(run_all.END) == len(sections)
     assert all((run_all.HERE / f"{name}.py").exists() for name in run_all.PICTURES)
+
+
+@pytest.fixture
+def endings() -> Iterator[ModuleType]:
+    """The script, in float64 as its verdicts need it; importing it takes seconds."""
+    with jax.enable_x64(True):
+        yield importlib.import_module("endings")
+
+
+def ended(endings: ModuleType, status: str, x: float, loss: float, **fields: Any) -> Any:
+    """A run from 4 that ended at x."""
+    losses = np.array([16.0, loss])
+    return endings.Run("default", 0, "float64", status, losses=losses, loss=loss, params=np.array([x]), **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "x", "fields", "wrong", "missed"),
+    [
+        ("CONVERGED", 1e-3, {"success": True}, False, False),  # 1e-6 is left, 1.6e-3 is claimed
+        ("CONVERGED", 1.0, {"success": True}, True, False),
+        ("CONVERGED", 1.0, {"success": True, "left": 0.5}, False, False),
+        ("CONVERGED", 5.0, {"success": True}, True, False),  # above the start
+        ("PRECISION_LIMIT", 1e-3, {"success": True}, True, False),  # which claims that nothing is left
+        ("PRECISION_LIMIT", 1e-3, {}, False, True),
+        ("PRECISION_LIMIT", 1.0, {}, False, False),
+    ],
+)
+def test_a_claim_is_held_against_what_is_left(
+    endings: ModuleType, status: str, x: float, fields: dict[str, Any], wrong: bool, missed: bool
+) -> None:
+    problem = endings.Problem(lambda p: p[0] ** 2, [np.array([4.0])])
+    run = ended(endings, status, x, x**2, **fields)
+    verdict = endings.judge(endings.Task("small", "square"), run, problem, endings.Floor(problem))
+    assert (verdict.wrong, verdict.missed) == (wrong, missed)
+    assert verdict.left == pytest.approx(x**2, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_a_maximum_is_no_minimum_and_another_basin_is_no_fault(endings: ModuleType) -> None:
+    floor = endings.Floor(endings.Problem(lambda p: (p[0] ** 2 - 1) ** 2 + 0.1 * p[0], [np.array([0.0])]))
+    left, right = floor.below(np.array([-0.9]), 0.0), floor.below(np.array([0.9]), 0.0)
+    assert left < 0 < right
+    top = endings.Floor(endings.Problem(lambda p: jnp.cos(p[0]), [np.array([0.0])]))
+    assert top.below(np.array([0.0]), 0.0) == pytest.approx(-1)
+
+
+@pytest.mark.slow
+def test_evaluations_are_counted_up_to_the_first_loss_that_is_near(endings: ModuleType) -> None:
+    losses = np.array([16.0, 1.0, 1e-3, 1e-8, 1e-9, 1e-9])
+    assert endings.made_over_needed(losses, 16.0, 0.0, 1e-4) == 2
+    assert endings.made_over_needed(losses, 16.0, 0.0, 1e-6) == 1.5
+    assert np.isnan(endings.made_over_needed(losses[:2], 16.0, 0.0, 1e-4))
