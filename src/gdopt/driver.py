@@ -180,11 +180,8 @@ def minimize(
         test = None
         if optimizer is None and (noisy or not is_auto(learning_rate)):
             optimizer = gd
-        if (
-            is_auto(learning_rate)
-            and not is_transformation(optimizer)
-            and (noisy or not (optimizer is None or optimizer is gd))
-        ):
+        finds_steps = is_transformation(optimizer) or (not noisy and (optimizer is None or optimizer is gd))
+        if is_auto(learning_rate) and not finds_steps:
             test, learning_rate = _chosen(task, optimizer, steps, saves and saves.range_test)
         rule = make_rule(optimizer, learning_rate, problem.params)
         if saves is not None:

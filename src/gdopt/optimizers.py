@@ -15,7 +15,7 @@ from gdopt._settings import own_promotion
 from gdopt._trees import Packed
 from gdopt._types import PyTree, Scalar, Schedule
 from gdopt.errors import InputError
-from gdopt.trials import Trials, Verdict
+from gdopt.trials import GRAD, PARAMS, REJECTED, VALUE, Trials, Verdict
 
 
 def gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
@@ -77,25 +77,7 @@ class SpectralState(NamedTuple):
     long: jax.Array  # both rates of the accepted step before; 0: it had none
     short: jax.Array
 
-    @property
-    def params(self) -> PyTree:
-        """The last accepted point."""
-        return _trees.unpack(self.trials.point)
-
-    @property
-    def grad(self) -> PyTree:
-        """The gradient there."""
-        return _trees.unpack(self.trials.grad)
-
-    @property
-    def value(self) -> jax.Array:
-        """The loss there."""
-        return self.trials.value
-
-    @property
-    def rejected(self) -> jax.Array:
-        """Trials in a row that were taken back."""
-        return self.trials.rejected
+    params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
 
 
 _MEMORY = 0.95  # Zhang and Hager's eta: 0 measures against the last loss, 1 against the mean of all
@@ -114,7 +96,7 @@ def spectral() -> optax.GradientTransformationExtraArgs:
     first two, and four choose by how far these lie apart. The loss may rise on the way: a trial point is accepted if
     its loss is sufficiently below a running average of the accepted ones. Otherwise the next update leads back to the
     last accepted point and from there a smaller step. So an update takes one value and one gradient, nothing is
-    evaluated inside, and nothing has to be tuned. This is what `minimize` uses by default.
+    evaluated inside, and nothing has to be tuned. `minimize` uses it for ``optimizer=gdopt.gd`` without a rate.
 
     Returns:
         An optax transformation whose ``update`` needs ``params`` and ``value=``, the loss there, with the gradient of

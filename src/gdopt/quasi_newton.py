@@ -18,7 +18,7 @@ from gdopt._settings import own_promotion
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt.errors import InputError
-from gdopt.trials import Trials
+from gdopt.trials import GRAD, PARAMS, REJECTED, VALUE, Trials
 
 PAIRS = 5  # by default
 _AVERAGE = 0.5  # Zhang and Hager's eta
@@ -46,25 +46,7 @@ class QuasiNewtonState(NamedTuple):
     pairs: Pairs | None  # None without memory
     learned: jax.Array  # pairs since the last were forgotten
 
-    @property
-    def params(self) -> PyTree:
-        """The last accepted point."""
-        return _trees.unpack(self.trials.point)
-
-    @property
-    def grad(self) -> PyTree:
-        """The gradient there."""
-        return _trees.unpack(self.trials.grad)
-
-    @property
-    def value(self) -> jax.Array:
-        """The loss there."""
-        return self.trials.value
-
-    @property
-    def rejected(self) -> jax.Array:
-        """Trials in a row that were taken back."""
-        return self.trials.rejected
+    params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
 
 
 def quasi_newton(memory: int = PAIRS) -> optax.GradientTransformationExtraArgs:
@@ -192,14 +174,15 @@ def _update(grad: PyTree, state: QuasiNewtonState, params: PyTree, value: Any) -
         largest=jnp.where(first, fresh, jnp.where(curved, change[1] / step[1] * yy / sy, new.largest)),
         learned=jnp.int32(0),
     )
-    new = _forget(first, plain, new)._replace(trials=point)
+    new = _forget(first, plain, new)
 
     # The direction, in units of the gradient's largest entry over the diagonal's.
-    unit_grad, grad_size = _trees.unit(jax.tree.map(lambda g, like: g.astype(_kind(g, like)), point.grad, new.diagonal))
+    wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
+    unit_grad, grad_size = _trees.unit(jax.tree.map(wide, point.grad, new.diagonal))
     way = _direction(new, unit_grad, step, change, sy, curved)
     slope = _trees.vdot(unit_grad, way)
     descends = (slope > 0) & jnp.isfinite(slope)
-    new = _forget(~descends, plain._replace(trials=point), new)
+    new = _forget(~descends, plain, new)
     way = _trees.select(descends, way, unit_grad)
     slope = jnp.where(descends, slope, _trees.vdot(unit_grad, unit_grad))
     size = grad_size / new.largest
@@ -225,10 +208,6 @@ def _update(grad: PyTree, state: QuasiNewtonState, params: PyTree, value: Any) -
     updates = jax.tree.map(leaf_update, here, point.point, way, step[0])
     new = new._replace(trials=point._replace(left=left))
     return updates.tree(), jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
-
-
-def _kind(leaf: jax.Array, like: jax.Array) -> Any:
-    return jnp.promote_types(leaf.dtype, like.dtype)
 
 
 def _forget(condition: jax.Array, plain: QuasiNewtonState, state: QuasiNewtonState) -> QuasiNewtonState:

@@ -39,6 +39,13 @@ class Trials(NamedTuple):
     rejected: jax.Array  # trials in a row; at MAX_REJECTED no step was found
 
 
+# What a state that holds trials shows of them.
+PARAMS = property(lambda state: _trees.unpack(state.trials.point), doc="The last accepted point.")
+GRAD = property(lambda state: _trees.unpack(state.trials.grad), doc="The gradient there.")
+VALUE = property(lambda state: state.trials.value, doc="The loss there.")
+REJECTED = property(lambda state: state.trials.rejected, doc="Trials in a row that were taken back.")
+
+
 class Verdict(NamedTuple):
     """What a trial comes to."""
 
