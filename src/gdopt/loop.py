@@ -483,7 +483,7 @@ class Verifier(NamedTuple):
         """The state with its claim verified, or withdrawn: then the run goes on."""
 
         def verify(state: State) -> State:
-            probe = functools.partial(self.probe, state, inputs)
+            probe = functools.partial(self.probe, returned_params(state), inputs)
             free = self.free(state, inputs) if self.rule.may_project else None
             return self._settled(InTrace, probe, free, state, inputs)
 
@@ -503,8 +503,10 @@ class Verifier(NamedTuple):
         known = returned_params(state)
         free = programs[1] and jax.tree.map(_trees.on_host, programs[1].call(state, inputs))
 
+        whole = functools.partial(self._tree, known)
+
         def probe(params: list, ways: list) -> Any:
-            loss, *trees = programs[0].call(known, params, ways, inputs)
+            loss, *trees = programs[0].call(whole(params), whole(ways), inputs)
             return _trees.on_host(loss)[()], *([_trees.on_host(leaf) for leaf in tree] for tree in trees)
 
         with np.errstate(all="ignore"):
@@ -521,44 +523,46 @@ class Verifier(NamedTuple):
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
             made = program.share(whole, _trees.pack(state), inputs)
             return made, None, made.closed
-        blocks = list(map(jnp.zeros_like, self._blocks(returned_params(state))))
-        given = returned_params(state), blocks, blocks, inputs
-        probe = traced._probe
+        real, _ = _trees.as_real(returned_params(state))
         try:
-            made = program.share(probe, *given)
+            made = program.share(traced._probe, real, real, inputs)
         except Exception:  # JAX raises various ones for a loss that has no second derivatives
-            probe = lambda params, xs, ways, inputs: traced._probe(params, xs, None, inputs)
-            made = program.share(probe, *given)
+            made = program.share(lambda xs, ways, inputs: traced._probe(xs, None, inputs), real, real, inputs)
         free = program.share(traced.free, state, inputs) if self.rule.may_project else None
         return made, free, made.closed and (free is None or free.closed)
 
-    def probe(self, state: State, inputs: Inputs, xs: list, ways: list) -> tuple[jax.Array, list, list]:
+    def probe(self, params: PyTree, inputs: Inputs, xs: list, ways: list) -> tuple[jax.Array, list, list]:
         """The loss, its gradient, and the Hessian times a direction."""
+        there = self._tree(params, xs)
         try:
-            return self._probe(returned_params(state), xs, ways, inputs)
+            return self._probe(there, self._tree(params, ways), inputs)
         except Exception:
-            return self._probe(returned_params(state), xs, None, inputs)
+            return self._probe(there, None, inputs)
 
-    def _probe(self, params: PyTree, xs: list, ways: list | None, inputs: Inputs) -> tuple[jax.Array, list, list]:
-        real, back = _trees.as_real(params)
-        like = self.settings.compact(real)
+    def _probe(self, xs: PyTree, ways: PyTree | None, inputs: Inputs) -> tuple[jax.Array, list, list]:
+        """The same for real trees: leaves of one shape are compiled once, slices of a vector each for itself."""
+        _, back = _trees.as_real(inputs.start)
         traced: Any = self.loss
-        given = inputs.data, inputs.args, None
 
-        def gradient(xs: list) -> tuple[list, jax.Array]:
-            there = back(jax.tree.unflatten(jax.tree.structure(like), xs).tree())
-            (loss, _), grad = traced.replay(traced.constants, there, inputs.constants, *given)
+        def gradient(xs: PyTree) -> tuple[list, jax.Array]:
+            given = inputs.constants, inputs.data, inputs.args, None
+            (loss, _), grad = traced.replay(traced.constants, back(xs), *given)
             return self._blocks(grad), loss
 
         if ways is None:
             grad, loss = gradient(xs)
-            return loss, grad, [jnp.full_like(x, jnp.nan) for x in xs]
+            return loss, grad, [jnp.full_like(x, jnp.nan) for x in grad]
         grad, product, loss = jax.jvp(gradient, (xs,), (ways,), has_aux=True)
         return loss, grad, product
 
     def _blocks(self, tree: PyTree) -> list:
         """A tree like the params as a few real arrays."""
         return jax.tree.leaves(self.settings.compact(_trees.as_real(tree)[0]))
+
+    def _tree(self, params: PyTree, blocks: list) -> PyTree:
+        """The tree of real leaves from which `_blocks` made these."""
+        real, _ = _trees.as_real(params)
+        return jax.tree.unflatten(jax.tree.structure(self.settings.compact(real)), blocks).tree()
 
     def free(self, state: State, inputs: Inputs) -> list:
         """0 for entries that the optimizer holds at a bound: that it moves against the gradient alone, not along it."""
@@ -605,7 +609,7 @@ class Verifier(NamedTuple):
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:
             return state
-        there = back(jax.tree.unflatten(jax.tree.structure(self.settings.compact(real)), new.point).tree())
+        there = back(self._tree(params, new.point))
         there = jax.tree.map(lambda x, old: np.asarray(x, old.dtype), there, params)
         optimizer = place.select(new.restarts, restarted(state.optimizer), state.optimizer)
         params = place.select(new.moves, there, state.params)

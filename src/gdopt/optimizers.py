@@ -173,8 +173,8 @@ def _update(grad: PyTree, state: SpectralState, params: PyTree, value: Any) -> t
         wide = rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
         return ((accepted_x - x) - wide * g).astype(x.dtype)
 
-    updates = jax.tree.map(leaf_update, here, point.point, point.grad)
-    return updates.tree(), new._replace(trials=point, learning_rate=rate)
+    updates = trials.updates(verdict, here, point, leaf_update, point.grad)
+    return updates, new._replace(trials=point, learning_rate=rate)
 
 
 def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array, verdict: Verdict) -> SpectralState:

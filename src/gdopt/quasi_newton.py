@@ -205,9 +205,9 @@ def _update(grad: PyTree, state: QuasiNewtonState, params: PyTree, value: Any) -
         move = jnp.where(a != 0, a * way, 0) + jnp.where(b != 0, b * step, 0)
         return ((accepted_x - x) + move.astype(x.dtype)).astype(x.dtype)
 
-    updates = jax.tree.map(leaf_update, here, point.point, way, step[0])
+    updates = trials.updates(verdict, here, point, leaf_update, way, step[0])
     new = new._replace(trials=point._replace(left=left))
-    return updates.tree(), jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
+    return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
 
 
 def _forget(condition: jax.Array, plain: QuasiNewtonState, state: QuasiNewtonState) -> QuasiNewtonState:

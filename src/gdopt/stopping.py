@@ -69,6 +69,7 @@ class Rates(enum.Enum):
 
 
 RUNNING = 0
+_CODES = 16  # more than there are
 FAILURES = (Status.DIVERGED, Status.NON_FINITE)
 
 # A diverging quadratic's loss grows with the square of its gradient. Asking for both keeps a loss whose zero is
@@ -273,16 +274,19 @@ def judge(
             epoch_loss=epoch_loss, mean_loss=mean_loss.astype(loss.dtype), spread=spread.astype(loss.dtype)
         )
 
-    code = jnp.int32(RUNNING)
-    for status, holds in (  # the later, the stronger
+    causes = (  # the later, the stronger
         (Status.MAX_STEPS, k >= limits.max_steps),
         (Status.PRECISION_LIMIT, limited),
         (Status.CONVERGED, converged),
         (Status.TARGET_REACHED, reached),
         (Status.NON_FINITE, failed),
         (Status.DIVERGED, diverged),
-    ):
-        code = jnp.where(holds, jnp.int32(status), code)
+    )
+    # As a reduction, which XLA computes once: anything else it would compute anew for each leaf of the params that the
+    # code decides on, and compile as often.
+    holds = jnp.stack([holds for _, holds in causes])
+    ranked = jnp.stack([jnp.int32(rank * _CODES + status) for rank, (status, _) in enumerate(causes)])
+    code = jnp.max(jnp.where(holds, ranked, RUNNING)) % _CODES
     return code, new
 
 
