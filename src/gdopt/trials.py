@@ -135,8 +135,8 @@ def shorter(last: Trials, value: jax.Array, slope: jax.Array, curvature: jax.Arr
 def updates(verdict: Verdict, here: Packed, new: Trials, leaf_update: Callable, *trees: Packed) -> PyTree:
     """What leads from the trial to the next: ``leaf_update(x, accepted_x, ...)``, or back only if the search gave up.
 
-    Under a ``cond``, so that XLA computes whole vectors of small leaves once, and not anew in each leaf that is cut from
-    them: a hundred leaves then compile in half of the time.
+    Under a ``cond``, so that XLA computes whole vectors of small leaves once, and not anew in each leaf that is cut
+    from them: a hundred leaves then compile in half of the time.
     """
     back = lambda: jax.tree.map(jnp.subtract, new.point, here)
     onward = lambda: jax.tree.map(leaf_update, here, new.point, *trees)
