@@ -11,6 +11,8 @@ second to compile, so a run outside of jit compiles the products alone.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,17 +28,19 @@ Blocks = list[Any]  # real arrays, the entries of the params
 Probe = Callable[[Blocks, Blocks], tuple[Any, Blocks, Blocks]]
 
 _EXACT = 32  # entries of the params: the whole Hessian of so many is computed
+_SWEEPS = 5
 _KRYLOV = 24  # directions for more of them
 _ENTRIES, _FEWEST = 2**24, 6  # of all directions together, and the fewest of these
 _CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
 _NOISE = 10  # eps times the number of directions: the rounding of a curvature
 _KINK = 100  # times the rounding of the loss: what a step downhill should have gained
+_AGAIN = 0.2  # of what is left, where Newton's step has led to: 0.14 for exponentials and high powers, 0 for parabolas
 _STRETCH = 4.0  # the length of a try over that of the one before
 
 # The points that are tried, one kind after the other.
 NEIGHBOURS = 96
-_NEWTON, _NEGATIVE, _DOWNHILL = 6, 32, 12
-_ENDS = (_NEWTON, _NEWTON + _NEGATIVE, _NEWTON + _NEGATIVE + _DOWNHILL)
+_NEWTON, _NEGATIVE, _DOWNHILL = 6, (16, 16), 12
+_ENDS = tuple(itertools.accumulate((_NEWTON, *_NEGATIVE, _DOWNHILL)))
 _ALL = _ENDS[-1] + NEIGHBOURS
 
 
@@ -47,9 +51,9 @@ class Check(NamedTuple):
     curved: Any  # whether the loss has a Hessian there
     negative: Any  # whether there is a direction of negative curvature
     lower: Any  # whether a point was found that is lower by more than was allowed
-    kink: Any  # whether the loss does not fall where its gradient points to, nor at any neighbour
+    below: Any  # the same by more than rounding
+    kink: Any  # whether the gradient promises that the loss falls visibly, though no try showed it
     point: Blocks  # the lowest found
-    loss: Any
     steepest: Any  # the largest entry of the gradient at the given one
 
 
@@ -160,7 +164,7 @@ def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float,
     typical = [np.fmax(abs(x), abs(moved)) for x, moved in zip(claim.params, claim.moved, strict=True)]
     size = _largest(np, typical)
     size = np.where(size > 0, size, 1)
-    typical = [np.where(x > 0, x, size.astype(x.dtype)) for x in typical]
+    typical = [np.where(x > eps**2 * size, x, size).astype(x.dtype) for x in typical]  # others have not moved yet
     scale = typical
     if claim.scale is not None:
         share = size / _largest(np, claim.scale)
@@ -173,18 +177,20 @@ def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float,
     all_left = stopping.is_all(seen.left, loss, watch, limits, searches=searches) & (claim.step > 0)
     little = seen.curved & (seen.left <= wanted) & ~seen.lower & ~all_left
     untold = ~seen.curved & ~limited & ~seen.lower
-    kink = limited & seen.kink
+    kink = limited & seen.kink & ~seen.below
+    lower = seen.lower | (limited & seen.kink & seen.below)  # still on its way to the kink
     holds = little | untold | kink
     if limits.grad_tol is not None:
         holds = holds | (seen.steepest <= limits.grad_tol)
     name = np.where(limited & (kink | (seen.left > may)), Status.PRECISION_LIMIT, Status.CONVERGED)
     stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0)
-    goes_on = ~holds & ((seen.lower & searches) | ~stuck) & (claim.step < limits.max_steps)
+    goes_on = ~holds & ((lower & searches) | ~stuck) & (claim.step < limits.max_steps)
     ended = np.where(stuck, Status.STALLED, Status.MAX_STEPS)
     code = np.where(holds, name, np.where(goes_on, RUNNING, ended))
     how = np.where(little, stopping.BY_CURVATURE, np.where(kink, stopping.BY_NEIGHBOURS, stopping.NOT_VERIFIED))
-    left = np.where(kink | ~np.isfinite(seen.left), np.nan, seen.left).astype(loss.dtype)
-    moves = goes_on & seen.lower if searches else goes_on & False
+    left = np.where(np.isfinite(seen.left), seen.left, np.nan)
+    left = np.where(kink, rounding, left).astype(loss.dtype)  # by so much a neighbour may be lower
+    moves = goes_on & lower if searches else goes_on & False
     return Settled(
         code=code.astype(np.int32),
         ending=Ending(left, how.astype(np.int32), seen.negative),
@@ -205,9 +211,10 @@ class _Spectrum(NamedTuple):
     basis: Blocks  # with a leading axis of directions, in units of the scale
     right: Any  # the gradient along each
     matrix: Any
-    even: Any  # the root of each direction's curvature, by which the matrix is divided from both sides
+    even: Any  # about the root of each direction's curvature, by which the matrix is divided from both sides
     values: Any  # of that, ascending
     vectors: Any
+    lowest: Any  # weights of another direction of negative curvature, if there is one
     noise: Any  # of the values
     known: Any
 
@@ -223,91 +230,146 @@ def check(
     """
     np, eps = place.np, max(float(jnp.finfo(x.dtype).eps) for x in params)
     dtype = _trees.norm_dtype(params)
-    moved = lambda ways: [x + way.astype(x.dtype) for x, way in zip(params, ways, strict=True)]
-    _, grad, _ = probe(params, [np.zeros_like(x) for x in params])
-    slope = [g.astype(s.dtype) * s for g, s in zip(grad, scale, strict=True)]
+    still = [np.zeros_like(x) for x in params]
+    scaled = lambda blocks: [g.astype(s.dtype) * s for g, s in zip(blocks, scale, strict=True)]
 
     def times(way: Blocks) -> Blocks:
         """S H S times a direction, with the scale S."""
         along = [(w * s).astype(x.dtype) for w, s, x in zip(way, scale, params, strict=True)]
-        return [h.astype(s.dtype) * s for h, s in zip(probe(params, along)[2], scale, strict=True)]
+        return scaled(probe(params, along)[2])
 
-    found = _spectrum(place, times, slope, eps, dtype)
-    parts = found.vectors.T @ (found.right / found.even)
-    firm = np.maximum(np.abs(found.values), found.noise)
-    newton = np.where(parts == 0, 0, parts / np.where(firm > 0, firm, 1))
-    left = np.where(found.known & (firm > 0).all(), np.sum(parts * newton) / 2, np.where((parts != 0).any(), np.inf, 0))
+    _, grad, _ = probe(params, still)
+    found = _spectrum(place, times, scaled(grad), eps, dtype)
+    newton = _newton(place, found, found.right)
+    step = [-w * s for w, s in zip(newton.way, scale, strict=True)]
+    # There the gradient of a parabola is zero. If it is not much smaller, the Hessian tells little of the loss, as in a
+    # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
+    _, there, _ = probe(_moved(params, step), still)
+    again = _newton(place, found, _products(place, found.basis, scaled(there), dtype)).left
+    ulps = [np.where(s > 0, eps * x / np.where(s > 0, s, 1), 0) for x, s in zip(typical, scale, strict=True)]
+    highest = np.max(np.abs(found.matrix))
+    grain = highest * _dot(place, ulps, ulps, dtype)  # the params are known no better
+    bends = ~(again <= np.maximum(_AGAIN * newton.left, np.maximum(rounding, grain))) & (newton.left > rounding)
+    left = np.where(found.known & ~bends, newton.left, np.where((found.right != 0).any(), np.inf, 0))
     left = left.astype(loss.dtype)
-    highest, least = np.max(np.abs(found.matrix)), found.values[0]
-    negative = found.known & (least < -np.maximum(found.noise, _CLEAR * np.max(np.abs(found.values))))
-    flat = highest == 0
-    little = found.known & (left <= allowed) & ~negative & ~flat
+    little = found.known & (left <= allowed)
 
-    # How far to go in each direction: Newton's, the most negative, and downhill to the minimum of the parabola.
+    visible = np.maximum(allowed, rounding)
+    ways, lengths, promised = _directions(place, found, step, scaled(scaled(grad)), scale, typical, visible)
+    negative, flat = found.known & (found.values[0] < -found.noise), highest == 0
+    first = np.where(~little, 0, np.where(negative, _ENDS[0], np.where(flat, _ENDS[-1], _ALL)))
+    tries = _Tries(place, probe, params, loss, typical, eps, ways, lengths, negative)
+    lowest, point, told = tries.lowest(first.astype(np.int32), loss - visible)
+    return Check(
+        left=np.maximum(left, loss - lowest),
+        curved=found.known,
+        negative=negative & (found.values[0] < -_CLEAR * np.max(np.abs(found.values))),
+        lower=lowest < loss - visible,
+        below=lowest < loss - rounding,
+        kink=~little
+        & (np.maximum(promised, newton.left) > _KINK * rounding)
+        & (told > NEIGHBOURS // 2),  # not outside of its domain
+        point=point,
+        steepest=_largest(np, grad),
+    )
+
+
+class _Newton(NamedTuple):
+    """What the Hessian makes of a gradient."""
+
+    way: Blocks  # Newton's step away from the minimum, in units of the scale
+    left: Any  # to gain by it: g'H^-1 g / 2, with the absolute values of curvatures
+
+
+def _newton(place: Place, found: _Spectrum, right: Any) -> _Newton:
+    np = place.np
+    parts = found.vectors.T @ (right / found.even)
+    firm = np.maximum(np.abs(found.values), found.noise)
+    weights = np.where(parts == 0, 0, parts / np.where(firm > 0, firm, 1))
+    left = np.where((firm > 0).all(), np.sum(parts * weights) / 2, np.where((parts != 0).any(), np.inf, 0))
+    return _Newton(_combined(place, found.vectors @ weights / found.even, found.basis), left)
+
+
+def _directions(
+    place: Place, found: _Spectrum, newton: Blocks, slope: Blocks, scale: Blocks, typical: Blocks, visible: Any
+) -> tuple[tuple[Blocks, ...], Any, Any]:
+    """Newton's direction, two negative ones and downhill, how far to go along each, and what downhill promises.
+
+    Along a negative curvature so far that the loss changes visibly; downhill to the minimum of the parabola.
+    """
+    np, dtype = place.np, found.right.dtype
+    highest, least = np.max(np.abs(found.matrix)), found.values[0]
     size = np.max(np.abs(found.right))
-    unit, steepest = found.right / np.where(size > 0, size, 1), np.where(flat, 1, highest)
+    unit, steepest = found.right / np.where(size > 0, size, 1), np.where(highest == 0, 1, highest)
     bend, square = unit @ (found.matrix / steepest) @ unit, unit @ unit
     best = np.where(bend > 0, square / np.where(bend > 0, bend, 1) / steepest, 1)
     promised = np.where(bend > 0, size * (size * best) * square / 2, np.where(size > 0, np.inf, 0))
-    visible = np.maximum(allowed, rounding)
-    along = lambda weights: [
-        w * s for w, s in zip(_combined(place, weights / found.even, found.basis), scale, strict=True)
-    ]
-    ways = (
-        along(found.vectors @ -newton),
-        along(found.vectors[:, 0]),
-        [-a * b for a, b in zip(slope, scale, strict=True)],
-    )
-    reach = np.sqrt(
-        _dot(place, typical, typical, dtype) / np.maximum(_dot(place, ways[1], ways[1], dtype), jnp.finfo(dtype).tiny)
-    )
-    seen = np.sqrt(2 * visible / np.where(least != 0, np.abs(least), 1))  # so far that the loss changes visibly
-    lengths = [
-        np.ones_like(best),
-        np.where(np.isfinite(seen) & (seen > 0), seen, 1e-3 * reach),
-        best,
-        np.ones_like(best),
-    ]
-    lengths = np.stack([length.astype(dtype) for length in lengths])
+    lengths, ways = [np.ones_like(best)], [newton]
+    for weights in (found.vectors[:, 0] / found.even, found.lowest):
+        way = [w * s for w, s in zip(_combined(place, weights, found.basis), scale, strict=True)]
+        square = np.maximum(_dot(place, way, way, dtype), jnp.finfo(dtype).tiny)
+        reach = np.sqrt(_dot(place, typical, typical, dtype) / square)
+        least = np.abs(weights @ found.matrix @ weights)
+        seen = np.sqrt(2 * visible / np.where(least > 0, least, 1))
+        lengths.append(np.where(np.isfinite(seen) & (seen > 0), seen, 1e-3 * reach))
+        ways.append(way)
+    lengths = np.stack([length.astype(dtype) for length in (*lengths, best)])
+    return (*ways, [-g for g in slope]), lengths, promised
 
-    def other(number: Any) -> Blocks:
-        """One of the points that are tried."""
+
+class _Tries(NamedTuple):
+    """Points that may be lower, one kind after the other."""
+
+    place: Place
+    probe: Probe
+    params: Blocks
+    loss: Any
+    typical: Blocks
+    eps: float
+    ways: tuple[Blocks, ...]
+    lengths: Any
+    negative: Any  # whether there is a direction of negative curvature
+
+    def lowest(self, first: Any, wanted: Any) -> tuple[Any, Blocks, Any]:
+        """Try from a number on up to a loss that is wanted: the lowest loss, its point, and how many were finite."""
+        np = self.place.np
+
+        def goes_on(search: tuple) -> Any:
+            number, lowest, *_ = search
+            return (number < _ALL) & ~(lowest < wanted)
+
+        def attempt(search: tuple) -> tuple:
+            number, lowest, point, told = search
+            there = self._other(number)
+            value = self.probe(there, [np.zeros_like(x) for x in there])[0].astype(self.loss.dtype)
+            better = value < lowest  # NaN is not
+            following = np.where((number + 1 == _ENDS[0]) & ~self.negative, _ENDS[2], number + 1)
+            point = [np.where(better, new, old) for new, old in zip(there, point, strict=True)]
+            told = told + np.isfinite(value)
+            return following.astype(number.dtype), np.where(better, value, lowest), point, told.astype(number.dtype)
+
+        _, lowest, point, told = self.place.loop(goes_on, attempt, (first, self.loss, self.params, 0 * first))
+        return lowest, point, told
+
+    def _other(self, number: Any) -> Blocks:
+        """One of the points."""
+        np = self.place.np
         kind = sum((number >= end) * 1 for end in _ENDS)
         count = number - sum((kind == k) * end for k, end in enumerate(_ENDS, start=1))
-        power = np.where(kind == 1, count // 2, np.where(kind == 3, 0, -count)).astype(dtype)
-        sign = np.where((kind == 1) & (count % 2 == 1), -1, 1)
-        length = sign * _STRETCH**power * lengths[kind]
-        neighbour = _neighbour(place, number, typical, eps)
-        each = [
-            np.where(
-                kind == 3,
-                way[-1],
-                length.astype(way[0].dtype) * np.where(kind == 0, way[0], np.where(kind == 1, *way[1:3])),
-            )
-            for way in zip(*ways, neighbour, strict=True)
-        ]
-        return moved(each)
+        both = (kind == 1) | (kind == 2)  # ways of each direction
+        power = np.where(both, count // 2, -count).astype(self.lengths.dtype)
+        length = np.where(both & (count % 2 == 1), -1, 1) * _STRETCH**power
+        length = length * self.lengths[np.minimum(kind, len(_ENDS) - 1)]
+        neighbour = _neighbour(self.place, number, self.typical, self.eps)
+        each = []
+        for *ways, beside in zip(*self.ways, neighbour, strict=True):
+            way = functools.reduce(lambda way, k: np.where(kind == k, ways[k], way), range(1, len(ways)), ways[0])
+            each.append(np.where(kind == len(ways), beside, length.astype(way.dtype) * way))
+        return _moved(self.params, each)
 
-    def goes_on(search: tuple) -> Any:
-        number, lowest, *_ = search
-        return (number < _ALL) & ~(lowest < loss - visible)
 
-    def attempt(search: tuple) -> tuple:
-        number, lowest, point, told = search
-        there = other(number)
-        value = probe(there, [np.zeros_like(x) for x in there])[0].astype(loss.dtype)
-        better = value < lowest  # NaN is not
-        following = np.where((number + 1 == _ENDS[0]) & ~negative, _ENDS[1], number + 1)
-        point = [np.where(better, new, old) for new, old in zip(there, point, strict=True)]
-        told = told + np.isfinite(value)
-        return following.astype(number.dtype), np.where(better, value, lowest), point, told.astype(number.dtype)
-
-    first = np.where(left > allowed, 0, np.where(negative, _ENDS[0], np.where(flat, _ENDS[2], _ALL)))
-    first = first.astype(np.int32)
-    _, lowest, point, told = place.loop(goes_on, attempt, (first, loss, params, np.zeros_like(first)))
-    lower = lowest < loss - visible
-    kink = ~little & ~lower & (promised > _KINK * rounding) & (told > NEIGHBOURS // 2)  # not outside of its domain
-    return Check(np.maximum(left, loss - lowest), found.known, negative, lower, kink, point, lowest, _largest(np, grad))
+def _moved(params: Blocks, ways: Blocks) -> Blocks:
+    return [x + way.astype(x.dtype) for x, way in zip(params, ways, strict=True)]
 
 
 def _spectrum(place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, eps: float, dtype: Any) -> _Spectrum:
@@ -317,11 +379,25 @@ def _spectrum(place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, ep
     right = _products(place, basis, slope, dtype)
     known = np.isfinite(matrix).all() & np.isfinite(right).all()
     matrix, right = np.where(known, matrix, 0), np.where(np.isfinite(right), right, 0)
-    even = np.sqrt(np.abs(np.diagonal(matrix))) if count <= _EXACT else np.ones_like(right)
-    even = np.where(even > 0, even, np.where((even > 0).any(), np.max(even), 1))
+    even = _even(np, matrix) if count <= _EXACT else np.ones_like(right)
     values, vectors = np.linalg.eigh(matrix / even[:, None] / even[None, :])
+    # Rounding between entries of very different scales can spoil the lowest: then that of the plain matrix is better.
+    lowest = np.linalg.eigh(matrix)[1][:, 0] if count <= _EXACT else vectors[:, 1]
     noise = _NOISE * matrix.shape[0] * eps * np.max(np.abs(values))
-    return _Spectrum(basis, right, matrix, even, values, vectors, noise, known)
+    return _Spectrum(basis, right, matrix, even, values, vectors, lowest, noise, known)
+
+
+def _even(np: Any, matrix: Any) -> Any:
+    """Numbers that divide rows and columns of a symmetric matrix so that the largest entry of each is about 1.
+
+    Not roots of the diagonal, which is zero for units of a network that have no output yet.
+    Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
+    """
+    even = np.ones_like(matrix[0])
+    for _ in range(_SWEEPS):
+        rows = np.max(np.abs(matrix / even[:, None] / even[None, :]), axis=1)
+        even = even * np.where(rows > 0, np.sqrt(rows), 1)
+    return even
 
 
 def _whole(place: Place, times: Callable, like: Blocks, count: int, dtype: Any) -> tuple[Blocks, Any]:
