@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.optimize import least_squares
 
 import gdopt
 from gdopt import InputError, Status
@@ -115,6 +117,38 @@ def test_networks_of_zeros_are_left() -> None:
     assert result.loss < 0.05 * float(loss(start)), result
 
 
+def test_units_that_died_are_revived() -> None:
+    """From zeros one hidden unit learns, and the others stay at 1e-40: a saddle whose diagonal curvature is zero."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(40, 3)).astype("f4")
+    y = np.sin(x).sum(1)
+    loss = lambda p: jnp.mean((jnp.tanh(x @ p[:12].reshape(3, 4) + p[None, 12:16]) @ p[16:20] + p[20] - y) ** 2)
+    for start in (np.zeros(21, "f4"), 1e-6 * random.normal(size=21).astype("f4")):
+        result = gdopt.minimize(loss, start, max_steps=3000)
+        assert result.loss < 0.01, result  # one unit alone comes to 0.1
+
+
+# --- curved valleys ---
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_curved_valley_is_no_minimum(dtype: Any) -> None:
+    """Thermal expansion as a quotient of cubics, the model of NIST's Hahn1.
+
+    Where the curvature says that 0.03 is left of a loss of 16.6, a long way down to 5.9 begins.
+    """
+    t = np.linspace(14.0, 850.0, 100)
+    model = lambda b: (b[0] + b[1] * t + b[2] * t**2 + b[3] * t**3) / (1 + b[4] * t + b[5] * t**2 + b[6] * t**3)
+    noise = 0.08 * np.random.default_rng(0).normal(size=100)
+    y = model(np.array([1.08, -0.123, 4.09e-3, -1.43e-6, -5.76e-3, 2.4e-4, -1.23e-7])) + noise
+    start = np.array([1.0, -0.1, 5e-3, -1e-6, -5e-3, 1e-4, -1e-7], dtype)
+    with jax.enable_x64(dtype == np.float64):
+        result = gdopt.minimize(lambda b: jnp.sum((model(b) - y) ** 2), start)
+    polished = least_squares(lambda b: model(b) - y, np.asarray(result.params, float), x_scale="jac", method="lm")
+    assert result.success, result
+    assert result.loss - 2 * polished.cost <= 10 * max(result.left, 1e-6 * result.loss), result
+
+
 def test_an_exact_maximum_is_left() -> None:
     result = gdopt.minimize(jnp.cos, 0.0)
     assert result.success, result
@@ -140,6 +174,24 @@ def test_kinks(optimizer: Any) -> None:
     np.testing.assert_allclose(result.params, 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [np.zeros(8), np.ones(8)])
+def test_a_lasso_says_how_well_it_knows_its_minimum(start: np.ndarray) -> None:
+    random = np.random.default_rng(0)
+    a = random.normal(size=(50, 8))
+    b = a @ np.array([3.0, -2.0, 1.0, 0, 0, 0, 0, 0]) + 0.1 * random.normal(size=50)
+    loss = lambda xp, p: xp.mean((a @ p - b) ** 2) + 0.5 * xp.sum(abs(p))
+    best, rate = np.zeros(8), 25 / np.linalg.norm(a, 2) ** 2
+    for _ in range(5000):  # proximal steps
+        best = best - rate / 25 * a.T @ (a @ best - b)
+        best = np.sign(best) * np.maximum(abs(best) - rate * 0.5, 0)
+    for optimizer in (None, gdopt.gd):  # the first comes so far only slowly
+        result = gdopt.minimize(functools.partial(loss, jnp), start.astype("f4"), optimizer=optimizer)
+        assert result.success or optimizer is None, result
+        assert not result.success or loss(np, np.asarray(result.params, float)) - loss(np, best) <= 10 * result.left, (
+            result
+        )
+
+
 def test_bounds_of_a_projecting_optimizer() -> None:
     optimizer = optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative())
     result = gdopt.minimize(lambda x: jnp.sum((x + 1) ** 2), jnp.ones(2), optimizer=optimizer)
@@ -150,12 +202,15 @@ def test_bounds_of_a_projecting_optimizer() -> None:
 # --- no minimum ---
 
 
+@pytest.mark.parametrize("optimizer", [None, gdopt.gd])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     ("loss", "start"),
     [(lambda x: -x, 1.0), (lambda x: -jnp.log(jnp.log(x)), 3.0), (lambda x: -jnp.log1p(jnp.abs(x)), 1.0)],
 )
-def test_no_lower_bound(loss: Any, start: float) -> None:
-    result = gdopt.minimize(loss, start)
+def test_no_lower_bound(loss: Any, start: float, dtype: Any, optimizer: Any) -> None:
+    with jax.enable_x64(dtype == np.float64):
+        result = gdopt.minimize(loss, start, optimizer=optimizer)
     assert not result.success
     assert "no lower bound" in result.message
 

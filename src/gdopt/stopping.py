@@ -427,6 +427,8 @@ def explain(status: Status, told: Told) -> str:
             return f"took {what}{epochs}: the loss went from {first} to {last}.{worse}"
         case Status.MAX_STEPS if not fell(losses, eps):
             return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
+        case Status.MAX_STEPS if told.farthest > _FAR:
+            return _unbounded(f"stopped at max_steps={steps}", told)
         case Status.MAX_STEPS:
             return (
                 f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {last}, the gradient "
@@ -454,11 +456,7 @@ def explain(status: Status, told: Told) -> str:
                 f"minimum can be found.{back} Check its sign, or add a penalty."
             )
         case Status.NON_FINITE if told.farthest > _FAR:
-            lowest = f"{np.fmin.reduce(losses):.6g}"
-            return (
-                f"the loss fell from {first} to {lowest} as the params grew to {told.farthest:.2g}, and left "
-                "the range there: it seems to have no lower bound. Check its sign, or add a penalty."
-            )
+            return _unbounded(f"left the range at step {steps}", told)
         case Status.NON_FINITE if how in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
             bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
             return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
@@ -501,6 +499,14 @@ def _left(told: Told) -> str:
     return f", and {much} by its curvature there."
 
 
+def _unbounded(what: str, told: Told) -> str:
+    losses = told.history[0]
+    return (
+        f"{what}: the loss fell from {losses[0]:.6g} to {np.fmin.reduce(losses):.6g} as the params grew to "
+        f"{told.farthest:.2g}, so it seems to have no lower bound. Check its sign, or add a penalty."
+    )
+
+
 def _more(losses: np.ndarray, eps: float, how: Rates) -> str:
     """The remedy for a run that took all its steps."""
     others = {Rates.SEARCHED: "another start", Rates.OWNED: "another optimizer"}.get(how, "another learning_rate")
@@ -517,10 +523,7 @@ def _stalled(told: Told, after: str, first: str, last: str) -> str:
     known = rates[np.isfinite(rates)]
     tried = losses[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
     if told.farthest > _FAR:
-        return (
-            f"stalled {after}: the loss fell from {first} to {last} as the params grew to {told.farthest:.2g}, so it "
-            "seems to have no lower bound. Check its sign, or add a penalty."
-        )
+        return _unbounded(f"stalled {after}", told)
     if told.how in (Rates.PLAIN, Rates.GIVEN) and known.size and known[-1] <= _DECAYED * known.max():
         step = int(np.flatnonzero(rates > _DECAYED * known.max())[-1]) + 1 if known.max() > 0 else 0
         return (

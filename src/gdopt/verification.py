@@ -39,9 +39,8 @@ _STRETCH = 4.0  # the length of a try over that of the one before
 
 # The points that are tried, one kind after the other.
 NEIGHBOURS = 96
-_NEWTON, _NEGATIVE, _DOWNHILL = 6, (16, 16), 12
-_ENDS = tuple(itertools.accumulate((_NEWTON, *_NEGATIVE, _DOWNHILL)))
-_ALL = _ENDS[-1] + NEIGHBOURS
+_WEAK, _NEWTON, _NEGATIVE, _DOWNHILL = 8, 6, (16, 16), 12
+*_ENDS, _ALL = itertools.accumulate((_WEAK, _NEWTON, *_NEGATIVE, _DOWNHILL, NEIGHBOURS))
 
 
 class Check(NamedTuple):
@@ -50,8 +49,8 @@ class Check(NamedTuple):
     left: Any  # to gain, in units of the loss; infinite if the curvature does not tell
     curved: Any  # whether the loss has a Hessian there
     negative: Any  # whether there is a direction of negative curvature
-    lower: Any  # whether a point was found that is lower by more than was allowed
-    below: Any  # the same by more than rounding
+    lower: Any  # whether a point is lower by more than was allowed, or along a negative curvature by more than rounding
+    below: Any  # the same by more than rounding, where the curvature cannot tell how much more is left
     kink: Any  # whether the gradient promises that the loss falls visibly, though no try showed it
     point: Blocks  # the lowest found
     steepest: Any  # the largest entry of the gradient at the given one
@@ -175,10 +174,10 @@ def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float,
 
     limited = claim.code == Status.PRECISION_LIMIT
     all_left = stopping.is_all(seen.left, loss, watch, limits, searches=searches) & (claim.step > 0)
-    little = seen.curved & (seen.left <= wanted) & ~seen.lower & ~all_left
-    untold = ~seen.curved & ~limited & ~seen.lower
-    kink = limited & seen.kink & ~seen.below
-    lower = seen.lower | (limited & seen.kink & seen.below)  # still on its way to the kink
+    lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # as on the way to a kink
+    little = seen.curved & (seen.left <= wanted) & ~lower & ~all_left
+    untold = ~seen.curved & ~limited & ~lower
+    kink = limited & seen.kink & ~lower
     holds = little | untold | kink
     if limits.grad_tol is not None:
         holds = holds | (seen.steepest <= limits.grad_tol)
@@ -214,6 +213,7 @@ class _Spectrum(NamedTuple):
     even: Any  # about the root of each direction's curvature, by which the matrix is divided from both sides
     values: Any  # of that, ascending
     vectors: Any
+    weak: Any  # the gradient along each of them whose curvature is lost in rounding, 0 along others
     lowest: Any  # weights of another direction of negative curvature, if there is one
     noise: Any  # of the values
     known: Any
@@ -241,7 +241,8 @@ def check(
     _, grad, _ = probe(params, still)
     found = _spectrum(place, times, scaled(grad), eps, dtype)
     newton = _newton(place, found, found.right)
-    step = [-w * s for w, s in zip(newton.way, scale, strict=True)]
+    out = lambda weights: [w * s for w, s in zip(_combined(place, weights, found.basis), scale, strict=True)]
+    step = out(-newton.weights)
     # There the gradient of a parabola is zero. If it is not much smaller, the Hessian tells little of the loss, as in a
     # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
     _, there, _ = probe(_moved(params, step), still)
@@ -255,17 +256,19 @@ def check(
     little = found.known & (left <= allowed)
 
     visible = np.maximum(allowed, rounding)
-    ways, lengths, promised = _directions(place, found, step, scaled(scaled(grad)), scale, typical, visible)
-    negative, flat = found.known & (found.values[0] < -found.noise), highest == 0
-    first = np.where(~little, 0, np.where(negative, _ENDS[0], np.where(flat, _ENDS[-1], _ALL)))
-    tries = _Tries(place, probe, params, loss, typical, eps, ways, lengths, negative)
-    lowest, point, told = tries.lowest(first.astype(np.int32), loss - visible)
+    ways, lengths, promised = _directions(place, found, step, out, scaled(scaled(grad)), typical, visible)
+    negative = found.known & (found.values[0] < -found.noise)
+    flat = highest == 0
+    kinds = found.weak.any(), ~little, negative, negative, ~little, ~little | flat
+    tries = _Tries(place, probe, params, loss, rounding, typical, eps, ways, lengths, kinds)
+    lowest, point, told, saddle = tries.lowest(loss - visible)
+    clear = negative & (found.values[0] < -_CLEAR * np.max(np.abs(found.values)))
     return Check(
         left=np.maximum(left, loss - lowest),
         curved=found.known,
-        negative=negative & (found.values[0] < -_CLEAR * np.max(np.abs(found.values))),
-        lower=lowest < loss - visible,
-        below=lowest < loss - rounding,
+        negative=clear,
+        lower=(lowest < loss - visible) | (clear & saddle),
+        below=(lowest < loss - rounding) & (~little | flat),
         kink=~little
         & (np.maximum(promised, newton.left) > _KINK * rounding)
         & (told > NEIGHBOURS // 2),  # not outside of its domain
@@ -277,7 +280,7 @@ def check(
 class _Newton(NamedTuple):
     """What the Hessian makes of a gradient."""
 
-    way: Blocks  # Newton's step away from the minimum, in units of the scale
+    weights: Any  # of the directions, for Newton's step away from the minimum
     left: Any  # to gain by it: g'H^-1 g / 2, with the absolute values of curvatures
 
 
@@ -287,26 +290,30 @@ def _newton(place: Place, found: _Spectrum, right: Any) -> _Newton:
     firm = np.maximum(np.abs(found.values), found.noise)
     weights = np.where(parts == 0, 0, parts / np.where(firm > 0, firm, 1))
     left = np.where((firm > 0).all(), np.sum(parts * weights) / 2, np.where((parts != 0).any(), np.inf, 0))
-    return _Newton(_combined(place, found.vectors @ weights / found.even, found.basis), left)
+    return _Newton(found.vectors @ weights / found.even, left)
 
 
 def _directions(
-    place: Place, found: _Spectrum, newton: Blocks, slope: Blocks, scale: Blocks, typical: Blocks, visible: Any
+    place: Place, found: _Spectrum, newton: Blocks, out: Callable, slope: Blocks, typical: Blocks, visible: Any
 ) -> tuple[tuple[Blocks, ...], Any, Any]:
-    """Newton's direction, two negative ones and downhill, how far to go along each, and what downhill promises.
+    """Ways to try, how far to go along each, and what the last promises.
 
-    Along a negative curvature so far that the loss changes visibly; downhill to the minimum of the parabola.
+    Downhill where the curvature is lost in rounding, as far as the loss should fall visibly; Newton's; two of negative
+    curvature, as far as the loss should change visibly; downhill, to the minimum of the parabola.
     """
     np, dtype = place.np, found.right.dtype
-    highest, least = np.max(np.abs(found.matrix)), found.values[0]
+    highest = np.max(np.abs(found.matrix))
     size = np.max(np.abs(found.right))
     unit, steepest = found.right / np.where(size > 0, size, 1), np.where(highest == 0, 1, highest)
     bend, square = unit @ (found.matrix / steepest) @ unit, unit @ unit
     best = np.where(bend > 0, square / np.where(bend > 0, bend, 1) / steepest, 1)
     promised = np.where(bend > 0, size * (size * best) * square / 2, np.where(size > 0, np.inf, 0))
-    lengths, ways = [np.ones_like(best)], [newton]
+
+    fall = found.weak @ found.weak
+    lengths = [np.where(fall > 0, visible / np.where(fall > 0, fall, 1), 0), np.ones_like(best)]
+    ways = [out(-(found.vectors @ found.weak) / found.even), newton]
     for weights in (found.vectors[:, 0] / found.even, found.lowest):
-        way = [w * s for w, s in zip(_combined(place, weights, found.basis), scale, strict=True)]
+        way = out(weights)
         square = np.maximum(_dot(place, way, way, dtype), jnp.finfo(dtype).tiny)
         reach = np.sqrt(_dot(place, typical, typical, dtype) / square)
         least = np.abs(weights @ found.matrix @ weights)
@@ -324,14 +331,18 @@ class _Tries(NamedTuple):
     probe: Probe
     params: Blocks
     loss: Any
+    rounding: Any
     typical: Blocks
     eps: float
     ways: tuple[Blocks, ...]
     lengths: Any
-    negative: Any  # whether there is a direction of negative curvature
+    kinds: tuple[Any, ...]  # whether each kind is to be tried
 
-    def lowest(self, first: Any, wanted: Any) -> tuple[Any, Blocks, Any]:
-        """Try from a number on up to a loss that is wanted: the lowest loss, its point, and how many were finite."""
+    def lowest(self, wanted: Any) -> tuple[Any, Blocks, Any, Any]:
+        """Try up to a loss that is wanted.
+
+        Returns the lowest loss, its point, how many were finite, and whether one of negative curvature was lower.
+        """
         np = self.place.np
 
         def goes_on(search: tuple) -> Any:
@@ -339,25 +350,33 @@ class _Tries(NamedTuple):
             return (number < _ALL) & ~(lowest < wanted)
 
         def attempt(search: tuple) -> tuple:
-            number, lowest, point, told = search
+            number, lowest, point, told, saddle = search
             there = self._other(number)
             value = self.probe(there, [np.zeros_like(x) for x in there])[0].astype(self.loss.dtype)
             better = value < lowest  # NaN is not
-            following = np.where((number + 1 == _ENDS[0]) & ~self.negative, _ENDS[2], number + 1)
             point = [np.where(better, new, old) for new, old in zip(there, point, strict=True)]
-            told = told + np.isfinite(value)
-            return following.astype(number.dtype), np.where(better, value, lowest), point, told.astype(number.dtype)
+            told = (told + np.isfinite(value)).astype(number.dtype)
+            saddle = saddle | ((number >= _ENDS[1]) & (number < _ENDS[3]) & (value < self.loss - self.rounding))
+            return self._next(number + 1), np.where(better, value, lowest), point, told, saddle
 
-        _, lowest, point, told = self.place.loop(goes_on, attempt, (first, self.loss, self.params, 0 * first))
-        return lowest, point, told
+        first = self._next(np.zeros((), np.int32))
+        begin = first, self.loss, self.params, 0 * first, first < 0
+        return self.place.loop(goes_on, attempt, begin)[1:]
+
+    def _next(self, number: Any) -> Any:
+        """The number from this one on that is of a kind to be tried."""
+        np = self.place.np
+        for wanted, begin, end in zip(self.kinds, (0, *_ENDS), (*_ENDS, _ALL), strict=True):
+            number = np.where((number >= begin) & (number < end) & ~wanted, end, number)
+        return number.astype(np.int32)
 
     def _other(self, number: Any) -> Blocks:
         """One of the points."""
         np = self.place.np
         kind = sum((number >= end) * 1 for end in _ENDS)
         count = number - sum((kind == k) * end for k, end in enumerate(_ENDS, start=1))
-        both = (kind == 1) | (kind == 2)  # ways of each direction
-        power = np.where(both, count // 2, -count).astype(self.lengths.dtype)
+        both = (kind == 2) | (kind == 3)  # ways of each direction
+        power = np.where(both, count // 2, np.where(kind == 0, count, -count)).astype(self.lengths.dtype)
         length = np.where(both & (count % 2 == 1), -1, 1) * _STRETCH**power
         length = length * self.lengths[np.minimum(kind, len(_ENDS) - 1)]
         neighbour = _neighbour(self.place, number, self.typical, self.eps)
@@ -384,7 +403,8 @@ def _spectrum(place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, ep
     # Rounding between entries of very different scales can spoil the lowest: then that of the plain matrix is better.
     lowest = np.linalg.eigh(matrix)[1][:, 0] if count <= _EXACT else vectors[:, 1]
     noise = _NOISE * matrix.shape[0] * eps * np.max(np.abs(values))
-    return _Spectrum(basis, right, matrix, even, values, vectors, lowest, noise, known)
+    weak = np.where(np.abs(values) <= noise, vectors.T @ (right / even), 0)
+    return _Spectrum(basis, right, matrix, even, values, vectors, weak, lowest, noise, known)
 
 
 def _even(np: Any, matrix: Any) -> Any:
