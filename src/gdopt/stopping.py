@@ -82,6 +82,7 @@ _HELD_ACCEPTED = 2  # the same of accepted points, whose curvature is known
 _PART_LEFT = 0.1  # of the loss: with more of it left, its size is not yet that of the minimum
 _NOTHING = 1e-12  # of what was gained: a loss below counts as zero
 _LESS = 0.1  # of what is asked for: asked for after a claim that was contradicted
+LEAST_BAR = 1e-30  # after 30 of them a run that is stuck has stalled, even if there is a lower point
 _STALLED_UPDATES = 50
 _PER_UPDATE = 20
 _RECENT = 20  # evaluations of a loss with random keys that are averaged
