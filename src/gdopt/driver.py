@@ -18,13 +18,14 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt.checkpoint import Checkpoint
 from gdopt.diagnosis import Evidence, make_evidence
 from gdopt.errors import InputError
+from gdopt.hindsight import LEAST_STEPS, Hindsight
 from gdopt.optimizers import gd
 from gdopt.problem import Problem, make_problem
 from gdopt.processes import check_joined, joined
 from gdopt.progress import progress_bar
 from gdopt.result import NO_MESSAGE, History, RangeTest, Report, Result
 from gdopt.resuming import saves_at
-from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule, search
+from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, learns_scales, make_rule, search
 from gdopt.schedules import triangular2
 from gdopt.stopping import Ending, Limits, Rates, Status, Told, Watch, chosen_rates, explain, is_better, succeeded
 from gdopt.task import Task, make_task
@@ -230,6 +231,7 @@ def minimize(
 
     kept, params = state.kept, run.returned_params(state)
     evidence = _evidence(task, rule, inputs, state, history, streamed) if status is Status.NON_FINITE else None
+    rates = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
     ending = _Ending(
         status=status,
         history=history,
@@ -243,11 +245,12 @@ def minimize(
         steps_per_epoch=task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch,
         limits=limits,
         eps=compiled.eps,
-        rates=rule.rates if search(state.optimizer) is None else Rates.SEARCHED,
+        rates=rates,
         optimizer=rule.name,
         range_test=test,
         why_exhausted="" if streamed is None else streamed.feed.why,
         not_finite=("", "") if evidence is None else (evidence.sentence, evidence.cure),
+        hindsight=_hindsight(compiled, state, inputs, history, status, rates),
     )
     result = Result(
         params=problem.rest.combine(params),
@@ -271,6 +274,19 @@ def minimize(
         _notes.add_result(failure[0], cast(Any, callback), result)
         raise failure[0]
     return result.raise_for_status() if throw else result
+
+
+def _hindsight(
+    compiled: loop.Compiled, state: loop.State, inputs: loop.Inputs, history: History, status: Status, rates: Rates
+) -> Hindsight:
+    """What the loss looks like where gradient descent ended without a minimum."""
+    ended = status in (Status.MAX_STEPS, Status.STALLED) and len(history.loss) > LEAST_STEPS
+    # Others have scales of their own for the params, or may have.
+    descent = rates is Rates.PLAIN or (rates is Rates.SEARCHED and not learns_scales(state.optimizer))
+    if not (ended and descent) or compiled.look_back is None:
+        return Hindsight()
+    known = history.learning_rate[np.isfinite(history.learning_rate)]
+    return compiled.look_back(state, inputs, float(known[-1]) if rates is Rates.PLAIN and known.size else None)
 
 
 @as_own_work
@@ -323,6 +339,7 @@ class _Ending(NamedTuple):
     range_test: RangeTest | None
     why_exhausted: str
     not_finite: tuple[str, str]  # what is known of it, and what to try
+    hindsight: Hindsight
 
     @property
     def steps(self) -> int:
@@ -362,10 +379,17 @@ class _Ending(NamedTuple):
             ending=self.ending,
             farthest=self.farthest,
             not_finite=self.not_finite,
+            overshoots=self.hindsight.overshoots,
         )
         message = explain(self.status, told)
         if self.status is Status.DATA_EXHAUSTED and not self.success:
             message += f" {self.why_exhausted}"
+        if self.hindsight.apart is not None:
+            larger, smaller = self.hindsight.apart
+            out = "optimizer" if self.rates is Rates.SEARCHED else "optimizer and the learning_rate"
+            message += (
+                f" {larger} and {smaller} differ in scale by 100 times or more: scale them, or leave the {out} out."
+            )
         if self.optimizer:
             message += f" The optimizer was {self.optimizer}."
         elif self.rates is Rates.SEARCHED:

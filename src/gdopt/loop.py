@@ -22,11 +22,12 @@ from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt.data import Batches
 from gdopt.errors import InputError
+from gdopt.hindsight import Hindsight, look_back
 from gdopt.implicit import differentiable
 from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
-from gdopt.rule import Rule, curvature, evaluation_params, extra_arguments, inject, owned_rate, restarted, search
+from gdopt.rule import Rule, evaluation_params, extra_arguments, inject, owned_rate, restarted, search
 from gdopt.sharding import Layout, explicit_mesh, mapped_mesh, placed
 from gdopt.stopping import RUNNING, Ending, Epoch, Evaluation, Limits, Search, Status, Watch
 from gdopt.task import Task
@@ -113,7 +114,10 @@ class Compiled(NamedTuple):
     eps: float  # of the dtype in which the loss is computed
     pace: list[float]  # the seconds of a step in the last run, where there was one
     probes: list[Any]  # what a claim is verified by, once there was one
-    verify: Callable[[Carry, Inputs], Carry] | None = None  # verifies what a run claims at its end
+    # Of a loss that is the same function at each step: verifies what a run claims at its end, ...
+    verify: Callable[[Carry, Inputs], Carry] | None = None
+    # ... and looks at the loss there; its last argument is the rate of plain gradient descent
+    look_back: Callable[[State, Inputs, float | None], Hindsight] | None = None
 
 
 class Whole(NamedTuple):
@@ -200,7 +204,10 @@ def _compile(
         if noisy:
             return made
         verifier = Verifier(task, rule, None, schedule, settings, made.eps)
-        return made._replace(verify=functools.partial(verifier.on_host, value, made.probes))
+        verify, look_back = (
+            functools.partial(method, value, made.probes) for method in (verifier.on_host, verifier.look_back)
+        )
+        return made._replace(verify=verify, look_back=look_back)
 
     # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
@@ -500,18 +507,35 @@ class Verifier(NamedTuple):
             probes.extend(programs)
         if self.settings.layout is not None:
             return programs[0].call(carry[0], inputs), carry[1]
-        known = returned_params(state)
         free = programs[1] and jax.tree.map(_trees.on_host, programs[1].call(state, inputs))
-
-        whole = functools.partial(self._tree, known)
+        whole = functools.partial(self._tree, returned_params(state))
 
         def probe(params: list, ways: list) -> Any:
-            loss, *trees = programs[0].call(whole(params), whole(ways), inputs)
-            return _trees.on_host(loss)[()], *([_trees.on_host(leaf) for leaf in tree] for tree in trees)
+            return _on_host(programs[0].call(whole(params), whole(ways), inputs))
 
         with np.errstate(all="ignore"):
             state = self._settled(OnHost, probe, free, state, inputs)
         return _trees.pack(state), carry[1]
+
+    @as_own_work
+    def look_back(
+        self, value: program.Traced, probes: list, state: State, inputs: Inputs, rate: float | None
+    ) -> Hindsight:
+        """What is to be seen at the end of a run that did not get to a minimum: see `hindsight`."""
+        params = returned_params(state)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
+            return Hindsight()
+        probe_of_blocks, *_ = probes or self._programs(value, state, inputs)
+        real = lambda leaves: _trees.as_real(treedef.unflatten(leaves))[0]
+
+        def probe(xs: list, ways: list) -> Any:
+            _, grad, product = _on_host(probe_of_blocks.call(real(xs), real(ways), inputs))
+            return jax.tree.leaves(self._tree(params, grad)), jax.tree.leaves(self._tree(params, product))
+
+        names = [_trees.path_name(path) for path, _ in paths]
+        with np.errstate(all="ignore"):
+            return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
 
     def _programs(self, value: program.Traced, state: State, inputs: Inputs) -> tuple:
         """What is compiled, and whether it depends on nothing else than on the traces and its inputs."""
@@ -587,12 +611,6 @@ class Verifier(NamedTuple):
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
         real, back = _trees.as_real(params)
-        known, scale = curvature(state.optimizer, params), None
-        if known is not None:
-            most = functools.reduce(np.maximum, [np.max(1 / np.sqrt(d)) for d in jax.tree.leaves(known) if d.size])
-            share = lambda x, d: (1 / np.sqrt(d) / most).astype(x.real.dtype)  # 1 at the most, for 16 bits
-            twice = jax.tree.map(lambda x, d: (share(x, d),) * (2 if jnp.iscomplexobj(x) else 1), params, known)
-            scale = jax.tree.leaves(self.settings.compact(twice))
         searches = search(state.optimizer) is not None
         claim = Claim(
             state.code,
@@ -602,7 +620,6 @@ class Verifier(NamedTuple):
             kept.loss,
             kept.grad_norm,
             state.watch,
-            scale,
             free,
         )
         new = settle(place, probe, claim, inputs.limits, self.eps, searches=searches)
@@ -617,6 +634,11 @@ class Verifier(NamedTuple):
 
     def _arrays(self, place: Any, tree: PyTree) -> list:
         return [place.np.asarray(leaf) for leaf in jax.tree.leaves(self.settings.compact(tree))]
+
+
+def _on_host(out: tuple[jax.Array, list, list]) -> tuple[Any, list, list]:
+    loss, *trees = out
+    return _trees.on_host(loss)[()], *([_trees.on_host(leaf) for leaf in tree] for tree in trees)
 
 
 def _claims(state: State) -> Any:

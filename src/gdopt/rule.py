@@ -364,13 +364,9 @@ def restarted(state: PyTree) -> PyTree:
     return jax.tree.map(lambda node: fresh(node) if is_trials(node) else node, state, is_leaf=is_trials)
 
 
-def curvature(state: PyTree, params: PyTree) -> PyTree | None:
-    """The curvature of each entry up to a factor, if an optimizer has learned that of all of them."""
-    for learned in _parts(state, QuasiNewtonState):
-        diagonal = learned.diagonal.tree()
-        if jax.tree.structure(diagonal) == jax.tree.structure(params):
-            return diagonal
-    return None
+def learns_scales(state: PyTree) -> bool:
+    """Tell whether an optimizer of ours learns a scale for each entry of the params."""
+    return bool(_parts(state, QuasiNewtonState))
 
 
 def _parts(state: PyTree, kind: type) -> list[Any]:

@@ -391,6 +391,7 @@ class Told(NamedTuple):
     ending: Ending
     farthest: float  # entry of the params that are returned
     not_finite: tuple[str, str] = ("", "")  # what is known of a last point that is not, and the remedy for that
+    overshoots: bool = False  # whether a step of gradient descent turns the gradient round
 
 
 def explain(status: Status, told: Told) -> str:
@@ -433,7 +434,7 @@ def explain(status: Status, told: Told) -> str:
         case Status.MAX_STEPS:
             return (
                 f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {last}, the gradient "
-                f"norm is {grad_norms[end]:.3g}.{back} {_more(losses, eps, how)}"
+                f"norm is {grad_norms[end]:.3g}.{back} {_more(told)}"
             )
         case Status.PRECISION_LIMIT if told.ending.verified == BY_NEIGHBOURS:
             much = f" by more than {float(told.ending.left):.1g}" if told.ending.left > 0 else ""
@@ -483,6 +484,7 @@ _FAR = 1e15  # an entry of the params, beyond what anything is measured in
 TRIED = 96  # neighbours, at the most
 _COARSE = 1e-10  # eps: above it, a wider dtype has more digits
 _DECAYED = 1e-3  # of the highest rate
+_TURNS, _MOSTLY = 50, 0.8  # of the loss, which rises and falls in turn if the rate is too high
 _LAST = 1000  # steps: what they gained tells whether more of them would
 
 
@@ -508,13 +510,26 @@ def _unbounded(what: str, told: Told) -> str:
     )
 
 
-def _more(losses: np.ndarray, eps: float, how: Rates) -> str:
+def _more(told: Told) -> str:
     """The remedy for a run that took all its steps."""
-    others = {Rates.SEARCHED: "another start", Rates.OWNED: "another optimizer"}.get(how, "another learning_rate")
+    losses, how = told.history[0], told.how
     before = np.fmin.reduce(losses[:-_LAST]) if losses.size > _LAST else losses[0]
-    if before - np.fmin.reduce(losses) > _ROUNDING * eps * abs(before):
-        return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {others}."
-    return f"The last {_LAST} steps gained nothing: try {others}."
+    if before - np.fmin.reduce(losses) > _ROUNDING * told.eps * abs(before):
+        return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {_other(told)}."
+    return f"The last {_LAST} steps gained nothing: try {_other(told)}."
+
+
+def _other(told: Told) -> str:
+    """What to try in place of what decided the rates."""
+    if told.how is Rates.SEARCHED:
+        return "another start"
+    if told.how is Rates.OWNED:
+        return "another optimizer"
+    losses = told.history[0][-_LAST:]
+    turns = np.diff(np.sign(np.diff(losses)))
+    if told.overshoots or (turns.size >= _TURNS and np.mean(np.abs(turns) == 2) > _MOSTLY):
+        return "a smaller learning_rate, as each step leads to the other side of the valley"
+    return "another learning_rate"
 
 
 def _stalled(told: Told, after: str, first: str, last: str) -> str:
@@ -545,7 +560,7 @@ def _stalled(told: Told, after: str, first: str, last: str) -> str:
                 f"{last}. Try a smaller learning rate, or another start."
             )
         return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
-    rate = {Rates.SEARCHED: "", Rates.OWNED: " Try another optimizer."}.get(told.how, " Try another learning_rate.")
+    rate = "" if told.how is Rates.SEARCHED else f" Try {_other(told)}."
     wider = " float64 may gain more." if told.eps > _COARSE else ""
     if not fell(losses, told.eps):
         return (

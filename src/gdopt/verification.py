@@ -28,7 +28,7 @@ Blocks = list[Any]  # real arrays, the entries of the params
 Probe = Callable[[Blocks, Blocks], tuple[Any, Blocks, Blocks]]
 
 _EXACT = 32  # entries of the params: the whole Hessian of so many is computed
-_SWEEPS = 5
+_SWEEPS, _SIGNS = 5, 2  # to even the scales of the entries, with so many directions in each
 _KRYLOV = 24  # directions for more of them
 _ENTRIES, _FEWEST = 2**24, 6  # of all directions together, and the fewest of these
 _CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
@@ -137,7 +137,6 @@ class Claim(NamedTuple):
     loss: Any
     grad_norm: Any
     watch: Watch
-    scale: Blocks | None  # by how much each entry moves along directions of about equal curvature, if that is known
     free: Blocks | None  # 0 for entries that the optimizer holds in their places, 1 for others
 
 
@@ -164,13 +163,9 @@ def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float,
     size = _largest(np, typical)
     size = np.where(size > 0, size, 1)
     typical = [np.where(x > eps**2 * size, x, size).astype(x.dtype) for x in typical]  # others have not moved yet
-    scale = typical
-    if claim.scale is not None:
-        share = size / _largest(np, claim.scale)
-        scale = [(x * share).astype(t.dtype) for x, t in zip(claim.scale, typical, strict=True)]
     if claim.free is not None:
-        scale, typical = ([x * f for x, f in zip(each, claim.free, strict=True)] for each in (scale, typical))
-    seen = check(place, probe, claim.params, loss, scale, typical, wanted, rounding)
+        typical = [x * f for x, f in zip(typical, claim.free, strict=True)]
+    seen = check(place, probe, claim.params, loss, typical, wanted, rounding)
 
     limited = claim.code == Status.PRECISION_LIMIT
     all_left = stopping.is_all(seen.left, loss, watch, limits, searches=searches) & (claim.step > 0)
@@ -220,18 +215,17 @@ class _Spectrum(NamedTuple):
     known: Any
 
 
-def check(
-    place: Place, probe: Probe, params: Blocks, loss: Any, scale: Blocks, typical: Blocks, allowed: Any, rounding: Any
-) -> Check:
+def check(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks, allowed: Any, rounding: Any) -> Check:
     """Look for what is left to gain at a point, and for a lower one.
 
-    ``scale`` is by how much each entry moves along directions of about equal curvature, and ``typical`` the size of
-    each entry; both are 0 for entries that are held in their places. At most ``allowed`` may be left; the loss is known
-    up to ``rounding``.
+    ``typical`` is the size of each entry, 0 for those that are held in their places. At most ``allowed`` may be left;
+    the loss is known up to ``rounding``.
     """
     np, eps = place.np, max(float(jnp.finfo(x.dtype).eps) for x in params)
     dtype = _trees.norm_dtype(params)
     still = [np.zeros_like(x) for x in params]
+    few = sum(x.size for x in params) <= _EXACT
+    scale = typical if few else _evened(place, probe, params, typical)
     scaled = lambda blocks: [g.astype(s.dtype) * s for g, s in zip(blocks, scale, strict=True)]
 
     def times(way: Blocks) -> Blocks:
@@ -406,6 +400,30 @@ def _spectrum(place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, ep
     noise = _NOISE * matrix.shape[0] * eps * np.max(np.abs(values))
     weak = np.where(np.abs(values) <= noise, vectors.T @ (right / even), 0)
     return _Spectrum(basis, right, matrix, even, values, vectors, weak, lowest, noise, known)
+
+
+def _evened(place: Place, probe: Probe, params: Blocks, scale: Blocks) -> Blocks:
+    """The scale by which all rows of S H S have a norm of about 1, where H is known by its products alone.
+
+    Source: Bradley, "Algorithms for the equilibration of matrices and their application to limited-memory quasi-Newton
+    methods", 2010, section 2.3 (a few directions of random signs tell the norms of all rows).
+    """
+    np = place.np
+
+    def sweep(number: Any, scale: Blocks) -> Blocks:
+        squares = [np.zeros_like(s) for s in scale]
+        for probes in range(_SIGNS):
+            signs = [np.where(x < 0, -1, 1) for x in _chance(place, scale, _SIGNS * number + probes)]
+            along = [(w * s).astype(x.dtype) for w, s, x in zip(signs, scale, params, strict=True)]
+            image = [h.astype(s.dtype) * s for h, s in zip(probe(params, along)[2], scale, strict=True)]
+            squares = [np.hypot(a, h) for a, h in zip(squares, image, strict=True)]
+        rows = [a / _SIGNS**0.5 for a in squares]
+        return [
+            np.where((r > 0) & np.isfinite(r), s / np.sqrt(np.where(r > 0, r, 1)), s).astype(s.dtype)
+            for r, s in zip(rows, scale, strict=True)
+        ]
+
+    return place.fold(_SWEEPS, sweep, scale)
 
 
 def _even(np: Any, matrix: Any) -> Any:

@@ -1,0 +1,68 @@
+"""What a loss looks like where a run ended that did not get there: for the advice in its message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LEAST_STEPS = 200  # of a run: looking back costs up to 34 gradients
+_EXACT = 32  # entries: the curvature along each of so many is computed
+_PROBES = 10  # for the mean curvature of each leaf, with more entries
+_APART = 100.0  # times: scales that differ by less need no advice
+_OPPOSITE = -0.5  # the cosine of two gradients
+
+Leaves = list[Any]  # arrays of NumPy's
+# (params, direction) -> the gradient, and the Hessian times the direction
+Probe = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
+
+
+class Hindsight(NamedTuple):
+    """What was seen."""
+
+    overshoots: bool = False  # a step of gradient descent turns the gradient round
+    apart: tuple[str, str] | None = None  # params whose scales differ by far, the larger scale first
+
+
+def look_back(probe: Probe, names: list[str], params: Leaves, rate: float | None) -> Hindsight:
+    """Look at the loss around the point that is returned; ``rate`` is the last one of plain gradient descent."""
+    overshoots = False
+    if rate is not None:
+        none = [np.zeros_like(leaf) for leaf in params]
+        here, _ = probe(params, none)
+        there, _ = probe([(x - rate * g).astype(x.dtype) for x, g in zip(params, here, strict=True)], none)
+        first, second = _flat(here), _flat(there)
+        overshoots = bool(first @ second < _OPPOSITE * np.linalg.norm(first) * np.linalg.norm(second))
+    named, curvatures = _curvatures(lambda way: probe(params, way)[1], names, params)
+    seen = np.flatnonzero(np.isfinite(curvatures) & (curvatures > 0))
+    if seen.size < 2:
+        return Hindsight(overshoots)
+    low, high = seen[np.argmin(curvatures[seen])], seen[np.argmax(curvatures[seen])]
+    apart = np.sqrt(curvatures[high] / curvatures[low]) >= _APART
+    return Hindsight(overshoots, (named[low], named[high]) if apart else None)
+
+
+def _flat(leaves: Leaves) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf).astype(float) for leaf in leaves])
+
+
+def _curvatures(times: Callable[[Leaves], Leaves], names: list[str], params: Leaves) -> tuple[list[str], np.ndarray]:
+    """The Hessian's diagonal, of many params its mean over each leaf, with names.
+
+    Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
+    """
+    if sum(leaf.size for leaf in params) > _EXACT:
+        random, sums = np.random.default_rng(0), np.zeros(len(params))
+        for _ in range(_PROBES):
+            way = [random.choice([-1, 1], leaf.shape).astype(leaf.dtype) for leaf in params]
+            sums += [np.mean(w.astype(float) * x) if w.size else 0 for w, x in zip(way, times(way), strict=True)]
+        return names, sums / _PROBES
+    named, found = [], []
+    for number, (name, leaf) in enumerate(zip(names, params, strict=True)):
+        for place in np.ndindex(leaf.shape):
+            way = [np.zeros_like(other) for other in params]
+            way[number][place] = 1
+            named.append(name + (f"[{', '.join(map(str, place))}]" if place else ""))
+            found.append(times(way)[number][place])
+    return named, np.array(found, float)
