@@ -302,3 +302,60 @@ def test_bad_grad_tol(grad_tol: Any) -> None:
 def test_grad_tol_is_not_for_noisy_losses() -> None:
     with pytest.raises(InputError, match=r"grad_tol=0\.1 was given for a noisy loss"):
         gdopt.minimize(lambda x, key: x**2, 1.0, with_key=True, grad_tol=0.1, learning_rate=0.1)
+
+
+# --- advice ---
+
+
+def wide_line(p: Any) -> jax.Array:
+    """A regression whose second half of columns is 1e4 times as large; float32 does not see both curvatures at once."""
+    rows = np.random.default_rng(0).normal(size=(200, 50))
+    return jnp.mean((rows[:, :25] @ (p["u"] - 1) + 1e4 * rows[:, 25:] @ (p["v"] - 1)) ** 2)
+
+
+def test_many_params_of_two_scales() -> None:
+    """Seen in plain Lanczos directions, nothing was left at 21 of a loss of 25."""
+    start = {"u": np.zeros(25, "f4"), "v": np.zeros(25, "f4")}
+    result = gdopt.minimize(wide_line, start, optimizer=gdopt.gd)
+    assert result.success, result
+    assert result.loss < 1e-3, result
+
+
+@pytest.mark.parametrize(
+    ("loss", "start", "rate", "names"),
+    [
+        (two_scales, {"a": 0.0, "b": 0.0}, 4e-7, "params['a'] and params['b']"),
+        (
+            lambda x: jnp.sum(jnp.asarray([1.0, 1e4, 1e6]) * (x - 1) ** 2),
+            np.zeros(3, "f4"),
+            1e-7,
+            "params[0] and params[2]",
+        ),
+        (wide_line, {"u": np.zeros(25, "f4"), "v": np.zeros(25, "f4")}, 1e-10, "params['u'] and params['v']"),
+    ],
+)
+def test_params_whose_scales_differ_are_named(loss: Any, start: Any, rate: float, names: str) -> None:
+    result = gdopt.minimize(loss, start, learning_rate=rate, max_steps=2000)
+    assert not result.success
+    cure = "differ in scale by 100 times or more: scale them, or leave the optimizer and the learning_rate out."
+    assert result.message.endswith(f"{names} {cure}"), result.message
+
+
+def test_scales_that_are_alike_are_no_advice() -> None:
+    result = gdopt.minimize(rosenbrock, jnp.zeros(2), learning_rate=1e-3, max_steps=1000)
+    assert "differ in scale" not in result.message
+    assert "smaller" not in result.message
+
+
+@pytest.mark.parametrize(
+    ("loss", "rate", "optimizer"),
+    [
+        (lambda x: jnp.sum(x**2), 1.0, gdopt.gd),  # from side to side, at the same height
+        (lambda x: jnp.sum(jnp.abs(x - 0.33)), 0.1, gdopt.gd),
+        (lambda x: jnp.sum(jnp.abs(x - 0.33)), 0.1, optax.sign_sgd),
+    ],
+)
+def test_a_rate_that_overshoots_is_to_be_smaller(loss: Any, rate: float, optimizer: Any) -> None:
+    result = gdopt.minimize(loss, jnp.ones(3), learning_rate=rate, optimizer=optimizer)
+    assert not result.success
+    assert "a smaller learning_rate, as each step leads to the other side" in result.message
