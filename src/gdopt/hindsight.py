@@ -9,7 +9,7 @@ import numpy as np
 
 LEAST_STEPS = 200  # of a run: looking back costs up to 34 gradients
 _EXACT = 32  # entries: the curvature along each of so many is computed
-_PROBES = 10  # for the mean curvature of each leaf, with more entries
+_LEAVES, _PROBES = 16, 2  # with more entries: the mean curvature of so many leaves, the largest, each by two probes
 _APART = 100.0  # times: scales that differ by less need no advice
 _OPPOSITE = -0.5  # the cosine of two gradients
 
@@ -53,11 +53,14 @@ def _curvatures(times: Callable[[Leaves], Leaves], names: list[str], params: Lea
     Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
     """
     if sum(leaf.size for leaf in params) > _EXACT:
-        random, sums = np.random.default_rng(0), np.zeros(len(params))
-        for _ in range(_PROBES):
-            way = [random.choice([-1, 1], leaf.shape).astype(leaf.dtype) for leaf in params]
-            sums += [np.mean(w.astype(float) * x) if w.size else 0 for w, x in zip(way, times(way), strict=True)]
-        return names, sums / _PROBES
+        random, means = np.random.default_rng(0), np.zeros(len(params))
+        # One leaf at a time: what a large curvature has in common with a small one would hide it.
+        for number in sorted(range(len(params)), key=lambda number: -params[number].size)[:_LEAVES]:
+            for _ in range(_PROBES):
+                way = [np.zeros_like(other) for other in params]
+                way[number] = random.choice([-1, 1], way[number].shape).astype(way[number].dtype)
+                means[number] += np.mean(way[number].astype(float) * times(way)[number]) if way[number].size else 0
+        return names, means
     named, found = [], []
     for number, (name, leaf) in enumerate(zip(names, params, strict=True)):
         for place in np.ndindex(leaf.shape):

@@ -637,8 +637,8 @@ class Verifier(NamedTuple):
 
 
 def _on_host(out: tuple[jax.Array, list, list]) -> tuple[Any, list, list]:
-    loss, *trees = out
-    return _trees.on_host(loss)[()], *([_trees.on_host(leaf) for leaf in tree] for tree in trees)
+    loss, grad, product = out
+    return _trees.on_host(loss)[()], list(map(_trees.on_host, grad)), list(map(_trees.on_host, product))
 
 
 def _claims(state: State) -> Any:
