@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gdopt
-from solvers import LONG, SHORT, SOLVERS, Loss, first_within, is_finite, value_and_grad
+from solvers import GDOPT, LONG, OURS, SHORT, SOLVERS, YARDSTICK, Loss, first_within, is_finite, value_and_grad
 from tables import Row, arguments, plain, print_heading, print_table, processes
 
 TAUS = (1e-3, 1e-5, 1e-7)
@@ -47,7 +47,6 @@ TOLS = (1e-4, 1e-2, 1e-8, 0.0)  # the default first
 NAMED = ("CONVERGED", "PRECISION_LIMIT")  # the statuses with a column of their own
 STOP_STEPS = 5000
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "jaxopt", "scipy", "sif2jax", "numpy")
-GDOPT, YARDSTICK, *_ = SOLVERS
 
 
 class Effort(NamedTuple):
@@ -242,7 +241,8 @@ def failures(runs: Iterable[Stop | Solved]) -> list[str]:
 
 def remarks(cases: Sequence[Case], results: Sequence[Measured]) -> str:
     """How many of gdopt's runs failed, and what else went wrong in which run."""
-    lines = ["{}: exceptions: {}, NaN results: {}".format(GDOPT, *failures(result.solved[GDOPT] for result in results))]
+    ours = [result.solved[name] for result in results for name in OURS]
+    lines = ["gdopt: exceptions: {}, NaN results: {}".format(*failures(ours))]
     for case, result in zip(cases, results, strict=True):
         lines += [f"{name} on {case.name}: {run.remark}" for name, run in result.solved.items() if run.remark]
     return "; ".join(lines)
@@ -266,9 +266,9 @@ def draw(results: Sequence[Measured], longest: int, path: str) -> None:
         needed = needed[needed <= end]
         share = np.arange(len(needed) + 1) / len(results) * 100
         style = (
-            {"linewidth": 3.5, "color": "black", "zorder": 3}
-            if name == GDOPT
-            else {"linewidth": 1.5, "color": f"C{i - 1}"}
+            {"linewidth": 3.5 if name == GDOPT else 1.5, "color": ("black", "dimgray", "darkgray")[i], "zorder": 3}
+            if name in OURS
+            else {"linewidth": 1.5, "color": f"C{i - len(OURS)}"}
         )
         dashes = "-" if name in LONG else "--"
         (line,) = axes.plot([1, *needed, end], [*share, share[-1]], dashes, drawstyle="steps-post", **style)

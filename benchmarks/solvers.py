@@ -38,13 +38,17 @@ class Trace(NamedTuple):
 Solver = Callable[[Loss, jax.Array, int, float], Trace]
 
 
-def by_gdopt(loss: Loss, start: jax.Array, budget: int, _seconds: float) -> Trace:
+def by_gdopt(**options: Any) -> Solver:
     """The subject. A run of N updates makes N + 1 evaluations."""
-    try:
-        result = gdopt.minimize(loss, start, tol=0, max_steps=budget - 1)
-    except Exception as error:
-        return Trace([], f"exception: {error!r}")
-    return Trace(result.history.loss, "" if is_finite(result) else "NaN result")
+
+    def run(loss: Loss, start: jax.Array, budget: int, _seconds: float) -> Trace:
+        try:
+            result = gdopt.minimize(loss, start, tol=0, max_steps=budget - 1, **options)
+        except Exception as error:
+            return Trace([], f"exception: {error!r}")
+        return Trace(result.history.loss, "" if is_finite(result) else "NaN result")
+
+    return run
 
 
 def is_finite(result: gdopt.Result) -> bool:
@@ -158,9 +162,14 @@ def by_adam(loss: Loss, start: jax.Array, budget: int, _seconds: float) -> Trace
     return Trace(np.asarray(run(start)))
 
 
-LONG: dict[str, Solver] = {
-    "`gdopt.minimize`": by_gdopt,
-    "scipy L-BFGS-B": by_scipy("L-BFGS-B"),
+GDOPT, YARDSTICK = "`gdopt.minimize`", "scipy L-BFGS-B"
+OURS: dict[str, Solver] = {
+    GDOPT: by_gdopt(),
+    "`gdopt.quasi_newton(memory=0)`": by_gdopt(optimizer=gdopt.quasi_newton(memory=0)),
+    "`optimizer=gdopt.gd`": by_gdopt(optimizer=gdopt.gd),
+}
+LONG: dict[str, Solver] = OURS | {
+    YARDSTICK: by_scipy("L-BFGS-B"),
     "scipy L-BFGS-B, `ftol=gtol=0`": by_scipy("L-BFGS-B", ftol=0, gtol=0),
     "scipy BFGS": by_scipy("BFGS"),
     "scipy CG": by_scipy("CG"),
@@ -171,7 +180,6 @@ SOLVERS: dict[str, Solver] = LONG | {
     "jaxopt `GradientDescent`": recorded(jaxopt_descent),
     "optax `adam`, 0.1": by_adam,
 }
-GDOPT, YARDSTICK, *_ = LONG
 
 
 def first_within(losses: Any, target: float) -> float:

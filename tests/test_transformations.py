@@ -372,6 +372,35 @@ def test_no_derivative_where_there_is_none() -> None:
     assert np.isnan(jax.jit(jax.jacfwd(flat))(0.0))
 
 
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
+def test_of_more_params_than_rows_the_derivative_has_least_norm(derivative, x64: bool) -> None:
+    """That of (5, 12) rows by their results is the pseudo-inverse; by the rows, the least dw with A dw = -dA w."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(x64):
+        rows, results, way = (jnp.asarray(rng.normal(size=shape), float) for shape in ((5, 12), 5, (5, 12)))
+        solved = lambda rows, y: gdopt.minimize(lambda w: jnp.mean((rows @ w - y) ** 2), jnp.zeros(rows.shape[1]))
+        inverse = np.linalg.pinv(rows)
+        atol = 1e-12 if x64 else 1e-5
+        of_results = jax.jit(derivative(lambda y: solved(rows, y).params))(results)
+        np.testing.assert_allclose(of_results, inverse, atol=atol)
+        of_rows = jax.jit(derivative(lambda t: solved(rows + t * way, results).params))(0.0)
+        right = -inverse @ way @ np.asarray(solved(rows, results).params)
+        np.testing.assert_allclose(of_rows, right, atol=1e-6 if x64 else 1e-3)
+
+
+@pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
+def test_of_a_minimum_that_jumps_there_is_no_derivative(derivative) -> None:
+    """Of two equal columns either may have all of the weight as soon as they differ; the results move none of this."""
+    rng = np.random.default_rng(0)
+    column, results = rng.normal(size=5).astype("f4"), rng.normal(size=5).astype("f4")
+    rows, way = np.stack([column, column], 1), np.stack([results, np.ones(5, "f4")], 1)
+    solved = lambda rows, y: gdopt.minimize(lambda w: jnp.mean((rows @ w - y) ** 2), jnp.zeros(2)).params
+    assert np.isnan(jax.jit(derivative(lambda t: solved(rows + t * way, results)))(0.0)).all()
+    of_results = jax.jit(derivative(lambda y: solved(rows, y)))(results)
+    np.testing.assert_allclose(of_results, np.linalg.pinv(rows), atol=1e-5)
+
+
 @pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("options", ["batches", pytest.param("batches, keys", marks=pytest.mark.slow)])
 def test_through_mini_batches_there_is_no_derivative(derivative, options: str) -> None:

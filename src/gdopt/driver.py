@@ -129,8 +129,9 @@ def minimize(
         A `Result`, also inside of ``jit``, ``vmap`` and ``grad``. There the whole run is one ``while_loop``, numbers
         are arrays, and derivatives with respect to ``args``, ``data`` and what the loss closes over are those of the
         minimum, by the implicit function theorem: NaN where the run had no success, zero for the start and the rate,
-        and an error for mini-batches and keys. They are as exact as the minimum, so lower ``tol`` for them; and call
-        ``jax.jit`` around what you differentiate more than once.
+        and an error for mini-batches and keys. Where the minimum is not unique, as with more params than rows, they are
+        those of least norm for up to 256 params, and NaN for more, or where the minimum jumps. They are as exact as the
+        minimum, so lower ``tol`` for them; and call ``jax.jit`` around what you differentiate more than once.
 
         A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or
         NON_FINITE the best or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a

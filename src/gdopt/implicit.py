@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
 
 from gdopt import _fingerprint, _jax, _replay, _trees
@@ -23,6 +24,8 @@ from gdopt._types import PyTree
 from gdopt.errors import InputError
 
 _ROUNDS = 5
+_DENSE = 256  # params: the Hessian of so many may be singular
+_RANK = 2  # eps times the root of the number of params and the largest curvature: below, it is none
 _RESIDUAL = 1e-3  # of the right side: above it, there is no derivative to speak of
 
 
@@ -80,7 +83,11 @@ def differentiable(
             return jax.grad(lambda real: value(back(real), *given)[0])(real)
 
         right = _tangents(lambda some: gradient(real, some), some, ways)
-        way = _solved(lambda x: _hessian_times(lambda real: gradient(real, some), real, x), right)
+        times = lambda real, some, x: _hessian_times(lambda real: gradient(real, some), real, x)
+        known = lax.stop_gradient((real, some))
+        across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](way)[0]
+        singular = _of_least_norm(functools.partial(times, *known), across, known[0])
+        way = _solved(functools.partial(times, real, some), right, singular)
         sign = jnp.where(success, -1.0, jnp.nan)  # a factor, as it is to be seen from behind, too
         way = jax.tree.map(lambda leaf: (sign * leaf).astype(leaf.dtype), way)
         params_dot = jax.jvp(back, (real,), (way,))[1]
@@ -149,14 +156,46 @@ def _has_rules_for_reverse_alone(closed: Any) -> bool:
     return _fingerprint.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
 
 
-def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree) -> PyTree:
+class _Singular(NamedTuple):
+    """How to solve with a Hessian of few params that may be singular, as with more params than rows."""
+
+    found: jax.Array  # whether it is
+    least: Callable[[PyTree], PyTree]  # the solution of least norm and least squares
+    defined: jax.Array  # whether the gradient does not move along what the Hessian maps to zero
+
+
+def _of_least_norm(
+    times: Callable[[PyTree], PyTree], across: Callable[[PyTree], PyTree], x: PyTree
+) -> _Singular | None:
+    """The pseudo-inverse of the Hessian at x; ``across`` is how a gradient's direction depends on what moves."""
+    flat, whole = ravel_pytree(x)
+    if flat.size > _DENSE or not flat.size:
+        return None
+    rows = lax.map(lambda way: ravel_pytree(times(whole(way)))[0], jnp.eye(flat.size, dtype=flat.dtype))
+    matrix = jnp.where(jnp.isfinite(rows).all(), rows + rows.T, 0) / 2
+    values, vectors = jnp.linalg.eigh(matrix)
+    least = _RANK * flat.size**0.5 * float(jnp.finfo(flat.dtype).eps) * jnp.max(jnp.abs(values))
+    regular = jnp.abs(values) > least
+    inverse = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
+    chance = jnp.sin(1e3 * lax.iota(flat.dtype, flat.size) + 1)  # any direction that is not special
+    lost = vectors @ jnp.where(regular, 0, vectors.T @ chance)
+    moved, all_moved = (_trees.norm(across(whole(way))) for way in (lost, chance))
+
+    def solution(right: PyTree) -> PyTree:
+        return whole(vectors @ (inverse * (vectors.T @ ravel_pytree(right)[0])))
+
+    return _Singular(~regular.all(), solution, moved <= _RESIDUAL * all_moved)
+
+
+def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: _Singular | None) -> PyTree:
     """x with H x = right, by conjugate gradients; NaN where they found none.
 
     Where H is ill-conditioned, what the iteration takes for its residual is soon no longer the true one. So this is
-    measured at its end, and the iteration begun anew on what is left, as long as that helps.
+    measured at its end, and the iteration begun anew on what is left, as long as that helps. Where H is singular, x is
+    the solution of least norm, if there is one.
     """
 
-    def solve(times: Callable[[PyTree], PyTree], right: PyTree) -> PyTree:
+    def solve(times: Callable[[PyTree], PyTree], right: PyTree, *, backward: bool = False) -> PyTree:
         eps = float(jnp.finfo(_trees.norm_dtype(right)).eps)
         most: Any = 10 * sum(leaf.size for leaf in jax.tree.leaves(right)) + 100
         scale = _trees.norm(right)
@@ -177,10 +216,20 @@ def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree) -> PyTree:
         size = _trees.norm(unit)
         start = jax.tree.map(jnp.zeros_like, unit), unit, size, jnp.full_like(size, jnp.inf), 0
         found, _, size, _, _ = lax.while_loop(goes_on, improve, start)
-        factor = jnp.where(size <= _RESIDUAL, scale, jnp.nan)
+        solved = size <= _RESIDUAL
+        if singular is not None:
+            least = jax.tree.map(lambda new, old: new.astype(old.dtype), singular.least(unit), found)
+            solved &= ~singular.found  # rounding may have made it regular
+            found, at_all = _trees.select(solved, found, least), singular.found & singular.defined
+            if not backward:  # a cotangent may well have a part that the Hessian maps to zero
+                left = _trees.norm(jax.tree.map(jnp.subtract, unit, times(least)))
+                at_all &= left <= _RESIDUAL
+            solved = solved | at_all
+        factor = jnp.where(solved, scale, jnp.nan)
         return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), found)
 
-    return lax.custom_linear_solve(times_hessian, right, solve, symmetric=True)
+    behind = functools.partial(solve, backward=True)
+    return lax.custom_linear_solve(times_hessian, right, solve, transpose_solve=behind, symmetric=True)
 
 
 def _is_zero(tangent: Any) -> bool:

@@ -304,16 +304,21 @@ def _directions(
     best = np.where(bend > 0, square / np.where(bend > 0, bend, 1) / steepest, 1)
     promised = np.where(bend > 0, size * (size * best) * square / 2, np.where(size > 0, np.inf, 0))
 
+    whole = _dot(place, typical, typical, dtype)
+
+    def reach(way: Blocks) -> Any:
+        """How far the params have come, or are from zero: farther away the loss may be nothing but rounding."""
+        return np.sqrt(whole / np.maximum(_dot(place, way, way, dtype), jnp.finfo(dtype).tiny))
+
     fall = found.weak @ found.weak
-    lengths = [np.where(fall > 0, visible / np.where(fall > 0, fall, 1), 0), np.ones_like(best)]
     ways = [out(-(found.vectors @ found.weak) / found.even), newton]
+    visibly = np.where(fall > 0, visible / np.where(fall > 0, fall, 1), 0)
+    lengths = [np.minimum(visibly, reach(ways[0]) / _STRETCH ** (_WEAK - 1)), np.ones_like(best)]
     for weights in (found.vectors[:, 0] / found.even, found.lowest):
         way = out(weights)
-        square = np.maximum(_dot(place, way, way, dtype), jnp.finfo(dtype).tiny)
-        reach = np.sqrt(_dot(place, typical, typical, dtype) / square)
         least = np.abs(weights @ found.matrix @ weights)
         seen = np.sqrt(2 * visible / np.where(least > 0, least, 1))
-        lengths.append(np.where(np.isfinite(seen) & (seen > 0), seen, 1e-3 * reach))
+        lengths.append(np.where(np.isfinite(seen) & (seen > 0), seen, 1e-3 * reach(way)))
         ways.append(way)
     lengths = np.stack([length.astype(dtype) for length in (*lengths, best)])
     return (*ways, [-g for g in slope]), lengths, promised
