@@ -215,6 +215,63 @@ def test_no_lower_bound(loss: Any, start: float, dtype: Any, optimizer: Any) -> 
     assert "no lower bound" in result.message
 
 
+SATURATED = {
+    "Arrhenius": (lambda p, t: p[0] * jnp.exp(-p[1] / (8.314 * t)), (300.0, 400.0), (8.3e8, 5.2e4), (1e9, 5e4)),
+    "Hill": (
+        lambda p, c: p[0] + (p[1] - p[0]) / (1 + (p[2] / c) ** p[3]),
+        (1.0, 1e4),
+        (210.0, 9400.0, 130.0, 1.4),
+        (0.0, 100.0, 1.0, 1.0),
+    ),
+    "box": (lambda p, x: p[0] * (1 - jnp.exp(-p[1] * x)), (1.0, 10.0), (213.0, 0.55), (1.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("optimizer", [None, gdopt.gd])
+@pytest.mark.parametrize("name", SATURATED)
+def test_params_that_went_too_far_are_no_minimum(name: str, optimizer: Any) -> None:
+    """A step leads to where the curve is a constant: gradient and curvature of most params are zero there."""
+    model, (low, high), right, start = SATURATED[name]
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.geomspace(low, high, 20))
+        y = model(jnp.asarray(right), x)
+        result = gdopt.minimize(lambda p: jnp.sum((model(p, x) - y) ** 2), jnp.asarray(start), optimizer=optimizer)
+        constant = float(jnp.sum((y - y.mean()) ** 2))
+    assert not result.success or result.loss < 1e-3 * constant, result
+    if result.status == Status.STALLED:
+        assert "does not depend on some of the params any more" in result.message
+
+
+@pytest.mark.parametrize("optimizer", [None, gdopt.gd])
+def test_a_likelihood_without_bound_is_no_success(optimizer: Any) -> None:
+    """Of equal readings the spread goes to zero, until the curvature is beyond the range."""
+    loss = lambda p: p["s"] + 0.5 * jnp.mean(((293.0 - p["mu"]) / jnp.exp(p["s"])) ** 2)
+    for start in ({"mu": 293.0, "s": 0.0}, {"mu": 280.0, "s": 3.0}):
+        assert not gdopt.minimize(loss, start, optimizer=optimizer).success
+
+
+def test_a_loss_without_second_derivatives_is_verified() -> None:
+    """By differences of its gradient."""
+
+    @jax.custom_vjp
+    def quartic(x: jax.Array) -> jax.Array:
+        return jnp.sum((x - 1) ** 2 + jnp.array([1.0, 1e4]) * (x - 1) ** 4)
+
+    def forward(x: jax.Array) -> tuple:
+        return quartic(x), x
+
+    def backward(x: jax.Array, ct: jax.Array) -> tuple:
+        grad = 2 * (x - 1) + 4 * jnp.array([1.0, 1e4]) * (x - 1) ** 3
+        return (ct * jax.pure_callback(lambda g: g, jax.ShapeDtypeStruct(x.shape, x.dtype), grad),)
+
+    quartic.defvjp(forward, backward)
+    for run in (gdopt.minimize, jax.jit(gdopt.minimize, static_argnums=0)):
+        result = run(quartic, jnp.array([5.0, -3.0]))
+        assert result.success, result
+        assert result.verified, result
+        assert result.loss < 1e-3, result
+
+
 def test_target_at_a_trial_without_a_gradient() -> None:
     """At a target counts a point that can be returned."""
     loss = lambda x: jnp.where(x > 1, (x - 1) ** 2, jnp.sqrt(jnp.maximum(x - 1, 0.0)) * 0)

@@ -490,9 +490,16 @@ class Verifier(NamedTuple):
         """The state with its claim verified, or withdrawn: then the run goes on."""
 
         def verify(state: State) -> State:
-            probe = functools.partial(self.probe, returned_params(state), inputs)
+            params = returned_params(state)
+            probe, exact = self._probe, True
+            try:
+                jax.eval_shape(probe, *(_trees.as_real(params)[0],) * 2, inputs)
+            except Exception:  # JAX raises various ones for a loss that has no second derivatives
+                probe, exact = self._probe_by_differences, False
+            tree = functools.partial(self._tree, params)
+            of_blocks = lambda xs, ways: probe(tree(xs), tree(ways), inputs)
             free = self.free(state, inputs) if self.rule.may_project else None
-            return self._settled(InTrace, probe, free, state, inputs)
+            return self._settled(InTrace, of_blocks, exact, free, state, inputs)
 
         return lax.cond(_claims(state), verify, lambda state: state, state)
 
@@ -507,14 +514,15 @@ class Verifier(NamedTuple):
             probes.extend(programs)
         if self.settings.layout is not None:
             return programs[0].call(carry[0], inputs), carry[1]
-        free = programs[1] and jax.tree.map(_trees.on_host, programs[1].call(state, inputs))
+        known_free, exact = programs[1:3]
+        free = known_free and jax.tree.map(_trees.on_host, known_free.call(state, inputs))
         whole = functools.partial(self._tree, returned_params(state))
 
         def probe(params: list, ways: list) -> Any:
             return _on_host(programs[0].call(whole(params), whole(ways), inputs))
 
         with np.errstate(all="ignore"):
-            state = self._settled(OnHost, probe, free, state, inputs)
+            state = self._settled(OnHost, probe, exact, free, state, inputs)
         return _trees.pack(state), carry[1]
 
     @as_own_work
@@ -546,38 +554,38 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
             made = program.share(whole, _trees.pack(state), inputs)
-            return made, None, made.closed
+            return made, None, True, made.closed
         real, _ = _trees.as_real(returned_params(state))
         try:
-            made = program.share(traced._probe, real, real, inputs)
+            made, exact = program.share(traced._probe, real, real, inputs), True
         except Exception:  # JAX raises various ones for a loss that has no second derivatives
-            made = program.share(lambda xs, ways, inputs: traced._probe(xs, None, inputs), real, real, inputs)
+            made, exact = program.share(traced._probe_by_differences, real, real, inputs), False
         free = program.share(traced.free, state, inputs) if self.rule.may_project else None
-        return made, free, made.closed and (free is None or free.closed)
+        return made, free, exact, made.closed and (free is None or free.closed)
 
-    def probe(self, params: PyTree, inputs: Inputs, xs: list, ways: list) -> tuple[jax.Array, list, list]:
-        """The loss, its gradient, and the Hessian times a direction."""
-        there = self._tree(params, xs)
-        try:
-            return self._probe(there, self._tree(params, ways), inputs)
-        except Exception:
-            return self._probe(there, None, inputs)
+    def _probe(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
+        """The loss, its gradient, and the Hessian times a direction.
 
-    def _probe(self, xs: PyTree, ways: PyTree | None, inputs: Inputs) -> tuple[jax.Array, list, list]:
-        """The same for real trees: leaves of one shape are compiled once, slices of a vector each for itself."""
-        _, back = _trees.as_real(inputs.start)
-        traced: Any = self.loss
-
-        def gradient(xs: PyTree) -> tuple[list, jax.Array]:
-            given = inputs.constants, inputs.data, inputs.args, None
-            (loss, _), grad = traced.replay(traced.constants, back(xs), *given)
-            return self._blocks(grad), loss
-
-        if ways is None:
-            grad, loss = gradient(xs)
-            return loss, grad, [jnp.full_like(x, jnp.nan) for x in grad]
+        Given trees of real leaves: those of one shape are compiled once, slices of a vector each for itself.
+        """
+        gradient = functools.partial(self._gradient, inputs)
         grad, product, loss = jax.jvp(gradient, (xs,), (ways,), has_aux=True)
         return loss, grad, product
+
+    def _probe_by_differences(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
+        """The same for a loss that has no second derivatives: an entry moves by a share of its direction."""
+        grad, loss = self._gradient(inputs, xs)
+        share = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(xs)) ** (1 / 3)
+        beside = lambda share: jax.tree.map(lambda x, way: x + share * way, xs, ways)
+        (above, _), (below, _) = (self._gradient(inputs, beside(sign * share)) for sign in (1, -1))
+        return loss, grad, [(a - b) / (2 * share) for a, b in zip(above, below, strict=True)]
+
+    def _gradient(self, inputs: Inputs, xs: PyTree) -> tuple[list, jax.Array]:
+        _, back = _trees.as_real(inputs.start)
+        traced: Any = self.loss
+        given = inputs.constants, inputs.data, inputs.args, None
+        (loss, _), grad = traced.replay(traced.constants, back(xs), *given)
+        return self._blocks(grad), loss
 
     def _blocks(self, tree: PyTree) -> list:
         """A tree like the params as a few real arrays."""
@@ -607,7 +615,7 @@ class Verifier(NamedTuple):
         both = lax.map(moved, lax.iota(jnp.int32, 2))
         return self._blocks(jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, params))
 
-    def _settled(self, place: Any, probe: Any, free: list | None, state: State, inputs: Inputs) -> State:
+    def _settled(self, place: Any, probe: Any, exact: bool, free: list | None, state: State, inputs: Inputs) -> State:
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
         real, back = _trees.as_real(params)
@@ -622,7 +630,7 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        new = settle(place, probe, claim, inputs.limits, self.eps, searches=searches)
+        new = settle(place, probe, claim, inputs.limits, self.eps, exact=exact, searches=searches)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:
             return state

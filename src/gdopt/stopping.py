@@ -17,7 +17,7 @@ class Status(enum.IntEnum):
     """Why a run ended.
 
     - ``CONVERGED``: little is left to gain, by ``tol`` or ``grad_tol``, or the gradient is exactly zero. Verified at
-      the point that is returned, if the loss has second derivatives.
+      the point that is returned.
     - ``TARGET_REACHED``: the loss is at or below ``target``.
     - ``MAX_STEPS``: the steps or epochs that were asked for are done.
     - ``PRECISION_LIMIT``: the loss changes by no more than rounding, and what is left to gain is below that, too; or it
@@ -80,7 +80,7 @@ _GROWN_FOR = 20  # doublings, at least
 _HELD = 5  # evaluations in a row at which little is left
 _HELD_ACCEPTED = 2  # the same of accepted points, whose curvature is known
 _PART_LEFT = 0.1  # of the loss: with more of it left, its size is not yet that of the minimum
-_NOTHING = 1e-12  # of what was gained: a loss below counts as zero
+NOTHING = 1e-12  # of what was gained: a loss below counts as zero
 _LESS = 0.1  # of what is asked for: asked for after a claim that was contradicted
 LEAST_BAR = 1e-30  # after 30 of them a run that is stuck has stalled, even if there is a lower point
 _STALLED_UPDATES = 50
@@ -157,15 +157,16 @@ class Ending(NamedTuple):
 
     left: Any  # to gain, in units of the loss; NaN if unknown
     verified: Any  # NOT_VERIFIED, BY_CURVATURE or BY_NEIGHBOURS
-    negative: Any  # whether the curvature is negative in some direction
+    flaw: Any  # that shows it to be no minimum: NONE_SEEN, SADDLE or SATURATED
 
 
 NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS = range(3)
+NONE_SEEN, SADDLE, SATURATED = range(3)  # a saddle may be a maximum
 
 
 def first_ending(dtype: Any) -> Ending:
     """Before anything is known."""
-    return Ending(jnp.full((), jnp.nan, dtype), jnp.int32(NOT_VERIFIED), jnp.asarray(False))
+    return Ending(jnp.full((), jnp.nan, dtype), jnp.int32(NOT_VERIFIED), jnp.int32(NONE_SEEN))
 
 
 def first_watch(loss_dtype, norm_dtype) -> Watch:
@@ -321,14 +322,16 @@ def _count_held(
         here, counts, accepted = kept_loss, search.accepted != watch.accepted, search.accepted
         gain = older - here
         little = (search.accepted > 1) & (gain > 0) & (search.left <= watch.bar * (limits.tol * gain))
-        little &= ~is_all(search.left, here, watch, limits, searches=True)
+        little &= ~is_all(search.left, here, watch, NOTHING)
     held = jnp.where(counts, jnp.where(little, watch.held + 1, 0), watch.held)
     return watch._replace(older=older, recent=recent, doubles=doubles, accepted=accepted, held=held)
 
 
-def is_all(left: Any, loss: Any, watch: Watch, limits: Limits, *, searches: bool) -> Any:
-    """Whether most of a loss is left to gain: its size says nothing of that of the minimum then, which may be zero."""
-    nothing = _NOTHING if searches else limits.tol * limits.tol
+def is_all(left: Any, loss: Any, watch: Watch, nothing: Any) -> Any:
+    """Whether most of a loss is left to gain: its size says nothing of that of the minimum then, which may be zero.
+
+    A share of ``nothing`` of what was gained is not worth the question.
+    """
     return (left > _PART_LEFT * abs(loss)) & (abs(loss) > nothing * (watch.first_loss - loss))
 
 
@@ -495,8 +498,6 @@ def fell_to(losses: np.ndarray, width: int) -> bool:
 
 def _left(told: Told) -> str:
     """What is left, in units of the loss, and how that is known."""
-    if not told.ending.verified:
-        return ". What is left could not be verified, as the loss has no second derivatives there."
     left = float(told.ending.left)
     much = f"about {left:.2g} is left to gain" if left > 0 else "nothing is left to gain"
     return f", and {much} by its curvature there."
@@ -519,12 +520,14 @@ def _more(told: Told) -> str:
     return f"The last {_LAST} steps gained nothing: try {_other(told)}."
 
 
-def _other(told: Told) -> str:
+def _other(told: Told, *, smaller: bool = False) -> str:
     """What to try in place of what decided the rates."""
     if told.how is Rates.SEARCHED:
         return "another start"
     if told.how is Rates.OWNED:
         return "another optimizer"
+    if smaller:
+        return "a smaller learning_rate, or another start"
     losses = told.history[0][-_LAST:]
     turns = np.diff(np.sign(np.diff(losses)))
     if told.overshoots or (turns.size >= _TURNS and np.mean(np.abs(turns) == 2) > _MOSTLY):
@@ -552,12 +555,18 @@ def _stalled(told: Told, after: str, first: str, last: str) -> str:
             f"stalled {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
             "finite there. Start elsewhere, or make the loss finite around that point."
         )
-    if (told.ending.negative and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]) or grad_norms[-1] == 0:
-        where = "a saddle or a maximum, where the curvature is negative" if told.ending.negative else "no minimum"
+    if told.ending.flaw == SATURATED:
+        return (
+            f"stalled {after} at a loss of {last}: it does not depend on some of the params any more, as it did at the "
+            "start, so they have gone too far. Start nearer to what you expect, or keep them within bounds."
+        )
+    saddle = told.ending.flaw == SADDLE
+    if (saddle and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]) or grad_norms[-1] == 0:
+        where = "a saddle or a maximum, where the curvature is negative" if saddle else "no minimum"
         if grad_norms[told.returned_step] > 0:
             return (
                 f"stalled {after}: the gradient is exactly zero at the last point, but not at the best, whose loss is "
-                f"{last}. Try a smaller learning rate, or another start."
+                f"{last}. Try {_other(told, smaller=True)}."
             )
         return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
     rate = "" if told.how is Rates.SEARCHED else f" Try {_other(told)}."

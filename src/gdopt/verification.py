@@ -27,7 +27,7 @@ Blocks = list[Any]  # real arrays, the entries of the params
 # (point, direction) -> the loss, its gradient, and the Hessian times the direction
 Probe = Callable[[Blocks, Blocks], tuple[Any, Blocks, Blocks]]
 
-_EXACT = 32  # entries of the params: the whole Hessian of so many is computed
+_EXACT = 64  # entries of the params: the whole Hessian of so many is computed
 _SWEEPS, _SIGNS = 5, 2  # to even the scales of the entries, with so many directions in each
 _KRYLOV = 24  # directions for more of them
 _ENTRIES, _FEWEST = 2**24, 6  # of all directions together, and the fewest of these
@@ -52,6 +52,7 @@ class Check(NamedTuple):
     lower: Any  # whether a point is lower by more than was allowed, or along a negative curvature by more than rounding
     below: Any  # the same by more than rounding, where the curvature cannot tell how much more is left
     kink: Any  # whether the gradient promises that the loss falls visibly, though no try showed it
+    saturated: Any  # whether the loss depended on an entry at the start, and does not there
     point: Blocks  # the lowest found
     steepest: Any  # the largest entry of the gradient at the given one
 
@@ -84,6 +85,11 @@ class OnHost:
     def select(condition: Any, if_true: Any, if_false: Any) -> Any:
         """One of two trees."""
         return if_true if condition else if_false
+
+    @staticmethod
+    def when(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        """Call one of two functions."""
+        return function() if condition else otherwise()
 
     @staticmethod
     def put(rows: Any, number: Any, row: Any) -> Any:
@@ -119,6 +125,11 @@ class InTrace:
         return _trees.select(condition, if_true, if_false)
 
     @staticmethod
+    def when(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        """Call one of two functions."""
+        return lax.cond(condition, function, otherwise)
+
+    @staticmethod
     def put(rows: Any, number: Any, row: Any) -> Any:
         """Write a row, if there is room for it."""
         return rows.at[number].set(row, mode="drop")
@@ -151,10 +162,13 @@ class Settled(NamedTuple):
     point: Blocks
 
 
-def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float, *, searches: bool) -> Settled:
+def settle(
+    place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float, *, exact: bool, searches: bool
+) -> Settled:
     """Verify a claim, or withdraw it: then the run goes on, if its optimizer ``searches`` at a lower point.
 
-    An optimizer that does not is left on its own way; if it has come to its end, the run has stalled.
+    An optimizer that does not is left on its own way; if it has come to its end, the run has stalled. Products of the
+    Hessian are ``exact``, or differences of gradients.
     """
     np, loss, watch = place.np, claim.loss, claim.watch
     may, rounding = stopping.allowed(np, watch, loss, limits), stopping.resolution(loss, eps)
@@ -165,15 +179,17 @@ def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float,
     typical = [np.where(x > eps**2 * size, x, size).astype(x.dtype) for x in typical]  # others have not moved yet
     if claim.free is not None:
         typical = [x * f for x, f in zip(typical, claim.free, strict=True)]
-    seen = check(place, probe, claim.params, loss, typical, wanted, rounding)
+    begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
+    start = Start(begin, watch.first_loss, stopping.resolution(watch.first_loss, eps))
+    seen = check(place, probe, claim.params, loss, typical, start, wanted, rounding, exact=exact)
 
     limited = claim.code == Status.PRECISION_LIMIT
-    all_left = stopping.is_all(seen.left, loss, watch, limits, searches=searches) & (claim.step > 0)
+    nothing = np.where(searches & ~limited, stopping.NOTHING, limits.tol * limits.tol)
+    all_left = stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
     lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # as on the way to a kink
     little = seen.curved & (seen.left <= wanted) & ~lower & ~all_left
-    untold = ~seen.curved & ~limited & ~lower
     kink = limited & seen.kink & ~lower
-    holds = little | untold | kink
+    holds = (little | kink) & ~seen.saturated
     if limits.grad_tol is not None:
         holds = holds | (seen.steepest <= limits.grad_tol)
     name = np.where(limited & (kink | (seen.left > may)), Status.PRECISION_LIMIT, Status.CONVERGED)
@@ -185,10 +201,12 @@ def settle(place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float,
     how = np.where(little, stopping.BY_CURVATURE, np.where(kink, stopping.BY_NEIGHBOURS, stopping.NOT_VERIFIED))
     left = np.where(np.isfinite(seen.left), seen.left, np.nan)
     left = np.where(kink, rounding, left).astype(loss.dtype)  # by so much a neighbour may be lower
+    saddle = np.where(seen.negative, stopping.SADDLE, stopping.NONE_SEEN)
+    flaw = np.where(seen.saturated, stopping.SATURATED, saddle)
     moves = goes_on & lower if searches else goes_on & False
     return Settled(
         code=code.astype(np.int32),
-        ending=Ending(left, how.astype(np.int32), seen.negative),
+        ending=Ending(left, how.astype(np.int32), flaw.astype(np.int32)),
         watch=place.select(goes_on, stopping.contradicted(np, watch, claim.step), watch),
         moves=moves,
         restarts=moves & limited,
@@ -215,13 +233,33 @@ class _Spectrum(NamedTuple):
     known: Any
 
 
-def check(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks, allowed: Any, rounding: Any) -> Check:
+class Start(NamedTuple):
+    """Where the run began."""
+
+    params: Blocks
+    loss: Any
+    rounding: Any  # of that
+
+
+def check(
+    place: Place,
+    probe: Probe,
+    params: Blocks,
+    loss: Any,
+    typical: Blocks,
+    start: Start,
+    allowed: Any,
+    rounding: Any,
+    *,
+    exact: bool,
+) -> Check:
     """Look for what is left to gain at a point, and for a lower one.
 
     ``typical`` is the size of each entry, 0 for those that are held in their places. At most ``allowed`` may be left;
     the loss is known up to ``rounding``.
     """
     np, eps = place.np, max(float(jnp.finfo(x.dtype).eps) for x in params)
+    accuracy = eps if exact else eps ** (2 / 3)  # of curvatures
     dtype = _trees.norm_dtype(params)
     still = [np.zeros_like(x) for x in params]
     few = sum(x.size for x in params) <= _EXACT
@@ -234,7 +272,7 @@ def check(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks
         return scaled(probe(params, along)[2])
 
     _, grad, _ = probe(params, still)
-    found = _spectrum(place, times, scaled(grad), eps, dtype)
+    found = _spectrum(place, times, scaled(grad), accuracy, dtype)
     newton = _newton(place, found, found.right)
     out = lambda weights: [w * s for w, s in zip(_combined(place, weights, found.basis), scale, strict=True)]
     step = out(-newton.weights)
@@ -264,12 +302,49 @@ def check(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks
         negative=clear,
         lower=(lowest < loss - visible) | (clear & saddle),
         below=(lowest < loss - rounding) & (~little | flat),
-        kink=~little
+        kink=found.known
+        & ~little
         & (np.maximum(promised, newton.left) > _KINK * rounding)
         & (told > NEIGHBOURS // 2),  # not outside of its domain
+        saturated=_is_saturated(place, probe, params, loss, found, out, scaled, start, rounding)
+        if few
+        else flat & False,
         point=point,
         steepest=_largest(np, grad),
     )
+
+
+def _is_saturated(
+    place: Place,
+    probe: Probe,
+    params: Blocks,
+    loss: Any,
+    found: _Spectrum,
+    out: Callable,
+    scaled: Callable,
+    start: Start,
+    rounding: Any,
+) -> Any:
+    """Whether entries went so far that nothing depends on them any more, though the loss did at the start.
+
+    As the width of a peak that became a line: gradient and curvature are zero there, and the loss is no minimum. A loss
+    of zero may be one. For the whole Hessian, of entries in units of their sizes.
+    """
+    np = place.np
+    still = [np.zeros_like(x) for x in params]
+    curved = np.diagonal(found.matrix)
+    lost = (curved <= 0) & (np.abs(curved) <= rounding) & (np.abs(found.right) <= rounding)
+
+    def look() -> Any:
+        slope = _products(place, found.basis, scaled(probe(start.params, still)[1]), found.right.dtype)
+        dead = lost & (np.abs(slope) > start.rounding)
+        half = out(np.where(dead, 0.5, 0))
+        sides = [_moved(params, half), _moved(params, [-x for x in half])]
+        one, other = (np.abs(probe(side, still)[0] - loss) for side in sides)
+        # One of them may be outside of the domain, but not both.
+        return dead.any() & (np.fmax(one, other) <= rounding) & (loss != 0)
+
+    return place.when(lost.any(), look, lambda: lost.any() & False)
 
 
 class _Newton(NamedTuple):
@@ -282,9 +357,13 @@ class _Newton(NamedTuple):
 def _newton(place: Place, found: _Spectrum, right: Any) -> _Newton:
     np = place.np
     parts = found.vectors.T @ (right / found.even)
-    firm = np.maximum(np.abs(found.values), found.noise)
+    sizes = np.abs(found.values)
+    firm = np.maximum(sizes, found.noise)
     weights = np.where(parts == 0, 0, parts / np.where(firm > 0, firm, 1))
-    left = np.where((firm > 0).all(), np.sum(parts * weights) / 2, np.where((parts != 0).any(), np.inf, 0))
+    # A curvature that is lost in rounding may be smaller than that, and more be left.
+    least = np.maximum(sizes, found.noise / (_NOISE * len(sizes)))
+    gains = np.where(parts == 0, 0, parts * (parts / np.where(least > 0, least, 1))) / 2
+    left = np.where((firm > 0).all(), np.sum(gains), np.where((parts != 0).any(), np.inf, 0))
     return _Newton(found.vectors @ weights / found.even, left)
 
 
