@@ -29,7 +29,8 @@ class Status(enum.IntEnum):
     - ``INTERRUPTED``: Ctrl-C.
     - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
     - ``STALLED``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or no further
-      step was found, although more is left to gain: the learning rate has decayed, or the point is a saddle.
+      step was found, although more is left to gain: the learning rate has decayed, the point is a saddle, or params
+      went so far that the loss does not depend on them any more.
 
     Prints as its name; otherwise it is an int.
 
