@@ -107,7 +107,7 @@ def call(library: str, loss: Loss, start: jax.Array, aims: Aims) -> float:
 def find_aims(name: str, budget: int) -> Aims:
     """The targets from long runs, and what it takes to come to them."""
     loss, start = CALLS[name]()
-    ours = by_gdopt(loss, start, budget, PATIENCE).losses
+    ours = by_gdopt()(loss, start, budget, PATIENCE).losses
     theirs = recorded(optimistix_bfgs)(loss, start, SHORT, PATIENCE).losses
     scipys = by_scipy("L-BFGS-B", ftol=0, gtol=0)(loss, start, budget, PATIENCE).losses
     bests = [np.nanmin(ours), np.nanmin(theirs)]
