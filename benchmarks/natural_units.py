@@ -100,7 +100,7 @@ def polish(loss: Loss, params: Any, rounds: int = 20) -> tuple[float, np.ndarray
 
     This needs float64: call it with ``jax_enable_x64`` set.
     """
-    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+    if jnp.result_type(float) != np.float64:
         raise RuntimeError("polish needs float64. Set jax.config.update('jax_enable_x64', True) first.")
     start, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, float), params))
 
@@ -397,7 +397,7 @@ def logistic_distribution_revenues(rng: Random) -> Fit:
 @fit
 def multivariate_normal_iris(rng: Random) -> Fit:
     """Mean and Cholesky factor of the iris measurements in centimetres."""
-    x = datasets.load_iris().data  # pyright: ignore[reportAttributeAccessIssue]
+    x, _ = datasets.load_iris(return_X_y=True)
     rows, columns = np.tril_indices(4, -1)
 
     def loss(p: Any) -> Any:
@@ -1252,7 +1252,7 @@ def factors_saddle_small(rng: Random) -> Fit:
 @fit
 def autoencoder_iris(rng: Random) -> Fit:
     """A linear autoencoder of raw iris with two directions, as in principal components."""
-    x = datasets.load_iris().data  # pyright: ignore[reportAttributeAccessIssue]
+    x, _ = datasets.load_iris(return_X_y=True)
 
     def loss(p: Any) -> Any:
         centred = x - p["mean"]
@@ -1268,7 +1268,8 @@ def autoencoder_iris(rng: Random) -> Fit:
 @fit
 def leading_direction_wine(rng: Random) -> Fit:
     """A Rayleigh quotient of the raw wine covariance, about 1e5, with a minus sign."""
-    covariance = np.cov(datasets.load_wine().data.T)  # pyright: ignore[reportAttributeAccessIssue]
+    x, _ = datasets.load_wine(return_X_y=True)
+    covariance = np.cov(x.T)
     return lambda w: -(w @ covariance @ w) / (w @ w), [np.ones(13), rng.normal(size=13)]
 
 
