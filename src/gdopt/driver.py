@@ -129,7 +129,7 @@ def minimize(
         A `Result`, also inside of ``jit``, ``vmap`` and ``grad``. There the whole run is one ``while_loop``, numbers
         are arrays, and derivatives with respect to ``args``, ``data`` and what the loss closes over are those of the
         minimum, by the implicit function theorem: NaN where the run had no success, zero for the start and the rate,
-        and an error for mini-batches and keys. Where the minimum is not unique, as with more params than rows, they are
+        and an error for mini-batches and keys. If the minimum is not unique, as with more params than rows, they are
         those of least norm for up to 256 params, and NaN for more, or where the minimum jumps. They are as exact as the
         minimum, so lower ``tol`` for them; and call ``jax.jit`` around what you differentiate more than once.
 
@@ -280,7 +280,7 @@ def minimize(
 def _hindsight(
     compiled: loop.Compiled, state: loop.State, inputs: loop.Inputs, history: History, status: Status, rates: Rates
 ) -> Hindsight:
-    """What the loss looks like where gradient descent ended without a minimum."""
+    """Look at the loss where gradient descent ended without a minimum."""
     ended = status in (Status.MAX_STEPS, Status.STALLED) and len(history.loss) > LEAST_STEPS
     # Others have scales of their own for the params, or may have.
     descent = rates is Rates.PLAIN or (rates is Rates.SEARCHED and not learns_scales(state.optimizer))

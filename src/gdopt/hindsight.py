@@ -1,4 +1,4 @@
-"""What a loss looks like where a run ended that did not get there: for the advice in its message."""
+"""A look at the loss where a run ended without a minimum, for the advice in its message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Probe = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
 
 
 class Hindsight(NamedTuple):
-    """What was seen."""
+    """The findings of a look back."""
 
     overshoots: bool = False  # a step of gradient descent turns the gradient round
     apart: tuple[str, str] | None = None  # params whose scales differ by far, the larger scale first

@@ -113,7 +113,7 @@ class Compiled(NamedTuple):
     carry: PyTree  # the shapes of it
     eps: float  # of the dtype in which the loss is computed
     pace: list[float]  # the seconds of a step in the last run, where there was one
-    probes: list[Any]  # what a claim is verified by, once there was one
+    probes: list[Programs]  # that verify a claim, once there was one
     # Of a loss that is the same function at each step: verifies what a run claims at its end, ...
     verify: Callable[[Carry, Inputs], Carry] | None = None
     # ... and looks at the loss there; its last argument is the rate of plain gradient descent
@@ -204,10 +204,11 @@ def _compile(
         if noisy:
             return made
         verifier = Verifier(task, rule, None, schedule, settings, made.eps)
-        verify, look_back = (
-            functools.partial(method, value, made.probes) for method in (verifier.on_host, verifier.look_back)
+        programs = functools.partial(verifier.programs, value, made.probes, [])
+        return made._replace(
+            verify=functools.partial(verifier.on_host, programs),
+            look_back=functools.partial(verifier.look_back, programs),
         )
-        return made._replace(verify=verify, look_back=look_back)
 
     # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
@@ -476,6 +477,15 @@ def _functions(
     return start, step
 
 
+class Programs(NamedTuple):
+    """The compiled parts of a verification."""
+
+    probe: program.Shared  # on many devices all of it
+    free: program.Shared | None  # tells which entries the optimizer holds, if it may hold any
+    exact: bool  # whether products of the Hessian are
+    closed: bool  # whether they depend on nothing else than on the traces and their inputs
+
+
 class Verifier(NamedTuple):
     """How a claim to be at a minimum is verified: see `verification.settle`."""
 
@@ -504,49 +514,54 @@ class Verifier(NamedTuple):
         return lax.cond(_claims(state), verify, lambda state: state, state)
 
     @as_own_work
-    def on_host(self, value: program.Traced, probes: list, carry: Carry, inputs: Inputs) -> Carry:
+    def on_host(self, programs: Callable[[State, Inputs], Programs], carry: Carry, inputs: Inputs) -> Carry:
         """The same for a run that is not traced: what it computes with the loss is compiled now, if it was not yet."""
         state = carry[0].tree()
         if not _claims(state):
             return carry
-        programs = probes or self._programs(value, state, inputs)
-        if programs[-1] and not probes:
-            probes.extend(programs)
+        compiled = programs(state, inputs)
         if self.settings.layout is not None:
-            return programs[0].call(carry[0], inputs), carry[1]
-        known_free, exact = programs[1:3]
-        free = known_free and jax.tree.map(_trees.on_host, known_free.call(state, inputs))
+            return compiled.probe.call(carry[0], inputs), carry[1]
+        free = compiled.free and jax.tree.map(_trees.on_host, compiled.free.call(state, inputs))
         whole = functools.partial(self._tree, returned_params(state))
 
         def probe(params: list, ways: list) -> Any:
-            return _on_host(programs[0].call(whole(params), whole(ways), inputs))
+            return _on_host(compiled.probe.call(whole(params), whole(ways), inputs))
 
         with np.errstate(all="ignore"):
-            state = self._settled(OnHost, probe, exact, free, state, inputs)
+            state = self._settled(OnHost, probe, compiled.exact, free, state, inputs)
         return _trees.pack(state), carry[1]
 
     @as_own_work
     def look_back(
-        self, value: program.Traced, probes: list, state: State, inputs: Inputs, rate: float | None
+        self, programs: Callable[[State, Inputs], Programs], state: State, inputs: Inputs, rate: float | None
     ) -> Hindsight:
-        """What is to be seen at the end of a run that did not get to a minimum: see `hindsight`."""
+        """Look at the loss where a run ended that did not get to a minimum: see `hindsight`."""
         params = returned_params(state)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
             return Hindsight()
-        probe_of_blocks, *_ = probes or self._programs(value, state, inputs)
+        compiled = programs(state, inputs)
         real = lambda leaves: _trees.as_real(treedef.unflatten(leaves))[0]
 
         def probe(xs: list, ways: list) -> Any:
-            _, grad, product = _on_host(probe_of_blocks.call(real(xs), real(ways), inputs))
+            _, grad, product = _on_host(compiled.probe.call(real(xs), real(ways), inputs))
             return jax.tree.leaves(self._tree(params, grad)), jax.tree.leaves(self._tree(params, product))
 
         names = [_trees.path_name(path) for path, _ in paths]
         with np.errstate(all="ignore"):
             return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
 
-    def _programs(self, value: program.Traced, state: State, inputs: Inputs) -> tuple:
-        """What is compiled, and whether it depends on nothing else than on the traces and its inputs."""
+    def programs(
+        self, value: program.Traced, shared: list[Programs], own: list[Programs], state: State, inputs: Inputs
+    ) -> Programs:
+        """The programs of earlier calls or of this one, made when they are first asked for."""
+        if not shared and not own:
+            made = self._programs(value, state, inputs)
+            (shared if made.closed else own).append(made)
+        return (shared or own)[0]
+
+    def _programs(self, value: program.Traced, state: State, inputs: Inputs) -> Programs:
         task = self.task
         batch = task._replace(data=inputs.data).batch
         loss, _ = program.with_gradient(value, task.value, inputs.start, batch, inputs.args, None)
@@ -554,14 +569,14 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
             made = program.share(whole, _trees.pack(state), inputs)
-            return made, None, True, made.closed
+            return Programs(made, None, exact=True, closed=made.closed)
         real, _ = _trees.as_real(returned_params(state))
         try:
             made, exact = program.share(traced._probe, real, real, inputs), True
         except Exception:  # JAX raises various ones for a loss that has no second derivatives
             made, exact = program.share(traced._probe_by_differences, real, real, inputs), False
         free = program.share(traced.free, state, inputs) if self.rule.may_project else None
-        return made, free, exact, made.closed and (free is None or free.closed)
+        return Programs(made, free, exact, made.closed and (free is None or free.closed))
 
     def _probe(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
         """The loss, its gradient, and the Hessian times a direction.
@@ -582,10 +597,14 @@ class Verifier(NamedTuple):
 
     def _gradient(self, inputs: Inputs, xs: PyTree) -> tuple[list, jax.Array]:
         _, back = _trees.as_real(inputs.start)
+        loss, grad = self._value_and_grad(inputs, back(xs))
+        return self._blocks(grad), loss
+
+    def _value_and_grad(self, inputs: Inputs, params: PyTree) -> tuple[jax.Array, PyTree]:
         traced: Any = self.loss
         given = inputs.constants, inputs.data, inputs.args, None
-        (loss, _), grad = traced.replay(traced.constants, back(xs), *given)
-        return self._blocks(grad), loss
+        (loss, _), grad = traced.replay(traced.constants, params, *given)
+        return loss, grad
 
     def _blocks(self, tree: PyTree) -> list:
         """A tree like the params as a few real arrays."""
@@ -599,9 +618,8 @@ class Verifier(NamedTuple):
     def free(self, state: State, inputs: Inputs) -> list:
         """0 for entries that the optimizer holds at a bound: that it moves against the gradient alone, not along it."""
         params, rule = returned_params(state), self.rule
-        traced: Any = self.loss
+        loss, grad = self._value_and_grad(inputs, params)
         given = inputs.data, inputs.args, None
-        (loss, _), grad = traced.replay(traced.constants, params, inputs.constants, *given)
         rate = None
         if not rule.owns_rate:
             rate = self.schedule.replay(inputs.numbers, state.step) if self.schedule else jnp.asarray(inputs.rate)

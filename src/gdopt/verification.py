@@ -38,9 +38,8 @@ _AGAIN = 0.2  # of what is left, where Newton's step has led to: 0.14 for expone
 _STRETCH = 4.0  # the length of a try over that of the one before
 
 # The points that are tried, one kind after the other.
-NEIGHBOURS = 96
 _WEAK, _NEWTON, _NEGATIVE, _DOWNHILL = 8, 6, (16, 16), 12
-*_ENDS, _ALL = itertools.accumulate((_WEAK, _NEWTON, *_NEGATIVE, _DOWNHILL, NEIGHBOURS))
+*_ENDS, _ALL = itertools.accumulate((_WEAK, _NEWTON, *_NEGATIVE, _DOWNHILL, stopping.TRIED))
 
 
 class Check(NamedTuple):
@@ -234,7 +233,7 @@ class _Spectrum(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where the run began."""
+    """The first point of the run."""
 
     params: Blocks
     loss: Any
@@ -264,15 +263,10 @@ def check(
     still = [np.zeros_like(x) for x in params]
     few = sum(x.size for x in params) <= _EXACT
     scale = typical if few else _evened(place, probe, params, typical)
-    scaled = lambda blocks: [g.astype(s.dtype) * s for g, s in zip(blocks, scale, strict=True)]
-
-    def times(way: Blocks) -> Blocks:
-        """S H S times a direction, with the scale S."""
-        along = [(w * s).astype(x.dtype) for w, s, x in zip(way, scale, params, strict=True)]
-        return scaled(probe(params, along)[2])
-
+    scaled = functools.partial(_scaled, scale)
+    times = functools.partial(_scaled_product, probe, params, scale)
     _, grad, _ = probe(params, still)
-    found = _spectrum(place, times, scaled(grad), accuracy, dtype)
+    found = _spectrum(place, times, scaled(grad), accuracy, dtype, whole=few)
     newton = _newton(place, found, found.right)
     out = lambda weights: [w * s for w, s in zip(_combined(place, weights, found.basis), scale, strict=True)]
     step = out(-newton.weights)
@@ -305,13 +299,23 @@ def check(
         kink=found.known
         & ~little
         & (np.maximum(promised, newton.left) > _KINK * rounding)
-        & (told > NEIGHBOURS // 2),  # not outside of its domain
+        & (told > stopping.TRIED // 2),  # not outside of its domain
         saturated=_is_saturated(place, probe, params, loss, found, out, scaled, start, rounding)
         if few
         else flat & False,
         point=point,
         steepest=_largest(np, grad),
     )
+
+
+def _scaled(scale: Blocks, blocks: Blocks) -> Blocks:
+    return [g.astype(s.dtype) * s for g, s in zip(blocks, scale, strict=True)]
+
+
+def _scaled_product(probe: Probe, params: Blocks, scale: Blocks, way: Blocks) -> Blocks:
+    """Multiply a direction by S H S, with the scale S."""
+    along = [(w * s).astype(x.dtype) for w, s, x in zip(way, scale, params, strict=True)]
+    return _scaled(scale, probe(params, along)[2])
 
 
 def _is_saturated(
@@ -325,7 +329,7 @@ def _is_saturated(
     start: Start,
     rounding: Any,
 ) -> Any:
-    """Whether entries went so far that nothing depends on them any more, though the loss did at the start.
+    """Tell whether entries went so far that the loss no longer depends on them, as it did at the start.
 
     As the width of a peak that became a line: gradient and curvature are zero there, and the loss is no minimum. A loss
     of zero may be one. For the whole Hessian, of entries in units of their sizes.
@@ -348,7 +352,7 @@ def _is_saturated(
 
 
 class _Newton(NamedTuple):
-    """What the Hessian makes of a gradient."""
+    """Newton's step for a gradient."""
 
     weights: Any  # of the directions, for Newton's step away from the minimum
     left: Any  # to gain by it: g'H^-1 g / 2, with the absolute values of curvatures
@@ -470,17 +474,19 @@ def _moved(params: Blocks, ways: Blocks) -> Blocks:
     return [x + way.astype(x.dtype) for x, way in zip(params, ways, strict=True)]
 
 
-def _spectrum(place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, eps: float, dtype: Any) -> _Spectrum:
+def _spectrum(
+    place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, eps: float, dtype: Any, *, whole: bool
+) -> _Spectrum:
     """The eigenvalues of the Hessian: of all of it, or of what Lanczos' directions see."""
     np, count = place.np, sum(block.size for block in slope)
-    basis, matrix = (_whole if count <= _EXACT else _krylov)(place, times, slope, count, dtype)
+    basis, matrix = (_whole if whole else _krylov)(place, times, slope, count, dtype)
     right = _products(place, basis, slope, dtype)
     known = np.isfinite(matrix).all() & np.isfinite(right).all()
     matrix, right = np.where(known, matrix, 0), np.where(np.isfinite(right), right, 0)
-    even = _even(np, matrix) if count <= _EXACT else np.ones_like(right)
+    even = _even(np, matrix) if whole else np.ones_like(right)
     values, vectors = np.linalg.eigh(matrix / even[:, None] / even[None, :])
     # Rounding between entries of very different scales can spoil the lowest: then that of the plain matrix is better.
-    lowest = np.linalg.eigh(matrix)[1][:, 0] if count <= _EXACT else vectors[:, 1]
+    lowest = np.linalg.eigh(matrix)[1][:, 0] if whole else vectors[:, 1]
     noise = _NOISE * matrix.shape[0] * eps * np.max(np.abs(values))
     weak = np.where(np.abs(values) <= noise, vectors.T @ (right / even), 0)
     return _Spectrum(basis, right, matrix, even, values, vectors, weak, lowest, noise, known)
@@ -495,13 +501,12 @@ def _evened(place: Place, probe: Probe, params: Blocks, scale: Blocks) -> Blocks
     np = place.np
 
     def sweep(number: Any, scale: Blocks) -> Blocks:
-        squares = [np.zeros_like(s) for s in scale]
+        norms = [np.zeros_like(s) for s in scale]
         for probes in range(_SIGNS):
             signs = [np.where(x < 0, -1, 1) for x in _chance(place, scale, _SIGNS * number + probes)]
-            along = [(w * s).astype(x.dtype) for w, s, x in zip(signs, scale, params, strict=True)]
-            image = [h.astype(s.dtype) * s for h, s in zip(probe(params, along)[2], scale, strict=True)]
-            squares = [np.hypot(a, h) for a, h in zip(squares, image, strict=True)]
-        rows = [a / _SIGNS**0.5 for a in squares]
+            image = _scaled_product(probe, params, scale, signs)
+            norms = [np.hypot(a, h) for a, h in zip(norms, image, strict=True)]
+        rows = [a / _SIGNS**0.5 for a in norms]
         return [
             np.where((r > 0) & np.isfinite(r), s / np.sqrt(np.where(r > 0, r, 1)), s).astype(s.dtype)
             for r, s in zip(rows, scale, strict=True)
