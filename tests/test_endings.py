@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, linprog
 
 import gdopt
 from gdopt import InputError, Status
@@ -163,6 +163,132 @@ def test_other_optimizers_say_that_it_is_a_saddle(optimizer: Any) -> None:
     assert "saddle" in result.message
 
 
+# --- what looks like a minimum ---
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"),
+    [
+        (lambda x: x**3, 1.0),
+        (lambda x: x**5, 1.0),
+        (lambda x: x[0] ** 3 + (x[1] - 3) ** 2, np.array([1.0, 0.0])),
+        (lambda x: x[0] ** 3 - 3 * x[0] * x[1] ** 2 + x[0] ** 4 + x[1] ** 4, np.array([1.0, 0.0])),  # a monkey saddle
+        (lambda x: x[0] ** 2 - x[1] ** 4 + x[1] ** 6, np.array([1.0, 0.0])),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_flat_saddles_and_inflections_are_left(loss: Any, start: Any, dtype: Any) -> None:
+    """Their curvature is zero, and the loss falls on one side, or on both farther away."""
+    with jax.enable_x64(dtype == np.float64):
+        result = gdopt.minimize(loss, np.asarray(start, dtype))
+        assert result.loss < -0.1, result
+        assert not result.success or np.linalg.norm(jax.grad(loss)(result.params)) < 1e-2, result
+
+
+def with_gradient_at(shift: float, sign: float) -> Any:
+    """Squares around 2 with a gradient that is another's."""
+
+    @jax.custom_vjp
+    def squares(x: jax.Array) -> jax.Array:
+        return jnp.sum((x - 2) ** 2)
+
+    squares.defvjp(lambda x: (squares(x), x), lambda x, ct: (sign * ct * 2 * (x - shift),))
+    return squares
+
+
+def test_a_gradient_that_does_not_match_is_no_success() -> None:
+    result = gdopt.minimize(with_gradient_at(1.0, 1.0), jnp.zeros(3))
+    assert not result.success, result
+    result = gdopt.minimize(with_gradient_at(2.0, -1.0), jnp.zeros(3))
+    assert not result.success, result
+    assert "none is lower, so it may not match the loss" in result.message
+
+
+def test_a_loss_that_drowned_in_rounding_is_no_success() -> None:
+    """A likelihood of Student's t, whose gammaln cancel where the degrees of freedom grow."""
+    readings = 5 * np.random.default_rng(1).standard_t(3, 200) + 1000
+
+    def loss(p: jax.Array) -> jax.Array:
+        freedom, z = jnp.exp(p[2]), (readings - p[0]) / jnp.exp(p[1])
+        const = jax.scipy.special.gammaln(freedom / 2) - jax.scipy.special.gammaln((freedom + 1) / 2)
+        return jnp.sum(const + 0.5 * jnp.log(freedom * jnp.pi) + p[1] + (freedom + 1) / 2 * jnp.log1p(z * z / freedom))
+
+    with jax.enable_x64(True):
+        for start in ([0.0, 5.0, 1.0], [3000.0, 8.0, -2.0]):
+            result = gdopt.minimize(loss, np.array(start))
+            assert not result.success or abs(result.loss - 669.9824) < 1e-3, result
+            if not result.success:
+                assert "most of what it gained is rounding" in result.message
+
+
+def test_a_loss_that_is_known_badly_says_how_well() -> None:
+    """Distances of 2.66e7 metres to satellites: float32 knows their squared errors to about 10."""
+    random, here = np.random.default_rng(0), np.array([3.9e6, 3.2e5, 5.0e6])
+    directions = random.normal(size=(8, 3)) + 2 * here / np.linalg.norm(here)
+    satellites = 2.66e7 * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    pseudo = np.linalg.norm(satellites - here, axis=1) + random.normal(0, 5, 8)
+    loss = lambda p: jnp.sum((jnp.sqrt(jnp.sum((satellites - p[None]) ** 2, axis=1)) - pseudo) ** 2)
+    result = gdopt.minimize(loss, np.array([4e6, 0.0, 5e6], "f4"))
+    with jax.enable_x64(True):
+        exact = gdopt.minimize(loss, np.asarray(result.params, float))
+    assert result.success, result
+    assert exact.success, exact
+    assert result.loss - exact.loss < 10 * result.left, (result, exact)
+    assert "less is left to gain than its rounding there" in result.message
+
+
+def test_a_start_at_the_minimum_is_a_success() -> None:
+    """Also if what little is to be gained is less than rounding."""
+    x, y = np.linspace(0, 1e3, 50, dtype="f4"), np.linspace(3, 2e3, 50, dtype="f4")
+    loss = lambda p: jnp.mean((p[0] + p[1] * x - y) ** 2)
+    result = gdopt.minimize(loss, jnp.zeros(2))
+    for _ in range(3):
+        assert result.success, result
+        result = gdopt.minimize(loss, result.params)
+
+
+def test_nan_second_derivatives_are_replaced_by_differences() -> None:
+    """A root that the loss leaves aside at the params that are returned."""
+
+    def loss(x: jax.Array) -> jax.Array:
+        def squares(x: jax.Array) -> jax.Array:
+            return jnp.sum((x - 1.5) ** 2 * jnp.array([1.0, 30.0]))
+
+        @jax.custom_jvp
+        def nothing(x: jax.Array) -> jax.Array:
+            return 0 * jnp.sum(x)
+
+        @nothing.defjvp
+        def _(x: tuple, tangents: tuple) -> tuple:
+            return nothing(*x), jnp.sum(jnp.sqrt(0 * x[0]) * tangents[0])
+
+        return squares(x) + nothing(x)
+
+    assert np.isnan(jax.hessian(loss)(jnp.ones(2))).any()
+    for run in (gdopt.minimize, jax.jit(gdopt.minimize, static_argnums=0)):
+        result = run(loss, jnp.zeros(2))
+        assert result.success, result
+        assert result.verified, result
+        np.testing.assert_allclose(result.params, 1.5, atol=1e-3)
+
+
+@pytest.mark.parametrize("start", [[0.0, -1.0, 1.0, 3.0, 3.0], [0.0, 1e4, -1e4, 2.0, 2.0]])
+def test_no_point_without_numbers_is_gone_on_from(start: list) -> None:
+    """A mixture of two normals, one of which is lost."""
+    random = np.random.default_rng(1)
+    readings = np.concatenate([random.normal(-200, 10, 100), random.normal(300, 40, 150)])
+
+    def loss(p: jax.Array) -> jax.Array:
+        z = (readings[:, None] - p[None, 1:3]) / jnp.exp(p[None, 3:])
+        parts = jax.nn.log_sigmoid(jnp.stack([p[0], -p[0]]))[None] - p[None, 3:] - 0.5 * z**2
+        return -jnp.mean(jax.nn.logsumexp(parts, axis=1))
+
+    with jax.enable_x64(True):
+        result = gdopt.minimize(loss, np.array(start))
+    assert result.status != Status.NON_FINITE, result
+    assert result.loss < 6.009, result  # of a single normal
+
+
 # --- kinks and bounds ---
 
 
@@ -172,6 +298,27 @@ def test_kinks(optimizer: Any) -> None:
     assert result.success, result
     assert result.verified, result
     np.testing.assert_allclose(result.params, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [None, gdopt.gd])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_largest_error_is_no_minimum_at_each_of_its_kinks(optimizer: Any, dtype: Any) -> None:
+    """A line through kelvins over pascals: few directions lead down from a kink, and no single gradient is one."""
+    x = np.linspace(9e4, 1.1e5, 40)
+    y = 280 + 1e-4 * x + np.random.default_rng(0).uniform(-0.5, 0.5, 40)
+    best = linprog(
+        [0, 0, 1],
+        np.block(
+            [[np.ones((40, 1)), x[:, None], -np.ones((40, 1))], [-np.ones((40, 1)), -x[:, None], -np.ones((40, 1))]]
+        ),
+        np.concatenate([y, -y]),
+        bounds=[(None, None)] * 3,
+    ).fun
+    with jax.enable_x64(dtype == np.float64):
+        for start in ([290.0, 0.0], [0.0, 0.0]):
+            loss = lambda p: jnp.max(jnp.abs(p[0] + p[1] * x - y))
+            result = gdopt.minimize(loss, np.array(start, dtype), optimizer=optimizer)
+            assert not result.success or result.loss < best + 0.01, result
 
 
 @pytest.mark.parametrize("start", [np.zeros(8), np.ones(8)])

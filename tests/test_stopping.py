@@ -167,7 +167,7 @@ def test_steps_too_small_to_change_anything_are_no_success():
     result = minimize(learning_rate=1e-12)
     assert (result.status, result.success) == (Status.STALLED, False)
     assert result.steps < 2000
-    assert "the steps do not fit. Try another learning_rate" in result.message
+    assert "the steps do not fit. Try a larger learning_rate" in result.message
 
 
 def test_restart_at_the_answer_ends_at_once_and_is_no_worse():
@@ -302,7 +302,7 @@ def test_a_blow_up_of_no_quadratic_tells_no_rate(rate):
 @pytest.mark.parametrize("options", [{"optimizer": optax.adam}, {}])
 def test_a_rate_of_zero_and_one_that_changes_nothing_are_told_from_a_large_one(options):
     still = minimize(learning_rate=lambda step: 0.0, max_steps=4, **options)
-    assert still.message.endswith("The learning rate was 0 at each step: with one above 0 the loss can fall.")
+    assert still.message.endswith("The learning rate was 0 at each step. With one above 0 the loss can fall.")
     tiny = minimize(params=jnp.full(2, 2.0), learning_rate=1e-30, max_steps=4, **options)
     assert tiny.message.endswith("It has not changed at all: raise max_steps, or try a larger learning_rate.")
 

@@ -24,6 +24,7 @@ from gdopt.data import Batches
 from gdopt.errors import InputError
 from gdopt.hindsight import Hindsight, look_back
 from gdopt.implicit import differentiable
+from gdopt.places import InTrace, OnHost
 from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
@@ -32,7 +33,7 @@ from gdopt.sharding import Layout, explicit_mesh, mapped_mesh, placed
 from gdopt.stopping import RUNNING, Ending, Epoch, Evaluation, Limits, Search, Status, Watch
 from gdopt.task import Task
 from gdopt.trials import MAX_REJECTED
-from gdopt.verification import Claim, InTrace, OnHost, settle
+from gdopt.verification import Claim, settle
 
 CAPACITY = 4096  # rows of the history that a carry has room for
 _SMALL = 4096  # entries of an array that is computed with together with others
@@ -113,7 +114,7 @@ class Compiled(NamedTuple):
     carry: PyTree  # the shapes of it
     eps: float  # of the dtype in which the loss is computed
     pace: list[float]  # the seconds of a step in the last run, where there was one
-    probes: list[Programs]  # that verify a claim, once there was one
+    probes: dict[bool, Programs]  # that verify a claim, once there was one: see `Verifier.programs`
     # Of a loss that is the same function at each step: verifies what a run claims at its end, ...
     verify: Callable[[Carry, Inputs], Carry] | None = None
     # ... and looks at the loss there; its last argument is the rate of plain gradient descent
@@ -204,7 +205,7 @@ def _compile(
         if noisy:
             return made
         verifier = Verifier(task, rule, None, schedule, settings, made.eps)
-        programs = functools.partial(verifier.programs, value, made.probes, [])
+        programs = functools.partial(verifier.programs, value, made.probes, {})
         return made._replace(
             verify=functools.partial(verifier.on_host, programs),
             look_back=functools.partial(verifier.look_back, programs),
@@ -347,7 +348,7 @@ def _make(
         many = program.share(_chunk(step, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True)
         if not program.is_traced(first.constants, many.constants):
             closed = first.closed and many.closed and not asked_again
-            return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, [], []), closed
+            return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, [], {}), closed
         if inputs.key is not None and inputs.key.ndim:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
@@ -480,9 +481,8 @@ def _functions(
 class Programs(NamedTuple):
     """The compiled parts of a verification."""
 
-    probe: program.Shared  # on many devices all of it
+    probe: Any  # a `program.Shared`, on many devices of all of it; None if the loss has no second derivatives
     free: program.Shared | None  # tells which entries the optimizer holds, if it may hold any
-    exact: bool  # whether products of the Hessian are
     closed: bool  # whether they depend on nothing else than on the traces and their inputs
 
 
@@ -501,20 +501,23 @@ class Verifier(NamedTuple):
 
         def verify(state: State) -> State:
             params = returned_params(state)
-            probe, exact = self._probe, True
+            tree = self._tree(params)
+
+            def of_blocks(probe: Callable) -> Callable:
+                return lambda xs, ways: probe(tree(xs), tree(ways), inputs)
+
+            exact = of_blocks(self._probe)
             try:
-                jax.eval_shape(probe, *(_trees.as_real(params)[0],) * 2, inputs)
+                jax.eval_shape(self._probe, *(_trees.as_real(params)[0],) * 2, inputs)
             except Exception:  # JAX raises various ones for a loss that has no second derivatives
-                probe, exact = self._probe_by_differences, False
-            tree = functools.partial(self._tree, params)
-            of_blocks = lambda xs, ways: probe(tree(xs), tree(ways), inputs)
+                exact = None
             free = self.free(state, inputs) if self.rule.may_project else None
-            return self._settled(InTrace, of_blocks, exact, free, state, inputs)
+            return self._settled(InTrace, exact, of_blocks(self._probe_by_differences), free, state, inputs)
 
         return lax.cond(_claims(state), verify, lambda state: state, state)
 
     @as_own_work
-    def on_host(self, programs: Callable[[State, Inputs], Programs], carry: Carry, inputs: Inputs) -> Carry:
+    def on_host(self, programs: Callable[..., Programs], carry: Carry, inputs: Inputs) -> Carry:
         """The same for a run that is not traced: what it computes with the loss is compiled now, if it was not yet."""
         state = carry[0].tree()
         if not _claims(state):
@@ -523,18 +526,21 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None:
             return compiled.probe.call(carry[0], inputs), carry[1]
         free = compiled.free and jax.tree.map(_trees.on_host, compiled.free.call(state, inputs))
-        whole = functools.partial(self._tree, returned_params(state))
+        tree = self._tree(returned_params(state))
 
-        def probe(params: list, ways: list) -> Any:
-            return _on_host(compiled.probe.call(whole(params), whole(ways), inputs))
+        def exact(params: list, ways: list) -> Any:
+            return _on_host(compiled.probe.call(tree(params), tree(ways), inputs))
+
+        def differences(params: list, ways: list) -> Any:
+            return _on_host(programs(state, inputs, exact=False).probe.call(tree(params), tree(ways), inputs))
 
         with np.errstate(all="ignore"):
-            state = self._settled(OnHost, probe, compiled.exact, free, state, inputs)
+            state = self._settled(OnHost, compiled.probe and exact, differences, free, state, inputs)
         return _trees.pack(state), carry[1]
 
     @as_own_work
     def look_back(
-        self, programs: Callable[[State, Inputs], Programs], state: State, inputs: Inputs, rate: float | None
+        self, programs: Callable[..., Programs], state: State, inputs: Inputs, rate: float | None
     ) -> Hindsight:
         """Look at the loss where a run ended that did not get to a minimum: see `hindsight`."""
         params = returned_params(state)
@@ -542,26 +548,38 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
             return Hindsight()
         compiled = programs(state, inputs)
+        compiled = compiled if compiled.probe else programs(state, inputs, exact=False)
         real = lambda leaves: _trees.as_real(treedef.unflatten(leaves))[0]
+        tree = self._tree(params)
 
         def probe(xs: list, ways: list) -> Any:
             _, grad, product = _on_host(compiled.probe.call(real(xs), real(ways), inputs))
-            return jax.tree.leaves(self._tree(params, grad)), jax.tree.leaves(self._tree(params, product))
+            return jax.tree.leaves(tree(grad)), jax.tree.leaves(tree(product))
 
         names = [_trees.path_name(path) for path, _ in paths]
         with np.errstate(all="ignore"):
             return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
 
     def programs(
-        self, value: program.Traced, shared: list[Programs], own: list[Programs], state: State, inputs: Inputs
+        self,
+        value: program.Traced,
+        shared: dict[bool, Programs],
+        own: dict[bool, Programs],
+        state: State,
+        inputs: Inputs,
+        *,
+        exact: bool = True,
     ) -> Programs:
-        """The programs of earlier calls or of this one, made when they are first asked for."""
-        if not shared and not own:
-            made = self._programs(value, state, inputs)
-            (shared if made.closed else own).append(made)
-        return (shared or own)[0]
+        """The programs of earlier calls or of this one, made when they are first asked for.
 
-    def _programs(self, value: program.Traced, state: State, inputs: Inputs) -> Programs:
+        Products of the Hessian are ``exact``, or differences of gradients.
+        """
+        if exact not in shared and exact not in own:
+            made = self._programs(value, state, inputs, exact=exact)
+            (shared if made.closed else own)[exact] = made
+        return shared[exact] if exact in shared else own[exact]
+
+    def _programs(self, value: program.Traced, state: State, inputs: Inputs, *, exact: bool) -> Programs:
         task = self.task
         batch = task._replace(data=inputs.data).batch
         loss, _ = program.with_gradient(value, task.value, inputs.start, batch, inputs.args, None)
@@ -569,14 +587,17 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
             made = program.share(whole, _trees.pack(state), inputs)
-            return Programs(made, None, exact=True, closed=made.closed)
+            return Programs(made, None, made.closed)
         real, _ = _trees.as_real(returned_params(state))
         try:
-            made, exact = program.share(traced._probe, real, real, inputs), True
-        except Exception:  # JAX raises various ones for a loss that has no second derivatives
-            made, exact = program.share(traced._probe_by_differences, real, real, inputs), False
+            made = program.share(traced._probe if exact else traced._probe_by_differences, real, real, inputs)
+        except Exception:
+            if not exact:
+                raise
+            made = None  # JAX raises various ones for a loss that has no second derivatives
         free = program.share(traced.free, state, inputs) if self.rule.may_project else None
-        return Programs(made, free, exact, made.closed and (free is None or free.closed))
+        parts = [part for part in (made, free) if part]
+        return Programs(made, free, all(part.closed for part in parts))
 
     def _probe(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
         """The loss, its gradient, and the Hessian times a direction.
@@ -610,10 +631,10 @@ class Verifier(NamedTuple):
         """A tree like the params as a few real arrays."""
         return jax.tree.leaves(self.settings.compact(_trees.as_real(tree)[0]))
 
-    def _tree(self, params: PyTree, blocks: list) -> PyTree:
-        """The tree of real leaves from which `_blocks` made these."""
-        real, _ = _trees.as_real(params)
-        return jax.tree.unflatten(jax.tree.structure(self.settings.compact(real)), blocks).tree()
+    def _tree(self, params: PyTree) -> Callable[[list], PyTree]:
+        """Back from `_blocks` to the tree of real leaves from which they were made."""
+        treedef = jax.tree.structure(self.settings.compact(_trees.as_real(params)[0]))
+        return lambda blocks: treedef.unflatten(blocks).tree()
 
     def free(self, state: State, inputs: Inputs) -> list:
         """0 for entries that the optimizer holds at a bound: that it moves against the gradient alone, not along it."""
@@ -633,7 +654,9 @@ class Verifier(NamedTuple):
         both = lax.map(moved, lax.iota(jnp.int32, 2))
         return self._blocks(jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, params))
 
-    def _settled(self, place: Any, probe: Any, exact: bool, free: list | None, state: State, inputs: Inputs) -> State:
+    def _settled(
+        self, place: Any, probe: Any, differences: Any, free: list | None, state: State, inputs: Inputs
+    ) -> State:
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
         real, back = _trees.as_real(params)
@@ -648,11 +671,11 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        new = settle(place, probe, claim, inputs.limits, self.eps, exact=exact, searches=searches)
+        new = settle(place, probe, differences, claim, inputs.limits, self.eps, searches=searches)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:
             return state
-        there = back(self._tree(params, new.point))
+        there = back(self._tree(params)(new.point))
         there = jax.tree.map(lambda x, old: np.asarray(x, old.dtype), there, params)
         optimizer = place.select(new.restarts, restarted(state.optimizer), state.optimizer)
         params = place.select(new.moves, there, state.params)

@@ -142,7 +142,7 @@ class Result:
             a target also MAX_STEPS, if nothing else was asked for and the mean loss of the last epoch is at most the
             loss of the start.
         left: an estimate of what is left to gain at ``params``, in units of the loss: what Newton's method would gain
-            next, or at a kink the rounding of the loss. NaN where it is not known.
+            next; if it is more, and at a kink, the rounding of the loss there. NaN where it is not known.
         verified: whether that was checked at ``params`` at the end, by the curvature of the loss or, at a kink, by
             neighbours drawn at random. Their evaluations are not among the steps.
         history: a `History`; None inside of jit, vmap and grad.

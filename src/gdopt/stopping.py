@@ -29,8 +29,8 @@ class Status(enum.IntEnum):
     - ``INTERRUPTED``: Ctrl-C.
     - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
     - ``STALLED``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or no further
-      step was found, although more is left to gain: the learning rate has decayed, the point is a saddle, or params
-      went so far that the loss does not depend on them any more.
+      step was found, although more is left to gain: the learning rate has decayed, the point is a saddle, params went
+      so far that the loss does not depend on them any more, or most of what the loss gained is rounding.
 
     Prints as its name; otherwise it is an int.
 
@@ -157,12 +157,12 @@ class Ending(NamedTuple):
     """What is known of the point that is returned."""
 
     left: Any  # to gain, in units of the loss; NaN if unknown
-    verified: Any  # NOT_VERIFIED, BY_CURVATURE or BY_NEIGHBOURS
-    flaw: Any  # that shows it to be no minimum: NONE_SEEN, SADDLE or SATURATED
+    verified: Any  # NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS or UP_TO_NOISE
+    flaw: Any  # that shows it to be no minimum: NONE_SEEN, SADDLE, SATURATED or DROWNED
 
 
-NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS = range(3)
-NONE_SEEN, SADDLE, SATURATED = range(3)  # a saddle may be a maximum
+NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS, UP_TO_NOISE = range(4)
+NONE_SEEN, SADDLE, SATURATED, DROWNED = range(4)  # a saddle may be a maximum; a loss drowns in its rounding
 
 
 def first_ending(dtype: Any) -> Ending:
@@ -432,6 +432,8 @@ def explain(status: Status, told: Told) -> str:
             what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
             return f"took {what}{epochs}: the loss went from {first} to {last}.{worse}"
         case Status.MAX_STEPS if not fell(losses, eps):
+            if how is Rates.SEARCHED and steps >= _MANY_TRIALS:
+                slower = f"Of {steps} points along the gradient none is lower, so it may not match the loss."
             return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
         case Status.MAX_STEPS if told.farthest > _FAR:
             return _unbounded(f"stopped at max_steps={steps}", told)
@@ -486,9 +488,11 @@ def explain(status: Status, told: Told) -> str:
 
 _FAR = 1e15  # an entry of the params, beyond what anything is measured in
 TRIED = 96  # neighbours, at the most
+_RATE_OF_ZERO = "the learning rate was 0 at each step. With one above 0 the loss can fall."
 _COARSE = 1e-10  # eps: above it, a wider dtype has more digits
 _DECAYED = 1e-3  # of the highest rate
 _TURNS, _MOSTLY = 50, 0.8  # of the loss, which rises and falls in turn if the rate is too high
+_MANY_TRIALS = 60  # one search gives up after so many
 _LAST = 1000  # steps: what they gained tells whether more of them would
 
 
@@ -500,6 +504,8 @@ def fell_to(losses: np.ndarray, width: int) -> bool:
 def _left(told: Told) -> str:
     """What is left, in units of the loss, and how that is known."""
     left = float(told.ending.left)
+    if told.ending.verified == UP_TO_NOISE:
+        return f", and less is left to gain than its rounding there, {left:.2g}."
     much = f"about {left:.2g} is left to gain" if left > 0 else "nothing is left to gain"
     return f", and {much} by its curvature there."
 
@@ -518,7 +524,7 @@ def _more(told: Told) -> str:
     before = np.fmin.reduce(losses[:-_LAST]) if losses.size > _LAST else losses[0]
     if before - np.fmin.reduce(losses) > _ROUNDING * told.eps * abs(before):
         return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {_other(told)}."
-    return f"The last {_LAST} steps gained nothing: try {_other(told)}."
+    return f"The last {_LAST} steps gained no more than rounding: try {_other(told)}."
 
 
 def _other(told: Told, *, smaller: bool = False) -> str:
@@ -533,19 +539,24 @@ def _other(told: Told, *, smaller: bool = False) -> str:
     turns = np.diff(np.sign(np.diff(losses)))
     if told.overshoots or (turns.size >= _TURNS and np.mean(np.abs(turns) == 2) > _MOSTLY):
         return "a smaller learning_rate, as each step leads to the other side of the valley"
+    if losses.min() == losses.max() == told.history[0].max():
+        return "a larger learning_rate"
     return "another learning_rate"
 
 
 def _stalled(told: Told, after: str, first: str, last: str) -> str:
     losses, grad_norms, rates = told.history
     left = float(told.ending.left)
-    more = f"about {left:.2g} or more is left to gain" if np.isfinite(left) and left > 0 else "more may be left to gain"
+    much = f"about {left:.2g}" if np.isfinite(left) and left > 0 else "more"
+    more = f"{much} may be left to gain"
     known = rates[np.isfinite(rates)]
     tried = losses[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
     if told.farthest > _FAR:
         return _unbounded(f"stalled {after}", told)
     if told.how in (Rates.PLAIN, Rates.GIVEN) and known.size and known[-1] <= _DECAYED * known.max():
-        step = int(np.flatnonzero(rates > _DECAYED * known.max())[-1]) + 1 if known.max() > 0 else 0
+        if known.max() == 0:
+            return f"stalled {after} at a loss of {last}: {_RATE_OF_ZERO}"
+        step = int(np.flatnonzero(rates > _DECAYED * known.max())[-1]) + 1
         return (
             f"stalled {after}: the learning rate decayed to {known[-1]:.2g} (below a thousandth of its highest after "
             f"step {step}), and nothing changes any more, though {more}. The loss went from {first} to {last}. Let the "
@@ -561,10 +572,17 @@ def _stalled(told: Told, after: str, first: str, last: str) -> str:
             f"stalled {after} at a loss of {last}: it does not depend on some of the params any more, as it did at the "
             "start, so they have gone too far. Start nearer to what you expect, or keep them within bounds."
         )
+    if told.ending.flaw == DROWNED:
+        return (
+            f"stalled {after} at a loss of {last}: most of what it gained is rounding, as it changes by {left:.2g} "
+            "where the params change by a few roundings. Compute the loss without large terms that cancel, or start "
+            "elsewhere."
+        )
     saddle = told.ending.flaw == SADDLE
-    if (saddle and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]) or grad_norms[-1] == 0:
+    near = saddle and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]
+    if near or grad_norms[-1] == 0:
         where = "a saddle or a maximum, where the curvature is negative" if saddle else "no minimum"
-        if grad_norms[told.returned_step] > 0:
+        if grad_norms[told.returned_step] > 0 and not near:
             return (
                 f"stalled {after}: the gradient is exactly zero at the last point, but not at the best, whose loss is "
                 f"{last}. Try {_other(told, smaller=True)}."
@@ -617,7 +635,7 @@ def _slower(losses: np.ndarray, grad_norms: np.ndarray, rates: np.ndarray, plain
     if known.min() < 0:
         return f"The schedule gave a negative rate, {known.min():.3g}: with a rate above 0 the loss can fall."
     if highest == 0:
-        return "The learning rate was 0 at each step: with one above 0 the loss can fall."
+        return _RATE_OF_ZERO[0].upper() + _RATE_OF_ZERO[1:]
     if losses.min() == losses.max():
         return "It has not changed at all: raise max_steps, or try a larger learning_rate."
     with np.errstate(all="ignore"):

@@ -5,8 +5,7 @@ negative curvature, which tells a saddle from a minimum. If they contradict the 
 tried. If none of these is lower although the gradient promises it, the loss has a kink; then neighbours tell what a
 gradient cannot.
 
-All of it is computed with lists of real arrays, by NumPy on the host or by JAX in a trace: as a program it takes a
-second to compile, so a run outside of jit compiles the products alone.
+All of it is computed with lists of real arrays: see `places`.
 """
 
 from __future__ import annotations
@@ -17,15 +16,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from gdopt import _trees, stopping
+from gdopt.kinks import lowest_beyond
+from gdopt.places import (
+    Blocks,
+    Place,
+    Probe,
+    chance,
+    combined,
+    dot,
+    largest,
+    loss_at,
+    neighbour,
+    normal,
+    products,
+    shifted,
+)
 from gdopt.stopping import RUNNING, Ending, Limits, Status, Watch
-
-Blocks = list[Any]  # real arrays, the entries of the params
-# (point, direction) -> the loss, its gradient, and the Hessian times the direction
-Probe = Callable[[Blocks, Blocks], tuple[Any, Blocks, Blocks]]
 
 _EXACT = 64  # entries of the params: the whole Hessian of so many is computed
 _SWEEPS, _SIGNS = 5, 2  # to even the scales of the entries, with so many directions in each
@@ -34,12 +42,18 @@ _ENTRIES, _FEWEST = 2**24, 6  # of all directions together, and the fewest of th
 _CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
 _NOISE = 10  # eps times the number of directions: the rounding of a curvature
 _KINK = 100  # times the rounding of the loss: what a step downhill should have gained
+_ROUNDED, _ULPS = 4, 4.0  # points that tell how well the loss is known, and how far away: in eps of the params
+_MOSTLY, _MUCH = 0.1, 1000  # of what was gained, and over that at the start: a loss with more noise tells nothing
 _AGAIN = 0.2  # of what is left, where Newton's step has led to: 0.14 for exponentials and high powers, 0 for parabolas
 _STRETCH = 4.0  # the length of a try over that of the one before
 
-# The points that are tried, one kind after the other.
-_WEAK, _NEWTON, _NEGATIVE, _DOWNHILL = 8, 6, (16, 16), 12
-*_ENDS, _ALL = itertools.accumulate((_WEAK, _NEWTON, *_NEGATIVE, _DOWNHILL, stopping.TRIED))
+# The points that are tried, one kind after the other: how many there are of each.
+_KINDS = (8, 6, 32, 32, 16, 12, 3, 8, stopping.TRIED - 8)
+_WEAK, _NEWTON, _NEGATIVE, _SECOND, _FLAT, _DOWNHILL, _BEYOND, _FEW, _MANY = range(len(_KINDS))
+_ENDS = tuple(itertools.accumulate(_KINDS))
+_FARTHEST = 1e6  # sizes of the params: a point so far away is nothing to go on from
+_NEAR = 8  # the tries on either side that lie as far as the loss should change visibly, or farther
+_MORE = 4  # times what Newton's step should gain: beyond it there is no minimum
 
 
 class Check(NamedTuple):
@@ -54,87 +68,6 @@ class Check(NamedTuple):
     saturated: Any  # whether the loss depended on an entry at the start, and does not there
     point: Blocks  # the lowest found
     steepest: Any  # the largest entry of the gradient at the given one
-
-
-class OnHost:
-    """Arrays and loops of Python's."""
-
-    np = np
-
-    @staticmethod
-    def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
-        """Stack what a function gives for each number."""
-        return [np.stack(blocks) for blocks in zip(*map(function, range(count)), strict=True)]
-
-    @staticmethod
-    def fold(count: int, body: Callable, carry: Any) -> Any:
-        """Call ``carry = body(number, carry)`` for each number."""
-        for number in range(count):
-            carry = body(number, carry)
-        return carry
-
-    @staticmethod
-    def loop(goes_on: Callable, body: Callable, carry: Any) -> Any:
-        """Call ``carry = body(carry)`` as long as it goes on."""
-        while goes_on(carry):
-            carry = body(carry)
-        return carry
-
-    @staticmethod
-    def select(condition: Any, if_true: Any, if_false: Any) -> Any:
-        """One of two trees."""
-        return if_true if condition else if_false
-
-    @staticmethod
-    def when(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-        """Call one of two functions."""
-        return function() if condition else otherwise()
-
-    @staticmethod
-    def put(rows: Any, number: Any, row: Any) -> Any:
-        """Write a row, if there is room for it."""
-        if number < len(rows):
-            rows[number] = row
-        return rows
-
-
-class InTrace:
-    """The same for what is being traced."""
-
-    np = jnp
-
-    @staticmethod
-    def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
-        """Stack what a function gives for each number."""
-        return lax.map(function, lax.iota(int, count))
-
-    @staticmethod
-    def fold(count: int, body: Callable, carry: Any) -> Any:
-        """Call ``carry = body(number, carry)`` for each number."""
-        return lax.fori_loop(0, count, body, carry)
-
-    @staticmethod
-    def loop(goes_on: Callable, body: Callable, carry: Any) -> Any:
-        """Call ``carry = body(carry)`` as long as it goes on."""
-        return lax.while_loop(goes_on, body, carry)
-
-    @staticmethod
-    def select(condition: Any, if_true: Any, if_false: Any) -> Any:
-        """One of two trees."""
-        return _trees.select(condition, if_true, if_false)
-
-    @staticmethod
-    def when(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-        """Call one of two functions."""
-        return lax.cond(condition, function, otherwise)
-
-    @staticmethod
-    def put(rows: Any, number: Any, row: Any) -> Any:
-        """Write a row, if there is room for it."""
-        return rows.at[number].set(row, mode="drop")
-
-
-Place = type[OnHost] | type[InTrace]
 
 
 class Claim(NamedTuple):
@@ -162,46 +95,59 @@ class Settled(NamedTuple):
 
 
 def settle(
-    place: Place, probe: Probe, claim: Claim, limits: Limits, eps: float, *, exact: bool, searches: bool
+    place: Place, probe: Probe | None, differences: Probe, claim: Claim, limits: Limits, eps: float, *, searches: bool
 ) -> Settled:
     """Verify a claim, or withdraw it: then the run goes on, if its optimizer ``searches`` at a lower point.
 
     An optimizer that does not is left on its own way; if it has come to its end, the run has stalled. Products of the
-    Hessian are ``exact``, or differences of gradients.
+    Hessian are ``differences`` of gradients where it is not finite, or None.
     """
+    probe, exact, grad = _finite(place, probe, differences, claim.params)
     np, loss, watch = place.np, claim.loss, claim.watch
-    may, rounding = stopping.allowed(np, watch, loss, limits), stopping.resolution(loss, eps)
+    begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
+    noise = _noise(place, probe, claim.params, loss, grad).astype(loss.dtype)
+    raw = noise
+    drowned = noise > _MOSTLY * (watch.first_loss - loss)
+    # A run that starts at its minimum gains no more than that, too.
+    more = lambda: noise > _MUCH * _noise(place, probe, begin, watch.first_loss, None)
+    drowned = place.when(drowned, more, lambda: drowned)
+    noise = np.where(drowned, 0, noise)
+    may, rounding = stopping.allowed(np, watch, loss, limits), np.maximum(stopping.resolution(loss, eps), noise)
     wanted = np.maximum(may, rounding)
     typical = [np.fmax(abs(x), abs(moved)) for x, moved in zip(claim.params, claim.moved, strict=True)]
-    size = _largest(np, typical)
+    size = largest(np, typical)
     size = np.where(size > 0, size, 1)
     typical = [np.where(x > eps**2 * size, x, size).astype(x.dtype) for x in typical]  # others have not moved yet
     if claim.free is not None:
         typical = [x * f for x, f in zip(typical, claim.free, strict=True)]
-    begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
     start = Start(begin, watch.first_loss, stopping.resolution(watch.first_loss, eps))
-    seen = check(place, probe, claim.params, loss, typical, start, wanted, rounding, exact=exact)
-
     limited = claim.code == Status.PRECISION_LIMIT
+    seen = check(place, probe, claim.params, loss, grad, typical, start, wanted, rounding, exact=exact, limited=limited)
+    unknown = (noise > stopping.resolution(loss, eps)) & (noise > seen.left)
+    known = np.where(unknown, noise, seen.left)
     nothing = np.where(searches & ~limited, stopping.NOTHING, limits.tol * limits.tol)
     all_left = stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
     lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # as on the way to a kink
     little = seen.curved & (seen.left <= wanted) & ~lower & ~all_left
     kink = limited & seen.kink & ~lower
-    holds = (little | kink) & ~seen.saturated
+    holds = (little | kink) & ~seen.saturated & ~drowned
     if limits.grad_tol is not None:
         holds = holds | (seen.steepest <= limits.grad_tol)
-    name = np.where(limited & (kink | (seen.left > may)), Status.PRECISION_LIMIT, Status.CONVERGED)
+    by_rounding = limited & (kink | (known > may))
+    name = np.where(by_rounding, Status.PRECISION_LIMIT, Status.CONVERGED)
     stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0)
     again = lower & searches & (watch.bar > stopping.LEAST_BAR)
     goes_on = ~holds & (again | ~stuck) & (claim.step < limits.max_steps)
     ended = np.where(stuck, Status.STALLED, Status.MAX_STEPS)
     code = np.where(holds, name, np.where(goes_on, RUNNING, ended))
     how = np.where(little, stopping.BY_CURVATURE, np.where(kink, stopping.BY_NEIGHBOURS, stopping.NOT_VERIFIED))
-    left = np.where(np.isfinite(seen.left), seen.left, np.nan)
+    how = np.where(little & unknown, stopping.UP_TO_NOISE, how)
+    how = np.where(holds, how, stopping.NOT_VERIFIED)
+    left = np.where(np.isfinite(known), known, np.nan)
     left = np.where(kink, rounding, left).astype(loss.dtype)  # by so much a neighbour may be lower
     saddle = np.where(seen.negative, stopping.SADDLE, stopping.NONE_SEEN)
-    flaw = np.where(seen.saturated, stopping.SATURATED, saddle)
+    flaw = np.where(seen.saturated, stopping.SATURATED, np.where(drowned, stopping.DROWNED, saddle))
+    left = np.where(drowned, raw, left)
     moves = goes_on & lower if searches else goes_on & False
     return Settled(
         code=code.astype(np.int32),
@@ -213,8 +159,35 @@ def settle(
     )
 
 
-def _largest(np: Any, blocks: Blocks) -> Any:
-    return np.max(np.stack([np.max(abs(block), initial=0).astype(_trees.norm_dtype(blocks)) for block in blocks]))
+def _finite(place: Place, probe: Probe | None, differences: Probe, params: Blocks) -> tuple[Probe, Any, Blocks]:
+    """What gives products of the Hessian at a point, whether they are exact, and the gradient there."""
+    np = place.np
+    along = [np.where(x == 0, 1, x).astype(x.dtype) for x in params]
+    if probe is None:
+        return differences, False, differences(params, along)[1]
+    _, grad, product = probe(params, along)
+    exact = np.stack([np.isfinite(block).all() for block in product]).all()
+    # A root or a norm at zero that a loss leaves aside has no second derivative, and JAX gives NaN for all of it.
+    return lambda *at: place.when(exact, lambda: probe(*at), lambda: differences(*at)), exact, grad
+
+
+def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks | None) -> Any:
+    """How far the loss is from its gradient's prediction a few roundings of the params away.
+
+    A sum of large terms that cancel is known to much less than its own rounding.
+    """
+    np, dtype = place.np, _trees.norm_dtype(params)
+
+    grad = probe(params, [np.zeros_like(x) for x in params])[1] if grad is None else grad
+
+    def attempt(number: Any, most: Any) -> Any:
+        ways = chance(place, params, number)
+        there = [x * (1 + _ULPS * float(jnp.finfo(x.dtype).eps) * w) for x, w in zip(params, ways, strict=True)]
+        there = [new.astype(x.dtype) for new, x in zip(there, params, strict=True)]
+        expected = dot(place, grad, [new - x for new, x in zip(there, params, strict=True)], dtype)
+        return np.fmax(most, abs(loss_at(place, probe, there) - loss - expected).astype(dtype))
+
+    return place.fold(_ROUNDED, attempt, np.zeros((), dtype))
 
 
 class _Spectrum(NamedTuple):
@@ -245,38 +218,40 @@ def check(
     probe: Probe,
     params: Blocks,
     loss: Any,
+    grad: Blocks,
     typical: Blocks,
     start: Start,
     allowed: Any,
     rounding: Any,
     *,
-    exact: bool,
+    exact: Any,
+    limited: Any,
 ) -> Check:
     """Look for what is left to gain at a point, and for a lower one.
 
     ``typical`` is the size of each entry, 0 for those that are held in their places. At most ``allowed`` may be left;
-    the loss is known up to ``rounding``.
+    the loss is known up to ``rounding``. Products of the Hessian are ``exact``, or differences of gradients. A way down
+    from a kink is looked for where the run is ``limited``: has come to its end.
     """
     np, eps = place.np, max(float(jnp.finfo(x.dtype).eps) for x in params)
-    accuracy = eps if exact else eps ** (2 / 3)  # of curvatures
+    accuracy = np.where(exact, eps, eps ** (2 / 3))  # of curvatures
     dtype = _trees.norm_dtype(params)
     still = [np.zeros_like(x) for x in params]
     few = sum(x.size for x in params) <= _EXACT
     scale = typical if few else _evened(place, probe, params, typical)
     scaled = functools.partial(_scaled, scale)
     times = functools.partial(_scaled_product, probe, params, scale)
-    _, grad, _ = probe(params, still)
     found = _spectrum(place, times, scaled(grad), accuracy, dtype, whole=few)
     newton = _newton(place, found, found.right)
-    out = lambda weights: [w * s for w, s in zip(_combined(place, weights, found.basis), scale, strict=True)]
+    out = lambda weights: [w * s for w, s in zip(combined(place, weights, found.basis), scale, strict=True)]
     step = out(-newton.weights)
     # There the gradient of a parabola is zero. If it is not much smaller, the Hessian tells little of the loss, as in a
     # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
-    _, there, _ = probe(_moved(params, step), still)
-    again = _newton(place, found, _products(place, found.basis, scaled(there), dtype)).left
+    _, there, _ = probe(shifted(params, step), still)
+    again = _newton(place, found, products(place, found.basis, scaled(there), dtype)).left
     ulps = [np.where(s > 0, eps * x / np.where(s > 0, s, 1), 0) for x, s in zip(typical, scale, strict=True)]
     highest = np.max(np.abs(found.matrix))
-    grain = highest * _dot(place, ulps, ulps, dtype)  # the params are known no better
+    grain = highest * dot(place, ulps, ulps, dtype)  # the params are known no better
     bends = ~(again <= np.maximum(_AGAIN * newton.left, np.maximum(rounding, grain))) & (newton.left > rounding)
     left = np.where(found.known & ~bends, newton.left, np.where((found.right != 0).any(), np.inf, 0))
     left = left.astype(loss.dtype)
@@ -286,25 +261,32 @@ def check(
     ways, lengths, promised = _directions(place, found, step, out, scaled(scaled(grad)), typical, visible)
     negative = found.known & (found.values[0] < -found.noise)
     flat = highest == 0
-    kinds = found.weak.any(), ~little, negative, negative, ~little, ~little | flat
-    tries = _Tries(place, probe, params, loss, rounding, typical, eps, ways, lengths, kinds)
-    lowest, point, told, saddle = tries.lowest(loss - visible)
-    clear = negative & (found.values[0] < -_CLEAR * np.max(np.abs(found.values)))
+    sizes = np.abs(found.values)
+    level = found.known & (np.min(sizes) <= found.noise) if few else found.known & False
+    always = found.known | ~found.known
+    goes = (found.right != 0).any()
+    kinds = found.weak.any(), ~little, negative, negative, level, ~little, goes, always, ~little | flat
+    tries = _Tries(place, probe, params, loss, left, rounding, typical, eps, ways, lengths, np.stack(kinds))
+    best = tries.lowest(loss - visible)
+    clear = negative & (found.values[0] < -_CLEAR * np.max(sizes))
+    kink = found.known & ~little & (np.maximum(promised, newton.left) > _KINK * rounding)
+    kink = kink & (best.finite > stopping.TRIED // 2)  # not outside of its domain
+    beyond = lambda: lowest_beyond(place, probe, best.point, best.loss, typical, eps)
+    lowest, point = place.when(
+        kink & limited & ((loss - best.loss) * _KINK < promised), beyond, lambda: (best.loss, best.point)
+    )
     return Check(
         left=np.maximum(left, loss - lowest),
         curved=found.known,
         negative=clear,
-        lower=(lowest < loss - visible) | (clear & saddle),
+        lower=(lowest < loss - visible) | (clear & best.saddle) | best.beyond,
         below=(lowest < loss - rounding) & (~little | flat),
-        kink=found.known
-        & ~little
-        & (np.maximum(promised, newton.left) > _KINK * rounding)
-        & (told > stopping.TRIED // 2),  # not outside of its domain
+        kink=kink,
         saturated=_is_saturated(place, probe, params, loss, found, out, scaled, start, rounding)
         if few
         else flat & False,
         point=point,
-        steepest=_largest(np, grad),
+        steepest=largest(np, grad),
     )
 
 
@@ -340,10 +322,10 @@ def _is_saturated(
     lost = (curved <= 0) & (np.abs(curved) <= rounding) & (np.abs(found.right) <= rounding)
 
     def look() -> Any:
-        slope = _products(place, found.basis, scaled(probe(start.params, still)[1]), found.right.dtype)
+        slope = products(place, found.basis, scaled(probe(start.params, still)[1]), found.right.dtype)
         dead = lost & (np.abs(slope) > start.rounding)
         half = out(np.where(dead, 0.5, 0))
-        sides = [_moved(params, half), _moved(params, [-x for x in half])]
+        sides = [shifted(params, half), shifted(params, [-x for x in half])]
         one, other = (np.abs(probe(side, still)[0] - loss) for side in sides)
         # One of them may be outside of the domain, but not both.
         return dead.any() & (np.fmax(one, other) <= rounding) & (loss != 0)
@@ -373,11 +355,11 @@ def _newton(place: Place, found: _Spectrum, right: Any) -> _Newton:
 
 def _directions(
     place: Place, found: _Spectrum, newton: Blocks, out: Callable, slope: Blocks, typical: Blocks, visible: Any
-) -> tuple[tuple[Blocks, ...], Any, Any]:
+) -> tuple[Blocks, Any, Any]:
     """Ways to try, how far to go along each, and what the last promises.
 
     Downhill where the curvature is lost in rounding, as far as the loss should fall visibly; Newton's; two of negative
-    curvature, as far as the loss should change visibly; downhill, to the minimum of the parabola.
+    curvature, as far as the loss should change visibly; the flattest; downhill, to the minimum of the parabola.
     """
     np, dtype = place.np, found.right.dtype
     highest = np.max(np.abs(found.matrix))
@@ -387,24 +369,27 @@ def _directions(
     best = np.where(bend > 0, square / np.where(bend > 0, bend, 1) / steepest, 1)
     promised = np.where(bend > 0, size * (size * best) * square / 2, np.where(size > 0, np.inf, 0))
 
-    whole = _dot(place, typical, typical, dtype)
+    whole = dot(place, typical, typical, dtype)
 
     def reach(way: Blocks) -> Any:
         """How far the params have come, or are from zero: farther away the loss may be nothing but rounding."""
-        return np.sqrt(whole / np.maximum(_dot(place, way, way, dtype), jnp.finfo(dtype).tiny))
+        return np.sqrt(whole / np.maximum(dot(place, way, way, dtype), jnp.finfo(dtype).tiny))
 
     fall = found.weak @ found.weak
     ways = [out(-(found.vectors @ found.weak) / found.even), newton]
     visibly = np.where(fall > 0, visible / np.where(fall > 0, fall, 1), 0)
-    lengths = [np.minimum(visibly, reach(ways[0]) / _STRETCH ** (_WEAK - 1)), np.ones_like(best)]
+    lengths = [np.minimum(visibly, reach(ways[0]) / _STRETCH ** (_KINDS[_WEAK] - 1)), np.ones_like(best)]
     for weights in (found.vectors[:, 0] / found.even, found.lowest):
         way = out(weights)
         least = np.abs(weights @ found.matrix @ weights)
         seen = np.sqrt(2 * visible / np.where(least > 0, least, 1))
         lengths.append(np.where(np.isfinite(seen) & (seen > 0), seen, 1e-3 * reach(way)))
         ways.append(way)
-    lengths = np.stack([length.astype(dtype) for length in (*lengths, best)])
-    return (*ways, [-g for g in slope]), lengths, promised
+    flattest = out(found.vectors[:, np.argmin(np.abs(found.values))] / found.even)
+    ways += [flattest, [-g for g in slope]]
+    lengths += [reach(flattest), best]
+    rows = [np.stack(blocks) for blocks in zip(*ways, strict=True)]
+    return rows, np.stack([length.astype(dtype) for length in lengths]), promised
 
 
 class _Tries(NamedTuple):
@@ -414,73 +399,90 @@ class _Tries(NamedTuple):
     probe: Probe
     params: Blocks
     loss: Any
+    left: Any
     rounding: Any
     typical: Blocks
     eps: float
-    ways: tuple[Blocks, ...]
+    ways: Blocks  # with a leading axis
     lengths: Any
-    kinds: tuple[Any, ...]  # whether each kind is to be tried
+    kinds: Any  # whether each kind is to be tried
 
-    def lowest(self, wanted: Any) -> tuple[Any, Blocks, Any, Any]:
-        """Try up to a loss that is wanted.
-
-        Returns the lowest loss, its point, how many were finite, and whether one of negative curvature was lower.
-        """
+    def lowest(self, wanted: Any) -> _Lowest:
+        """Try up to a loss that is wanted."""
         np = self.place.np
+        ends = np.stack([np.int32(end) for end in _ENDS])
+        begins = np.stack([np.int32(begin) for begin in (0, *_ENDS[:-1])])
+
+        def following(number: Any) -> Any:
+            """The number from this one on that is of a kind to be tried."""
+            return np.min(np.where(self.kinds & (number < ends), np.maximum(number, begins), _ENDS[-1]))
 
         def goes_on(search: tuple) -> Any:
-            number, lowest, *_ = search
-            return (number < _ALL) & ~(lowest < wanted)
+            number, found = search
+            return (number < _ENDS[-1]) & ~(found.loss < wanted)
 
         def attempt(search: tuple) -> tuple:
-            number, lowest, point, told, saddle = search
-            there = self._other(number)
-            value = self.probe(there, [np.zeros_like(x) for x in there])[0].astype(self.loss.dtype)
-            better = value < lowest  # NaN is not
-            point = [np.where(better, new, old) for new, old in zip(there, point, strict=True)]
-            told = (told + np.isfinite(value)).astype(number.dtype)
-            saddle = saddle | ((number >= _ENDS[1]) & (number < _ENDS[3]) & (value < self.loss - self.rounding))
-            return self._next(number + 1), np.where(better, value, lowest), point, told, saddle
+            number, found = search
+            kind = np.sum(number >= ends)
+            step = self._step(kind, number - begins[kind])
+            there = shifted(self.params, step)
+            value = loss_at(self.place, self.probe, there).astype(self.loss.dtype)
+            near = largest(np, step) <= _FARTHEST * largest(np, self.typical)
+            better = near & (value < found.loss)  # NaN is not
+            falls = near & (value < self.loss - self.rounding)
+            return following(number + 1), _Lowest(
+                np.where(better, value, found.loss),
+                [np.where(better, new, old) for new, old in zip(there, found.point, strict=True)],
+                (found.finite + np.isfinite(value)).astype(number.dtype),
+                found.saddle | (((kind == _NEGATIVE) | (kind == _SECOND)) & falls),
+                found.beyond | ((kind == _BEYOND) & falls & (value < self.loss - _MORE * self.left)),
+            )
 
-        first = self._next(np.zeros((), np.int32))
-        begin = first, self.loss, self.params, 0 * first, first < 0
-        return self.place.loop(goes_on, attempt, begin)[1:]
+        first = following(np.zeros((), np.int32))
+        no = first < 0
+        begin = first, _Lowest(self.loss, self.params, 0 * first, no, no)
+        return self.place.loop(goes_on, attempt, begin)[1]
 
-    def _next(self, number: Any) -> Any:
-        """The number from this one on that is of a kind to be tried."""
+    def _step(self, kind: Any, count: Any) -> Blocks:
+        """The way to the point of a kind that has this number among them."""
         np = self.place.np
-        for wanted, begin, end in zip(self.kinds, (0, *_ENDS), (*_ENDS, _ALL), strict=True):
-            number = np.where((number >= begin) & (number < end) & ~wanted, end, number)
-        return number.astype(np.int32)
 
-    def _other(self, number: Any) -> Blocks:
-        """One of the points."""
-        np = self.place.np
-        kind = sum((number >= end) * 1 for end in _ENDS)
-        count = number - sum((kind == k) * end for k, end in enumerate(_ENDS, start=1))
-        both = (kind == 2) | (kind == 3)  # ways of each direction
-        power = np.where(both, count // 2, np.where(kind == 0, count, -count)).astype(self.lengths.dtype)
-        length = np.where(both & (count % 2 == 1), -1, 1) * _STRETCH**power
-        length = length * self.lengths[np.minimum(kind, len(_ENDS) - 1)]
-        neighbour = _neighbour(self.place, number, self.typical, self.eps)
-        each = []
-        for *ways, beside in zip(*self.ways, neighbour, strict=True):
-            way = functools.reduce(lambda way, k: np.where(kind == k, ways[k], way), range(1, len(ways)), ways[0])
-            each.append(np.where(kind == len(ways), beside, length.astype(way.dtype) * way))
-        return _moved(self.params, each)
+        def along() -> Blocks:
+            negative = (kind == _NEGATIVE) | (kind == _SECOND)
+            both = negative | (kind == _FLAT)
+            half = np.where(both, count // 2, count)
+            # Farther out, then between the point and there.
+            inwards = np.where(half < _NEAR, half, 1.5 * (_NEAR - 1 - half))
+            outwards = (kind == _WEAK) | (kind == _BEYOND)
+            power = np.where(negative, inwards, np.where(outwards, half, -half)) + (kind == _BEYOND)
+            length = np.where(both & (count % 2 == 1), -1, 1) * _STRETCH ** power.astype(self.lengths.dtype)
+            own = np.where(kind == _BEYOND, _NEWTON, kind)
+            return [(length * self.lengths[own]).astype(rows.dtype) * rows[own] for rows in self.ways]
+
+        def beside() -> Blocks:
+            number = count + (kind == _MANY) * _KINDS[_FEW]
+            return neighbour(self.place, number, self.typical, self.eps)
+
+        return self.place.when(kind >= _FEW, beside, along)
 
 
-def _moved(params: Blocks, ways: Blocks) -> Blocks:
-    return [x + way.astype(x.dtype) for x, way in zip(params, ways, strict=True)]
+class _Lowest(NamedTuple):
+    """The lowest of the points that were tried."""
+
+    loss: Any
+    point: Blocks
+    finite: Any  # how many were
+    saddle: Any  # whether one along a negative curvature was lower by more than rounding
+    beyond: Any  # whether one beyond Newton's step was lower than that should lead
 
 
 def _spectrum(
-    place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, eps: float, dtype: Any, *, whole: bool
+    place: Place, times: Callable[[Blocks], Blocks], slope: Blocks, eps: Any, dtype: Any, *, whole: bool
 ) -> _Spectrum:
     """The eigenvalues of the Hessian: of all of it, or of what Lanczos' directions see."""
     np, count = place.np, sum(block.size for block in slope)
     basis, matrix = (_whole if whole else _krylov)(place, times, slope, count, dtype)
-    right = _products(place, basis, slope, dtype)
+    right = products(place, basis, slope, dtype)
     known = np.isfinite(matrix).all() & np.isfinite(right).all()
     matrix, right = np.where(known, matrix, 0), np.where(np.isfinite(right), right, 0)
     even = _even(np, matrix) if whole else np.ones_like(right)
@@ -503,7 +505,7 @@ def _evened(place: Place, probe: Probe, params: Blocks, scale: Blocks) -> Blocks
     def sweep(number: Any, scale: Blocks) -> Blocks:
         norms = [np.zeros_like(s) for s in scale]
         for probes in range(_SIGNS):
-            signs = [np.where(x < 0, -1, 1) for x in _chance(place, scale, _SIGNS * number + probes)]
+            signs = [np.where(x < 0, -1, 1) for x in chance(place, scale, _SIGNS * number + probes)]
             image = _scaled_product(probe, params, scale, signs)
             norms = [np.hypot(a, h) for a, h in zip(norms, image, strict=True)]
         rows = [a / _SIGNS**0.5 for a in norms]
@@ -547,78 +549,20 @@ def _krylov(place: Place, times: Callable, slope: Blocks, count: int, dtype: Any
     Source: Lanczos, "An iteration method for the solution of the eigenvalue problem", 1950; orthogonalised in full.
     """
     np, size = place.np, max(_FEWEST, min(_KRYLOV, _ENTRIES // count))
-    chance = _normal(place, _chance(place, slope, 0), dtype)
-    first = _normal(place, [a + 0.1 * b for a, b in zip(_normal(place, slope, dtype), chance, strict=True)], dtype)
+    random = normal(place, chance(place, slope, 0), dtype)
+    first = normal(place, [a + 0.1 * b for a, b in zip(normal(place, slope, dtype), random, strict=True)], dtype)
     rows = [place.put(np.zeros((size, *block.shape), block.dtype), 0, block) for block in first]
 
     def follow(number: Any, carry: tuple) -> tuple:
         rows, matrix = carry
         image = times([block[number] for block in rows])
-        matrix = place.put(matrix, number, _products(place, rows, image, dtype))
+        matrix = place.put(matrix, number, products(place, rows, image, dtype))
         for _ in range(2):  # once leaves what rounding has put there
-            taken = _combined(place, _products(place, rows, image, dtype), rows)
+            taken = combined(place, products(place, rows, image, dtype), rows)
             image = [a - b for a, b in zip(image, taken, strict=True)]
-        following = _normal(place, image, dtype)
+        following = normal(place, image, dtype)
         return [place.put(block, number + 1, x) for block, x in zip(rows, following, strict=True)], matrix
 
     rows, matrix = place.fold(size, follow, (rows, np.zeros((size, size), dtype)))
     lower = np.tril(matrix)  # at its time each direction knew nothing of the later ones
     return rows, lower + np.tril(matrix, -1).T
-
-
-def _products(place: Place, rows: Blocks, blocks: Blocks, dtype: Any) -> Any:
-    """The inner product with each row."""
-
-    def flat(rows: Any, block: Any) -> Any:
-        axes = tuple(range(1, rows.ndim)), tuple(range(block.ndim))
-        exactly: Any = {} if place is OnHost else {"precision": "highest"}
-        return place.np.tensordot(rows.astype(dtype), block.astype(dtype), axes, **exactly)
-
-    return sum(flat(*each) for each in zip(rows, blocks, strict=True))
-
-
-def _combined(place: Place, weights: Any, rows: Blocks) -> Blocks:
-    """The sum of the rows, each times its weight."""
-    exactly: Any = {} if place is OnHost else {"precision": "highest"}
-    return [place.np.tensordot(weights.astype(block.dtype), block, 1, **exactly) for block in rows]
-
-
-def _dot(place: Place, a: Blocks, b: Blocks, dtype: Any) -> Any:
-    return sum(place.np.sum(x.astype(dtype) * y.astype(dtype)) for x, y in zip(a, b, strict=True))
-
-
-def _normal(place: Place, blocks: Blocks, dtype: Any) -> Blocks:
-    """The blocks with norm 1; 0 if they have none."""
-    np = place.np
-    size = sum(np.max(np.abs(block), initial=0).astype(dtype) for block in blocks)
-    unit = [block / np.where(size > 0, size, 1).astype(block.dtype) for block in blocks]
-    norm = np.sqrt(_dot(place, unit, unit, dtype))
-    return [block / np.where(norm > 0, norm, 1).astype(block.dtype) for block in unit]
-
-
-def _chance(place: Place, like: Blocks, number: Any) -> Blocks:
-    """Entries from -1 to 1 that look random, others for each number: JAX's own take long to compile.
-
-    Source: Weyl's equidistributed sequences, with the irrational numbers of Roberts, "The unreasonable effectiveness of
-    quasirandom sequences", 2018, and a hash of what they give.
-    """
-    np, begin, out = place.np, 1, []
-    for block in like:
-        entries = np.arange(begin, begin + block.size, dtype=np.float32).reshape(block.shape)
-        begin += block.size
-        mixed = np.sin(entries * np.float32(0.75487767) + number * np.float32(0.56984029)) * np.float32(1e4)
-        out.append((2 * (mixed - np.floor(mixed)) - 1).astype(block.dtype))
-    return out
-
-
-def _neighbour(place: Place, number: Any, typical: Blocks, eps: float) -> Blocks:
-    """A step of random length: along all entries, or along a single one."""
-    np, begin, out = place.np, 0, []
-    share = number * np.float32(0.61803399)
-    length = eps ** (0.1 + 0.65 * (share - np.floor(share)))
-    chosen = number // 4 % sum(block.size for block in typical)
-    for block, chance in zip(typical, _chance(place, typical, number), strict=True):
-        here = (np.arange(begin, begin + block.size) == chosen).reshape(block.shape) | (number % 2 == 0)
-        begin += block.size
-        out.append(np.where(here, length.astype(block.dtype) * block * chance, 0))
-    return out

@@ -1,0 +1,175 @@
+"""Arrays and loops for what runs in two places: by NumPy on the host, or by JAX in a trace.
+
+As a program a verification takes a second to compile, so a run outside of jit computes it on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gdopt import _trees
+
+Blocks = list[Any]  # real arrays, the entries of the params
+# (point, direction) -> the loss, its gradient, and the Hessian times the direction
+Probe = Callable[[Blocks, Blocks], tuple[Any, Blocks, Blocks]]
+
+
+class OnHost:
+    """Arrays and loops of Python's."""
+
+    np = np
+
+    @staticmethod
+    def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
+        """Stack what a function gives for each number."""
+        return [np.stack(blocks) for blocks in zip(*map(function, range(count)), strict=True)]
+
+    @staticmethod
+    def fold(count: int, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(number, carry)`` for each number."""
+        for number in range(count):
+            carry = body(number, carry)
+        return carry
+
+    @staticmethod
+    def loop(goes_on: Callable, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(carry)`` as long as it goes on."""
+        while goes_on(carry):
+            carry = body(carry)
+        return carry
+
+    @staticmethod
+    def select(condition: Any, if_true: Any, if_false: Any) -> Any:
+        """One of two trees."""
+        return if_true if condition else if_false
+
+    @staticmethod
+    def when(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        """Call one of two functions."""
+        return function() if condition else otherwise()
+
+    @staticmethod
+    def put(rows: Any, number: Any, row: Any) -> Any:
+        """Write a row, if there is room for it."""
+        if number < len(rows):
+            rows[number] = row
+        return rows
+
+
+class InTrace:
+    """The same for what is being traced."""
+
+    np = jnp
+
+    @staticmethod
+    def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
+        """Stack what a function gives for each number."""
+        return lax.map(function, lax.iota(int, count))
+
+    @staticmethod
+    def fold(count: int, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(number, carry)`` for each number."""
+        return lax.fori_loop(0, count, body, carry)
+
+    @staticmethod
+    def loop(goes_on: Callable, body: Callable, carry: Any) -> Any:
+        """Call ``carry = body(carry)`` as long as it goes on."""
+        return lax.while_loop(goes_on, body, carry)
+
+    @staticmethod
+    def select(condition: Any, if_true: Any, if_false: Any) -> Any:
+        """One of two trees."""
+        return _trees.select(condition, if_true, if_false)
+
+    @staticmethod
+    def when(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        """Call one of two functions."""
+        return lax.cond(condition, function, otherwise)
+
+    @staticmethod
+    def put(rows: Any, number: Any, row: Any) -> Any:
+        """Write a row, if there is room for it."""
+        return rows.at[number].set(row, mode="drop")
+
+
+Place = type[OnHost] | type[InTrace]
+
+
+def loss_at(place: Place, probe: Probe, params: Blocks) -> Any:
+    """The loss; NaN where the params, which it may leave aside, or its gradient are not finite."""
+    np = place.np
+    loss, grad, _ = probe(params, [np.zeros_like(x) for x in params])
+    finite = np.stack([np.isfinite(x).all() for x in (*params, *grad)]).all()
+    return np.where(finite, loss, np.nan)
+
+
+def largest(np: Any, blocks: Blocks) -> Any:
+    """The largest absolute value of all entries."""
+    return np.max(np.stack([np.max(abs(block), initial=0).astype(_trees.norm_dtype(blocks)) for block in blocks]))
+
+
+def shifted(params: Blocks, ways: Blocks) -> Blocks:
+    return [x + way.astype(x.dtype) for x, way in zip(params, ways, strict=True)]
+
+
+def products(place: Place, rows: Blocks, blocks: Blocks, dtype: Any) -> Any:
+    """The inner product with each row."""
+
+    def flat(rows: Any, block: Any) -> Any:
+        axes = tuple(range(1, rows.ndim)), tuple(range(block.ndim))
+        exactly: Any = {} if place is OnHost else {"precision": "highest"}
+        return place.np.tensordot(rows.astype(dtype), block.astype(dtype), axes, **exactly)
+
+    return sum(flat(*each) for each in zip(rows, blocks, strict=True))
+
+
+def combined(place: Place, weights: Any, rows: Blocks) -> Blocks:
+    """The sum of the rows, each times its weight."""
+    exactly: Any = {} if place is OnHost else {"precision": "highest"}
+    return [place.np.tensordot(weights.astype(block.dtype), block, 1, **exactly) for block in rows]
+
+
+def dot(place: Place, a: Blocks, b: Blocks, dtype: Any) -> Any:
+    return sum(place.np.sum(x.astype(dtype) * y.astype(dtype)) for x, y in zip(a, b, strict=True))
+
+
+def normal(place: Place, blocks: Blocks, dtype: Any) -> Blocks:
+    """The blocks with norm 1; 0 if they have none."""
+    np = place.np
+    size = sum(np.max(np.abs(block), initial=0).astype(dtype) for block in blocks)
+    unit = [block / np.where(size > 0, size, 1).astype(block.dtype) for block in blocks]
+    norm = np.sqrt(dot(place, unit, unit, dtype))
+    return [block / np.where(norm > 0, norm, 1).astype(block.dtype) for block in unit]
+
+
+def chance(place: Place, like: Blocks, number: Any) -> Blocks:
+    """Entries from -1 to 1 that look random, others for each number: JAX's own take long to compile.
+
+    Source: Weyl's equidistributed sequences, with the irrational numbers of Roberts, "The unreasonable effectiveness of
+    quasirandom sequences", 2018, and a hash of what they give.
+    """
+    np, begin, out = place.np, 1, []
+    for block in like:
+        entries = np.arange(begin, begin + block.size, dtype=np.float32).reshape(block.shape)
+        begin += block.size
+        mixed = np.sin(entries * np.float32(0.75487767) + number * np.float32(0.56984029)) * np.float32(1e4)
+        out.append((2 * (mixed - np.floor(mixed)) - 1).astype(block.dtype))
+    return out
+
+
+def neighbour(place: Place, number: Any, typical: Blocks, eps: float) -> Blocks:
+    """A step of random length: along all entries, or along a single one."""
+    np, begin, out = place.np, 0, []
+    share = number * np.float32(0.61803399)
+    length = eps ** (0.1 + 0.65 * (share - np.floor(share)))
+    chosen = number // 4 % sum(block.size for block in typical)
+    for block, random in zip(typical, chance(place, typical, number), strict=True):
+        here = (np.arange(begin, begin + block.size) == chosen).reshape(block.shape) | (number % 2 == 0)
+        begin += block.size
+        out.append(np.where(here, length.astype(block.dtype) * block * random, 0))
+    return out
