@@ -27,12 +27,11 @@ def lowest_beyond(
     """
     np, dtype = place.np, _trees.norm_dtype(params)
     count = min(2 * sum(x.size for x in params), _SAMPLES) + 1
-    still = [np.zeros_like(x) for x in params]
 
     def beside(point: Blocks, sizes: Blocks, number: Any) -> Blocks:
         """The gradient at the point, or at another one near it."""
         away = [np.where(number == 0, 0, s * c) for s, c in zip(sizes, chance(place, sizes, number), strict=True)]
-        return probe(shifted(point, away), still)[1]
+        return probe.at(shifted(point, away))[1]
 
     def descend(number: Any, lowest: tuple[Any, Blocks, Blocks]) -> tuple[Any, Blocks, Blocks]:
         loss, begin, steepest = lowest
@@ -58,7 +57,7 @@ def lowest_beyond(
 
         return *place.fold(_LENGTHS, attempt, (loss, begin)), steepest
 
-    first = [abs(g).astype(t.dtype) for g, t in zip(probe(params, still)[1], typical, strict=True)]
+    first = [abs(g).astype(t.dtype) for g, t in zip(probe.at(params)[1], typical, strict=True)]
     return place.fold(_ROUNDS, descend, (loss, params, first))[:2]
 
 

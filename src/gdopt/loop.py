@@ -24,7 +24,7 @@ from gdopt.data import Batches
 from gdopt.errors import InputError
 from gdopt.hindsight import Hindsight, look_back
 from gdopt.implicit import differentiable
-from gdopt.places import InTrace, OnHost
+from gdopt.places import InTrace, OnHost, Probe
 from gdopt.problem import value_and_grad
 from gdopt.processes import described, peers
 from gdopt.result import History
@@ -501,18 +501,20 @@ class Verifier(NamedTuple):
 
         def verify(state: State) -> State:
             params = returned_params(state)
-            tree = self._tree(params)
+            tree, exact = self._tree(params), True
 
-            def of_blocks(probe: Callable) -> Callable:
-                return lambda xs, ways: probe(tree(xs), tree(ways), inputs)
+            def at(xs: list) -> tuple[Any, list]:
+                grad, loss = self._gradient(inputs, tree(xs))
+                return loss, grad
 
-            exact = of_blocks(self._probe)
+            probe = Probe(at, lambda xs, ways: self._probe(tree(xs), tree(ways), inputs)[2])
+            differences = lambda xs, ways: self._probe_by_differences(tree(xs), tree(ways), inputs)[2]
             try:
                 jax.eval_shape(self._probe, *(_trees.as_real(params)[0],) * 2, inputs)
             except Exception:  # JAX raises various ones for a loss that has no second derivatives
-                exact = None
+                probe, exact = probe._replace(times=differences), False
             free = self.free(state, inputs) if self.rule.may_project else None
-            return self._settled(InTrace, exact, of_blocks(self._probe_by_differences), free, state, inputs)
+            return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact)
 
         return lax.cond(_claims(state), verify, lambda state: state, state)
 
@@ -526,16 +528,25 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None:
             return compiled.probe.call(carry[0], inputs), carry[1]
         free = compiled.free and jax.tree.map(_trees.on_host, compiled.free.call(state, inputs))
-        tree = self._tree(returned_params(state))
+        params = returned_params(state)
+        tree, exact = self._tree(params), compiled.probe is not None
+        still = tree([np.zeros_like(block) for block in self._blocks(params)])
+        first = compiled if exact else programs(state, inputs, exact=False)
 
-        def exact(params: list, ways: list) -> Any:
-            return _on_host(compiled.probe.call(tree(params), tree(ways), inputs))
+        def at(xs: list) -> tuple[Any, list]:
+            loss, grad, _ = first.probe.call(tree(xs), still, inputs)
+            return _trees.on_host(loss)[()], list(map(_trees.on_host, grad))
 
-        def differences(params: list, ways: list) -> Any:
-            return _on_host(programs(state, inputs, exact=False).probe.call(tree(params), tree(ways), inputs))
+        def times(xs: list, ways: list) -> list:
+            return list(map(_trees.on_host, first.probe.call(tree(xs), tree(ways), inputs)[2]))
+
+        def differences(xs: list, ways: list) -> list:
+            second = programs(state, inputs, exact=False)
+            return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
 
         with np.errstate(all="ignore"):
-            state = self._settled(OnHost, compiled.probe and exact, differences, free, state, inputs)
+            probe = Probe(at, times)
+            state = self._settled(OnHost, probe, differences, free, state, inputs, exact=exact)
         return _trees.pack(state), carry[1]
 
     @as_own_work
@@ -553,7 +564,8 @@ class Verifier(NamedTuple):
         tree = self._tree(params)
 
         def probe(xs: list, ways: list) -> Any:
-            _, grad, product = _on_host(compiled.probe.call(real(xs), real(ways), inputs))
+            _, grad, product = compiled.probe.call(real(xs), real(ways), inputs)
+            grad, product = (list(map(_trees.on_host, blocks)) for blocks in (grad, product))
             return jax.tree.leaves(tree(grad)), jax.tree.leaves(tree(product))
 
         names = [_trees.path_name(path) for path, _ in paths]
@@ -655,7 +667,15 @@ class Verifier(NamedTuple):
         return self._blocks(jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, params))
 
     def _settled(
-        self, place: Any, probe: Any, differences: Any, free: list | None, state: State, inputs: Inputs
+        self,
+        place: Any,
+        probe: Probe,
+        differences: Callable,
+        free: list | None,
+        state: State,
+        inputs: Inputs,
+        *,
+        exact: bool,
     ) -> State:
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
@@ -671,7 +691,7 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        new = settle(place, probe, differences, claim, inputs.limits, self.eps, searches=searches)
+        new = settle(place, probe, differences, claim, inputs.limits, self.eps, exact=exact, searches=searches)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:
             return state
@@ -683,11 +703,6 @@ class Verifier(NamedTuple):
 
     def _arrays(self, place: Any, tree: PyTree) -> list:
         return [place.np.asarray(leaf) for leaf in jax.tree.leaves(self.settings.compact(tree))]
-
-
-def _on_host(out: tuple[jax.Array, list, list]) -> tuple[Any, list, list]:
-    loss, grad, product = out
-    return _trees.on_host(loss)[()], list(map(_trees.on_host, grad)), list(map(_trees.on_host, product))
 
 
 def _claims(state: State) -> Any:

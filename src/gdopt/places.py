@@ -6,7 +6,7 @@ As a program a verification takes a second to compile, so a run outside of jit c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +15,13 @@ from jax import lax
 from gdopt import _trees
 
 Blocks = list[Any]  # real arrays, the entries of the params
-# (point, direction) -> the loss, its gradient, and the Hessian times the direction
-Probe = Callable[[Blocks, Blocks], tuple[Any, Blocks, Blocks]]
+
+
+class Probe(NamedTuple):
+    """A loss to look at."""
+
+    at: Callable[[Blocks], tuple[Any, Blocks]]  # the loss and its gradient
+    times: Callable[[Blocks, Blocks], Blocks]  # (point, direction) -> the Hessian times the direction
 
 
 class OnHost:
@@ -103,7 +108,7 @@ Place = type[OnHost] | type[InTrace]
 def loss_at(place: Place, probe: Probe, params: Blocks) -> Any:
     """The loss; NaN where the params, which it may leave aside, or its gradient are not finite."""
     np = place.np
-    loss, grad, _ = probe(params, [np.zeros_like(x) for x in params])
+    loss, grad = probe.at(params)
     finite = np.stack([np.isfinite(x).all() for x in (*params, *grad)]).all()
     return np.where(finite, loss, np.nan)
 

@@ -37,18 +37,20 @@ from gdopt.stopping import RUNNING, Ending, Limits, Status, Watch
 
 _EXACT = 64  # entries of the params: the whole Hessian of so many is computed
 _SWEEPS, _SIGNS = 5, 2  # to even the scales of the entries, with so many directions in each
-_KRYLOV = 24  # directions for more of them
-_ENTRIES, _FEWEST = 2**24, 6  # of all directions together, and the fewest of these
+_KRYLOV, _MANY_KRYLOV = 24, 96  # directions for more of them, at the most, and at the most where they are cheap
+_LATE, _FADES = 0.02, 0.75  # no more of them where the last ones add less than this part of what all of them tell
+_ENTRIES, _CHEAP, _FEWEST = 2**24, 2**21, 6  # of all directions together, and the fewest of these
 _CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
 _NOISE = 10  # eps times the number of directions: the rounding of a curvature
 _KINK = 100  # times the rounding of the loss: what a step downhill should have gained
-_ROUNDED, _ULPS = 4, 4.0  # points that tell how well the loss is known, and how far away: in eps of the params
+_ROUNDED, _ULPS = 3, 4.0  # points that tell how well the loss is known, and how far away: in eps of the params
 _MOSTLY, _MUCH = 0.1, 1000  # of what was gained, and over that at the start: a loss with more noise tells nothing
 _AGAIN = 0.2  # of what is left, where Newton's step has led to: 0.14 for exponentials and high powers, 0 for parabolas
+_SLOWLY = 0.8  # of what is left, at the next point: after that Newton's method tells nothing
 _STRETCH = 4.0  # the length of a try over that of the one before
 
 # The points that are tried, one kind after the other: how many there are of each.
-_KINDS = (8, 6, 32, 32, 16, 12, 3, 8, stopping.TRIED - 8)
+_KINDS = (8, 6, 32, 32, 16, 12, 2, 4, stopping.TRIED - 4)
 _WEAK, _NEWTON, _NEGATIVE, _SECOND, _FLAT, _DOWNHILL, _BEYOND, _FEW, _MANY = range(len(_KINDS))
 _ENDS = tuple(itertools.accumulate(_KINDS))
 _FARTHEST = 1e6  # sizes of the params: a point so far away is nothing to go on from
@@ -95,14 +97,24 @@ class Settled(NamedTuple):
 
 
 def settle(
-    place: Place, probe: Probe | None, differences: Probe, claim: Claim, limits: Limits, eps: float, *, searches: bool
+    place: Place,
+    probe: Probe,
+    differences: Callable[[Blocks, Blocks], Blocks],
+    claim: Claim,
+    limits: Limits,
+    eps: float,
+    *,
+    exact: bool,
+    searches: bool,
 ) -> Settled:
     """Verify a claim, or withdraw it: then the run goes on, if its optimizer ``searches`` at a lower point.
 
     An optimizer that does not is left on its own way; if it has come to its end, the run has stalled. Products of the
-    Hessian are ``differences`` of gradients where it is not finite, or None.
+    Hessian are ``exact``, or ``differences`` of gradients where it is not finite.
     """
-    probe, exact, grad = _finite(place, probe, differences, claim.params)
+    grad = probe.at(claim.params)[1]
+    if exact:
+        probe, exact = _finite(place, probe, differences, claim.params)
     np, loss, watch = place.np, claim.loss, claim.watch
     begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
     noise = _noise(place, probe, claim.params, loss, grad).astype(loss.dtype)
@@ -159,16 +171,14 @@ def settle(
     )
 
 
-def _finite(place: Place, probe: Probe | None, differences: Probe, params: Blocks) -> tuple[Probe, Any, Blocks]:
-    """What gives products of the Hessian at a point, whether they are exact, and the gradient there."""
+def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -> tuple[Probe, Any]:
+    """The probe with finite products of the Hessian, and whether they are exact."""
     np = place.np
-    along = [np.where(x == 0, 1, x).astype(x.dtype) for x in params]
-    if probe is None:
-        return differences, False, differences(params, along)[1]
-    _, grad, product = probe(params, along)
+    product = probe.times(params, [np.where(x == 0, 1, x).astype(x.dtype) for x in params])
     exact = np.stack([np.isfinite(block).all() for block in product]).all()
     # A root or a norm at zero that a loss leaves aside has no second derivative, and JAX gives NaN for all of it.
-    return lambda *at: place.when(exact, lambda: probe(*at), lambda: differences(*at)), exact, grad
+    times = lambda *given: place.when(exact, lambda: probe.times(*given), lambda: differences(*given))
+    return probe._replace(times=times), exact
 
 
 def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks | None) -> Any:
@@ -178,7 +188,7 @@ def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks |
     """
     np, dtype = place.np, _trees.norm_dtype(params)
 
-    grad = probe(params, [np.zeros_like(x) for x in params])[1] if grad is None else grad
+    grad = probe.at(params)[1] if grad is None else grad
 
     def attempt(number: Any, most: Any) -> Any:
         ways = chance(place, params, number)
@@ -236,7 +246,6 @@ def check(
     np, eps = place.np, max(float(jnp.finfo(x.dtype).eps) for x in params)
     accuracy = np.where(exact, eps, eps ** (2 / 3))  # of curvatures
     dtype = _trees.norm_dtype(params)
-    still = [np.zeros_like(x) for x in params]
     few = sum(x.size for x in params) <= _EXACT
     scale = typical if few else _evened(place, probe, params, typical)
     scaled = functools.partial(_scaled, scale)
@@ -247,12 +256,25 @@ def check(
     step = out(-newton.weights)
     # There the gradient of a parabola is zero. If it is not much smaller, the Hessian tells little of the loss, as in a
     # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
-    _, there, _ = probe(shifted(params, step), still)
+    _, there = probe.at(shifted(params, step))
     again = _newton(place, found, products(place, found.basis, scaled(there), dtype)).left
     ulps = [np.where(s > 0, eps * x / np.where(s > 0, s, 1), 0) for x, s in zip(typical, scale, strict=True)]
     highest = np.max(np.abs(found.matrix))
     grain = highest * dot(place, ulps, ulps, dtype)  # the params are known no better
-    bends = ~(again <= np.maximum(_AGAIN * newton.left, np.maximum(rounding, grain))) & (newton.left > rounding)
+    least = np.maximum(rounding, grain)
+    bends = ~(again <= np.maximum(_AGAIN * newton.left, least)) & (newton.left > rounding)
+    # Along a valley the curvature changes, too: then it is that at the new point which tells how much more is left.
+    little = found.known & ~bends & (newton.left <= allowed) & (newton.left > least)
+
+    def further() -> Any:
+        image = functools.partial(_scaled_product, probe, shifted(params, step), scale)
+        new = _spectrum(place, image, scaled(there), accuracy, dtype, whole=True)
+        return np.where(new.known, _newton(place, new, new.right).left, np.inf)
+
+    more = place.when(little, further, lambda: 0 * newton.left) if few else 0 * newton.left
+    share = more / np.where(newton.left > 0, newton.left, 1)
+    bends = bends | (little & ~(share < _SLOWLY))
+    newton = newton._replace(left=newton.left / np.where(little & (share < _SLOWLY), 1 - share, 1))
     left = np.where(found.known & ~bends, newton.left, np.where((found.right != 0).any(), np.inf, 0))
     left = left.astype(loss.dtype)
     little = found.known & (left <= allowed)
@@ -297,7 +319,7 @@ def _scaled(scale: Blocks, blocks: Blocks) -> Blocks:
 def _scaled_product(probe: Probe, params: Blocks, scale: Blocks, way: Blocks) -> Blocks:
     """Multiply a direction by S H S, with the scale S."""
     along = [(w * s).astype(x.dtype) for w, s, x in zip(way, scale, params, strict=True)]
-    return _scaled(scale, probe(params, along)[2])
+    return _scaled(scale, probe.times(params, along))
 
 
 def _is_saturated(
@@ -317,18 +339,17 @@ def _is_saturated(
     of zero may be one. For the whole Hessian, of entries in units of their sizes.
     """
     np = place.np
-    still = [np.zeros_like(x) for x in params]
     curved = np.diagonal(found.matrix)
     lost = (curved <= 0) & (np.abs(curved) <= rounding) & (np.abs(found.right) <= rounding)
 
     def look() -> Any:
-        slope = products(place, found.basis, scaled(probe(start.params, still)[1]), found.right.dtype)
+        slope = products(place, found.basis, scaled(probe.at(start.params)[1]), found.right.dtype)
         dead = lost & (np.abs(slope) > start.rounding)
         half = out(np.where(dead, 0.5, 0))
-        sides = [shifted(params, half), shifted(params, [-x for x in half])]
-        one, other = (np.abs(probe(side, still)[0] - loss) for side in sides)
+        side = lambda number: shifted(params, [(1 - 2 * number) * x for x in half])
+        (changes,) = place.rows(lambda number: [np.abs(probe.at(side(number))[0] - loss)], 2)
         # One of them may be outside of the domain, but not both.
-        return dead.any() & (np.fmax(one, other) <= rounding) & (loss != 0)
+        return dead.any() & (np.fmax(*changes) <= rounding) & (loss != 0)
 
     return place.when(lost.any(), look, lambda: lost.any() & False)
 
@@ -413,6 +434,8 @@ class _Tries(NamedTuple):
         ends = np.stack([np.int32(end) for end in _ENDS])
         begins = np.stack([np.int32(begin) for begin in (0, *_ENDS[:-1])])
 
+        far = _FARTHEST * largest(np, self.typical)
+
         def following(number: Any) -> Any:
             """The number from this one on that is of a kind to be tried."""
             return np.min(np.where(self.kinds & (number < ends), np.maximum(number, begins), _ENDS[-1]))
@@ -427,7 +450,7 @@ class _Tries(NamedTuple):
             step = self._step(kind, number - begins[kind])
             there = shifted(self.params, step)
             value = loss_at(self.place, self.probe, there).astype(self.loss.dtype)
-            near = largest(np, step) <= _FARTHEST * largest(np, self.typical)
+            near = np.stack([(abs(block) <= far).all() for block in step]).all()
             better = near & (value < found.loss)  # NaN is not
             falls = near & (value < self.loss - self.rounding)
             return following(number + 1), _Lowest(
@@ -453,8 +476,8 @@ class _Tries(NamedTuple):
             half = np.where(both, count // 2, count)
             # Farther out, then between the point and there.
             inwards = np.where(half < _NEAR, half, 1.5 * (_NEAR - 1 - half))
-            outwards = (kind == _WEAK) | (kind == _BEYOND)
-            power = np.where(negative, inwards, np.where(outwards, half, -half)) + (kind == _BEYOND)
+            power = np.where(negative, inwards, np.where(kind == _WEAK, half, -half))
+            power = np.where(kind == _BEYOND, 1.5 * (half + 1), power)
             length = np.where(both & (count % 2 == 1), -1, 1) * _STRETCH ** power.astype(self.lengths.dtype)
             own = np.where(kind == _BEYOND, _NEWTON, kind)
             return [(length * self.lengths[own]).astype(rows.dtype) * rows[own] for rows in self.ways]
@@ -548,21 +571,35 @@ def _krylov(place: Place, times: Callable, slope: Blocks, count: int, dtype: Any
 
     Source: Lanczos, "An iteration method for the solution of the eigenvalue problem", 1950; orthogonalised in full.
     """
-    np, size = place.np, max(_FEWEST, min(_KRYLOV, _ENTRIES // count))
+    np, size = place.np, max(_FEWEST, min(_KRYLOV, _ENTRIES // count), min(_MANY_KRYLOV, _CHEAP // count))
     random = normal(place, chance(place, slope, 0), dtype)
     first = normal(place, [a + 0.1 * b for a, b in zip(normal(place, slope, dtype), random, strict=True)], dtype)
     rows = [place.put(np.zeros((size, *block.shape), block.dtype), 0, block) for block in first]
+    one = np.ones((), dtype)
 
-    def follow(number: Any, carry: tuple) -> tuple:
-        rows, matrix = carry
+    def goes_on(carry: tuple) -> Any:
+        number, *_, total, late = carry
+        return (number < size) & ~((number >= _KRYLOV) & (late < _LATE * total))
+
+    def follow(carry: tuple) -> tuple:
+        number, rows, matrix, pivot, weight, total, late = carry
         image = times([block[number] for block in rows])
-        matrix = place.put(matrix, number, products(place, rows, image, dtype))
+        along = products(place, rows, image, dtype)
+        matrix = place.put(matrix, number, along)
         for _ in range(2):  # once leaves what rounding has put there
             taken = combined(place, products(place, rows, image, dtype), rows)
             image = [a - b for a, b in zip(image, taken, strict=True)]
         following = normal(place, image, dtype)
-        return [place.put(block, number + 1, x) for block, x in zip(rows, following, strict=True)], matrix
+        rows = [place.put(block, number + 1, x) for block, x in zip(rows, following, strict=True)]
+        # What this direction adds to what Newton's step gains, by the pivots of the matrix.
+        across = np.where(number > 0, along[np.maximum(number - 1, 0)], 0) / pivot
+        pivot, weight = along[number] - across**2 * pivot, np.where(number > 0, -weight * across, 1)
+        gain = weight**2 / abs(pivot)
+        return number + 1, rows, matrix, pivot, weight, total + gain, _FADES * late + gain
 
-    rows, matrix = place.fold(size, follow, (rows, np.zeros((size, size), dtype)))
+    begin = np.zeros((), np.int32), rows, np.zeros((size, size), dtype), one, one, 0 * one, 0 * one
+    number, rows, matrix, *_ = place.loop(goes_on, follow, begin)
+    used = np.arange(size) < number  # one direction more is there already
+    rows = [np.where(used.reshape(-1, *(1,) * (block.ndim - 1)), block, 0) for block in rows]
     lower = np.tril(matrix)  # at its time each direction knew nothing of the later ones
     return rows, lower + np.tril(matrix, -1).T
