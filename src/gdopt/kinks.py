@@ -8,7 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 from gdopt import _trees
-from gdopt.places import Blocks, Place, Probe, chance, combined, largest, loss_at, normal, products, shifted
+from gdopt.places import (
+    Blocks,
+    Place,
+    Probe,
+    chance,
+    coarsest,
+    combined,
+    count_of,
+    largest,
+    loss_at,
+    normal,
+    products,
+    shifted,
+)
 
 _ROUNDS = 8  # each with gradients from a smaller region
 _SAMPLES = 32  # gradients, at the most; of few params twice as many as these
@@ -16,17 +29,15 @@ _SHIFTS = 200  # of weight between two gradients
 _LENGTHS = 10  # that are tried along a way
 
 
-def lowest_beyond(
-    place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks, eps: float
-) -> tuple[Any, Blocks]:
+def lowest_beyond(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks) -> tuple[Any, Blocks]:
     """Go down from a point at a kink, and return the lowest loss and its point.
 
     Along the shortest vector in the convex hull of gradients near the point: all of them tell that the loss falls
     there. Near is a share of each entry's ``typical`` size, which is 0 for those that are held in their places; or, as
     an entry may have come far too little, of what would change the loss by all of it.
     """
-    np, dtype = place.np, _trees.norm_dtype(params)
-    count = min(2 * sum(x.size for x in params), _SAMPLES) + 1
+    np, dtype, eps = place.np, _trees.norm_dtype(params), coarsest(params)
+    count = min(2 * count_of(params), _SAMPLES) + 1
 
     def beside(point: Blocks, sizes: Blocks, number: Any) -> Blocks:
         """The gradient at the point, or at another one near it."""

@@ -113,6 +113,16 @@ def loss_at(place: Place, probe: Probe, params: Blocks) -> Any:
     return np.where(finite, loss, np.nan)
 
 
+def count_of(blocks: Blocks) -> int:
+    """The number of all entries."""
+    return sum(block.size for block in blocks)
+
+
+def coarsest(blocks: Blocks) -> float:
+    """The largest eps of their dtypes."""
+    return max(float(jnp.finfo(block.dtype).eps) for block in blocks)
+
+
 def largest(np: Any, blocks: Blocks) -> Any:
     """The largest absolute value of all entries."""
     return np.max(np.stack([np.max(abs(block), initial=0).astype(_trees.norm_dtype(blocks)) for block in blocks]))
