@@ -109,6 +109,14 @@ def test_saddles_are_left() -> None:
     assert result.loss < 1e-6, result
 
 
+def test_no_entry_is_left_at_a_saddle() -> None:
+    """Of many that have nothing to do with each other."""
+    weights = np.linspace(0.5, 2, 5000, dtype="f4")
+    result = gdopt.minimize(lambda x: jnp.sum(weights * (x**2 - 1) ** 2), jnp.zeros(5000))
+    assert result.success, result
+    np.testing.assert_allclose(abs(result.params), 1, atol=1e-2)
+
+
 def test_networks_of_zeros_are_left() -> None:
     x = np.linspace(-2, 2, 40)[:, None]
     start = {"w": np.zeros((1, 4)), "v": np.zeros((4, 1))}
@@ -247,6 +255,17 @@ def test_a_start_at_the_minimum_is_a_success() -> None:
         result = gdopt.minimize(loss, result.params)
 
 
+@pytest.mark.parametrize(
+    "loss", [lambda x: jnp.sum(x**2), lambda x: 3 * x[0] ** 4 - 2 * (x[0] * x[1]) ** 2 + 3 * x[1] ** 4]
+)
+def test_a_loss_that_underflows_to_zero_ends_the_run(loss: Any) -> None:
+    """Although ``tol=0`` asks for ever more, and what a zero loss leaves to gain is beyond the range."""
+    result = gdopt.minimize(loss, jnp.array([1.0, 0.1]), tol=0)
+    assert result.success, result
+    assert result.loss == 0, result
+    assert result.steps < 1000
+
+
 def test_nan_second_derivatives_are_replaced_by_differences() -> None:
     """A root that the loss leaves aside at the params that are returned."""
 
@@ -319,6 +338,21 @@ def test_a_largest_error_is_no_minimum_at_each_of_its_kinks(optimizer: Any, dtyp
             loss = lambda p: jnp.max(jnp.abs(p[0] + p[1] * x - y))
             result = gdopt.minimize(loss, np.array(start, dtype), optimizer=optimizer)
             assert not result.success or result.loss < best + 0.01, result
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_least_absolute_errors_are_no_minimum_at_each_of_their_kinks(dtype: Any) -> None:
+    """With ten params, at most points that a search comes to, a few ways among very many lead down."""
+    random = np.random.default_rng(0)
+    a = random.normal(size=(40, 10)).astype(dtype)
+    y = (a @ random.normal(size=10) * 0.3 + random.normal(size=40)).astype(dtype)
+    ones, none = np.full(40, 1 / 40), [(None, None)] * 10 + [(0, None)] * 80
+    system = np.hstack([a, np.eye(40), -np.eye(40)])
+    best = linprog(np.concatenate([np.zeros(10), ones, ones]), A_eq=system, b_eq=y, bounds=none).fun
+    with jax.enable_x64(dtype == np.float64):
+        result = gdopt.minimize(lambda x: jnp.mean(jnp.abs(a @ x - y)), np.zeros(10, dtype))
+    assert result.loss < best + 1e-3, result
+    assert not result.success or result.loss - best <= 10 * result.left, result
 
 
 @pytest.mark.parametrize("start", [np.zeros(8), np.ones(8)])

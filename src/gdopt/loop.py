@@ -446,7 +446,8 @@ def _functions(
         running = code == RUNNING
         if not settings.noisy:
             finite &= jnp.isfinite(grad_norm) & jnp.isfinite(value)
-            keep = (k == 0) | (finite & (value < state.kept.loss))
+            lower = (value < state.kept.loss) | ((value == state.kept.loss) & (grad_norm == 0))
+            keep = (k == 0) | (finite & lower)
         else:
             failed = stopping.failed(code)
             keep = (k == 0) | jnp.where(running, stopping.is_good(watch, value), ~failed)

@@ -173,7 +173,8 @@ def chance(place: Place, like: Blocks, number: Any) -> Blocks:
         entries = np.arange(begin, begin + block.size, dtype=np.float32).reshape(block.shape)
         begin += block.size
         mixed = np.sin(entries * np.float32(0.75487767) + number * np.float32(0.56984029)) * np.float32(1e4)
-        out.append((2 * (mixed - np.floor(mixed)) - 1).astype(block.dtype))
+        share = 2 * (mixed - np.floor(mixed)) - 1
+        out.append(np.where(share == 0, 0.5, share).astype(block.dtype))  # no entry is left where it is
     return out
 
 

@@ -443,10 +443,10 @@ def explain(status: Status, told: Told) -> str:
                 f"norm is {grad_norms[end]:.3g}.{back} {_more(told)}"
             )
         case Status.PRECISION_LIMIT if told.ending.verified == BY_NEIGHBOURS:
-            much = f" by more than {float(told.ending.left):.1g}" if told.ending.left > 0 else ""
+            much = f": less than about {float(told.ending.left):.1g} is left to gain" if told.ending.left > 0 else ""
             return (
-                f"reached the precision limit {after}: the loss {last} has a kink there, and no point among {TRIED} "
-                f"neighbours is lower{much}."
+                f"reached the precision limit {after}: the loss {last} has a kink there, and neither {TRIED} "
+                f"neighbours nor the gradients around it show a way down{much}."
             )
         case Status.PRECISION_LIMIT:
             more = " float64 may gain more." if eps > _COARSE else ""

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 
 from gdopt import _trees, stopping
 from gdopt.counterexamples import Tries, directions, wanted_kinds
-from gdopt.kinks import lowest_beyond
+from gdopt.kinks import Below, look_below
 from gdopt.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
 from gdopt.spectrum import Spectrum, evened, newton_step, spectrum
 from gdopt.stopping import RUNNING, Ending, Limits, Status, Watch
 
 _EXACT = 64  # entries of the params: the whole Hessian of so many is computed
 _CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
+_PART = 0.5  # of what a parabola's minimum promises: where a try gains as much, there is no kink
 _KINK = 100  # times the rounding of the loss: what a step downhill should have gained
 _ROUNDED, _ULPS = 3, 4.0  # points that tell how well the loss is known, and how far away: in eps of the params
 _MOSTLY, _MUCH = 0.1, 1000  # of what was gained, and over that at the start: a loss with more noise tells nothing
@@ -39,7 +40,8 @@ class Check(NamedTuple):
     negative: Any  # whether there is a direction of negative curvature
     lower: Any  # whether a point is lower by more than was allowed, or along a negative curvature by more than rounding
     below: Any  # the same by more than rounding, where the curvature cannot tell how much more is left
-    kink: Any  # whether the gradient promises that the loss falls visibly, though no try showed it
+    kink: Any  # whether the gradient promises that the loss falls, though no gradient around it does, nor any try
+    slope: Any  # there
     saturated: Any  # whether the loss depended on an entry at the start, and does not there
     point: Blocks  # the lowest found
     steepest: Any  # the largest entry of the gradient at the given one
@@ -102,13 +104,15 @@ def settle(
     all_left = stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
     lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # as on the way to a kink
     little = seen.curved & (seen.left <= here.allowed) & ~lower & ~all_left
-    kink = limited & seen.kink & ~lower
+    kink = limited & seen.kink & ~lower & (seen.slope <= _MOSTLY * (watch.first_loss - loss))
     holds = (little | kink) & ~seen.saturated & ~drowned
     if limits.grad_tol is not None:
         holds = holds | (seen.steepest <= limits.grad_tol)
     hides = ~drowned & (noise > own) & (noise > seen.left)  # in rounding
     left = np.where(drowned | hides, noise, np.where(np.isfinite(seen.left), seen.left, np.nan))
-    stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0)
+    stuck = (
+        limited | (claim.grad_norm == 0) | (watch.grad_norm == 0) | (claim.step < watch.patience)
+    )  # so soon after another
     again = lower & searches & (watch.bar > stopping.LEAST_BAR)
     goes_on = ~holds & (again | ~stuck) & (claim.step < limits.max_steps)
     moves = goes_on & lower & searches
@@ -119,7 +123,7 @@ def settle(
     by_curvature = np.where(hides, stopping.UP_TO_NOISE, stopping.BY_CURVATURE)
     how = np.where(little, by_curvature, np.where(kink, stopping.BY_NEIGHBOURS, stopping.NOT_VERIFIED))
     how = np.where(holds, how, stopping.NOT_VERIFIED)
-    left = np.where(kink, rounding, left).astype(loss.dtype)  # by so much a neighbour may be lower
+    left = np.where(kink, np.maximum(rounding, seen.slope), left).astype(loss.dtype)
     saddle = np.where(seen.negative, stopping.SADDLE, stopping.NONE_SEEN)
     flaw = np.where(seen.saturated, stopping.SATURATED, np.where(drowned, stopping.DROWNED, saddle))
     return Settled(
@@ -223,18 +227,22 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     ways, lengths, promised = directions(place, found, model.step, here.grad, here.typical, visible)
     kinds = wanted_kinds(place, found, little, negative)
     best = Tries(place, probe, here, left, ways, lengths, kinds).lowest(loss - visible)
-    kink = found.known & ~little & (np.maximum(promised, model.gain) > _KINK * here.rounding)
+    promised = np.maximum(promised, model.gain)
+    kink = found.known & ~little & (promised > _KINK * here.rounding)
     kink = kink & (best.finite > stopping.TRIED // 2)  # not outside of its domain
-    down = lambda: lowest_beyond(place, probe, best.point, best.loss, here.typical)
-    hidden = kink & limited & ((loss - best.loss) * _KINK < promised)
-    lowest, point = place.when(hidden, down, lambda: (best.loss, best.point))
+    hidden = kink & limited & (loss - best.loss < _PART * promised)
+    nothing = np.zeros((), found.right.dtype)
+    down = lambda: look_below(place, probe, best.point, best.loss, here.typical)
+    below = place.when(hidden, down, lambda: Below(best.loss, best.point, nothing, nothing > 0))
+    lowest, point = below.loss, below.point
     return Check(
         left=np.maximum(left, loss - lowest),
         curved=found.known,
         negative=clear,
         lower=(lowest < loss - visible) | (clear & best.saddle) | best.beyond,
         below=(lowest < loss - here.rounding) & (~little | flat),
-        kink=kink,
+        kink=kink & below.tells & (below.slope < np.inf),
+        slope=below.slope,
         saturated=_is_saturated(place, probe, here, found, start),
         point=point,
         steepest=largest(np, here.grad),
