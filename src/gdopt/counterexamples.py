@@ -22,6 +22,17 @@ _MORE = 4  # times what Newton's step should gain: beyond it there is no minimum
 _STRETCH = 4.0  # the length of a try over that of the one before
 
 
+class Point(NamedTuple):
+    """The point that is returned."""
+
+    params: Blocks
+    loss: Any
+    grad: Blocks
+    typical: Blocks  # the size of each entry, 0 for those that are held in their places
+    rounding: Any  # of the loss
+    allowed: Any  # to be left
+
+
 def directions(
     place: Place, found: Spectrum, newton: Blocks, grad: Blocks, typical: Blocks, visible: Any
 ) -> tuple[Blocks, Any, Any]:
@@ -32,7 +43,7 @@ def directions(
     """
     np, dtype, out = place.np, found.right.dtype, functools.partial(found.way, place)
     slope = scaled(found.scale, scaled(found.scale, grad))
-    highest = np.max(np.abs(found.matrix))
+    highest = found.highest
     size = np.max(np.abs(found.right))
     unit, steepest = found.right / np.where(size > 0, size, 1), np.where(highest == 0, 1, highest)
     bend, square = unit @ (found.matrix / steepest) @ unit, unit @ unit
@@ -65,7 +76,7 @@ def directions(
 def wanted_kinds(place: Place, found: Spectrum, little: Any, negative: Any) -> Any:
     """Whether each kind is to be tried, where ``little`` seems to be left, or a curvature is ``negative``."""
     np = place.np
-    weak, goes, flat = found.weak.any(), (found.right != 0).any(), np.max(np.abs(found.matrix)) == 0
+    weak, goes, flat = found.weak.any(), (found.right != 0).any(), found.highest == 0
     level = found.whole & found.known & (np.min(np.abs(found.values)) <= found.noise)
     return np.stack([weak, ~little, negative, negative, level, ~little, goes, weak | True, ~little | flat])
 
@@ -75,7 +86,7 @@ class Tries(NamedTuple):
 
     place: Place
     probe: Probe
-    here: Any  # the `Point` of the claim
+    here: Point
     left: Any  # to gain there, by the curvature
     ways: Blocks  # with a leading axis
     lengths: Any

@@ -608,7 +608,7 @@ class Verifier(NamedTuple):
             if not exact:
                 raise
             made = None  # JAX raises various ones for a loss that has no second derivatives
-        free = program.share(traced.free, state, inputs) if self.rule.may_project else None
+        free = program.share(traced.free, state, inputs) if exact and self.rule.may_project else None
         parts = [part for part in (made, free) if part]
         return Programs(made, free, all(part.closed for part in parts))
 

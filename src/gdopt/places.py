@@ -183,7 +183,7 @@ def neighbour(place: Place, number: Any, typical: Blocks, eps: float) -> Blocks:
     np, begin, out = place.np, 0, []
     share = number * np.float32(0.61803399)
     length = eps ** (0.1 + 0.65 * (share - np.floor(share)))
-    chosen = number // 4 % sum(block.size for block in typical)
+    chosen = number // 4 % count_of(typical)
     for block, random in zip(typical, chance(place, typical, number), strict=True):
         here = (np.arange(begin, begin + block.size) == chosen).reshape(block.shape) | (number % 2 == 0)
         begin += block.size

@@ -142,9 +142,10 @@ class Result:
             a target also MAX_STEPS, if nothing else was asked for and the mean loss of the last epoch is at most the
             loss of the start.
         left: an estimate of what is left to gain at ``params``, in units of the loss: what Newton's method would gain
-            next; if it is more, and at a kink, the rounding of the loss there. NaN where it is not known.
+            next; the rounding of the loss there, if that is more; at a kink what the gradients around it show. NaN
+            where it is not known.
         verified: whether that was checked at ``params`` at the end, by the curvature of the loss or, at a kink, by
-            neighbours drawn at random. Their evaluations are not among the steps.
+            neighbours drawn at random and the gradients around it. Their evaluations are not among the steps.
         history: a `History`; None inside of jit, vmap and grad.
         steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone), of a stream those of
             its first pass; None for a loss that is the same function at each step, and for a stream that went no

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gdopt.places import Blocks, Place, Probe, chance, combined, normal, products
+from gdopt.places import Blocks, Place, Probe, chance, combined, count_of, normal, products
 
 _SWEEPS, _SIGNS = 5, 2  # to even the scales of the entries, with so many directions in each
 _KRYLOV, _MANY_KRYLOV = 24, 96  # directions for more of them, at the most, and at the most where they are cheap
@@ -29,6 +29,11 @@ class Spectrum(NamedTuple):
     noise: Any  # of the values
     known: Any
     whole: bool  # whether it is all of the Hessian
+
+    @property
+    def highest(self) -> Any:
+        """The largest entry of the matrix."""
+        return abs(self.matrix).max()
 
     def way(self, place: Place, weights: Any) -> Blocks:
         """The direction with these weights, in the units of the params."""
@@ -77,7 +82,7 @@ def spectrum(
     Products of the Hessian are known up to ``accuracy``.
     """
     np, slope = place.np, scaled(scale, grad)
-    count = sum(block.size for block in slope)
+    count = count_of(slope)
     times = lambda way: scaled_product(probe, params, scale, way)
     basis, matrix = (_whole if whole else _krylov)(place, times, slope, count, dtype)
     right = products(place, basis, slope, dtype)
@@ -131,7 +136,7 @@ def _even(np: Any, matrix: Any) -> Any:
 def _whole(place: Place, times: Callable, like: Blocks, count: int, dtype: Any) -> tuple[Blocks, Any]:
     """Each entry as a direction, and the matrix between them."""
     np = place.np
-    begins = [sum(block.size for block in like[:number]) for number in range(len(like))]
+    begins = [count_of(like[:number]) for number in range(len(like))]
     basis = [
         np.eye(count, block.size, -begin, block.dtype).reshape(count, *block.shape)
         for block, begin in zip(like, begins, strict=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from gdopt import _trees, stopping
-from gdopt.counterexamples import Tries, directions, wanted_kinds
+from gdopt.counterexamples import Point, Tries, directions, wanted_kinds
 from gdopt.kinks import Below, look_below
 from gdopt.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
 from gdopt.spectrum import Spectrum, evened, newton_step, spectrum
@@ -110,9 +110,8 @@ def settle(
         holds = holds | (seen.steepest <= limits.grad_tol)
     hides = ~drowned & (noise > own) & (noise > seen.left)  # in rounding
     left = np.where(drowned | hides, noise, np.where(np.isfinite(seen.left), seen.left, np.nan))
-    stuck = (
-        limited | (claim.grad_norm == 0) | (watch.grad_norm == 0) | (claim.step < watch.patience)
-    )  # so soon after another
+    soon = claim.step < watch.patience  # after another claim: with no step between, there would be no end of them
+    stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0) | soon
     again = lower & searches & (watch.bar > stopping.LEAST_BAR)
     goes_on = ~holds & (again | ~stuck) & (claim.step < limits.max_steps)
     moves = goes_on & lower & searches
@@ -189,17 +188,6 @@ class Start(NamedTuple):
     rounding: Any  # of that
 
 
-class Point(NamedTuple):
-    """The point that is returned."""
-
-    params: Blocks
-    loss: Any
-    grad: Blocks
-    typical: Blocks  # the size of each entry, 0 for those that are held in their places
-    rounding: Any  # of the loss
-    allowed: Any  # to be left
-
-
 class _Model(NamedTuple):
     """The curvature at a point, and what follows from it."""
 
@@ -221,7 +209,7 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     little = found.known & (left <= here.allowed)
     negative = found.known & (found.values[0] < -found.noise)
     clear = negative & (found.values[0] < -_CLEAR * np.max(np.abs(found.values)))
-    flat = np.max(np.abs(found.matrix)) == 0
+    flat = found.highest == 0
     visible = np.maximum(here.allowed, here.rounding)
 
     ways, lengths, promised = directions(place, found, model.step, here.grad, here.typical, visible)
@@ -265,7 +253,7 @@ def _model(place: Place, probe: Probe, here: Point, exact: Any) -> _Model:
     # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
     again = newton_step(place, found, found.along(place, grad)).left
     ulps = [np.where(s > 0, eps * x / np.where(s > 0, s, 1), 0) for x, s in zip(here.typical, scale, strict=True)]
-    grain = np.max(np.abs(found.matrix)) * dot(place, ulps, ulps, dtype)  # the params are known no better
+    grain = found.highest * dot(place, ulps, ulps, dtype)  # the params are known no better
     least = np.maximum(here.rounding, grain)
     bends = ~(again <= np.maximum(_AGAIN * newton.left, least)) & (newton.left > here.rounding)
 
