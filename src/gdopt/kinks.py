@@ -91,10 +91,13 @@ def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: B
             lowest = _along(place, probe, begin, loss, way)
             return known + 1, rows, weights, length * unit, longest * unit, lowest
 
+        def further(_: Any, carry: tuple) -> tuple:
+            return place.when(goes_on(carry), lambda: follow(carry), lambda: carry)
+
         one = np.ones((), dtype)
         first = np.where(np.arange(room) == 0, one, 0)
         start = np.int32(few) + 0 * number, rows, first, np.inf * one, one * unit, (loss, begin)
-        _, _, _, length, _, (value, point) = carry = place.loop(goes_on, follow, start)
+        _, _, _, length, _, (value, point) = carry = place.fold(room - few, further, start)
         slope = np.where(number < _COARSE, np.inf, length / radius)
         return Below(value, point, np.minimum(least, slope).astype(dtype), ~goes_on((few, *carry[1:]))), steepest
 
