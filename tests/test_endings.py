@@ -575,8 +575,10 @@ def test_many_params_of_two_scales() -> None:
 def test_params_whose_scales_differ_are_named(loss: Any, start: Any, rate: float, names: str) -> None:
     result = gdopt.minimize(loss, start, learning_rate=rate, max_steps=2000)
     assert not result.success
-    cure = "differ in scale by 100 times or more: scale them, or leave the optimizer and the learning_rate out."
-    assert result.message.endswith(f"{names} {cure}"), result.message
+    cure = "pass scale='curvature' and another learning_rate, or leave the optimizer and the learning_rate out."
+    assert result.message.endswith(f"{names} differ in scale by 100 times or more: {cure}"), result.message
+    assert gdopt.minimize(loss, start, scale="curvature", learning_rate=0.5, max_steps=2000).success
+    assert gdopt.minimize(loss, start).success
 
 
 def test_scales_that_are_alike_are_no_advice() -> None:

@@ -459,3 +459,13 @@ def test_what_needs_the_host_is_refused(options: dict[str, Any], message: str) -
     options = {"args": (ROWS,)} | options if "data" not in options else options
     with pytest.raises(gdopt.InputError, match=message):
         jax.jit(lambda b: gdopt.minimize(fit, {**START, "b": b}, **options).params)(0.5)
+
+
+@pytest.mark.parametrize("how", [jax.grad, jax.jacfwd])
+def test_derivatives_by_what_moves_the_gradient_of_one_leaf_alone(how: Any) -> None:
+    def solution(target: Any) -> jax.Array:
+        loss = lambda p: (p["a"] - target) ** 2 + 2 * (p["b"] - p["a"]) ** 2 + jnp.sum(p["c"] ** 2)
+        return gdopt.minimize(loss, {"a": 0.0, "b": 0.0, "c": jnp.ones(2)}, tol=1e-8).params["b"]
+
+    assert float(how(solution)(3.0)) == pytest.approx(1)
+    assert float(how(how(solution))(3.0)) == pytest.approx(0, abs=1e-5)

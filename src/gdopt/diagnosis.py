@@ -130,7 +130,9 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
     None where not even that could be computed once more: the result matters more than what is said about it.
     """
     try:
-        rest = task.problem.rest
+        problem = task.problem
+        rest, params = problem.rest, problem.natural(params)
+        task = task._replace(problem=problem._replace(params=problem.natural(problem.params), sizes=None))
 
         def value(params: PyTree, held: tuple, *given: Any) -> Any:
             problem = task.problem._replace(rest=dataclasses.replace(rest, arrays=held))

@@ -26,6 +26,7 @@ from gdopt.progress import progress_bar
 from gdopt.result import NO_MESSAGE, History, RangeTest, Report, Result
 from gdopt.resuming import saves_at
 from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, learns_scales, make_rule, search
+from gdopt.scaling import scaled
 from gdopt.schedules import triangular2
 from gdopt.stopping import Ending, Limits, Rates, Status, Told, Watch, chosen_rates, explain, is_better, succeeded
 from gdopt.task import Task, make_task
@@ -55,6 +56,7 @@ def minimize(
     with_key: bool = False,
     key: jax.Array | None = None,
     trainable: Any = None,
+    scale: PyTree | Literal["curvature"] = None,
     keep_best: bool = True,
     callback: Callable[[Report], Any] | None = None,
     progress: bool = False,
@@ -106,6 +108,13 @@ def minimize(
         key: where those keys and the shuffling come from; by default ``jax.random.key(0)``.
         trainable: what to optimise: a pytree of bools that is a prefix of params, or a function ``params -> `` such a
             mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
+        scale: typical sizes of the params, which R's ``optim`` calls ``parscale``. The run is exactly that of
+            ``loss(scale * z)`` from ``params / scale``, with any optimizer and rate: a positive number for each leaf or
+            subtree of params, or an array of the shape of a leaf, each rounded to a power of two, so that no digit is
+            lost. ``"curvature"`` takes 1 / sqrt(|d|) with the diagonal d of the Hessian at the start. It computes one
+            product of the Hessian for each of up to 64 entries, and estimates d by ten for more. Params keep their own
+            units in the loss, in callbacks and in the result; rates, ``grad_tol`` and ``grad_norm`` are of the scaled
+            ones. Default None: not scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
         keep_best: keep a copy of the best point, of a noisy run the last good one, to be returned whatever comes after
             it, as it is by default. Without it the last point is returned, be it good or not, and the run needs less
             memory: by one copy of params, and on a CPU by another that XLA makes for its sake. Not for a rate that is
@@ -161,7 +170,8 @@ def minimize(
         raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
-    task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    task = scaled(make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key), scale)
+    problem = task.problem
     batches, stream, noisy = task.batches, task.stream, task.noisy
     steps = _check_steps(max_steps, epochs, task)
     limits = Limits(steps.most, _check_tol(tol, noisy), _check_grad_tol(grad_tol, noisy), _check_target(target))
@@ -254,7 +264,7 @@ def minimize(
         hindsight=_hindsight(compiled, state, inputs, history, status, rates),
     )
     result = Result(
-        params=problem.rest.combine(params),
+        params=task.problem.whole(params),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         steps=ending.steps,
@@ -387,9 +397,12 @@ class _Ending(NamedTuple):
             message += f" {self.why_exhausted}"
         if self.hindsight.apart is not None:
             larger, smaller = self.hindsight.apart
-            out = "optimizer" if self.rates is Rates.SEARCHED else "optimizer and the learning_rate"
+            other, out = " and another learning_rate", "optimizer and the learning_rate"
+            if self.rates is Rates.SEARCHED:
+                other, out = "", "optimizer"
             message += (
-                f" {larger} and {smaller} differ in scale by 100 times or more: scale them, or leave the {out} out."
+                f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or leave "
+                f"the {out} out."
             )
         if self.optimizer:
             message += f" The optimizer was {self.optimizer}."
@@ -417,7 +430,7 @@ def _inside(outcome: Any, task: Task) -> Result:
     """The result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
     zero = _trees.on_device(0.0)
     return Result(
-        params=task.problem.rest.combine(outcome.params),
+        params=task.problem.whole(outcome.params),
         loss=outcome.loss,
         grad_norm=outcome.grad_norm,
         steps=outcome.steps,
@@ -459,7 +472,7 @@ def _report(problem: Problem, step: int, epoch: int, state: loop.State, records:
     return Report(
         step=step,
         epoch=epoch,
-        params=problem.rest.combine(_trees.copy(run.returned_params(state))),
+        params=problem.whole(_trees.copy(run.returned_params(state))),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         learning_rate=float(records.learning_rate[-1]),

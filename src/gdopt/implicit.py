@@ -82,7 +82,7 @@ def differentiable(
             given = filled(some)
             return jax.grad(lambda real: value(back(real), *given)[0])(real)
 
-        right = _tangents(lambda some: gradient(real, some), some, ways)
+        right = _all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways)
         times = lambda real, some, x: _hessian_times(lambda real: gradient(real, some), real, x)
         known = lax.stop_gradient((real, some))
         across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](way)[0]
@@ -137,11 +137,18 @@ def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTr
         pairs = zip(rows, out, strict=True)
         return still, [lax.map(row, jnp.arange(leaf.size)).reshape(leaf.shape) for row, leaf in pairs]
 
-    moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
-    unused = [leaf + (0 * moved).astype(leaf.dtype) for leaf in nothing]  # all that it is given has to be linear
     return lax.custom_linear_solve(
-        lambda at: at, (way, unused), forward, transpose_solve=lambda _, at: (backward(at[1])[0], nothing)
+        lambda at: at,
+        (way, _all_moving(nothing, way)),
+        forward,
+        transpose_solve=lambda _, at: (backward(at[1])[0], nothing),
     )[1]
+
+
+def _all_moving(tree: PyTree, way: PyTree) -> PyTree:
+    """The tree plus zero times a way: `lax.custom_linear_solve` wants each leaf that it is given to depend on it."""
+    moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
+    return jax.tree.map(lambda leaf: leaf + (0 * moved).astype(leaf.dtype), tree)
 
 
 def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:

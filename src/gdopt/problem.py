@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gdopt import _draws, _jax, _nnx, _notes, _trees
 from gdopt._checks import fault, flatten, refuse_no_arrays, warn
@@ -22,10 +23,19 @@ class Problem(NamedTuple):
     params: PyTree  # strong-typed arrays; None in place of what is carried along
     rest: _trees.Rest
     has_aux: bool = False
+    sizes: PyTree = None  # powers of two that the params were divided by: see `scaling`
+
+    def natural(self, params: PyTree) -> PyTree:
+        """The params in the units in which they were given."""
+        return params if self.sizes is None else jax.tree.map(_times, params, self.sizes)
+
+    def whole(self, params: PyTree) -> PyTree:
+        """What the loss takes: the params in their own units, with what is carried along."""
+        return self.rest.combine(self.natural(params))
 
     def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:
         """(loss, aux); raises InputError for a loss that returns anything but a scalar."""
-        whole = self.rest.combine(params)
+        whole = self.whole(params)
         before = _draws.states(self.loss)
         try:
             out = self.loss(whole, *args, **key)
@@ -39,6 +49,12 @@ class Problem(NamedTuple):
             )
         _nnx.refuse_writes(self.rest, whole)
         return _checked(out, self.has_aux)
+
+
+def _times(leaf: jax.Array, size: jax.Array) -> jax.Array:
+    if not jnp.iscomplexobj(leaf):
+        return leaf * size
+    return lax.complex(leaf.real * size, leaf.imag * size)  # under strict promotion as well
 
 
 def value_and_grad(value: Callable[..., tuple]) -> Callable[..., tuple[tuple, PyTree]]:
@@ -89,7 +105,7 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
     return Problem(loss, _trees.strong(some), rest, has_aux)
 
 
-def check_start(params: PyTree) -> None:
+def check_start(params: PyTree, root: str = "params") -> None:
     """Raises InputError where the start has an infinite or NaN entry; one that is traced has none yet."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if _jax.is_tracer(leaf):
@@ -101,7 +117,7 @@ def check_start(params: PyTree) -> None:
         if not finite.all():
             at = tuple(int(i) for i in np.argwhere(~finite)[0])
             raise InputError(
-                f"{_trees.path_name(path)} starts with {start[at]}{f' at index {at}' if at else ''}: every "
+                f"{_trees.path_name(path, root)} starts with {start[at]}{f' at index {at}' if at else ''}: every "
                 "entry of the start must be finite."
             )
 

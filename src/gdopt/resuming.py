@@ -85,6 +85,7 @@ class Saves:
             "held params": _with_checksum(task.problem.rest.arrays),
             "key": _trees.on_host(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
             "keep_best": repr(keep_best),
+            "scale": _with_checksum(task.problem.sizes),
             "float": jax.dtypes.canonicalize_dtype(float).name,
         }
         self._meta = {"given": given, "start": program.checksum(task.problem.params)}
@@ -92,7 +93,8 @@ class Saves:
             return
         theirs = self.found.meta.get("given", {})
         for name, mine in given.items():
-            self._refuse_other(name, theirs.get(name), mine)
+            # Saves of old tell of no scale.
+            self._refuse_other(name, theirs.get(name, "nothing" if name == "scale" else None), mine)
         if self.found.meta.get("start") != self._meta["start"]:
             warn(f"params are others than those that the run of {self.found.file!r} began with: it goes on from there.")
 
