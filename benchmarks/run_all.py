@@ -30,6 +30,7 @@ PICTURES = {
     "scaling": "docs/scaling.png",
     "cutest": "docs/cutest.png",
     "endings": None,
+    "scales": None,
     "calls": None,
     "auto_training": None,
     "lr_finders": None,

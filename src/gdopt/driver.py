@@ -401,8 +401,8 @@ class _Ending(NamedTuple):
             if self.rates is Rates.SEARCHED:
                 other, out = "", "optimizer"
             message += (
-                f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or leave "
-                f"the {out} out."
+                f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
+                f"leave the {out} out."
             )
         if self.optimizer:
             message += f" The optimizer was {self.optimizer}."

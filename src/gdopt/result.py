@@ -134,7 +134,8 @@ class Result:
         params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
             last good one. In the structure, dtypes and containers of the params that were given.
         loss: the loss of ``params`` (with mini-batches, on the last batch).
-        grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` by ``params / scale``.
+        grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` the gradient by
+            ``params / scale``.
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`; ``Status(int(result.status))`` after a jit.
         message: a sentence that says what happened and, where that helps, what to try.
