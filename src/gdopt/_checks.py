@@ -1,4 +1,4 @@
-"""What callers give, numbers and trees: refused, where it is of no use, with its name, its value and the cure."""
+"""Validation of arguments. Every error names the argument, its value and the fix."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _is_unsortable(node: Any) -> bool:
 
 
 def fault(leaf: Any, carried: bool) -> str:
-    """What is wrong with a leaf, and the cure."""
+    """Say what is wrong with a leaf, and the cure; "" if nothing is."""
     if isinstance(leaf, jax.Array):
         if _jax.is_tracer(leaf) or not leaf.is_deleted():
             return ""
@@ -142,7 +142,7 @@ def fault(leaf: Any, carried: bool) -> str:
 
 
 def _wrapped(leaf: np.ndarray | np.generic) -> str:
-    """Of integers in 64 bits what they would silently come to be in 32."""
+    """Refuse 64-bit integers that JAX would wrap around as it converts them to 32 bits."""
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if leaf.dtype.kind not in "iu" or dtype == leaf.dtype or not leaf.size:
         return ""
@@ -157,7 +157,7 @@ def _wrapped(leaf: np.ndarray | np.generic) -> str:
 
 
 def _other_dtype(dtype: np.dtype) -> str:
-    """How to come to one that JAX knows."""
+    """Say how to convert a dtype to one that JAX knows."""
     if dtype.fields is not None:
         return "pass its fields as arrays of their own"
     native = dtype.newbyteorder("=")

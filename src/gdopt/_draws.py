@@ -1,4 +1,4 @@
-"""Whether a function draws random numbers of NumPy's or Python's: seen by the state of the generators in its reach."""
+"""Tell whether a function draws NumPy's or Python's random numbers, by the state of the generators in its reach."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = 625  # of MT19937's state: its key and the position in it
 
 
 def states(function: Callable) -> dict[str, Hashable]:
-    """Of NumPy's global generator, and of what the function itself closes over or names of its globals, by name."""
+    """Return the states of NumPy's global generator and of those that the function closes over or names, by name."""
     named: dict[str, Any] = {"numpy.random": cast(Any, np.random).get_bit_generator()}
     for name, value in _reach(function):
         owner = _of(value, "__self__") if callable(value) else None
@@ -45,7 +45,7 @@ def _state(generator: Any) -> Hashable:
 
 
 def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
-    """What it closes over, is bound to, has as defaults or names of its globals; so of the functions among these."""
+    """Return what a function closes over, is bound to, has as defaults or names as globals; functions in it, too."""
     found: list[tuple[str, Any]] = []
     while isinstance(function, functools.partial):
         found += [("functools.partial", value) for value in (*function.args, *function.keywords.values())]

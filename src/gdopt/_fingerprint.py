@@ -1,4 +1,4 @@
-"""What makes two traces the same program, and the copies of traces that may be kept.
+"""Fingerprints, which are equal for traces of the same program, and copies of traces that may be kept.
 
 A wrong answer here is silent: the second program would run as the first one. So everything that is not known to be a
 value fails closed: the trace gets no fingerprint, and its program is compiled for that call alone. `is_reliable` tries
@@ -253,7 +253,7 @@ def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
 
 
 def _leaf(value: Any) -> Hashable:
-    """What is no container."""
+    """Describe what is no container."""
     match value:
         case Hole() | enum.Enum():
             return value
@@ -373,7 +373,7 @@ def _look_alike(make: Callable) -> bool:
 
 
 def _told_by(closed: Any, kept: Copy) -> tuple[Hashable | None, list[bytes]]:
-    """What tells a trace from others: its fingerprint and, beside it, the arrays that a replay is given."""
+    """Return what tells a trace from others: its fingerprint, and the arrays that a replay is given."""
     return fingerprint(kept.jaxpr), [np.asarray(array).tobytes() for array in (*_jax.consts(closed), *kept.arrays)]
 
 

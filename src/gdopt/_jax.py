@@ -35,7 +35,7 @@ import jax.core
 
 @functools.cache
 def _classes() -> tuple[tuple[type, ...], type]:
-    """Those of traces, and that of literals.
+    """The classes of traces, and that of literals.
 
     A trace itself tells them: `jax.extend.core`, which has names for them, takes 20 ms to import and changes the names.
     """

@@ -1,4 +1,4 @@
-"""What a trace shows of a loss that was hardly meant as it is written."""
+"""Checks for losses that were hardly meant as they are written, by their traces."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
         return False
 
     def whole(atom: Any) -> Any:
-        """What the numbers were taken from, whatever their shape was there."""
+        """Return the array that the numbers were taken from, whatever its shape."""
         while (eqn := by(atom, *_SHAPES)) is not None:
             atom = eqn.invars[0]
         return atom

@@ -72,7 +72,7 @@ def _search(closed: Any, arguments: Sequence, out: int, lines: list, found: list
 
 
 def _healing(jaxpr: Any, values: dict, eqn: Any, inputs: list, out: Any, source: int | None) -> int | None:
-    """Of several inputs that are not finite the one without which the output is; or else the ``source`` given."""
+    """Find the input, among several that are not finite, without which the output is; else return ``source``."""
     bad = [number for number, given in enumerate(inputs) if is_bad(given)]
     if len(bad) < 2 or not is_bad(values[out]):
         return source

@@ -1,4 +1,4 @@
-"""What is added to errors that are not gdopt's own: where they come from, and what to try. They stay what they are."""
+"""Notes on errors that are not gdopt's own: where they come from, and what to try. The errors stay what they are."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HINTS = (
 
 
 def add_call(error: Exception, function: Callable, args: tuple, kwargs: dict) -> None:
-    """Where in the caller's code a loss raised, and what it was called with."""
+    """Note the line in the caller's code at which a loss raised, and what the loss was called with."""
     lines = [f"gdopt: raised at {_place(error, function)}"]
     if known := hint(error):
         lines.append(f"The loss is traced, on stand-ins for arrays that have no values yet: {known}.")
@@ -44,7 +44,7 @@ def add_call(error: Exception, function: Callable, args: tuple, kwargs: dict) ->
 
 
 def hint(error: Exception) -> str:
-    """What to do about an error of JAX's that came of reading what is traced; "" for others."""
+    """Say what to do about an error of JAX's that came of reading a traced value; "" for other errors."""
     return next((text for kind, text in _HINTS if isinstance(error, kind)), "")
 
 
@@ -90,7 +90,7 @@ def add_result(error: Exception, callback: Callable, result: Any) -> None:
 
 @contextlib.contextmanager
 def memory(**trees: PyTree) -> Iterator[None]:
-    """Where the memory does not suffice: what takes how much of it, and what to try."""
+    """Note on errors for lack of memory what takes how much of it, and what to try."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

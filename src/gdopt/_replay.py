@@ -36,7 +36,7 @@ RULES = {"custom_jvp_call": ("jvp_jaxpr_fun",), "custom_vjp_call": ("fwd_jaxpr_t
 
 
 class Mode(enum.Enum):
-    """What a replay is for, which decides what it runs through operation by operation."""
+    """The purpose of a replay, which decides what it runs through operation by operation."""
 
     LOSS = "a function that may be differentiated: calls, but no function with derivative rules, which it keeps"
     FINAL = "one that is not: calls, functions with derivative rules, and whatever holds one"
@@ -123,7 +123,7 @@ class _Builder(NamedTuple):
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many inputs of a scan are constants, and how many are carried.
+    """Return how many inputs of a scan are constants, and how many are carried.
 
     The parameters that say so have other names in each JAX; but a row has one axis less in the body than outside.
     """

@@ -1,4 +1,4 @@
-"""What ``optax.tree`` lacks: norms that neither overflow nor vanish, strong types, and trees with frozen leaves."""
+"""Trees beyond ``optax.tree``: norms that neither overflow nor vanish, strong types, and trees with frozen leaves."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def quick_norm(tree: PyTree) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def all_finite(tree: PyTree) -> jax.Array:
-    """Whether no entry of any leaf is NaN or infinite."""
+    """Tell whether no entry of any leaf is NaN or infinite."""
     return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
@@ -187,21 +187,21 @@ def copy(tree: PyTree) -> PyTree:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether jit would take the leaf as a value: arrays, NumPy's and Python's numbers; not functions or strings."""
+    """Tell whether jit takes the leaf as a value: an array, or a number of NumPy's or Python's."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype in NUMBERS
     return isinstance(leaf, jax.Array | bool | int | float | complex)
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether it holds typed PRNG keys, which have no arithmetic."""
+    """Tell whether a leaf holds typed PRNG keys, which have no arithmetic."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rest:
-    """What ``partition`` took out of a tree: a pytree of its arrays, hashable where it has none and the others are."""
+    """The leaves that ``partition`` took out of a tree: a pytree of arrays, hashable if all others are."""
 
     arrays: tuple  # None in place of what stayed and of the others
     others: tuple = dataclasses.field(metadata={"static": True})
@@ -211,7 +211,7 @@ class Rest:
     numbers: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def leaves(self) -> list[Any]:
-        """Those that were taken out, and None in place of what stayed."""
+        """Return the leaves that were taken out, and None in place of those that stayed."""
         pairs = zip(self.arrays, self.others, strict=True)
         return [other if array is None else array for array, other in pairs]
 
@@ -249,7 +249,7 @@ def path_name(path: tuple, root: str = "params") -> str:
 
 
 def is_plain(treedef: Any) -> bool:
-    """Whether it is made of tuples, lists and dicts with strings as keys: equal ones are then the same.
+    """Tell whether a tree is made of tuples, lists and dicts with strings as keys: equal ones are then the same.
 
     Of other nodes, modules with static fields say, equal ones may differ: 1 == True, and 0.0 == -0.0.
     """

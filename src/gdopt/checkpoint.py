@@ -65,7 +65,7 @@ Arrays = Mapping[str, Any]  # JAX's or NumPy's, by name
 
 
 class Saved(NamedTuple):
-    """What a file holds, and which one it is."""
+    """The contents of a save, and its file."""
 
     file: str
     arrays: dict[str, np.ndarray]
@@ -74,7 +74,7 @@ class Saved(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where a run saves itself, how often, and how many saves are kept.
+    """The path at which a run saves itself, how often it does, and how many saves it keeps.
 
     A save is one file beside the others, ``path`` with its step behind: ``run.000000001200.gdopt`` for the path
     ``run``. It is complete or not there at all, and checked to the last byte when it is read. A thread writes it while
@@ -214,7 +214,7 @@ def _sync_directory(directory: str) -> None:
 
 
 def read(file: str) -> tuple[dict[str, np.ndarray], Meta]:
-    """What `write` was given, the arrays in memory of their own.
+    """Return what `write` was given, the arrays in memory of their own.
 
     Raises CheckpointError, which says what is wrong, for every other file; before that it takes no more memory than the
     file has bytes.
@@ -371,7 +371,7 @@ class Saver:
         self.close()
 
     def due(self) -> bool:
-        """Whether it is time for a save, and none is being written."""
+        """Tell whether it is time for a save, and none is being written."""
         self._report()
         return not self._busy() and time.monotonic() - self._since >= self._every
 
@@ -461,7 +461,7 @@ class Saver:
 
 
 def _named(file: str | None, found: set[str]) -> set[str]:
-    """Those of the directories of a step that its save names; of one that cannot be read, all."""
+    """Return the directories of a step that its save names; all of them if the save cannot be read."""
     if file is None:
         return set()
     if len(found) == 1:
@@ -474,14 +474,14 @@ def _named(file: str | None, found: set[str]) -> set[str]:
 
 
 def _device_copies(arrays: Arrays) -> dict[str, jax.Array]:
-    """Of the arrays that are not in the host's memory: all at once, and without compiling anything."""
+    """Copy the arrays that are not in the host's memory, all at once and without compiling anything."""
     on_device = {name: array for name, array in arrays.items() if not _in_memory(array)}
     shardings = {name: array.sharding for name, array in on_device.items()}
     return jax.device_put(on_device, shardings, may_alias=False)
 
 
 def _host_copies(arrays: Arrays, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the arrays in the host's memory, written over the old copies where these fit: nobody reads them any more.
+    """Copy the arrays in the host's memory, over the old copies if these fit: nobody reads them any more.
 
     To copy is the smaller part. Each page of fresh memory has to come from the system first, and of the small pages
     that `jax.device_put` takes there are so many that it all takes five times as long.
@@ -500,7 +500,7 @@ def _host_copies(arrays: Arrays, old: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _in_memory(array: Any) -> bool:
-    """Whether NumPy sees the array's own memory: that of one on several devices would be put together first."""
+    """Tell whether NumPy sees the array's own memory: one on several devices would be put together first."""
     if not isinstance(array, jax.Array):
         return True
     devices = array.sharding.device_set

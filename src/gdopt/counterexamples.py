@@ -53,7 +53,7 @@ def directions(
     whole = dot(place, typical, typical, dtype)
 
     def reach(way: Blocks) -> Any:
-        """How far the params have come, or are from zero: farther away the loss may be nothing but rounding."""
+        """Return how far the params have come, or are from zero: farther away the loss may be nothing but rounding."""
         return np.sqrt(whole / np.maximum(dot(place, way, way, dtype), jnp.finfo(dtype).tiny))
 
     fall = found.weak @ found.weak
@@ -74,7 +74,7 @@ def directions(
 
 
 def wanted_kinds(place: Place, found: Spectrum, little: Any, negative: Any) -> Any:
-    """Whether each kind is to be tried, where ``little`` seems to be left, or a curvature is ``negative``."""
+    """Tell of each kind whether to try it, if ``little`` seems to be left or a curvature is ``negative``."""
     np = place.np
     weak, goes, flat = found.weak.any(), (found.right != 0).any(), found.highest == 0
     level = found.whole & found.known & (np.min(np.abs(found.values)) <= found.noise)

@@ -23,7 +23,7 @@ _PLACES = 8  # of batches: a run is at most four behind the one that was pulled 
 
 
 class Batches(NamedTuple):
-    """How ``rows`` rows are cut into batches; the rows that fill no batch sit an epoch out, other ones each time."""
+    """The cut of ``rows`` rows into batches; rows that fill no batch sit an epoch out, other ones each time."""
 
     rows: int
     batch_size: int
@@ -37,7 +37,7 @@ class Batches(NamedTuple):
         return jnp.zeros(self.rows, jnp.int32)
 
     def shapes(self, data: PyTree) -> PyTree:
-        """What a batch looks like."""
+        """Return the shapes and dtypes of a batch."""
 
         def batch(rows: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((self.batch_size, *rows.shape[1:]), rows.dtype, weak_type=rows.weak_type)
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a batch of a stream is."""
+    """The place of a batch in a stream."""
 
     number: int = 0  # batches before it
     passes: int = 0  # before its own
@@ -169,11 +169,11 @@ class Feed:
 
     @property
     def pulled(self) -> bool:
-        """Whether anything was."""
+        """Tell whether any batch was taken."""
         return self._ahead is not _END
 
     def position(self, made: int) -> Position | None:
-        """That of the last batch of so many, on which the point after it may be evaluated; None if it is not known."""
+        """Return the place of the last of so many batches; None if it is not known."""
         return next((place for place in self._places if place.number == made - 1), None)
 
     def next(self) -> Batch | None:
@@ -233,12 +233,12 @@ class Feed:
 
 
 def _has_positions(iterator: Any) -> bool:
-    """Whether an iterator tells where it is, and can be set there, by the methods that grain's have."""
+    """Tell whether an iterator tells its place and can be set to it, by the methods that grain's iterators have."""
     return all(callable(getattr(iterator, name, None)) for name in ("get_state", "set_state"))
 
 
 def _state(iterator: Any) -> bytes | str | None:
-    """Where an iterator is, written down at once, as it may change what it gave; None where that cannot be done."""
+    """Write down the place of an iterator at once, as it may change what it gave; None if that cannot be done."""
     if not _has_positions(iterator):
         return None
     try:
@@ -265,7 +265,7 @@ def _arrays(batch: Any) -> PyTree:
 
 
 def _numbers(name: str, leaf: Any) -> np.ndarray:
-    """What is no array of JAX's as NumPy's."""
+    """Convert a leaf that is no array of JAX's to one of NumPy's."""
     try:
         array = np.asarray(leaf)
     except Exception as error:  # torch's, of a tensor in bfloat16 or with a gradient
@@ -329,6 +329,6 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
 
 
 def is_stream(data: Any) -> bool:
-    """Whether it gives batches rather than holding arrays: a generator, a loader, a function that returns one."""
+    """Tell whether an object gives batches and holds no arrays: a generator, a loader, a function that returns one."""
     leaf = jax.tree_util.all_leaves([data]) and not hasattr(data, "shape")
     return leaf and not isinstance(data, str | bytes) and (isinstance(data, Iterable) or callable(data))

@@ -1,4 +1,4 @@
-"""Where NaN and infinity come from: the step that ended a run is computed once more, operation by operation."""
+"""The origin of NaN and infinity: the step that ended a run is computed once more, operation by operation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN = 6  # entries of an array, as they are
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What made the loss of a run, or its gradient, NaN or infinite.
+    """The operation that made the loss of a run, or its gradient, NaN or infinite.
 
     Attributes:
         step: the number of the evaluation, as in ``Result.steps``.
@@ -80,7 +80,7 @@ class Evidence(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What a run's message says of it."""
+        """The sentence for a run's message."""
         if self.bad_inputs:
             return f" {_hold(self.bad_inputs)} {'NaN' if self._holds_nan(self.bad_inputs) else 'infinity'}."
         if not self.leaves:
@@ -91,7 +91,7 @@ class Evidence(NamedTuple):
 
     @property
     def cure(self) -> str:
-        """What to try, where that is known."""
+        """The advice for a run's message; "" if there is none."""
         if self.bad_inputs:
             what = "NaN" if self._holds_nan(self.bad_inputs) else "infinite"
             return f"Leave out what is {what}, or fill it; gdopt.diagnose(result) says where it is."
@@ -125,7 +125,7 @@ def _named(**trees: PyTree) -> list[tuple[str, Any]]:
 
 
 def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: float | None) -> Evidence | None:
-    """What is known of a step whose loss or gradient is not finite, from the params and what else the loss is given.
+    """Collect what is known of a step whose loss or gradient is not finite.
 
     None where not even that could be computed once more: the result matters more than what is said about it.
     """
@@ -151,7 +151,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 
         @jax.jit
         def finite(constants: list, arguments: list) -> list[list]:
-            """Of params and of their gradients, which are; and the loss: in one program, as the run's own would be."""
+            """Tell which params and gradients are finite, and whether the loss is: in one program, as in the run."""
             value, *results = _replay.as_it_is(trace, arguments, constants)
             some = arguments[:count], results[-count:], [value]
             return [[jnp.isfinite(leaf).all() for leaf in leaves] for leaves in some]

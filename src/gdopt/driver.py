@@ -309,7 +309,7 @@ def _evidence(
     history: History,
     streamed: run.Streamed | None,
 ) -> Evidence | None:
-    """What the last evaluation, which was not finite, was of."""
+    """Collect what is known of the last evaluation, which was not finite."""
     step = len(history.loss) - 1
     rate = float(history.learning_rate[step - 1]) if step else None
     if rate is not None and rule.owns_rate and not math.isfinite(rate):  # it does not tell
@@ -321,7 +321,7 @@ def _evidence(
 
 
 def _wants_stop(answer: Any) -> bool:
-    """Whether the callback said stop. What is no bool was hardly meant as one: the length of a line written, say."""
+    """Tell whether the callback said stop. Other answers were hardly meant as one (the length of a line written)."""
     if answer is None:
         return False
     value = jax.device_get(answer) if isinstance(answer, jax.Array) else answer
@@ -331,7 +331,7 @@ def _wants_stop(answer: Any) -> bool:
 
 
 class _Ending(NamedTuple):
-    """How a run ended, and what decides on what is said of it."""
+    """The end of a run, with everything that its message depends on."""
 
     status: Status
     history: History
@@ -358,7 +358,7 @@ class _Ending(NamedTuple):
 
     @property
     def is_claim(self) -> bool:
-        """Whether what is known of the returned point belongs to this status."""
+        """Tell whether what is known of the returned point belongs to this status."""
         return self.status in (Status.CONVERGED, Status.PRECISION_LIMIT, Status.STALLED)
 
     @property
@@ -508,7 +508,7 @@ def _cycles(peak: float, steps: int) -> Schedule:
 
 
 class _Steps(NamedTuple):
-    """What a run is asked to make."""
+    """The steps that a run is asked to make."""
 
     most: int  # steps
     epochs: int | None  # where these are to be counted as they come

@@ -1,4 +1,4 @@
-"""What can go wrong.
+"""The exceptions of gdopt.
 
 GdoptError
 ├── InputError           (also a ValueError)    bad input: raised before anything compiles

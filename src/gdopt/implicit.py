@@ -56,7 +56,7 @@ def differentiable(
         moving = [number for number, way in enumerate(ways) if not _is_zero(way)]
 
         def filled(some: list) -> tuple:
-            """What the loss depends on, with others in place of what moves."""
+            """Return what the loss depends on, with other values in place of what moves."""
             leaves = list(given)
             for number, leaf in zip(moving, some, strict=True):
                 leaves[number] = leaf
@@ -164,7 +164,7 @@ def _has_rules_for_reverse_alone(closed: Any) -> bool:
 
 
 class _Singular(NamedTuple):
-    """How to solve with a Hessian of few params that may be singular, as with more params than rows."""
+    """A way to solve with a Hessian of few params that may be singular, as with more params than rows."""
 
     found: jax.Array  # whether it is
     least: Callable[[PyTree], PyTree]  # the solution of least norm and least squares

@@ -52,7 +52,7 @@ def opened(checkpoint: Checkpoint, peers: Peers) -> Iterator[tuple[JointSaver, S
 
 
 class JointSaver:
-    """What a `Saver` is for one process; there is one in each of several, and the first one's has a `Saver`.
+    """The part of a `Saver` in each of several processes; that of the first one has a `Saver`.
 
     All processes call `save` at the same step, and `close` with a final save; each `due` comes after an exchange of
     what `tells` returns.
@@ -66,18 +66,18 @@ class JointSaver:
         self._closed = False
 
     def tells(self) -> dict[str, Any]:
-        """How far this process is; and of the first one, whether a save is to begin."""
+        """Return how far this process is; the first one also tells whether a save is to begin."""
         due = self._saver is not None and self._saver.due()
         return {"begin": _token() if due else None, "part": self._part and self._part.told}
 
     def hears(self, told: list[dict[str, Any]]) -> None:
-        """What all processes have told, in their order."""
+        """Take what all processes have told, in their order."""
         self._begin = told[0]["begin"]
         if self._part is not None and self._part.settled([note["part"] for note in told]):
             self._part = None
 
     def due(self) -> bool:
-        """Whether all have heard that a save is to begin."""
+        """Tell whether all have heard that a save is to begin."""
         return self._begin is not None
 
     def save(self, step: int, arrays: Arrays, meta: Meta) -> None:
@@ -136,7 +136,7 @@ class JointSaver:
 
 
 class _Part:
-    """What one process has to write of one save, and what it knows of the others."""
+    """The part of one save that one process has to write, and what it knows of the others."""
 
     def __init__(self, directory: str, arrays: dict[str, jax.Array]):
         self.told: str | None = None  # to the others: nothing until it is written, then "" or what failed
@@ -147,13 +147,13 @@ class _Part:
         self._failures = ["the run ended before all of it was written"]
 
     def tell(self, what: str) -> None:
-        """Of what comes first."""
+        """Keep what comes first."""
         if self.told is None:
             self.told = what
         self.written.set()
 
     def try_to(self, do: Callable[[], None]) -> None:
-        """What fails is for all processes to hear, and for none to raise."""
+        """Call a function. All processes hear of its failure, and none raises it."""
         try:
             do()
         except Exception as error:
@@ -171,7 +171,7 @@ class _Part:
         self.tell("")
 
     def complete(self) -> Meta:
-        """Of the first process: makes one save of the parts, when all have written or failed."""
+        """Make one save of the parts, in the first process, when all have written or failed."""
         self._all_told.wait()
         if self._failures:
             raise CheckpointError("; ".join(self._failures))
@@ -183,7 +183,7 @@ class _Part:
         return self.complete()
 
     def settled(self, told: list[str | None]) -> bool:
-        """Whether all have written or failed."""
+        """Tell whether all have written or failed."""
         if None in told:
             return False
         self._failures = [f"process {number}: {failure}" for number, failure in enumerate(told) if failure]

@@ -34,7 +34,7 @@ _FALLS = 0.1  # of what the shortest vector promises
 
 
 class Below(NamedTuple):
-    """What was found around a kink."""
+    """The lower point that was found around a kink, if there is one."""
 
     loss: Any  # the lowest
     point: Blocks

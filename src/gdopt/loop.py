@@ -46,7 +46,7 @@ _TRIAL_INSIDE = (
 
 
 class Inputs(NamedTuple):
-    """What stays the same over a run, as arguments of the compiled program: new values compile nothing.
+    """The arguments of the compiled program that stay the same over a run: new values compile nothing.
 
     Arrays are on the device, Python's numbers are left as they are. Runs side by side each have their own ``key`` and
     ``rate``, by a leading axis.
@@ -77,7 +77,7 @@ class Kept(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the next step needs; of runs side by side, which keep step, all but ``step`` has a leading axis."""
+    """The state of a run. For runs side by side, which keep step, all but ``step`` has a leading axis."""
 
     step: jax.Array  # updates made, which is the number of the point in ``params``
     code: jax.Array  # RUNNING, or the Status that the last evaluation led to
@@ -93,7 +93,7 @@ Carry = tuple[Packed, jax.Array]  # the state, and the rows of the history that 
 
 
 class Outcome(NamedTuple):
-    """What ``whole`` ends with."""
+    """The end of ``whole``."""
 
     params: PyTree
     loss: jax.Array
@@ -242,7 +242,7 @@ def digests(task: Task, rule: Rule) -> tuple[str, str]:
 def loss_arguments(
     inputs: Inputs, order: PyTree, step: jax.Array, batches: Batches | None, *, with_key: bool
 ) -> tuple[PyTree, PyTree, jax.Array | None]:
-    """What the loss is called with at a step besides the params: data, args and the key."""
+    """Return what the loss is called with at a step besides the params: data, args and the key."""
     data = batches.take(inputs.data, order, step) if batches else inputs.data
     key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if with_key else None
     return data, inputs.args, key
@@ -279,7 +279,7 @@ def check_alike(task: Task, **given: Any) -> None:
 
 
 class Settings(NamedTuple):
-    """What a program depends on besides traces and the shapes of its inputs; hashable."""
+    """The settings that a program depends on besides traces and the shapes of its inputs; hashable."""
 
     noisy: bool  # the loss is another function at each step
     batches: Batches | None
@@ -309,7 +309,7 @@ class Settings(NamedTuple):
 
 
 def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
-    """What is to run inside of a transformation, with the derivatives of a minimum."""
+    """Give a run inside of a transformation the derivatives of a minimum."""
 
     def of(params: PyTree, constants: list, *given: PyTree) -> tuple[jax.Array, PyTree]:
         return value.replay(constants, params, *given, None)
@@ -488,7 +488,7 @@ class Programs(NamedTuple):
 
 
 class Verifier(NamedTuple):
-    """How a claim to be at a minimum is verified: see `verification.settle`."""
+    """Verifies a claim to be at a minimum: see `verification.settle`."""
 
     task: Task
     rule: Rule

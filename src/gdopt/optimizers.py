@@ -69,7 +69,7 @@ def check_learning_rate(learning_rate: Any) -> Any:
 
 
 class SpectralState(NamedTuple):
-    """What `spectral` remembers: the last accepted point, the rate, and what decides on the next trial."""
+    """The state of `spectral`: the last accepted point, the rate, and what decides on the next trial."""
 
     trials: Trials
     learning_rate: jax.Array  # of the last update

@@ -35,7 +35,7 @@ Listing = dict[str, Any]  # what `complete` writes down, for `check` and `load`
 
 
 def is_spread(leaf: Any) -> bool:
-    """Whether no process can read all of it. One without entries can be made anywhere; orbax saves no such array."""
+    """Tell whether no process can read all of an array. One without entries counts as whole; orbax saves none."""
     if not isinstance(leaf, jax.Array):
         return False
     return not (leaf.is_fully_addressable or leaf.is_fully_replicated or leaf.size == 0)
@@ -84,7 +84,7 @@ def copies(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def directory_name(base: str, step: int, token: str) -> str:
-    """Of one attempt at a save: with 8 random hexadecimal digits, so that what others left is in nobody's way."""
+    """Name one attempt at a save. It ends in 8 random hexadecimal digits, so that no leftovers are in its way."""
     return f"{base}.{step:012d}.{token}.orbax"
 
 
@@ -153,7 +153,7 @@ def check(file: str, listing: Any) -> None:
 
 
 def directory(file: str, listing: Listing) -> str:
-    """Where it is: beside the save, under a name with its step, whatever else the listing may say."""
+    """Return the directory of a save: beside it, under a name with its step, whatever else the listing may say."""
     name = listing.get("directory") if isinstance(listing, dict) else None
     stem = os.path.basename(file).removesuffix(".gdopt")
     if not isinstance(name, str) or not name.startswith(stem) or not _TOKEN.fullmatch(name[len(stem) :]):

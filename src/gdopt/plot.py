@@ -182,12 +182,12 @@ def _line(axes: Any, label: str, values: np.ndarray, color: str, *, log: bool, e
 
 
 def _drawable(values: np.ndarray) -> np.ndarray:
-    """Where a value is finite, and not so near to the end of float64 that the ticks above it are not."""
+    """Tell which values are finite and far enough from the end of float64 for the ticks above them to be finite."""
     return np.abs(values) < 1e200
 
 
 def _spans_decades(values: np.ndarray) -> bool:
-    """Whether a logarithmic axis shows more: from two decades on it is sure to have two labels."""
+    """Tell whether values span two decades: from there on a logarithmic axis is sure to have two labels."""
     y = values[_drawable(values)]
     return bool((y >= 0).all() and (y > 0).any() and y.max() / 100 > y[y > 0].min())
 

@@ -30,7 +30,7 @@ class Problem(NamedTuple):
         return params if self.sizes is None else jax.tree.map(_times, params, self.sizes)
 
     def whole(self, params: PyTree) -> PyTree:
-        """What the loss takes: the params in their own units, with what is carried along."""
+        """The params as the loss takes them: in their own units, with what is carried along."""
         return self.rest.combine(self.natural(params))
 
     def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:

@@ -120,7 +120,7 @@ class Shared(NamedTuple):
     closed: bool  # whether all that it depends on are its arguments
 
     def call(self, *args: PyTree) -> PyTree:
-        """What the function returns."""
+        """Return what the function does."""
         return self.run(self.constants, *args)
 
 
@@ -179,7 +179,7 @@ def _text(jaxpr: Any) -> str:
 
 
 def checksum(tree: PyTree) -> str:
-    """Of the numbers in a tree, as far as this process holds them."""
+    """Return a checksum of the numbers in a tree, as far as this process holds them."""
     crc = 0
     for leaf in jax.tree.leaves(tree):
         leaf = jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
@@ -198,7 +198,7 @@ def is_traced(*trees: PyTree) -> bool:
 
 
 def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -> list:
-    """Where to keep, and to find again, what was made from traces of this identity for such arguments.
+    """Return the place of what was made from traces of this identity for such arguments.
 
     Places of ``passing`` identities, many of which may never come again, push out none but their own kind. Empty at
     first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and dtypes of the

@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
 
 
 class QuasiNewtonState(NamedTuple):
-    """What `quasi_newton` remembers: the last accepted point, a diagonal Hessian, and the last pairs."""
+    """The state of `quasi_newton`: the last accepted point, a diagonal Hessian, and the last pairs."""
 
     trials: Trials
     diagonal: Packed  # of the Hessian, over its largest entry

@@ -1,4 +1,4 @@
-"""What comes back from a run."""
+"""The results that runs return."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class History(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a callback gets, between two compiled chunks of a run.
+    """The argument of a callback, between two compiled chunks of a run.
 
     ``params``, ``loss`` and ``grad_norm`` belong to one point: the best so far of a full-batch loss, the latest good
     one with mini-batches. ``params`` is a copy that the callback may keep. ``step`` is the number of updates made so
@@ -59,7 +59,7 @@ class Report(NamedTuple):
 
 
 class Refinement(NamedTuple):
-    """What the neighbours of a suggestion came to when they were trained side by side on the same batches.
+    """The losses of a suggestion and its neighbours, trained side by side on the same batches.
 
     ``loss[k]`` is the mean loss of the last steps with the constant rate ``learning_rate[k]``; infinite where the run
     did not last.
@@ -82,7 +82,7 @@ class Refinement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RangeTest:
-    """What a range test found, rate by rate.
+    """The losses of a range test, rate by rate, and the rate that they suggest.
 
     As in a `History`, all entries k are of the same point: ``loss[k]`` is the loss there, on the batch whose gradient
     the step with ``learning_rate[k]`` was made with. Entry 0 is the start.
@@ -124,7 +124,7 @@ class RangeTest:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Result:
-    """How a run ended, and what it found.
+    """The params that a run found, and how it ended.
 
     A pytree, to be passed to ``jit``, ``vmap`` and the like, and to be returned from them. There all numbers become
     arrays, with a leading axis after a vmap, ``status`` holds the number of a `Status`, and ``message`` is lost. If
@@ -307,6 +307,6 @@ def _shown(tree: PyTree) -> str:
 
 
 def table(title: str, rows: dict[str, str]) -> str:
-    """How results print: a title, and below it a row for each name."""
+    """Print a title, and below it a row for each name."""
     width = max(map(len, rows)) + 1
     return "\n".join([title, *(f"  {name:{width}}{value}" for name, value in rows.items())])

@@ -1,4 +1,4 @@
-"""What of a run is saved, and how a run goes on from there, bit for bit as if it had never stopped.
+"""Saves of a run, and resuming from them: bit for bit as if the run had never stopped.
 
 A save holds the state between two steps and the history up to it. All random numbers are drawn from the run's key and
 the number of the step, so nothing else is needed; but for a stream, of which it holds where that was.
@@ -47,7 +47,7 @@ class Saves:
 
     @property
     def position(self) -> Position | None:
-        """Where the stream was; None where there is none, or the stream could not tell."""
+        """The place of the stream; None if there is none, or the stream could not tell."""
         told = _stream(self.found)
         if self.found is None or "state" not in told:
             return None
@@ -57,7 +57,7 @@ class Saves:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Those of the stream, as far as they were known."""
+        """The steps of an epoch of the stream, as far as they were known."""
         return _stream(self.found).get("steps_per_epoch")
 
     @property
@@ -180,16 +180,16 @@ class Saves:
         return (_trees.pack(state), carry[1]), [history]
 
     def tells(self) -> Any:
-        """What the other processes have to hear of the saves before each `due`."""
+        """Return what the other processes have to hear of the saves before each `due`."""
         return self._saver.tells() if isinstance(self._saver, JointSaver) else None
 
     def hears(self, told: list) -> None:
-        """What all processes have told."""
+        """Take what all processes have told."""
         if isinstance(self._saver, JointSaver):
             self._saver.hears(told)
 
     def due(self) -> bool:
-        """Whether it is time for a save."""
+        """Tell whether it is time for a save."""
         return self._saver.due()
 
     def save(self, state: State, history: History, limits: tuple) -> None:
@@ -253,7 +253,7 @@ def _stream(saved: Saved | None) -> dict[str, Any]:
 
 
 def _layout(carry: Carry) -> str:
-    """What the last bits depend on: kind and number of the devices; of a CPU the cores, by which XLA cuts work."""
+    """Describe what the last bits depend on: kind and number of devices; of a CPU the cores, by which XLA cuts work."""
     arrays = [leaf for leaf in jax.tree.leaves(carry) if isinstance(leaf, jax.Array)]
     devices = set().union(*(array.sharding.device_set for array in arrays))
     kinds = ", ".join(sorted({device.device_kind for device in devices}))

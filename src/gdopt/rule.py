@@ -122,7 +122,7 @@ class Rule(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a message calls an optimizer of gdopt's that was chosen for the caller; "" for others."""
+        """The name for messages of an optimizer that gdopt chose; "" for others."""
         if self.chosen is None:
             return ""
         fewer = "" if self.chosen == PAIRS else f"(memory={self.chosen}), as more pairs would take too much memory"
@@ -318,7 +318,7 @@ def extra_arguments(loss: Callable[[PyTree], jax.Array], value: jax.Array, grad:
 
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
-    """Where the optimizer's answer lies: at the params, but for schedule-free methods at the average they keep."""
+    """Return the optimizer's answer: the params, or the average that schedule-free methods keep."""
     for averaged in _parts(state, ScheduleFreeState):
 
         def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:

@@ -144,7 +144,7 @@ def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
 
 
 class Layout(NamedTuple):
-    """Where the arrays of a run are, as a part of what its program is known by."""
+    """The placement of a run's arrays, as a part of what its program is known by."""
 
     mesh: Mesh
     params: tuple[tuple[tuple, tuple[int, ...], NamedSharding], ...]  # paths, shapes and places

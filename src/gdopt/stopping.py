@@ -14,7 +14,7 @@ _NUMBER_FORMATS = tuple("bcdeEfFgGnoxX%")  # the last letter of what formats a n
 
 
 class Status(enum.IntEnum):
-    """Why a run ended.
+    """The reason why a run ended.
 
     - ``CONVERGED``: little is left to gain, by ``tol`` or ``grad_tol``, or the gradient is exactly zero. Verified at
       the point that is returned.
@@ -94,7 +94,7 @@ _KNOWN = 30  # eps |f|: how well a loss is known that is a sum of many terms
 
 
 class Limits(NamedTuple):
-    """What a run is asked for; traced, so that new values compile nothing."""
+    """The limits of a run; traced, so that new values compile nothing."""
 
     max_steps: jax.Array | int
     tol: jax.Array | float
@@ -103,7 +103,7 @@ class Limits(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """What the tests remember between two evaluations."""
+    """The memory of the tests between two evaluations."""
 
     first_loss: jax.Array
     first_grad_norm: jax.Array
@@ -127,7 +127,7 @@ class Watch(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """Where an evaluation of a noisy loss stands in its pass over the data."""
+    """The place of an evaluation of a noisy loss in its pass over the data."""
 
     begins: jax.Array | bool
     ends: jax.Array | bool
@@ -146,7 +146,7 @@ class Evaluation(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What an optimizer that takes bad points back says of itself before it has seen an evaluation."""
+    """The state of an optimizer that takes bad points back, before it has seen an evaluation."""
 
     gave_up: jax.Array  # it has found no further step
     accepted: jax.Array  # points so far
@@ -154,7 +154,7 @@ class Search(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What is known of the point that is returned."""
+    """The facts about the point that is returned."""
 
     left: Any  # to gain, in units of the loss; NaN if unknown
     verified: Any  # NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS or UP_TO_NOISE
@@ -329,7 +329,7 @@ def _count_held(
 
 
 def is_all(left: Any, loss: Any, watch: Watch, nothing: Any) -> Any:
-    """Whether most of a loss is left to gain: its size says nothing of that of the minimum then, which may be zero.
+    """Tell whether most of a loss is left to gain: the minimum may then be zero, whatever the size of the loss.
 
     A share of ``nothing`` of what was gained is not worth the question.
     """
@@ -337,42 +337,42 @@ def is_all(left: Any, loss: Any, watch: Watch, nothing: Any) -> Any:
 
 
 def allowed(np: Any, watch: Watch, loss: Any, limits: Limits) -> Any:
-    """What may be left to gain at the point that is returned, by ``tol``."""
+    """Return what may be left to gain at the point that is returned, by ``tol``."""
     gain = watch.older - loss
     known = (gain > 0) & np.isfinite(gain)
     return (limits.tol * np.where(known, gain, 0)).astype(loss.dtype)
 
 
 def resolution(loss: Any, eps: float) -> Any:
-    """What a loss is known to."""
+    """Return the precision to which a loss is known."""
     return _KNOWN * eps * abs(loss)
 
 
 def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
-    """What to remember if a claim does not hold: the next one comes later, and with less left."""
+    """Return the watch after a claim that does not hold: the next one comes later, and with less left."""
     none = watch.held * 0
     patience = (step + np.maximum(step // 4, _HELD)).astype(watch.patience.dtype)
     return watch._replace(held=none, stalled=none, bar=(watch.bar * _LESS).astype(watch.bar.dtype), patience=patience)
 
 
 def failed(code: jax.Array) -> jax.Array:
-    """Whether a run ended by a failure."""
+    """Tell whether a run ended by a failure."""
     return functools.reduce(jnp.logical_or, [code == status for status in FAILURES])
 
 
 def is_good(watch: Watch, loss: jax.Array) -> jax.Array:
-    """Whether a noisy run may fall back on this point: its loss is at most the start's."""
+    """Tell whether a noisy run may fall back on this point: its loss is at most the start's."""
     return loss <= watch.first_loss
 
 
 def succeeded(code: Any, watch: Watch, *, noisy: bool, has_target: bool) -> Any:
-    """Whether a run ended as asked, after what it claims was verified; all of it may be traced."""
+    """Tell whether a run ended as asked, after its claim was verified; all of it may be traced."""
     done = (code == Status.CONVERGED) | (code == Status.TARGET_REACHED) | (code == Status.PRECISION_LIMIT)
     return done | ((code == Status.MAX_STEPS) & is_better(watch)) if noisy and not has_target else done
 
 
 def is_better(watch: Watch) -> Any:
-    """Whether the mean of its last epoch says that a noisy run did not end above its start.
+    """Tell whether a noisy run ended at most at the loss of its start, by the mean of its last epoch.
 
     The start's loss is known of a single batch, so up to how much batches differ, and to twice that loss.
     """
@@ -381,7 +381,7 @@ def is_better(watch: Watch) -> Any:
 
 
 class Told(NamedTuple):
-    """What a message is made of."""
+    """The facts that a message is made of."""
 
     steps: int
     returned_step: int
@@ -497,12 +497,12 @@ _LAST = 1000  # steps: what they gained tells whether more of them would
 
 
 def fell_to(losses: np.ndarray, width: int) -> bool:
-    """Whether the last evaluations of a noisy run are below the first ones."""
+    """Tell whether the mean of the last losses of a noisy run is below that of the first ones."""
     return bool(losses[-width:].mean() < losses[:width].mean())
 
 
 def _left(told: Told) -> str:
-    """What is left, in units of the loss, and how that is known."""
+    """Say what is left, in units of the loss, and how that is known."""
     left = float(told.ending.left)
     if told.ending.verified == UP_TO_NOISE:
         return f", and less is left to gain than its rounding there, {left:.2g}."
@@ -528,7 +528,7 @@ def _more(told: Told) -> str:
 
 
 def _other(told: Told, *, smaller: bool = False) -> str:
-    """What to try in place of what decided the rates."""
+    """Name what to try in place of what decided the rates."""
     if told.how is Rates.SEARCHED:
         return "another start"
     if told.how is Rates.OWNED:
@@ -602,7 +602,7 @@ def _stalled(told: Told, after: str, first: str, last: str) -> str:
 
 
 def chosen_rates(rates: np.ndarray) -> str:
-    """What a message adds where nobody gave a rate."""
+    """Return the sentence on the rates that were found."""
     used = rates[rates > 0]  # not the one that leads back to where a search began
     if not used.size:
         return ""
@@ -610,7 +610,7 @@ def chosen_rates(rates: np.ndarray) -> str:
 
 
 def fell(losses: np.ndarray, eps: float) -> bool:
-    """Whether the loss has fallen by more than rounding; the trials of a search need not be finite."""
+    """Tell whether the loss has fallen by more than rounding; the trials of a search need not be finite."""
     return bool(_fell(losses[0], np.nanmin(losses), eps))
 
 

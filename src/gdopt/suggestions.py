@@ -1,4 +1,4 @@
-"""What a range test's curve says about the learning rate: smoothing, where it ends, and the rules; NumPy alone.
+"""The rules that read a learning rate off a range test's curve, its smoothing and its end; NumPy alone.
 
 Everywhere ``rates`` rises, entry k of a curve is the loss at the point from which the step with ``rates[k]`` was made,
 and entry 0 the loss at the start.
@@ -32,7 +32,7 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def end(losses: np.ndarray) -> int:
-    """How many entries of one curve there are before the first that is not finite, and up to its blow-up.
+    """Count the entries of a curve before the first that is not finite, and up to its blow-up.
 
     It has blown up when the smoothed loss is four times its best, as in fastai, and also above where it began; for
     losses below zero or near it, when it is further above its best than the best is from zero, threefold.
@@ -46,7 +46,7 @@ def end(losses: np.ndarray) -> int:
 
 
 class Verdict(NamedTuple):
-    """What a curve offers."""
+    """The suggestions of a curve."""
 
     suggestion: float | None
     reason: str = ""  # why there is no suggestion, and what to change
@@ -100,7 +100,7 @@ def suggest(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, *, blew
 
 
 def steep(rates: np.ndarray, losses: np.ndarray) -> float:
-    """Where the loss falls fastest over the logarithm of the rate: the rule of the beginner's guides."""
+    """Suggest the rate at which the loss falls fastest over its logarithm: the rule of the beginner's guides."""
     return float(rates[np.argmin(np.diff(losses) / np.diff(np.log(rates)))])
 
 

@@ -1,4 +1,4 @@
-"""What a call is to work on, checked: a problem with its arguments, its data and its random key."""
+"""The problem of a call with its arguments, its data and its random key, checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Task(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        """Whether the loss is another function at each step."""
+        """Tell whether the loss is another function at each step."""
         return self.with_key or self.batches is not None or self.stream is not None
 
     @property
@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
     @property
     def batch(self) -> PyTree:
-        """What the loss is given of the data at each step, as far as its shapes go."""
+        """The shapes of the data that the loss is given at each step."""
         return self.batches.shapes(self.data) if self.batches else self.data
 
     def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:

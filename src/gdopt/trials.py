@@ -48,7 +48,7 @@ REJECTED = property(lambda state: state.trials.rejected, doc="Trials in a row th
 
 
 class Verdict(NamedTuple):
-    """What a trial comes to."""
+    """The verdict on a trial."""
 
     first: jax.Array  # it is where the search starts
     accepted: jax.Array
@@ -133,7 +133,7 @@ def shorter(last: Trials, value: jax.Array, slope: jax.Array, curvature: jax.Arr
 
 
 def updates(verdict: Verdict, here: Packed, new: Trials, leaf_update: Callable, *trees: Packed) -> PyTree:
-    """What leads from the trial to the next: ``leaf_update(x, accepted_x, ...)``, or back only if the search gave up.
+    """Return the way from a trial to the next: ``leaf_update(x, accepted_x, ...)``, or back if the search gave up.
 
     Under a ``cond``, so that XLA computes whole vectors of small leaves once, and not anew in each leaf that is cut
     from them: a hundred leaves then compile in half of the time.
@@ -144,6 +144,6 @@ def updates(verdict: Verdict, here: Packed, new: Trials, leaf_update: Callable, 
 
 
 def farthest(params: PyTree) -> jax.Array:
-    """How far a step may move an entry: from beyond half the range of the dtype there is no way back."""
+    """Return how far a step may move an entry: from beyond half the range of the dtype there is no way back."""
     highest = min(float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(params))
     return jnp.maximum(highest / 2 - _trees.largest(params), 0)

@@ -33,7 +33,7 @@ _SLOWLY = 0.8  # of what is left, at the next point: after that Newton's method 
 
 
 class Check(NamedTuple):
-    """What was found at a point."""
+    """The findings at a point."""
 
     left: Any  # to gain, in units of the loss; infinite if the curvature does not tell
     curved: Any  # whether the loss has a Hessian there
@@ -61,7 +61,7 @@ class Claim(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What comes of a claim."""
+    """The outcome of a claim."""
 
     code: Any  # RUNNING if it is withdrawn
     ending: Ending
@@ -164,7 +164,7 @@ def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -
 
 
 def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks) -> Any:
-    """How far the loss is from its gradient's prediction a few roundings of the params away.
+    """Measure how far the loss is from its gradient's prediction a few roundings of the params away.
 
     A sum of large terms that cancel is known to much less than its own rounding.
     """
