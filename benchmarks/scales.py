@@ -46,8 +46,9 @@ def measure(name: str) -> list[list[float]]:
     start = jnp.asarray(start)
     run = lambda steps, **options: gdopt.minimize(loss, start, tol=0, max_steps=steps - 1, **options).history.loss
     losses = [[run(BUDGET, scale=scale, **options) for scale in SCALES] for options in SETTINGS.values()]
-    longest = [run(LONG, scale=scale) for scale in SCALES] + [by_scipy("BFGS")(loss, start, LONG, SECONDS).losses]
-    first, best = float(loss(start)), min(np.nanmin(each) for each in [*longest, *sum(losses, [])])
+    found = [each for row in losses for each in row] + [run(LONG, scale=scale) for scale in SCALES]
+    found.append(by_scipy("BFGS")(loss, start, LONG, SECONDS).losses)
+    first, best = float(loss(start)), min(np.nanmin(each) for each in found)
     jax.clear_caches()
     gdopt.clear_cache()
     return [[first_within(each, best + TAU * (first - best)) for each in row] for row in losses]
