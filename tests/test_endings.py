@@ -599,3 +599,75 @@ def test_a_rate_that_overshoots_is_to_be_smaller(loss: Any, rate: float, optimiz
     result = gdopt.minimize(loss, jnp.ones(3), learning_rate=rate, optimizer=optimizer)
     assert not result.success
     assert "a smaller learning_rate, as each step leads to the other side" in result.message
+
+
+XT = np.linspace(-2, 2, 40)[:, None]
+
+
+def tanh_network(p: Any) -> jax.Array:
+    return jnp.mean((jnp.tanh(XT @ p["w"] + p["b"]) @ p["v"] + p["c"] - jnp.sin(2 * XT)) ** 2)
+
+
+@pytest.mark.parametrize(("x64", "entry"), [(True, 0.0), (True, 1e-40), (False, 1e-25)])
+def test_a_saddle_whose_params_are_zero_up_to_rounding_is_left(x64: bool, entry: float) -> None:
+    """The way along the negative curvature is then a million times longer than any entry."""
+    with jax.enable_x64(x64):
+        shapes = {"w": (1, 6), "b": (1, 6), "v": (6, 1), "c": (1, 1)}
+        start = {name: jnp.full(shape, entry) for name, shape in shapes.items()}
+        result = gdopt.minimize(tanh_network, start, optimizer=gdopt.gd, max_steps=1000)
+    assert result.loss < 0.4  # 0.442 at the saddle
+
+
+LASSO_X = np.linalg.qr(np.random.default_rng(10).normal(size=(30, 5)))[0]
+LASSO_Y = LASSO_X @ np.array([3, -2, 0.05, 0, 1.0])
+SEVEN = np.array([1012.0, 998, 1033, 1005, 987, 1500, 1001])
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "start", "minimum", "options"),
+    [
+        (
+            lambda w: 0.5 * jnp.sum((LASSO_X @ w - LASSO_Y) ** 2) + 0.3 * jnp.sum(jnp.abs(w)),
+            np.zeros(5),
+            1.66625,
+            {},
+        ),
+        (lambda p: jnp.sum(jnp.abs(p - SEVEN)), 0.0, 559.0, {"optimizer": gdopt.gd}),
+        (lambda p: jnp.sum(jnp.abs(p - SEVEN)), 2e3, 559.0, {"optimizer": gdopt.gd}),
+    ],
+)
+def test_a_search_that_gains_nothing_more_at_a_minimum_claims_it(
+    loss: Any, start: Any, minimum: float, options: Any, x64: bool
+) -> None:
+    """Its steps still lead away from the minimum and back."""
+    with jax.enable_x64(x64):
+        result = gdopt.minimize(loss, jnp.asarray(start, float), **options)
+    assert result.success
+    assert result.loss == pytest.approx(minimum, rel=1e-5)
+
+
+def test_a_gradient_that_is_nan_nearby_is_named() -> None:
+    result = gdopt.minimize(lambda x: (x - 1) ** 2 + 0 * jnp.sqrt(jnp.maximum(x - 1.5, 0.0)), 3.0)
+    assert "the loss or its gradient is not finite there" in result.message
+
+
+def test_a_rate_that_diverges_at_once_is_told_which_would_not() -> None:
+    """From one step to the next the gradient grows too much to tell: the curvature does."""
+    x = np.stack([np.linspace(50, 200, 100), np.ones(100)], 1)
+    loss = lambda p: jnp.mean((x @ p - 1e5) ** 2)
+    result = gdopt.minimize(loss, jnp.zeros(2), learning_rate=10.0)
+    assert result.status is Status.DIVERGED
+    highest = np.linalg.eigvalsh(2 * x.T @ x / 100).max()
+    told = float(result.message.partition("learning_rate below ")[2].partition(". ")[0])
+    assert 0.8 * 2 / highest <= told <= 2 / highest
+    assert gdopt.minimize(loss, jnp.zeros(2), learning_rate=told).status is not Status.DIVERGED
+
+
+def test_the_advice_on_scales_stands_alone() -> None:
+    x = np.linspace(0, 50, 60)
+    powers = np.stack([x**k for k in range(4)], 1)
+    y = 5 - 2 * x + 0.3 * x**2 - 4e-3 * x**3
+    result = gdopt.minimize(lambda p: jnp.mean((powers @ p - y) ** 2), jnp.zeros(4), learning_rate=1e-10)
+    assert "differ in scale" in result.message
+    assert "start" not in result.message

@@ -272,6 +272,7 @@ def test_inside_jit_it_says_so(repeats: int) -> None:
 def test_it_takes_what_minimize_takes() -> None:
     ours, theirs = (inspect.signature(f).parameters for f in (gdopt.lr_find, gdopt.minimize))
     shared = {"loss", "params", "args", "data", "batch_size", "optimizer", "has_aux", "with_key", "key", "trainable"}
+    shared |= {"scale"}
     assert shared == {*ours} & {*theirs}
     assert all(ours[name] == theirs[name] for name in shared - {"optimizer"})  # of which the defaults differ
 

@@ -468,3 +468,15 @@ def test_bad_paths_are_refused_before_training(tmp_path) -> None:
 
     minimize(tmp_path / "run", callback=second)
     assert stopped
+
+
+@pytest.mark.parametrize("other", [0.2, gdopt.schedules.triangular(0.1, 0.2, step_size_up=5)])
+def test_another_learning_rate_is_a_warning(other: Any, tmp_path: Path) -> None:
+    run = lambda rate, steps: gdopt.minimize(
+        lambda x: jnp.sum(x**2), jnp.ones(2), learning_rate=rate, max_steps=steps, tol=0, checkpoint=tmp_path / "run"
+    )
+    run(0.1, 3)
+    with pytest.warns(UserWarning, match="learning_rate is not the one with which the checkpoint"):
+        result = run(other, 6)
+    assert result.history.learning_rate[2] == np.float32(0.1)
+    assert result.history.learning_rate[3] != np.float32(0.1)

@@ -141,7 +141,7 @@ def test_max_steps_is_what_was_asked_where_the_loss_is_noisy():
         loss, 0.0, data=np.arange(8.0, dtype=np.float32), batch_size=2, learning_rate=0.01, **more
     )
     assert run(epochs=2).success
-    assert "took the 8 steps asked for (2 epochs): the loss went from" in run(epochs=2).message
+    assert "took the 8 steps asked for (2 epochs): the mean loss of an epoch went from" in run(epochs=2).message
     assert not run(epochs=2, target=0.0).success
     assert run(epochs=2, target=0.0).status == Status.MAX_STEPS
 
@@ -293,10 +293,12 @@ def test_a_schedule_that_gives_nan_is_named():
 
 
 @pytest.mark.parametrize("rate", [5.0, 1.5])
-def test_a_blow_up_of_no_quadratic_tells_no_rate(rate):
+def test_after_a_blow_up_of_no_quadratic_the_curvature_tells_a_rate(rate):
     """The gradient grows 1e22-fold in a step: by the formula for quadratics, a rate of 1e-23 would be wanted."""
-    result = minimize(lambda x: jnp.sum(jnp.exp(x**2)), jnp.ones(2), learning_rate=rate)
-    assert result.message.endswith(f"Try a learning_rate well below {rate:.2g}, a tenth of it, say.")
+    loss = lambda x: jnp.sum(jnp.exp(x**2))
+    message = minimize(loss, jnp.ones(2), learning_rate=rate).message
+    assert message.endswith("Try a learning_rate below 0.12.")  # 2 / L with L = 6e at 1
+    assert minimize(loss, jnp.ones(2), learning_rate=0.12).success
 
 
 @pytest.mark.parametrize("options", [{"optimizer": optax.adam}, {}])
@@ -339,3 +341,23 @@ def test_throw_and_raise_for_status_carry_the_result():
         failed.raise_for_status()
     good = minimize(throw=True)
     assert good.raise_for_status() is good
+
+
+def test_the_message_of_mini_batches_tells_the_means_of_whole_epochs() -> None:
+    loss = lambda x, row: jnp.mean((row - x) ** 2)
+    rows = np.arange(8.0, dtype=np.float32)
+    run = lambda epochs: gdopt.minimize(loss, 0.0, data=rows, batch_size=2, learning_rate=0.01, epochs=epochs)
+    result = run(2)
+    first, last = result.history.loss[:4].mean(), result.history.loss[4:8].mean()
+    assert f"the mean loss of an epoch went from {first:.6g} to {last:.6g}." in result.message
+    result = run(1)
+    assert f"the mean loss of an epoch was {result.history.loss[:4].mean():.6g}." in result.message
+
+
+def test_a_run_of_mini_batches_that_ends_above_its_start_says_so() -> None:
+    rows = np.random.default_rng(0).normal(size=(64, 3)).astype("f4")
+    loss = lambda w, batch: jnp.mean((batch @ w - 1) ** 2)
+    options = {"data": rows, "batch_size": 8, "epochs": 3}
+    result = gdopt.minimize(loss, jnp.zeros(3), optimizer=optax.adam, learning_rate=100.0, **options)
+    assert not result.success
+    assert "That is above the loss of the start, 1. Try a learning_rate well below 1e+02" in result.message

@@ -469,3 +469,10 @@ def test_derivatives_by_what_moves_the_gradient_of_one_leaf_alone(how: Any) -> N
 
     assert float(how(solution)(3.0)) == pytest.approx(1)
     assert float(how(how(solution))(3.0)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("how", [jax.vmap, jax.grad])
+def test_a_checkpoint_is_refused_in_every_transformation(how: Any, tmp_path: Any) -> None:
+    solve = lambda a: gdopt.minimize(lambda w: a * (w - 1) ** 2, 0.0, checkpoint=tmp_path / "run").params
+    with pytest.raises(gdopt.InputError, match=r"checkpoint=.* inside jit, vmap or grad"):
+        how(solve)(jnp.ones(2) if how is jax.vmap else 1.0)

@@ -99,6 +99,9 @@ class Tries(NamedTuple):
         begins = np.stack([np.int32(begin) for begin in (0, *_ENDS[:-1])])
 
         far = _FARTHEST * largest(np, self.here.typical)
+        # Where the loss should change visibly may be farther, from a point that is zero up to rounding.
+        spans = [np.max(abs(rows), axis=tuple(range(1, rows.ndim))).astype(self.lengths.dtype) for rows in self.ways]
+        visible = _STRETCH * self.lengths * np.max(np.stack(spans), axis=0)
 
         def following(number: Any) -> Any:
             """The number from this one on that is of a kind to be tried."""
@@ -114,14 +117,16 @@ class Tries(NamedTuple):
             step = self._step(kind, number - begins[kind])
             there = shifted(self.here.params, step)
             value = loss_at(self.place, self.probe, there).astype(self.here.loss.dtype)
-            near = np.stack([(abs(block) <= far).all() for block in step]).all()
+            negative = (kind == _NEGATIVE) | (kind == _SECOND)
+            limit = np.where(negative, np.maximum(far, visible[np.minimum(kind, _SECOND)]), far)
+            near = np.stack([(abs(block) <= limit).all() for block in step]).all()
             better = near & (value < found.loss)  # NaN is not
             falls = near & (value < self.here.loss - self.here.rounding)
             return following(number + 1), Lowest(
                 np.where(better, value, found.loss),
                 [np.where(better, new, old) for new, old in zip(there, found.point, strict=True)],
                 (found.finite + np.isfinite(value)).astype(number.dtype),
-                found.saddle | (((kind == _NEGATIVE) | (kind == _SECOND)) & falls),
+                found.saddle | (negative & falls),
                 found.beyond | ((kind == _BEYOND) & falls & (value < self.here.loss - _MORE * self.left)),
             )
 

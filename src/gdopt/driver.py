@@ -28,7 +28,19 @@ from gdopt.resuming import saves_at
 from gdopt.rule import Rule, check_optimizer, is_auto, is_transformation, learns_scales, make_rule, search
 from gdopt.scaling import scaled
 from gdopt.schedules import triangular2
-from gdopt.stopping import Ending, Limits, Rates, Status, Told, Watch, chosen_rates, explain, is_better, succeeded
+from gdopt.stopping import (
+    FAILURES,
+    Ending,
+    Limits,
+    Rates,
+    Status,
+    Told,
+    Watch,
+    chosen_rates,
+    explain,
+    is_better,
+    succeeded,
+)
 from gdopt.task import Task, make_task
 
 _MAX_STEPS = 10_000
@@ -80,7 +92,8 @@ def minimize(
             iterable of batches (a torch ``DataLoader``, a grain loader), gone through once per epoch, or a function
             that returns one. Batches are pytrees of NumPy or JAX arrays or torch tensors, moved to the device while the
             step before is computed. Each makes one update, also a last one with fewer rows; the point after the last
-            update is evaluated on the last batch once more.
+            update is evaluated on the last batch once more, of arrays on the next. The loss takes a batch as one
+            argument: write ``X, y = batch`` in it.
         batch_size: rows per step, for arrays. They are shuffled anew in each epoch; rows that fill no batch sit that
             epoch out. By default (None) each step sees all rows, unshuffled.
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
@@ -94,14 +107,15 @@ def minimize(
             from half of what the test suggests to twice of it; so ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
         epochs: passes over the data after which to stop; of arrays, ``rows // batch_size`` updates each.
-        tol: a full-batch run has converged once what is left to gain is at most ``tol`` of what the second half of the
-            run has gained. `quasi_newton` and `spectral` estimate what is left by the curvature they learn; for other
-            optimizers it is at most ``|g| |x - x0|`` for a convex loss. At the end the estimate is verified at the
-            point that is returned: see ``Result.left``. Has no scale: multiplying the loss or the params changes
-            nothing. Default 1e-4; 0 asks for all that the dtype gives. Not for mini-batches, whose noisy gradients
-            cannot tell.
+        tol: a full-batch run has converged once what is left to gain is at most ``tol`` of what about the second half
+            of the run has gained, or is lost in the rounding of the loss (30 eps of it). `quasi_newton` and `spectral`
+            estimate what is left by the curvature they learn; for other optimizers it is at most ``|g| |x - x0|`` for a
+            convex loss. At the end the estimate is verified at the point that is returned: see ``Result.left``. Has no
+            scale: multiplying the loss or the params changes nothing. Default 1e-4; 0 asks for all that the dtype
+            gives. Not for mini-batches, whose noisy gradients cannot tell.
         grad_tol: a full-batch run has converged as well once the largest entry of the gradient is at most this, which
-            SciPy calls ``gtol``. It has the units of the loss over those of the params. Default None: not tested.
+            SciPy calls ``gtol``. Pass ``tol=0`` beside it if this alone is to end the run. It has the units of the loss
+            over those of the params. Default None: not tested.
         target: stop once the loss is at or below this value; with mini-batches or keys, the mean loss of an epoch.
         has_aux: the loss returns ``(value, aux)``; ``Result.aux`` is the aux of the returned params.
         with_key: the loss takes a keyword ``key``, a fresh one at each step.
@@ -127,11 +141,11 @@ def minimize(
             with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
             the same machine (other devices or another number of cores are a warning); with more steps or epochs it goes
             on beyond its end, by the same range test where there was one. What differs, data and args and the
-            optimizer among it, is an error; a changed loss or start is a warning. A stream has to give the same
-            batches, which are not compared. Where its iterators have ``get_state`` and ``set_state``, as grain's do,
-            and the state is bytes or what JSON holds, it is set to the last batch that was used; others are gone
-            through again up to there, as the result's message then says. Several processes give one path on a disk that
-            they share; params that are split over them need orbax (``gdopt[checkpoint]``).
+            optimizer among it, is an error; a changed loss, start or learning_rate is a warning. A stream has to give
+            the same batches, which are not compared. Where its iterators have ``get_state`` and ``set_state``, as
+            grain's do, and the state is bytes or what JSON holds, it is set to the last batch that was used; others are
+            gone through again up to there, as the result's message then says. Several processes give one path on a disk
+            that they share; params that are split over them need orbax (``gdopt[checkpoint]``).
         throw: raise where the run does not end with success, instead of saying so in the result.
 
     Returns:
@@ -184,7 +198,7 @@ def minimize(
         callback=callback is not None,
         checkpoint=checkpoint is not None,
     )
-    if checkpoint is not None and program.is_traced():
+    if checkpoint is not None and loop.is_inside(task):
         _refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
         if saves is not None:
@@ -292,12 +306,14 @@ def _hindsight(
 ) -> Hindsight:
     """Look at the loss where gradient descent ended without a minimum."""
     ended = status in (Status.MAX_STEPS, Status.STALLED) and len(history.loss) > LEAST_STEPS
+    failed = status in FAILURES and rates is Rates.PLAIN and len(history.loss) > 1
     # Others have scales of their own for the params, or may have.
     descent = rates is Rates.PLAIN or (rates is Rates.SEARCHED and not learns_scales(state.optimizer))
-    if not (ended and descent) or compiled.look_back is None:
+    if not ((ended and descent) or failed) or compiled.look_back is None:
         return Hindsight()
     known = history.learning_rate[np.isfinite(history.learning_rate)]
-    return compiled.look_back(state, inputs, float(known[-1]) if rates is Rates.PLAIN and known.size else None)
+    found = compiled.look_back(state, inputs, float(known[-1]) if rates is Rates.PLAIN and known.size else None)
+    return found._replace(apart=None) if status is Status.NON_FINITE else found
 
 
 @as_own_work
@@ -390,7 +406,10 @@ class _Ending(NamedTuple):
             ending=self.ending,
             farthest=self.farthest,
             not_finite=self.not_finite,
+            is_better=bool(is_better(self.watch)),
             overshoots=self.hindsight.overshoots,
+            apart=self.hindsight.apart is not None,
+            stable=self.hindsight.stable,
         )
         message = explain(self.status, told)
         if self.status is Status.DATA_EXHAUSTED and not self.success:

@@ -12,6 +12,7 @@ _EXACT = 32  # entries: the curvature along each of so many is computed
 _LEAVES, _PROBES = 16, 2  # with more entries: the mean curvature of so many leaves, the largest, each by two probes
 _APART = 100.0  # times: scales that differ by less need no advice
 _OPPOSITE = -0.5  # the cosine of two gradients
+_POWERS = 10  # products of the Hessian
 
 Leaves = list[Any]  # arrays of NumPy's
 # (params, direction) -> the gradient, and the Hessian times the direction
@@ -23,24 +24,38 @@ class Hindsight(NamedTuple):
 
     overshoots: bool = False  # a step of gradient descent turns the gradient round
     apart: tuple[str, str] | None = None  # params whose scales differ by far, the larger scale first
+    stable: float | None = None  # the largest rate at which gradient descent does not diverge
 
 
 def look_back(probe: Probe, names: list[str], params: Leaves, rate: float | None) -> Hindsight:
     """Look at the loss around the point that is returned; ``rate`` is the last one of plain gradient descent."""
-    overshoots = False
+    overshoots, stable = False, None
     if rate is not None:
         none = [np.zeros_like(leaf) for leaf in params]
         here, _ = probe(params, none)
         there, _ = probe([(x - rate * g).astype(x.dtype) for x, g in zip(params, here, strict=True)], none)
         first, second = _flat(here), _flat(there)
         overshoots = bool(first @ second < _OPPOSITE * np.linalg.norm(first) * np.linalg.norm(second))
+        stable = _stable_rate(lambda way: probe(params, way)[1], here)
     named, curvatures = _curvatures(lambda way: probe(params, way)[1], names, params)
     seen = np.flatnonzero(np.isfinite(curvatures) & (curvatures > 0))
     if seen.size < 2:
-        return Hindsight(overshoots)
+        return Hindsight(overshoots, None, stable)
     low, high = seen[np.argmin(curvatures[seen])], seen[np.argmax(curvatures[seen])]
     apart = np.sqrt(curvatures[high] / curvatures[low]) >= _APART
-    return Hindsight(overshoots, (named[low], named[high]) if apart else None)
+    return Hindsight(overshoots, (named[low], named[high]) if apart else None, stable)
+
+
+def _stable_rate(times: Callable[[Leaves], Leaves], way: Leaves) -> float | None:
+    """Return 2 / L with the largest curvature L, by the power method from the gradient; None if it is not found."""
+    curvature = 0.0
+    for _ in range(_POWERS):
+        length = np.linalg.norm(_flat(way))
+        if not (np.isfinite(length) and length > 0):
+            return None
+        way = times([(leaf / length).astype(leaf.dtype) for leaf in way])
+        curvature = np.linalg.norm(_flat(way))
+    return 2 / float(curvature) if np.isfinite(curvature) and curvature > 0 else None
 
 
 def _flat(leaves: Leaves) -> np.ndarray:

@@ -259,6 +259,13 @@ def warn_of_no_gradient(task: Task) -> None:
         )
 
 
+def is_inside(task: Task) -> bool:
+    """Tell whether jit, vmap or grad traces any of what the task's loss reads."""
+    problem, key = task.problem, task.key if task.with_key else None
+    given = problem.params, task.data, task.args, task.given_key
+    return program.is_traced(given, program.trace(task.value, problem.params, task.batch, task.args, key).constants)
+
+
 def check_alike(task: Task, **given: Any) -> None:
     """Raises InputError where a call is one of several processes that were not made alike."""
     others = peers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from gdopt.problem import make_problem
 from gdopt.processes import check_joined, joined
 from gdopt.result import History, RangeTest, Refinement
 from gdopt.rule import Rule, check_optimizer, is_transformation
+from gdopt.scaling import scaled
 from gdopt.schedules import ladder
 from gdopt.stopping import Limits, Status
 from gdopt.task import Task, make_task
@@ -52,6 +53,7 @@ def lr_find(
     with_key: bool = False,
     key: jax.Array | None = None,
     trainable: Any = None,
+    scale: PyTree | Literal["curvature"] = None,
 ) -> RangeTest:
     """Finds a learning rate by Smith's range test: a short training whose rate rises until the loss blows up.
 
@@ -86,6 +88,7 @@ def lr_find(
         key: where the shuffling and those keys come from, so that the answer is the same each time; by default
             ``jax.random.key(0)``.
         trainable: what to optimise, as in `minimize`.
+        scale: typical sizes of the params, as in `minimize`. The rates are those of the scaled params.
 
     Returns:
         A `RangeTest`, whose ``suggestion`` is a rate for `minimize` as it stands: for a constant rate, or the highest
@@ -113,7 +116,7 @@ def lr_find(
     check_flags(refine=refine, has_aux=has_aux, with_key=with_key)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
-    return range_test(task, optimizer, steps, repeats=repeats, refine=refine)
+    return range_test(scaled(task, scale), optimizer, steps, repeats=repeats, refine=refine)
 
 
 class Ladder(NamedTuple):
@@ -173,7 +176,10 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
             refinement = _refine(task, optimizer, suggestion, keys)
             suggestion = refinement.best
     if suggestion is None:
-        verdict = verdict._replace(reason=verdict.reason + named_inputs(task))
+        holding = named_inputs(task)
+        if holding:  # no other rate helps
+            reason = verdict.reason if curve.end == 0 else ""
+            verdict = verdict._replace(reason=(reason + holding).strip())
     return _result(curve, verdict, suggestion, refinement, steps.num_steps)
 
 

@@ -133,7 +133,7 @@ class Result:
     Attributes:
         params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
             last good one. In the structure, dtypes and containers of the params that were given.
-        loss: the loss of ``params`` (with mini-batches, on the last batch).
+        loss: the loss of ``params`` (with mini-batches, on a single batch).
         grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` the gradient by
             ``params / scale``.
         steps: the updates made. The loss was evaluated ``steps + 1`` times.

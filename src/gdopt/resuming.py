@@ -99,11 +99,15 @@ class Saves:
             warn(f"params are others than those that the run of {self.found.file!r} began with: it goes on from there.")
 
     def compare_programs(self, task: Task, rule: Rule) -> None:
-        """Raises InputError where the save is of another optimizer; that the loss was changed is a warning."""
+        """Raise InputError if the save is of another optimizer; another loss or learning rate is a warning."""
         loss, updates = loop.digests(task, rule)
         text = re.sub(r" at 0x[0-9a-f]+", "", repr(rule.optimizer))[:_LONGEST]
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
         self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
+        if self.range_test is None:  # by which a run with more steps has longer cycles
+            schedule = rule.schedule
+            rate = repr(rule.rate) if schedule is None else program.digest(schedule, np.int32(0))
+            self._meta["learning_rate"] = rate
         if self.found is None:
             return
         theirs = self.found.meta.get("optimizer", {})
@@ -177,6 +181,12 @@ class Saves:
             history = History(*(entries[:-1] for entries in history))
         elif ended != RUNNING:
             self._ended = Status(ended)
+        rate = self._meta.get("learning_rate")
+        if self._ended is None and self.found.meta.get("learning_rate", rate) != rate:  # saves of old do not tell
+            warn(
+                f"learning_rate is not the one with which the checkpoint {self.found.file!r} was made: the run goes on "
+                "with the new one."
+            )
         return (_trees.pack(state), carry[1]), [history]
 
     def tells(self) -> Any:

@@ -47,7 +47,7 @@ def _given(problem: Problem, scale: PyTree) -> PyTree:
     except (ValueError, TypeError) as error:
         raise InputError(
             f"scale={_trees.summary(scale)} does not fit params: pass a positive number for each leaf or subtree of "
-            f"params, or an array of the shape of a leaf; or 'curvature'. ({error})"
+            "params, or an array (and no list) of the shape of a leaf; or 'curvature'."
         ) from error
     optimised = [size if kept else None for size, kept in zip(sizes, problem.rest.kept, strict=True)]
     return jax.tree_util.tree_map_with_path(_checked, problem.params, problem.rest.treedef.unflatten(optimised))

@@ -86,6 +86,7 @@ _LESS = 0.1  # of what is asked for: asked for after a claim that was contradict
 LEAST_BAR = 1e-30  # after 30 of them a run that is stuck has stalled, even if there is a lower point
 _STALLED_UPDATES = 50
 _PER_UPDATE = 20
+_IDLE = 1000  # evaluations of a search without a gain, after which nothing more is expected
 _RECENT = 20  # evaluations of a loss with random keys that are averaged
 _PART = 10  # of a stream that ended in its first pass, so much at either end is compared
 _WORTHLESS = 1e4  # a gradient that grew so much in one step tells of no quadratic
@@ -109,6 +110,7 @@ class Watch(NamedTuple):
     first_grad_norm: jax.Array
     mark: jax.Array  # the best loss when it last improved by more than rounding
     stalled: jax.Array  # how long it has not, in units of 1 / _PER_UPDATE updates
+    idle: jax.Array  # the same in evaluations, wherever the iterates were in between
     grad_norm: jax.Array  # of the last evaluation
     peak: jax.Array  # the highest loss, up to a factor of two
     grown: jax.Array  # how often that was surpassed in a row, after loss and gradient had grown
@@ -179,6 +181,7 @@ def first_watch(loss_dtype, norm_dtype) -> Watch:
         first_grad_norm=jnp.full((), jnp.inf, norm_dtype),
         mark=unknown,
         stalled=none,
+        idle=none,
         grad_norm=jnp.full((), jnp.inf, norm_dtype),
         peak=-unknown,
         grown=none,
@@ -246,6 +249,7 @@ def judge(
         first_grad_norm=first_grad_norm,
         mark=mark,
         stalled=stalled,
+        idle=jnp.where(gained, 0, watch.idle + 1),
         grad_norm=grad_norm,
         peak=peak,
         grown=grown,
@@ -261,7 +265,7 @@ def judge(
             converged = converged | (finite & (point.largest <= limits.grad_tol) & (start | (loss <= kept_loss)))
         limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
         if search is not None:
-            limited = limited | search.gave_up
+            limited = limited | search.gave_up | ((new.idle >= _IDLE) & (mark < first_loss))
     else:
         epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
         mean = epoch_loss / epoch.steps
@@ -352,7 +356,8 @@ def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
     """Return the watch after a claim that does not hold: the next one comes later, and with less left."""
     none = watch.held * 0
     patience = (step + np.maximum(step // 4, _HELD)).astype(watch.patience.dtype)
-    return watch._replace(held=none, stalled=none, bar=(watch.bar * _LESS).astype(watch.bar.dtype), patience=patience)
+    fresh = watch._replace(held=none, stalled=none, idle=none)
+    return fresh._replace(bar=(watch.bar * _LESS).astype(watch.bar.dtype), patience=patience)
 
 
 def failed(code: jax.Array) -> jax.Array:
@@ -395,7 +400,10 @@ class Told(NamedTuple):
     ending: Ending
     farthest: float  # entry of the params that are returned
     not_finite: tuple[str, str] = ("", "")  # what is known of a last point that is not, and the remedy for that
+    is_better: bool = True  # whether a noisy run ended below its start
     overshoots: bool = False  # whether a step of gradient descent turns the gradient round
+    apart: bool = False  # whether the scales of some params differ by far, which the message says elsewhere
+    stable: float | None = None  # the largest rate at which gradient descent does not diverge, if it was looked for
 
 
 def explain(status: Status, told: Told) -> str:
@@ -403,15 +411,16 @@ def explain(status: Status, told: Told) -> str:
     losses, grad_norms, rates = told.history
     steps, how, noisy, eps = told.steps, told.how, told.noisy, told.eps
     found, cure = told.not_finite
-    # A single batch says little: with mini-batches, the mean of the first and of the last epoch. A full-batch run that
-    # did not fail speaks of the point that it returns.
+    # A single batch says little: with mini-batches, the mean of the first and of the last epoch, without the evaluation
+    # after the last update. A full-batch run that did not fail speaks of the point that it returns.
     width = (told.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
     end = steps if noisy or status in FAILURES else told.returned_step
-    first, last = f"{losses[:width].mean():.6g}", f"{losses[: end + 1][-width:].mean():.6g}"
+    means = losses[:width].mean(), losses[: max(end, 1) if width > 1 else end + 1][-width:].mean()
+    first, last = (f"{mean:.6g}" for mean in means)
     after = f"after {steps} step{'' if steps == 1 else 's'}"
     back = "" if told.returned_step == steps else f" The point of step {told.returned_step} is returned."
     plain = how is Rates.PLAIN and not noisy
-    slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(losses, grad_norms, rates, plain)
+    slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(told, plain)
     match status:
         case Status.CONVERGED if grad_norms[end] == 0:
             what = "the gradient is exactly zero, and no direction was seen in which the loss falls"
@@ -427,10 +436,16 @@ def explain(status: Status, told: Told) -> str:
         case Status.MAX_STEPS if noisy:
             per_epoch = told.steps_per_epoch
             epochs = "" if per_epoch in (1, None) else f" ({steps / per_epoch:g} epochs)"
-            worse = "" if told.success or fell_to(losses, width) else f" The loss did not decrease. {slower}"
+            went, worse = f"the loss went from {first} to {last}", ""
+            if width > 1:
+                went = f"the mean loss of an epoch {f'was {first}' if steps <= width else went[len('the loss ') :]}"
+            if not told.is_better:
+                worse = f" That is above the loss of the start, {losses[0]:.6g}. {slower}"
+            elif not (told.success or means[1] < means[0]):
+                worse = f" The loss did not decrease. {slower}"
             most = told.limits.max_steps
             what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
-            return f"took {what}{epochs}: the loss went from {first} to {last}.{worse}"
+            return f"took {what}{epochs}: {went}.{worse}"
         case Status.MAX_STEPS if not fell(losses, eps):
             if how is Rates.SEARCHED and steps >= _MANY_TRIALS:
                 slower = f"Of {steps} points along the gradient none is lower, so it may not match the loss."
@@ -496,11 +511,6 @@ _MANY_TRIALS = 60  # one search gives up after so many
 _LAST = 1000  # steps: what they gained tells whether more of them would
 
 
-def fell_to(losses: np.ndarray, width: int) -> bool:
-    """Tell whether the mean of the last losses of a noisy run is below that of the first ones."""
-    return bool(losses[-width:].mean() < losses[:width].mean())
-
-
 def _left(told: Told) -> str:
     """Say what is left, in units of the loss, and how that is known."""
     left = float(told.ending.left)
@@ -524,6 +534,8 @@ def _more(told: Told) -> str:
     before = np.fmin.reduce(losses[:-_LAST]) if losses.size > _LAST else losses[0]
     if before - np.fmin.reduce(losses) > _ROUNDING * told.eps * abs(before):
         return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {_other(told)}."
+    if told.apart:
+        return f"The last {_LAST} steps gained no more than rounding."
     return f"The last {_LAST} steps gained no more than rounding: try {_other(told)}."
 
 
@@ -550,7 +562,7 @@ def _stalled(told: Told, after: str, first: str, last: str) -> str:
     much = f"about {left:.2g}" if np.isfinite(left) and left > 0 else "more"
     more = f"{much} may be left to gain"
     known = rates[np.isfinite(rates)]
-    tried = losses[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
+    tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
     if told.farthest > _FAR:
         return _unbounded(f"stalled {after}", told)
     if told.how in (Rates.PLAIN, Rates.GIVEN) and known.size and known[-1] <= _DECAYED * known.max():
@@ -619,12 +631,13 @@ def _fell(first: Any, best: Any, eps: float) -> Any:
         return first - best > _ROUNDING * eps * abs(first)
 
 
-def _slower(losses: np.ndarray, grad_norms: np.ndarray, rates: np.ndarray, plain: bool) -> str:
+def _slower(told: Told, plain: bool) -> str:
     """The advice to lower the rate; with a number where the growth of the gradient betrays the curvature.
 
     Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step, so the ratio r
     of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
     """
+    losses, grad_norms, rates = told.history
     known = rates[np.isfinite(rates)]
     if not known.size:
         return (
@@ -642,8 +655,8 @@ def _slower(losses: np.ndarray, grad_norms: np.ndarray, rates: np.ndarray, plain
         ratio = grad_norms[1:] / grad_norms[:-1]
         stable = 2 * rates[:-1] / (1 + ratio)
     grew = (stable > 0) & (ratio > 1) & (ratio < _WORTHLESS)
-    if not plain or not grew.any():
-        return f"Try a learning_rate well below {highest:.2g}, a tenth of it, say."
-    limit = float(np.median(stable[grew]))
+    limit = float(np.median(stable[grew])) if plain and grew.any() else told.stable
+    if limit is None:
+        return f"Try a learning_rate well below {highest:.2g} (a tenth of it)."
     digit = 10.0 ** (np.floor(np.log10(limit)) - 1)
     return f"Try a learning_rate below {np.floor(limit / digit) * digit:.2g}."

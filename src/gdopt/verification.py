@@ -140,7 +140,9 @@ def _typical(np: Any, claim: Claim, eps: float) -> Blocks:
     sizes = [np.fmax(abs(x), abs(moved)) for x, moved in zip(claim.params, claim.moved, strict=True)]
     size = largest(np, sizes)
     size = np.where(size > 0, size, 1)
-    sizes = [np.where(x > eps**2 * size, x, size).astype(x.dtype) for x in sizes]  # others have not moved yet
+    least = float(jnp.finfo(_trees.norm_dtype(sizes)).tiny) ** 0.5  # the square of less is zero
+    sizes = [np.where(x > eps**2 * size, x, size) for x in sizes]  # others have not moved yet
+    sizes = [np.maximum(size, least).astype(x.dtype) for size, x in zip(sizes, claim.params, strict=True)]
     return sizes if claim.free is None else [x * f for x, f in zip(sizes, claim.free, strict=True)]
 
 
