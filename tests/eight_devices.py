@@ -14,11 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdopt
-from gdopt import loop
-from gdopt.problem import make_problem
-from gdopt.rule import make_rule
-from gdopt.stopping import Limits
-from gdopt.task import make_task
+from gdopt._loop import loop
+from gdopt._optimizers.rule import make_rule
+from gdopt._problem.objective import make_problem
+from gdopt._problem.task import make_task
+from gdopt._stopping import Limits
 
 assert jax.device_count() == 8
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

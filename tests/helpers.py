@@ -11,7 +11,7 @@ import jax
 import jax.monitoring
 import pytest
 
-from gdopt import program
+from gdopt._compile import program
 
 
 @dataclass

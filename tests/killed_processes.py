@@ -20,7 +20,7 @@ import optax
 from jax.experimental import multihost_utils
 
 import gdopt
-from gdopt import run
+from gdopt._run import host_loop as run
 
 port, process, case, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 address = f"127.0.0.1:{port}"

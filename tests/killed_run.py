@@ -16,7 +16,9 @@ import numpy as np
 import optax
 
 import gdopt
-from gdopt import loop, run, schedules
+from gdopt import schedules
+from gdopt._loop import loop
+from gdopt._run import host_loop as run
 
 kind, path, chunk, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 loop.CAPACITY = chunk  # other sizes of chunks come to the same bits

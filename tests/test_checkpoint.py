@@ -32,8 +32,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gdopt
-from gdopt import Checkpoint, CheckpointError, InputError, checkpoint
-from gdopt.checkpoint import Saver, newest, read, write
+from gdopt import Checkpoint, CheckpointError, InputError
+from gdopt._checkpoint import saves as checkpoint
+from gdopt._checkpoint.saves import Saver, newest, read, write
 
 ARRAYS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.zeros(0, np.int8), "z": np.array(1 + 2j)}
 META = {"step": 7, "loss": 0.1, "names": ["a", None, True]}
@@ -687,8 +688,9 @@ def test_where_there_are_no_locks(base: Path, monkeypatch: pytest.MonkeyPatch, k
 NURSERY = """
 import json, os, signal, sys, time, warnings
 import numpy as np
-from gdopt import Checkpoint, InputError, checkpoint
-from gdopt.checkpoint import Saver, newest
+from gdopt import Checkpoint, InputError
+from gdopt._checkpoint import saves as checkpoint
+from gdopt._checkpoint.saves import Saver, newest
 
 for line in sys.stdin:
     child = os.fork()

@@ -16,9 +16,10 @@ from optax import contrib
 from problems import PROBLEMS, Problem
 
 import gdopt
-from gdopt import loop, schedules
-from gdopt import run as host
-from gdopt.stopping import FAILURES
+from gdopt import schedules
+from gdopt._loop import loop
+from gdopt._run import host_loop as host
+from gdopt._stopping import FAILURES
 
 # --- the lists; functions, so that a test can have everything made anew ---
 

@@ -14,7 +14,8 @@ import pytest
 from jax import lax
 
 import gdopt
-from gdopt import Status, _jax, _replay
+from gdopt import Status, _jax
+from gdopt._compile import replay as _replay
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 DEFECT = X.copy()

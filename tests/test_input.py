@@ -23,7 +23,7 @@ from helpers import count_compilations
 
 import gdopt
 from gdopt import Status
-from gdopt.rule import apply, check_optimizer, extra_arguments
+from gdopt._optimizers.rule import apply, check_optimizer, extra_arguments
 
 X = np.ones((6, 2), np.float32)
 y = np.ones(6, np.float32)

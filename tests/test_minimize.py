@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 
 import gdopt
-from gdopt import Status, run
+from gdopt import Status
+from gdopt._run import host_loop as run
 
 CURVATURES = jnp.array([1.0, 4.0, 10.0])
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 import gdopt
-from gdopt import Checkpoint, CheckpointError, GdoptError, InputError, parts
-from gdopt.checkpoint import SPREAD, Saver, newest, read, write
+from gdopt import Checkpoint, CheckpointError, GdoptError, InputError
+from gdopt._checkpoint import sharded as parts
+from gdopt._checkpoint.saves import SPREAD, Saver, newest, read, write
 
 ARRAYS: dict[str, Any] = {
     "state.params['a/b']": jnp.arange(12.0).reshape(3, 4),

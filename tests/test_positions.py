@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import gdopt
-from gdopt import Status, checkpoint
+from gdopt import Status
+from gdopt._checkpoint import saves as checkpoint
 
 ROWS = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 SIZE, PER_EPOCH, EPOCHS = 8, 5, 4
@@ -158,8 +159,8 @@ def test_the_end_of_a_pass_is_no_other_place(path) -> None:
 
 def test_saves_between_two_steps_have_the_place_of_that_step(path, monkeypatch) -> None:
     """Though the stream is ahead of them: of each save, not only of the last one."""
-    monkeypatch.setattr("gdopt.run._FIRST_CHUNK", 1)
-    monkeypatch.setattr("gdopt.run._CHUNK_SECONDS", 1e-9)
+    monkeypatch.setattr("gdopt._run.host_loop._FIRST_CHUNK", 1)
+    monkeypatch.setattr("gdopt._run.host_loop._CHUNK_SECONDS", 1e-9)
 
     def wait(report: gdopt.Report) -> None:
         for thread in threading.enumerate():

@@ -31,7 +31,10 @@ from jax import lax
 from jax.experimental.ode import odeint
 
 import gdopt
-from gdopt import _jax, _replay, loop, program, schedules
+from gdopt import _jax, schedules
+from gdopt._compile import program
+from gdopt._compile import replay as _replay
+from gdopt._loop import loop
 
 X = jnp.array([0.5, -1.0, 2.0])
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)

@@ -21,8 +21,9 @@ import optax
 import pytest
 
 import gdopt
-from gdopt import Status, resuming
-from gdopt import run as host
+from gdopt import Status
+from gdopt._checkpoint import resume as resuming
+from gdopt._run import host_loop as host
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
 ROWS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)

@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gdopt import schedules
-from gdopt.errors import InputError
+from gdopt._errors import InputError
 
 # Every schedule once; the tests that take `lr` run for each.
 MADE = {

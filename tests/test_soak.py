@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from gdopt import checkpoint
-from gdopt.errors import CheckpointError
+from gdopt._checkpoint import saves as checkpoint
+from gdopt._errors import CheckpointError
 
 SECONDS = 600
 SCRIPT = Path(__file__).with_name("killed_run.py")

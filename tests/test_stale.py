@@ -27,7 +27,10 @@ from jax import lax
 from jax.experimental.ode import odeint
 
 import gdopt
-from gdopt import _fingerprint, _jax, _replay, program
+from gdopt import _jax
+from gdopt._compile import fingerprint as _fingerprint
+from gdopt._compile import program
+from gdopt._compile import replay as _replay
 
 X = np.array([0.5, -1.0, 2.0], np.float32)
 FLOAT = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -594,7 +597,8 @@ def test_functions_without_a_module_get_no_fingerprint() -> None:
 def test_the_self_check_is_quick_and_made_once() -> None:
     script = """
         import time, jax, numpy as np, gdopt
-        from gdopt import _fingerprint, _replay
+        from gdopt._compile import fingerprint as _fingerprint
+        from gdopt._compile import replay as _replay
         calls, trace = [], _fingerprint.trace
         _fingerprint.trace = lambda *args: calls.append(1) or trace(*args)
         for _ in range(2):

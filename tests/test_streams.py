@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import gdopt
 from gdopt import Status
-from gdopt.data import Stream
+from gdopt._problem.data import Stream
 
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES, LABELS = (IMAGES[:300] / 16).astype(np.float32), LABELS[:300].astype(np.int32)
@@ -143,7 +143,7 @@ def test_max_steps_ends_anywhere(max_steps):
 
 
 def test_without_a_number_of_steps_a_stream_is_gone_through_again_and_again(monkeypatch):
-    monkeypatch.setattr("gdopt.driver._MAX_STEPS", 17)
+    monkeypatch.setattr("gdopt._minimize._MAX_STEPS", 17)
     stream = Again()
     assert run(stream).steps == 17
     assert stream.begun == 4

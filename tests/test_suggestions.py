@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdopt import suggestions
+from gdopt._rate_finder import curve as suggestions
 
 FASTAI = np.load(Path(__file__).with_name("fastai_rules") / "rules.npz")
 CURVES = sorted({name.split("/")[0] for name in FASTAI.files})

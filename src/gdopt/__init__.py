@@ -3,17 +3,17 @@
 from importlib.metadata import version
 
 from gdopt import plot, schedules
+from gdopt._checkpoint.saves import Checkpoint
+from gdopt._devices.sharding import shard
+from gdopt._errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt._gd_step import gd_step
-from gdopt.checkpoint import Checkpoint
-from gdopt.diagnosis import Diagnosis, diagnose
-from gdopt.driver import clear_cache, minimize
-from gdopt.errors import CheckpointError, GdoptError, InputError, NotConvergedError
-from gdopt.lr_finder import lr_find
-from gdopt.optimizers import gd, spectral
-from gdopt.quasi_newton import quasi_newton
-from gdopt.result import History, RangeTest, Refinement, Report, Result
-from gdopt.sharding import shard
-from gdopt.stopping import Status
+from gdopt._minimize import clear_cache, minimize
+from gdopt._optimizers.quasi_newton import quasi_newton
+from gdopt._optimizers.spectral import gd, spectral
+from gdopt._outcome.diagnose import Diagnosis, diagnose
+from gdopt._rate_finder.lr_find import lr_find
+from gdopt._result import History, RangeTest, Refinement, Report, Result
+from gdopt._stopping import Status
 
 __version__ = version("gdopt")
 

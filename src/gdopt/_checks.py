@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _jax, _trees
+from gdopt._errors import InputError
 from gdopt._types import PyTree
-from gdopt.errors import InputError
 
 _BETWEEN = ("gdopt", "jax", "contextlib")  # the caller and a warning
 _LARGEST_COUNT = 10**9  # the sum of two counts fits the 32-bit step counter

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from gdopt import program
+from gdopt._compile import program
+from gdopt._errors import InputError
+from gdopt._optimizers.spectral import check_learning_rate
+from gdopt._problem.objective import make_problem
 from gdopt._settings import own_promotion, own_transfers
 from gdopt._types import Loss, PyTree, Scalar
-from gdopt.errors import InputError
-from gdopt.optimizers import check_learning_rate
-from gdopt.problem import make_problem
 
 
 def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from gdopt._checks import whole_number
+from gdopt._errors import GdoptError, InputError
+from gdopt._result import RangeTest, Result
 from gdopt._settings import own_work
 from gdopt._types import Schedule
-from gdopt.errors import GdoptError, InputError
-from gdopt.result import RangeTest, Result
 
 __all__ = ["descent", "lr_find", "schedule"]
 

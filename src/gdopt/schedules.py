@@ -18,9 +18,9 @@ import numpy as np
 from jax import lax
 
 from gdopt._checks import number, one_of, rate, whole_number
+from gdopt._errors import InputError
 from gdopt._settings import own_promotion
 from gdopt._types import Scalar, Schedule
-from gdopt.errors import InputError
 
 __all__ = [
     "constant",

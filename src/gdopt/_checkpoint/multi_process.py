@@ -1,0 +1,212 @@
+"""The saves of a run that is spread over several processes.
+
+Each process writes its own parts of the arrays that no process holds, in a thread; see `gdopt.parts`. The first one
+writes all else: it has the lock, decides by its clock when a save is due, and when all have written their parts, it
+writes the file that makes a save of them. Nothing in a thread waits for what another process does there. What the
+processes have to hear of each other they tell where they agree on the next chunk anyway; so a failure anywhere is known
+to all, and the save is given up and tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdopt._checkpoint import sharded as parts
+from gdopt._checkpoint.saves import Arrays, Checkpoint, Meta, Saved, Saver, base_of, holder_of, newest, read, save_at
+from gdopt._devices.processes import Peers
+from gdopt._errors import CheckpointError, InputError
+
+_LONGEST = 500  # characters of a failure
+
+
+@contextlib.contextmanager
+def opened(checkpoint: Checkpoint, peers: Peers) -> Iterator[tuple[JointSaver, Saved | None]]:
+    """The saves at a path, for all processes to enter together, and the save that they go on from.
+
+    The first process finds it, so that all take the same one.
+    """
+    base, first = base_of(checkpoint), jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(Saver(checkpoint)) if first else None
+        found = newest(checkpoint) if first else None
+        step = None if found is None else int(found.file.split(".")[-2])
+        told = peers.exchange(step=step, holder=holder_of(base))[0]
+        if holder_of(base) != told["holder"]:
+            raise InputError(
+                f"checkpoint path={base!r} is another place in process {jax.process_index()} than in process 0: pass "
+                "one on a disk that all of them share."
+            )
+        if not first and told["step"] is not None:
+            file = save_at(base, told["step"])
+            found = Saved(file, *read(file))
+        joint = JointSaver(base, peers, saver)
+        stack.callback(joint.close)
+        yield joint, found
+
+
+class JointSaver:
+    """The part of a `Saver` in each of several processes; that of the first one has a `Saver`.
+
+    All processes call `save` at the same step, and `close` with a final save; each `due` comes after an exchange of
+    what `tells` returns.
+    """
+
+    def __init__(self, base: str, peers: Peers, saver: Saver | None):
+        self._base, self._peers, self._saver = base, peers, saver
+        self._part: _Part | None = None  # of the save on its way
+        self._thread: threading.Thread | None = None
+        self._begin: str | None = None
+        self._closed = False
+
+    def tells(self) -> dict[str, Any]:
+        """Return how far this process is; the first one also tells whether a save is to begin."""
+        due = self._saver is not None and self._saver.due()
+        return {"begin": _token() if due else None, "part": self._part and self._part.told}
+
+    def hears(self, told: list[dict[str, Any]]) -> None:
+        """Take what all processes have told, in their order."""
+        self._begin = told[0]["begin"]
+        if self._part is not None and self._part.settled([note["part"] for note in told]):
+            self._part = None
+
+    def due(self) -> bool:
+        """Tell whether all have heard that a save is to begin."""
+        return self._begin is not None
+
+    def save(self, step: int, arrays: Arrays, meta: Meta) -> None:
+        """Begins to save, and returns: see `Saver.save`."""
+        assert self._begin is not None
+        spread, here = _sorted(arrays)
+        token, self._begin = self._begin, None
+        if not spread:
+            if self._saver is not None:
+                self._saver.save(step, here, meta)
+            return
+        part = self._part = _Part(parts.directory_name(self._base, step, token), spread)
+        part.try_to(part.copy)
+        if self._saver is not None:
+            if not self._saver.save(step, here, meta, part.write_and_complete):
+                part.tell("it could not begin")
+            return
+        self._thread = threading.Thread(target=part.write, name="gdopt checkpoint", daemon=True)
+        part.try_to(self._thread.start)
+
+    def close(self, final: tuple[int, Arrays, Meta] | None = None) -> None:
+        """Waits for the save on its way, and saves the final one where all processes have come to it: it is on the disk
+        then. Without one, nothing is waited for that another process has to do.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if final is not None:
+                self._finish(*final)
+        finally:
+            if self._part is not None:
+                self._part.give_up()
+            if self._saver is not None:
+                self._saver.close()
+            elif self._thread is not None and self._thread.ident is not None:
+                self._thread.join()
+
+    def _finish(self, step: int, arrays: Arrays, meta: Meta) -> None:
+        if self._part is not None:
+            self._part.written.wait()
+            self._part.settled([note["part"] for note in self._peers.exchange(part=self._part.told)])
+        if self._saver is not None:
+            self._saver.wait()  # before anybody writes on: at its end a save removes what belongs to none
+        token = self._peers.exchange(begin=_token())[0]["begin"]
+        spread, here = _sorted(arrays)
+        complete = None
+        if spread:
+            part = _Part(parts.directory_name(self._base, step, token), spread)
+            part.write()
+            part.settled([note["part"] for note in self._peers.exchange(part=part.told)])
+            complete = part.complete
+        if self._saver is not None:
+            self._saver.close((step, here, meta), complete)
+        self._peers.exchange(saved=True)
+
+
+class _Part:
+    """The part of one save that one process has to write, and what it knows of the others."""
+
+    def __init__(self, directory: str, arrays: dict[str, jax.Array]):
+        self.told: str | None = None  # to the others: nothing until it is written, then "" or what failed
+        self.written = threading.Event()  # or failed
+        self._directory = directory
+        self._arrays, self._kinds = arrays, {name: jax.typeof(array) for name, array in arrays.items()}
+        self._all_told = threading.Event()
+        self._failures = ["the run ended before all of it was written"]
+
+    def tell(self, what: str) -> None:
+        """Keep what comes first."""
+        if self.told is None:
+            self.told = what
+        self.written.set()
+
+    def try_to(self, do: Callable[[], None]) -> None:
+        """Call a function. All processes hear of its failure, and none raises it."""
+        try:
+            do()
+        except Exception as error:
+            self.tell(f"{type(error).__name__}: {error}"[:_LONGEST])
+
+    def copy(self) -> None:
+        """Makes the arrays the caller's again."""
+        self._arrays = parts.copies(self._arrays)
+
+    def write(self) -> None:
+        """Writes this process's part."""
+        if self.told is None:
+            self.try_to(lambda: parts.write(self._directory, self._arrays))
+        self._arrays = {}
+        self.tell("")
+
+    def complete(self) -> Meta:
+        """Make one save of the parts, in the first process, when all have written or failed."""
+        self._all_told.wait()
+        if self._failures:
+            raise CheckpointError("; ".join(self._failures))
+        return parts.complete(self._directory, self._kinds)
+
+    def write_and_complete(self) -> Meta:
+        """Both, in the thread of a `Saver`."""
+        self.write()
+        return self.complete()
+
+    def settled(self, told: list[str | None]) -> bool:
+        """Tell whether all have written or failed."""
+        if None in told:
+            return False
+        self._failures = [f"process {number}: {failure}" for number, failure in enumerate(told) if failure]
+        self._all_told.set()
+        return True
+
+    def give_up(self) -> None:
+        """There will be no more to hear."""
+        self._all_told.set()
+
+
+def _token() -> str:
+    return os.urandom(4).hex()
+
+
+def _sorted(arrays: Arrays) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The arrays that no process holds, and the others as this one holds them."""
+    spread = {name: array for name, array in arrays.items() if parts.is_spread(array)}
+    here = {name: _own(array) for name, array in arrays.items() if name not in spread}
+    return spread, here
+
+
+def _own(array: Any) -> Any:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    return array.addressable_data(0) if array.is_fully_replicated else np.empty(array.shape, array.dtype)

@@ -1,0 +1,1 @@
+"""Traces and executables: equal programs share one."""

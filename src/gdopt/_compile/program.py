@@ -1,0 +1,293 @@
+"""One executable per program: equal programs share it, whatever function objects and arrays they were made from.
+
+A loss is traced at each call, so a rebound global or a changed closure is always seen; the arrays that it closes over
+become arguments, so fresh data compiles nothing. What makes two programs equal is decided here, by what `_jaxpr` tells
+of their traces, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import threading
+import weakref
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdopt import _jax, _trees
+from gdopt._compile import fingerprint as _fingerprint
+from gdopt._compile import replay as _replay
+from gdopt._types import PyTree
+
+_PROGRAMS = 128  # compiled programs kept, the least recently used go first
+
+
+class Traced(NamedTuple):
+    """A function as its trace, apart from the arrays that it closes over."""
+
+    replay: Callable[..., PyTree]  # (constants, *args) -> what the function returns
+    constants: list[Any]
+    out: PyTree  # the shapes of what it returns
+    identity: Hashable | None  # equal only for traces that are, up to the constants' values; None: it cannot be told
+    jaxpr: Any  # None where JAX's traces cannot be read
+    level: int = 0  # of the tracers that the function was called with, which are of no use any more
+
+
+def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False) -> Traced:
+    """The function traced once.
+
+    With ``lift``, the numbers written into it become constants like its arrays. That costs the compiler what it knows
+    of them, so it is for small functions such as schedules, which are made anew with other numbers.
+
+    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace that has
+    some has no identity: JAX calls them as it differentiates, and what they read may have changed by then.
+    """
+    if not _fingerprint.is_reliable():
+        return _untraced(function, *args)
+    levels: list[int] = []
+
+    def watched(*args: PyTree) -> PyTree:
+        levels.extend(map(_jax.level, filter(_jax.is_tracer, jax.tree.leaves(args)[:1])))
+        return function(*args)
+
+    closed, out = _replay.trace(watched, *args)
+    mode = _replay.Mode.LOSS if rules else _replay.Mode.FINAL
+    kept = _fingerprint.copy(closed, mode)
+    treedef, jaxpr, count = jax.tree.structure(out), kept.jaxpr, len(_jax.consts(closed))
+    nested = count + len(kept.arrays)
+
+    def replay(constants: Sequence, *args: PyTree) -> PyTree:
+        numbers = iter(constants[nested:]) if lift else None
+        run = _replay.Replay(mode, constants[count:nested], numbers)
+        found = run(jaxpr, [*constants[:count], *jax.tree.leaves(args)])
+        # What depends on no argument may be a number that was written into the trace.
+        pairs = zip(found, jax.tree.leaves(out), strict=True)
+        return treedef.unflatten(x if isinstance(x, jax.Array) else jnp.asarray(x, of.dtype) for x, of in pairs)
+
+    constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
+    numbers = list(map(_replay.number, _replay.numbers(jaxpr))) if lift else []
+    identity = None if kept.effects else _fingerprint.fingerprint(jaxpr, lifted=lift, rules=rules)
+    identity = (identity, count, len(numbers), treedef) if identity and _trees.is_plain(treedef) else None
+    return Traced(replay, constants + numbers, out, identity, jaxpr, *levels)
+
+
+def _untraced(function: Callable, *args: PyTree) -> Traced:
+    """The function itself in place of its trace; the values of an outer trace that it closes over are its constants."""
+    made, out, constants = _converted(function, *args)
+    return Traced(made, constants, out, None, None)
+
+
+def _converted(function: Callable, *args: PyTree) -> tuple[Callable, PyTree, list[Any]]:
+    new = lambda *args: function(*args)
+    made, constants = jax.closure_convert(new, *args)  # takes out what may be differentiated by
+    count = len(constants)
+    closed, out = _replay.trace(function, *args)
+    others = [constant for constant in getattr(closed, "consts", ()) if _jax.is_tracer(constant)]
+    return lambda constants, *args: made(*args, *constants[:count]), out, [*constants, *others]
+
+
+def value_and_grad(value: Callable[..., tuple]) -> Callable[..., tuple[tuple, PyTree]]:
+    """((loss, aux), gradient) of a function that returns (loss, aux), with respect to its first argument.
+
+    JAX's gradient of a complex leaf is the conjugate of the steepest ascent.
+    """
+
+    def both(*args: Any) -> tuple[tuple, PyTree]:
+        value_and_aux, grad = jax.value_and_grad(value, has_aux=True)(*args)
+        return value_and_aux, jax.tree.map(jnp.conj, grad)
+
+    return both
+
+
+def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyTree) -> tuple[Traced, Traced]:
+    """((loss, aux), gradient) at ``(params, constants, *given)`` of a function that was traced with ``rules``.
+
+    And the trace of the function that may be differentiated again: it calls the function itself if a derivative rule
+    closes over a value that the function computes, which JAX differentiates only as it is called.
+    """
+    for replayed in (value, value._replace(replay=lambda _, *args: function(*args), identity=None)):
+        replay = replayed.replay
+        both = value_and_grad(lambda params, constants, *given, replay=replay: replay(constants, params, *given))
+        try:
+            traced = trace(both, params, value.constants, *given)
+        except jax.errors.UnexpectedTracerError:
+            if replayed is value:
+                continue
+            raise
+        if not any(_jax.is_tracer(constant) and _jax.level(constant) == value.level for constant in traced.constants):
+            break
+    return traced, replayed
+
+
+class Shared(NamedTuple):
+    """A function as an executable."""
+
+    run: Callable[..., PyTree]  # (constants, *args) -> what the function returns
+    constants: list[Any]  # that it closes over
+    out: PyTree  # the shapes of what it returns
+    closed: bool  # whether all that it depends on are its arguments
+
+    def call(self, *args: PyTree) -> PyTree:
+        """Return what the function does."""
+        return self.run(self.constants, *args)
+
+
+def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shared:
+    """``jit`` for this function at these arguments, compiled anew only if no equal program ran before.
+
+    The function is traced now. What comes back is called with arguments of the same structure, shapes and dtypes. With
+    ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
+    """
+    if not _fingerprint.is_reliable():
+        return _unshared(function, *args, donate_first=donate_first)
+    closed, out = _replay.trace(function, *args)
+    # What is being traced becomes part of the caller's program, which may outlive this call: it keeps its callbacks.
+    kept = _fingerprint.copy(closed, _replay.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
+    treedef, count = jax.tree.structure(out), len(_jax.consts(closed))
+    donated = len(jax.tree.leaves(args[0])) if donate_first else 0
+    identity = None if kept.effects else _fingerprint.fingerprint(kept.jaxpr)
+    program = _Program(identity, kept.jaxpr, count, donated, kept.callbacks)
+    executable = _executable(program) if identity is not None else _Executable(program)
+    if not executable.lease(program.callbacks):  # another run is using it, with callbacks of its own
+        executable = _Executable(program)
+        executable.lease(program.callbacks)
+    constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
+
+    def call(constants: list, *args: PyTree) -> PyTree:
+        leaves = jax.tree.leaves(args)
+        return jax.tree.unflatten(treedef, executable.run(leaves[:donated], leaves[donated:], constants))
+
+    if program.callbacks:
+        weakref.finalize(call, executable.release)
+    is_closed = identity is not None and not constants and not program.callbacks
+    return Shared(call, constants, out, is_closed)
+
+
+def _unshared(function: Callable, *args: PyTree, donate_first: bool) -> Shared:
+    """``jit`` as it is."""
+    made, out, constants = _converted(function, *args)
+    return Shared(jax.jit(made, donate_argnums=(1,) if donate_first else ()), constants, out, closed=False)
+
+
+def text(function: Callable, *args: PyTree) -> str:
+    """The function's trace, to be compared with that of another process or time."""
+    return _text(_jax.opened(_replay.trace(function, *args)[0]))
+
+
+def digest(function: Callable, *args: PyTree) -> str:
+    """A checksum of the trace and of the arrays that the function closes over."""
+    closed, _ = _replay.trace(function, *args)
+    return f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(_jax.consts(closed))}"
+
+
+def _text(jaxpr: Any) -> str:
+    ordered = lambda found: ", ".join(sorted(found[1].split(", ")))
+    text = re.sub(r"frozenset\(\{(.*?)\}\)", ordered, str(jaxpr))  # of strings: another order in each process
+    return re.sub(r"\b0x[0-9a-f]+", "0x", text)  # addresses, of functions above all
+
+
+def checksum(tree: PyTree) -> str:
+    """Return a checksum of the numbers in a tree, as far as this process holds them."""
+    crc = 0
+    for leaf in jax.tree.leaves(tree):
+        leaf = jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            if not leaf.is_fully_replicated:
+                continue
+            leaf = leaf.addressable_data(0)
+        crc = zlib.crc32(np.ascontiguousarray(_trees.on_host(leaf)).reshape(-1).view(np.uint8).data, crc)
+    return f"{crc:08x}"
+
+
+def is_traced(*trees: PyTree) -> bool:
+    """Tell whether there is no computing with these values now: jit, vmap or grad traces one or, as jit does, all."""
+    leaves = *jax.tree.leaves(trees), _trees.on_device(0.0)
+    return any(map(_jax.is_tracer, leaves))
+
+
+def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -> list:
+    """Return the place of what was made from traces of this identity for such arguments.
+
+    Places of ``passing`` identities, many of which may never come again, push out none but their own kind. Empty at
+    first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and dtypes of the
+    arguments, and JAX's settings; so, for one, on nothing that is not ``closed``.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    if identity is None or not _trees.is_plain(treedef):
+        return []
+    kinds = tuple(leaf.aval if isinstance(leaf, jax.Array) else _kind(leaf) for leaf in leaves)
+    return (_passing_place if passing else _place)((identity, treedef, kinds, _jax.settings()))
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _place(key: Hashable) -> list:
+    return []
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _passing_place(key: Hashable) -> list:
+    return []
+
+
+def _kind(number: Any) -> Hashable:
+    return type(number), np.shape(number), np.result_type(number)
+
+
+def clear() -> None:
+    """Forgets all programs."""
+    _executable.cache_clear()
+    _place.cache_clear()
+    _passing_place.cache_clear()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """Compared by its fingerprint. It keeps the copy of a trace, of which the caller's arrays were taken out."""
+
+    fingerprint: Hashable
+    jaxpr: Any = dataclasses.field(compare=False)
+    constants: int  # arguments that stand for the trace's own arrays, others than those that its nested traces held
+    donated: int
+    callbacks: list[Callable] = dataclasses.field(compare=False)  # which the trace looks up here
+
+
+class _Executable:
+    """A compiled program. One run at a time may use it if it calls functions on the host, which are the run's own."""
+
+    def __init__(self, program: _Program):
+        def run(donated: list, arguments: list, constants: list) -> list:
+            own, nested = constants[: program.constants], constants[program.constants :]
+            return _replay.Replay(_replay.Mode.PROGRAM, nested)(program.jaxpr, [*own, *donated, *arguments])
+
+        self.run = jax.jit(run, donate_argnums=0)
+        self._table = program.callbacks
+        self._is_free = threading.Lock()
+
+    def lease(self, callbacks: list[Callable]) -> bool:
+        """Bring the functions that the program is to call; False while another run uses it."""
+        if not callbacks:
+            return True
+        if not self._is_free.acquire(blocking=False):
+            return False
+        self._table[:] = list(callbacks)
+        return True
+
+    def release(self) -> None:
+        """Let go of the functions."""
+        self._table[:] = [_no_callback] * len(self._table)
+        self._is_free.release()
+
+
+def _no_callback(*_: Any, **__: Any) -> None:
+    """Called by a program whose run is over."""
+
+
+@functools.lru_cache(maxsize=_PROGRAMS)
+def _executable(program: _Program) -> _Executable:
+    return _Executable(program)

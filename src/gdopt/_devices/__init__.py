@@ -1,0 +1,1 @@
+"""Arrays on many devices, and several processes."""

@@ -1,0 +1,148 @@
+"""Several processes that run one program: they agree on what the host decides, and end together.
+
+Each process of ``jax.distributed`` runs the same Python. What the device computes is the same in all of them by itself;
+what the host decides, by its clock, a callback or Ctrl-C, is not, and where two decide differently both would wait for
+ever. So whatever is decided goes through `Peers.exchange`. It takes some milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from gdopt import _jax, _trees
+from gdopt._errors import GdoptError, InputError
+from gdopt._settings import own_work
+from gdopt._types import PyTree
+
+_BYTES = 8192  # of a note
+_LONGEST_ERROR = 1000  # characters, of up to 6 bytes each
+_LONGEST = 60  # characters that are compared as they are, and shown
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_current: contextvars.ContextVar[Peers | None] = contextvars.ContextVar("peers", default=None)
+
+
+class Peers:
+    """The processes of a run, of which this is one."""
+
+    def exchange(self, **note: Any) -> list[dict[str, Any]]:
+        """The notes of all processes, in their order. Raises GdoptError where one of them failed instead."""
+        from jax.experimental import multihost_utils
+
+        text = json.dumps(note).encode()[:_BYTES]
+        page = np.zeros(_BYTES, np.uint8)
+        page[: len(text)] = np.frombuffer(text, np.uint8)
+        with own_work():
+            pages = np.asarray(multihost_utils.process_allgather(page)).reshape(-1, _BYTES)
+        notes = [json.loads(page.tobytes().rstrip(b"\0")) for page in pages]
+        for number, other in enumerate(notes):
+            if "error" in other and number != jax.process_index():
+                raise _PeerError(f"process {number} ended the run: {other['error']}")
+        return notes
+
+    def agree(self, limit: int, stop: bool, interrupted: bool, saves: Any = None) -> tuple[int, bool, bool, list]:
+        """The first process's limit; whether any of them wants to stop, or got a Ctrl-C; and what their saves tell."""
+        notes = self.exchange(limit=limit, stop=stop, interrupted=interrupted, saves=saves)
+        stop, interrupted = (any(note[name] for note in notes) for name in ("stop", "interrupted"))
+        return notes[0]["limit"], stop, interrupted, [note["saves"] for note in notes]
+
+    def compare(self, **settings: Any) -> None:
+        """Raises InputError where the processes were not called alike."""
+        mine = {name: _short(value) for name, value in settings.items()}
+        for number, theirs in enumerate(self.exchange(**mine)):
+            different = [name for name in mine if theirs.get(name) != mine[name]]
+            if different:
+                name = different[0]
+                raise InputError(
+                    f"the processes were called with another {' and '.join(different)}: {name} is {mine[name]} in "
+                    f"process {jax.process_index()}, and {theirs.get(name)} in process {number}. Every process has to "
+                    "make the same call with the same values; only the part of the data that it holds is its own."
+                )
+
+
+class _PeerError(GdoptError):
+    """Another process failed, and has told so."""
+
+
+def peers() -> Peers | None:
+    """The processes that the call at hand is one of, where there are several."""
+    return _current.get()
+
+
+def joined(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, to end in all processes where it fails in one.
+
+    That is where arrays that it is given are spread over several. Where each process has its own, as for a search with
+    one model for each, they know nothing of each other.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if jax.process_count() == 1 or not _is_spread((args, kwargs)):
+            return function(*args, **kwargs)
+        with _together(Peers()):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _together(peers: Peers) -> Iterator[None]:
+    token = _current.set(peers)
+    try:
+        yield
+        peers.exchange(done=True)  # so that one that fails after its last chunk is heard as well
+    except _PeerError:
+        raise
+    except BaseException as error:
+        with contextlib.suppress(_PeerError):
+            peers.exchange(error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
+        raise
+    finally:
+        _current.reset(token)
+
+
+def check_joined(inputs: PyTree) -> None:
+    """Raises InputError for arrays that are spread over processes where nobody knew that they would be."""
+    if _current.get() is None and jax.process_count() > 1 and _is_spread(inputs):
+        raise InputError(
+            "the run is spread over several processes, but neither params, data nor args are: place the params there, "
+            "with gdopt.shard(params, mesh), and pass arrays that the loss closes over in args=."
+        )
+
+
+def described(tree: PyTree) -> str:
+    """A tree by its structure, shapes and places, and by its values where each process holds all of them."""
+    parts = [str(jax.tree.structure(tree))]
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            parts.append(f"{leaf.dtype} {leaf.shape} {getattr(leaf.sharding, 'spec', None)}")
+        elif _trees.is_key(leaf):
+            parts.append(described(jax.random.key_data(leaf)))
+        elif _trees.is_array(leaf):
+            array = _trees.on_host(leaf)
+            parts.append(f"{array.dtype} {array.shape} {zlib.crc32(array.tobytes())}")
+        else:
+            parts.append(repr(leaf))
+    return " ".join(parts)
+
+
+def _is_spread(tree: PyTree) -> bool:
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return any(not _jax.is_tracer(leaf) and not leaf.is_fully_addressable for leaf in arrays)
+
+
+def _short(value: Any) -> str:
+    text = re.sub(r" at 0x[0-9a-f]+", "", value if isinstance(value, str) else repr(value))
+    return text if len(text) <= _LONGEST else f"{text[:20]}... (checksum {zlib.crc32(text.encode()):x})"

@@ -1,0 +1,251 @@
+"""Params and data on many devices: placing them there, and keeping a run where they are."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gdopt import _jax, _trees
+from gdopt._compile import replay as _replay
+from gdopt._errors import InputError
+from gdopt._types import PyTree
+
+_LARGE = 2**14  # entries: below, a copy on each device costs less than bringing the parts together
+
+
+def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | None = None) -> PyTree:
+    """Places params or data on the devices of a mesh, for `minimize` to work there.
+
+    Args:
+        tree: any pytree of arrays, JAX's or NumPy's. Leaves that are no arrays are left as they are.
+        mesh: the devices, such as ``jax.make_mesh((8,), ("data",))``.
+        rows: for data: the axis of the mesh over which the leading axis of every array is split.
+        largest: for params: the axis of the mesh over which the largest axis of each large array is split, of those
+            that divide evenly. Arrays of fewer than 16,384 entries, and those that do not divide, are copied to each
+            device. The optimizer's state is split in the same way, so each device holds its share of it.
+
+    Returns:
+        The tree with its arrays on the mesh; with neither ``rows`` nor ``largest``, a copy on each device. Where there
+        are several processes, each of them passes the same arrays and keeps the part for its own devices;
+        ``jax.make_array_from_process_local_data`` is for data of which no process holds all.
+
+    Raises:
+        InputError: for an axis that the mesh does not have, rows that do not divide over it (with the numbers that do),
+            and for both axes at once.
+
+    Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023 (splitting params with
+    their state over the axis of the data).
+
+    Example:
+        >>> import gdopt, jax, jax.numpy as jnp
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> X = gdopt.shard(jnp.ones((24, 3)), mesh, rows="data")
+        >>> loss = lambda w, X: jnp.mean((X @ w - 1) ** 2)
+        >>> result = gdopt.minimize(loss, jnp.zeros(3), args=(X,), learning_rate=0.1)
+        >>> result.status.name
+        'CONVERGED'
+    """
+    if not isinstance(mesh, Mesh):
+        raise InputError(f"mesh={mesh!r} is no mesh of devices: pass jax.make_mesh((jax.device_count(),), ('data',)).")
+    if rows is not None and largest is not None:
+        raise InputError(f"rows={rows!r} and largest={largest!r} were given: rows is for data, largest for params.")
+    axis = rows if rows is not None else largest
+    if axis is not None and axis not in mesh.axis_names:
+        name = "rows" if rows is not None else "largest"
+        raise InputError(f"{name}={axis!r} is no axis of the mesh: it has {', '.join(map(repr, mesh.axis_names))}.")
+    mesh = _auto(mesh)
+
+    def placed(path: tuple, leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
+        if rows is not None:
+            _check_rows(_trees.path_name(path, "data"), leaf.shape, mesh.shape[rows], rows)
+            return _put(leaf, NamedSharding(mesh, PartitionSpec(rows)))
+        spec: list[str | None] = [None] * np.ndim(leaf)
+        even = [place for place, size in enumerate(leaf.shape) if axis is not None and size % mesh.shape[axis] == 0]
+        if even and leaf.size >= _LARGE:
+            spec[max(even, key=lambda place: leaf.shape[place])] = axis
+        return _put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree_util.tree_map_with_path(placed, tree)
+
+
+def _check_rows(name: str, shape: tuple[int, ...], parts: int, axis: str) -> None:
+    if not shape:
+        raise InputError(f"{name} is a scalar and has no rows: leave it out, and pass it in args=.")
+    if shape[0] % parts:
+        fewer = shape[0] // parts * parts
+        sizes = f"{fewer} or {fewer + parts}" if fewer else f"{parts}"
+        raise InputError(
+            f"{name} has {shape[0]} rows, which do not divide over the {parts} devices of axis {axis!r}: give {sizes}, "
+            f"or another multiple of {parts}."
+        )
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """The array there; of an array that each process holds, each its part, without comparing them."""
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    array = _trees.on_host(leaf)
+    array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    """The mesh with axes over which XLA splits by itself; of others every operation of a loss had to be told how."""
+    if all(kind is AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def explicit_mesh(*trees: PyTree) -> Mesh | None:
+    """The mesh with Explicit axes that some arrays are on."""
+    meshes = [mesh for leaf in jax.tree.leaves(trees) if (mesh := _mesh(leaf)) is not None]
+    return next((mesh for mesh in meshes if _auto(mesh) is not mesh), None)
+
+
+def mapped_mesh(function: Callable, *args: PyTree) -> Mesh | None:
+    """The mesh with Explicit axes that a function maps over by `shard_map`."""
+    meshes = [eqn.params.get("mesh") for eqn in _jax.calls(_replay.trace(function, *args)[0], "shard_map")]
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and _auto(mesh) is not mesh), None)
+
+
+def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
+    """The function called with its arrays as Explicit ones, split over the mesh as those ``given`` are.
+
+    The loop around it works on Auto ones. The structure of what is passed must be that of what is given.
+    """
+
+    def spec(leaf: Any) -> PartitionSpec:
+        sharding = getattr(leaf, "sharding", None)
+        return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+    def call(*args: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(args)
+        wanted = tuple(map(spec, jax.tree.leaves(given)))
+        wanted += (PartitionSpec(),) * (len(leaves) - len(wanted))  # a key that is drawn, not given
+        with jax.sharding.use_abstract_mesh(_auto(mesh).abstract_mesh):
+            inside = jax.sharding.explicit_axes(
+                lambda *leaves: function(*treedef.unflatten(leaves)), axes=mesh.axis_names, in_sharding=wanted
+            )
+            return inside(*leaves)
+
+    return call
+
+
+class Layout(NamedTuple):
+    """The placement of a run's arrays, as a part of what its program is known by."""
+
+    mesh: Mesh
+    params: tuple[tuple[tuple, tuple[int, ...], NamedSharding], ...]  # paths, shapes and places
+    data: tuple[NamedSharding, ...]
+
+    def like_params(self, tree: PyTree) -> PyTree:
+        """A tree with everything in it that looks like one of the params in the same place as that.
+
+        An optimizer keeps for each of the params some arrays like it, at the end of a path that ends alike. Made anew
+        within a program they would be on each device as a whole.
+        """
+
+        def constrained(path: tuple, leaf: jax.Array) -> jax.Array:
+            for end, shape, sharding in self.params:
+                if leaf.shape == shape and path[len(path) - len(end) :] == end:
+                    return lax.with_sharding_constraint(leaf, sharding)
+            return leaf
+
+        return jax.tree_util.tree_map_with_path(constrained, tree)
+
+    def packed(self, packed: _trees.Packed) -> _trees.Packed:
+        """Packed params in the places of the params."""
+        places = [sharding for _, _, sharding in self.params]
+        pairs = zip(packed.others, places, strict=True)
+        others = [leaf if leaf is None else lax.with_sharding_constraint(leaf, place) for leaf, place in pairs]
+        return _trees.Packed(self.everywhere(packed.vectors), others, packed.treedef, packed.places)
+
+    def batch(self, batch: PyTree) -> PyTree:
+        """A batch of the data, with its rows over the same devices."""
+        leaves, treedef = jax.tree.flatten(batch)
+        pairs = zip(leaves, self.data, strict=True)
+        return treedef.unflatten(lax.with_sharding_constraint(leaf, place) for leaf, place in pairs)
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """A copy on each device, which the host of each process can read."""
+        place = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, place), tree)
+
+
+def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[str, PyTree], Layout | None]:
+    """All of these on the mesh that some of them are on, copied to each device where they are on none.
+
+    Those of the names ``kept`` stay on Explicit axes, if they are. Raises InputError where they are on two meshes; the
+    names are for its message, too.
+    """
+    if not any(map(_mesh, jax.tree.leaves(trees))):
+        return trees, None
+    named = [(root, path, leaf) for root in trees for path, leaf in jax.tree_util.tree_leaves_with_path(trees[root])]
+    found = {_trees.path_name(path, root): mesh for root, path, leaf in named if (mesh := _mesh(leaf))}
+    (first, mesh), *others = found.items()
+    for name, other in others:
+        if list(other.devices.flat) != list(mesh.devices.flat):
+            raise InputError(
+                f"{first} is on {_described(mesh)}, and {name} on {_described(other)}: place both on one mesh, "
+                "with gdopt.shard, say."
+            )
+    auto_mesh = _auto(mesh)
+
+    def put(leaf: Any, stays: bool) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            return leaf
+        given: Any = _mesh(leaf)
+        if given is not None and stays:
+            return leaf
+        if given is not None:
+            auto = _auto(given)
+            return leaf if auto is given else jax.device_put(leaf, NamedSharding(auto, cast(Any, leaf).sharding.spec))
+        return _put(leaf, NamedSharding(auto_mesh, PartitionSpec()))
+
+    trees = {root: jax.tree.map(functools.partial(put, stays=root in kept), tree) for root, tree in trees.items()}
+    params = tuple((path, x.shape, x.sharding) for path, x in jax.tree_util.tree_leaves_with_path(trees["params"]))
+    return trees, Layout(auto_mesh, params, tuple(leaf.sharding for leaf in jax.tree.leaves(trees["data"])))
+
+
+def _mesh(leaf: Any) -> Mesh | None:
+    """The mesh that an array is on; an Auto one of a single device is none."""
+    if not isinstance(leaf, jax.Array) or _jax.is_tracer(leaf):
+        return None
+    sharding = leaf.sharding
+    mesh = cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) else None
+    return mesh if mesh is not None and (mesh.size > 1 or _auto(mesh) is not mesh) else None
+
+
+def check_batch_size(data: PyTree, batch_size: int) -> None:
+    """Raises InputError where a batch does not divide over the devices that the rows of the data are split over."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
+            continue
+        axes = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
+        parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
+        if batch_size % parts:
+            fewer = batch_size // parts * parts
+            raise InputError(
+                f"batch_size={batch_size} does not divide over the {parts} devices that "
+                f"{_trees.path_name(path, 'data')} is split over: give {f'{fewer} or ' if fewer else ''}"
+                f"{fewer + parts}, or another multiple of {parts}."
+            )
+
+
+def _described(mesh: Mesh) -> str:
+    shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"a mesh of ({shape}) with devices {[device.id for device in mesh.devices.flat]}"

@@ -1,0 +1,252 @@
+"""Derivatives of a minimum with respect to what the loss depends on, by the implicit function theorem.
+
+At a minimum x*(θ) the gradient g(x, θ) is zero whatever θ is, so H dx* = -(dg/dθ) dθ with the Hessian H of the loss
+(Krantz & Parks, "The Implicit Function Theorem", section 1.3). The steps that led there do not matter, so neither do
+the start, the rate and the number of steps, and nothing of the way is kept in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse.linalg import cg
+
+from gdopt import _jax, _trees
+from gdopt._compile import fingerprint as _fingerprint
+from gdopt._compile import replay as _replay
+from gdopt._errors import InputError
+from gdopt._settings import own_promotion
+from gdopt._types import PyTree
+
+_ROUNDS = 5
+_DENSE = 256  # params: the Hessian of so many may be singular
+_RANK = 2  # eps times the root of the number of params and the largest curvature: below, it is none
+_RESIDUAL = 1e-3  # of the right side: above it, there is no derivative to speak of
+
+
+def differentiable(
+    solve: Callable[..., Any], value: Callable[..., tuple], known: Callable[..., tuple], *, defined: bool
+) -> Callable[..., Any]:
+    """``solve`` with its derivatives, of any order, forward and reverse.
+
+    ``solve(*inputs)`` returns a tuple with ``params``, ``loss``, ``aux`` and ``success``, which belong to
+    ``value(params, *known(*inputs)) -> (loss, aux)``. Derivatives are NaN where it had no success, or where H dx = r
+    has no solution. Where they are not ``defined``, asking for them raises InputError.
+    """
+
+    @jax.custom_jvp
+    def solution(*inputs: Any) -> Any:
+        return solve(*inputs)
+
+    def derivative(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        if not defined:
+            raise InputError(
+                "minimize was differentiated through a run of mini-batches or random keys: where that ends depends on "
+                "each of its batches, so the derivative of a minimum is not defined for it. Differentiate a full-batch "
+                "run, or put jax.lax.stop_gradient around what comes back."
+            )
+        out = solution(*primals)
+        given, treedef = jax.tree.flatten(known(*primals))
+        ways = jax.tree.leaves(known(*tangents))
+        moving = [number for number, way in enumerate(ways) if not _is_zero(way)]
+
+        def filled(some: list) -> tuple:
+            """Return what the loss depends on, with other values in place of what moves."""
+            leaves = list(given)
+            for number, leaf in zip(moving, some, strict=True):
+                leaves[number] = leaf
+            return treedef.unflatten(leaves)
+
+        # jit, which outside of another one spares compiling each operation.
+        moved = jax.jit(functools.partial(moves, filled))
+        with own_promotion():
+            params_dot, loss_dot, aux_dot = moved(
+                out.params, out.success, [given[number] for number in moving], [ways[number] for number in moving]
+            )
+        still = jax.tree.map(_zero_tangent, out)
+        aux_dot = jax.tree.map(lambda zero, moved: zero if moved is None else moved, still.aux, aux_dot)
+        return out, still._replace(params=params_dot, loss=loss_dot.astype(out.loss.dtype), aux=aux_dot)
+
+    def moves(
+        filled: Callable[[list], tuple], params: PyTree, success: jax.Array, some: list, ways: list
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """The tangents of params, loss and aux where ``some`` of what the loss depends on moves along ``ways``."""
+        real, back = _trees.as_real(params)
+
+        def gradient(real: PyTree, some: list) -> PyTree:
+            given = filled(some)
+            return jax.grad(lambda real: value(back(real), *given)[0])(real)
+
+        right = _all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways)
+        times = lambda real, some, x: _hessian_times(lambda real: gradient(real, some), real, x)
+        known = lax.stop_gradient((real, some))
+        across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](way)[0]
+        singular = _of_least_norm(functools.partial(times, *known), across, known[0])
+        way = _solved(functools.partial(times, real, some), right, singular)
+        sign = jnp.where(success, -1.0, jnp.nan)  # a factor, as it is to be seen from behind, too
+        way = jax.tree.map(lambda leaf: (sign * leaf).astype(leaf.dtype), way)
+        params_dot = jax.jvp(back, (real,), (way,))[1]
+        loss_dot, aux_dot = _tangents(lambda at: value(at[0], *filled(at[1])), (params, some), (params_dot, ways))
+        return params_dot, loss_dot, jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
+
+    # Constants of the loss do not move, so a function of custom_vjp may close over them.
+    solution.defjvp(derivative, symbolic_zeros=True)
+    return solution
+
+
+def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
+    """The tangents of what a function returns where its argument moves along a way.
+
+    A function of `jax.custom_vjp` within it has no rule for forward mode. Then reverse mode gives them, one entry of
+    the output after the other; but derivatives of them in reverse mode take a single pass.
+    """
+    closed, out = _replay.trace(function, x)
+    if not _has_rules_for_reverse_alone(closed):
+        return jax.jvp(function, (x,), (way,))[1]
+    shapes, treedef = jax.tree.flatten(out)
+    inexact = [number for number, leaf in enumerate(shapes) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    outputs = lambda x: [leaf for number, leaf in enumerate(jax.tree.leaves(function(x))) if number in inexact]
+    tangents: list[Any] = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in shapes]
+    for number, tangent in zip(inexact, _tangents_by_reverse(outputs, x, way), strict=True):
+        tangents[number] = tangent
+    return treedef.unflatten(tangents)
+
+
+def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTree) -> list:
+    """J way with the Jacobian J of the outputs, which JAX can only multiply from the left.
+
+    `lax.custom_linear_solve` lets both products be given, and batches them, for (way, outputs) -> (0, J way).
+    """
+    out, backward = jax.vjp(outputs, x)
+    nothing, still = jax.tree.map(jnp.zeros_like, (out, way))
+
+    def entry(number: int, way: PyTree, at: jax.Array) -> jax.Array:
+        one = nothing[number].reshape(-1).at[at].set(1).reshape(nothing[number].shape)
+        (row,) = backward([*nothing[:number], one, *nothing[number + 1 :]])
+        products = jax.tree.map(lambda a, b: jnp.sum(a * b), row, way)
+        total = sum(jax.tree.leaves(products), jnp.zeros((), one.dtype))
+        return (total if jnp.iscomplexobj(one) else jnp.real(total)).astype(one.dtype)
+
+    def forward(_: Callable, at: tuple) -> tuple:
+        rows = [functools.partial(entry, number, at[0]) for number in range(len(out))]
+        pairs = zip(rows, out, strict=True)
+        return still, [lax.map(row, jnp.arange(leaf.size)).reshape(leaf.shape) for row, leaf in pairs]
+
+    return lax.custom_linear_solve(
+        lambda at: at,
+        (way, _all_moving(nothing, way)),
+        forward,
+        transpose_solve=lambda _, at: (backward(at[1])[0], nothing),
+    )[1]
+
+
+def _all_moving(tree: PyTree, way: PyTree) -> PyTree:
+    """The tree plus zero times a way: `lax.custom_linear_solve` wants each leaf that it is given to depend on it."""
+    moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
+    return jax.tree.map(lambda leaf: leaf + (0 * moved).astype(leaf.dtype), tree)
+
+
+def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
+    """The derivative of a gradient along a way."""
+    if _has_rules_for_reverse_alone(_replay.trace(gradient, x)[0]):
+        return jax.vjp(gradient, x)[1](way)[0]  # the Hessian is symmetric
+    return jax.jvp(gradient, (x,), (way,))[1]
+
+
+def _has_rules_for_reverse_alone(closed: Any) -> bool:
+    """Tell whether forward mode would fail in a trace, which JAX says only as it compiles."""
+    return _fingerprint.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
+
+
+class _Singular(NamedTuple):
+    """A way to solve with a Hessian of few params that may be singular, as with more params than rows."""
+
+    found: jax.Array  # whether it is
+    least: Callable[[PyTree], PyTree]  # the solution of least norm and least squares
+    defined: jax.Array  # whether the gradient does not move along what the Hessian maps to zero
+
+
+def _of_least_norm(
+    times: Callable[[PyTree], PyTree], across: Callable[[PyTree], PyTree], x: PyTree
+) -> _Singular | None:
+    """The pseudo-inverse of the Hessian at x; ``across`` is how a gradient's direction depends on what moves."""
+    flat, whole = ravel_pytree(x)
+    if flat.size > _DENSE or not flat.size:
+        return None
+    rows = lax.map(lambda way: ravel_pytree(times(whole(way)))[0], jnp.eye(flat.size, dtype=flat.dtype))
+    matrix = jnp.where(jnp.isfinite(rows).all(), rows + rows.T, 0) / 2
+    values, vectors = jnp.linalg.eigh(matrix)
+    least = _RANK * flat.size**0.5 * float(jnp.finfo(flat.dtype).eps) * jnp.max(jnp.abs(values))
+    regular = jnp.abs(values) > least
+    inverse = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
+    chance = jnp.sin(1e3 * lax.iota(flat.dtype, flat.size) + 1)  # any direction that is not special
+    lost = vectors @ jnp.where(regular, 0, vectors.T @ chance)
+    moved, all_moved = (_trees.norm(across(whole(way))) for way in (lost, chance))
+
+    def solution(right: PyTree) -> PyTree:
+        return whole(vectors @ (inverse * (vectors.T @ ravel_pytree(right)[0])))
+
+    return _Singular(~regular.all(), solution, moved <= _RESIDUAL * all_moved)
+
+
+def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: _Singular | None) -> PyTree:
+    """x with H x = right, by conjugate gradients; NaN where they found none.
+
+    Where H is ill-conditioned, what the iteration takes for its residual is soon no longer the true one. So this is
+    measured at its end, and the iteration begun anew on what is left, as long as that helps. Where H is singular, x is
+    the solution of least norm, if there is one.
+    """
+
+    def solve(times: Callable[[PyTree], PyTree], right: PyTree, *, backward: bool = False) -> PyTree:
+        eps = float(jnp.finfo(_trees.norm_dtype(right)).eps)
+        most: Any = 10 * sum(leaf.size for leaf in jax.tree.leaves(right)) + 100
+        scale = _trees.norm(right)
+        scale = jnp.where(scale > 0, scale, 1)  # of which the square must not vanish
+        unit = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), right)
+
+        def goes_on(search: tuple) -> jax.Array:
+            _, _, size, before, rounds = search
+            return (size > eps) & (size < 0.5 * before) & (rounds < _ROUNDS)
+
+        def improve(search: tuple) -> tuple:
+            found, left, size, _, rounds = search
+            more, _ = cg(times, left, tol=eps, maxiter=most)
+            found = jax.tree.map(jnp.add, found, more)
+            left = jax.tree.map(jnp.subtract, unit, times(found))
+            return found, left, _trees.norm(left), size, rounds + 1
+
+        size = _trees.norm(unit)
+        start = jax.tree.map(jnp.zeros_like, unit), unit, size, jnp.full_like(size, jnp.inf), 0
+        found, _, size, _, _ = lax.while_loop(goes_on, improve, start)
+        solved = size <= _RESIDUAL
+        if singular is not None:
+            least = jax.tree.map(lambda new, old: new.astype(old.dtype), singular.least(unit), found)
+            solved &= ~singular.found  # rounding may have made it regular
+            found, at_all = _trees.select(solved, found, least), singular.found & singular.defined
+            if not backward:  # a cotangent may well have a part that the Hessian maps to zero
+                left = _trees.norm(jax.tree.map(jnp.subtract, unit, times(least)))
+                at_all &= left <= _RESIDUAL
+            solved = solved | at_all
+        factor = jnp.where(solved, scale, jnp.nan)
+        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), found)
+
+    behind = functools.partial(solve, backward=True)
+    return lax.custom_linear_solve(times_hessian, right, solve, transpose_solve=behind, symmetric=True)
+
+
+def _is_zero(tangent: Any) -> bool:
+    """Tell whether it is zero for certain: of an integer, or of what nothing is differentiated by."""
+    is_symbolic = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return is_symbolic or getattr(tangent, "dtype", None) == jax.dtypes.float0
+
+
+def _zero_tangent(leaf: Any) -> Any:
+    inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jnp.zeros_like(leaf) if inexact else np.zeros(leaf.shape, jax.dtypes.float0)

@@ -1,0 +1,584 @@
+"""``minimize``: check, compile, run, report."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from gdopt import _error_notes as _notes
+from gdopt import _trees
+from gdopt._checkpoint.resume import saves_at
+from gdopt._checkpoint.saves import Checkpoint
+from gdopt._checks import check_flags, number, whole_number
+from gdopt._compile import program
+from gdopt._devices.processes import check_joined, joined
+from gdopt._errors import InputError
+from gdopt._loop import loop
+from gdopt._optimizers.rule import Rule, check_optimizer, is_auto, is_transformation, learns_scales, make_rule, search
+from gdopt._optimizers.spectral import gd
+from gdopt._outcome.diagnose import Evidence, make_evidence
+from gdopt._problem.objective import Problem, make_problem
+from gdopt._problem.scaling import scaled
+from gdopt._problem.task import Task, make_task
+from gdopt._rate_finder import lr_find as lr_finder
+from gdopt._result import NO_MESSAGE, History, RangeTest, Report, Result
+from gdopt._run import host_loop as run
+from gdopt._run.progress import progress_bar
+from gdopt._settings import as_own_work, own_work
+from gdopt._stopping import (
+    FAILURES,
+    Ending,
+    Limits,
+    Rates,
+    Status,
+    Told,
+    Watch,
+    chosen_rates,
+    explain,
+    is_better,
+    succeeded,
+)
+from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
+from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
+from gdopt.schedules import triangular2
+
+_MAX_STEPS = 10_000
+_TOL = 1e-4
+_LEAST_TEST = 50  # steps of a range test
+_PEAK = 2.0  # of the cycles that follow it, times its suggestion: measured by benchmarks/auto_training.py
+
+
+@joined
+def minimize(
+    loss: Loss,
+    params: PyTree,
+    *,
+    args: tuple = (),
+    data: PyTree = None,
+    batch_size: int | None = None,
+    optimizer: Optimizer | None = None,
+    learning_rate: Scalar | Schedule | Literal["auto"] = "auto",
+    max_steps: int | None = None,
+    epochs: int | None = None,
+    tol: float | None = None,
+    grad_tol: float | None = None,
+    target: float | None = None,
+    has_aux: bool = False,
+    with_key: bool = False,
+    key: jax.Array | None = None,
+    trainable: Any = None,
+    scale: PyTree | Literal["curvature"] = None,
+    keep_best: bool = True,
+    callback: Callable[[Report], Any] | None = None,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    throw: bool = False,
+) -> Result:
+    """Minimises a differentiable loss by gradient descent, or by any optax optimizer, in one compiled loop.
+
+    With nothing but a loss and params, every step is found by `quasi_newton`. Each step evaluates the loss and its
+    gradient, tests whether to stop, and then updates: N updates make N + 1 evaluations, and every loss that is reported
+    belongs to the params beside it. Nothing is recompiled for a new rate, limit, number in ``args`` or set of data of
+    the same shape, nor for a fresh lambda that computes the same.
+
+    Args:
+        loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``: a real floating-point scalar.
+        params: any pytree. Float and complex leaves (arrays, and numbers in dicts, lists and tuples) are optimised in
+            their own dtype; functions, strings, None, random keys and numbers inside modules are carried along, and so
+            are all variables of Flax's nnx but its Params, unless ``trainable`` names them.
+        args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``.
+        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream: an
+            iterable of batches (a torch ``DataLoader``, a grain loader), gone through once per epoch, or a function
+            that returns one. Batches are pytrees of NumPy or JAX arrays or torch tensors, moved to the device while the
+            step before is computed. Each makes one update, also a last one with fewer rows; the point after the last
+            update is evaluated on the last batch once more, of arrays on the next. The loss takes a batch as one
+            argument: write ``X, y = batch`` in it.
+        batch_size: rows per step, for arrays. They are shuffled anew in each epoch; rows that fill no batch sit that
+            epoch out. By default (None) each step sees all rows, unshuffled.
+        optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
+            transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. By default
+            (None) `quasi_newton` for a loss that is the same at each step, with fewer pairs if params would take too
+            much memory; `gd` for mini-batches and random keys, and if a learning_rate is given.
+        learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
+            your own. Of `gd` on a loss that is the same at each step, "auto" finds the rate at every step: it is short
+            for ``optimizer=gdopt.spectral()``. With mini-batches, random keys and other factories it makes a range test
+            first, `lr_find` of a fifth of the steps (50 to 300), and then three cycles over all steps, `triangular2`
+            from half of what the test suggests to twice of it; so ask for no more steps than you mean to make.
+        max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
+        epochs: passes over the data after which to stop; of arrays, ``rows // batch_size`` updates each.
+        tol: a full-batch run has converged once what is left to gain is at most ``tol`` of what about the second half
+            of the run has gained, or is lost in the rounding of the loss (30 eps of it). `quasi_newton` and `spectral`
+            estimate what is left by the curvature they learn; for other optimizers it is at most ``|g| |x - x0|`` for a
+            convex loss. At the end the estimate is verified at the point that is returned: see ``Result.left``. Has no
+            scale: multiplying the loss or the params changes nothing. Default 1e-4; 0 asks for all that the dtype
+            gives. Not for mini-batches, whose noisy gradients cannot tell.
+        grad_tol: a full-batch run has converged as well once the largest entry of the gradient is at most this, which
+            SciPy calls ``gtol``. Pass ``tol=0`` beside it if this alone is to end the run. It has the units of the loss
+            over those of the params. Default None: not tested.
+        target: stop once the loss is at or below this value; with mini-batches or keys, the mean loss of an epoch.
+        has_aux: the loss returns ``(value, aux)``; ``Result.aux`` is the aux of the returned params.
+        with_key: the loss takes a keyword ``key``, a fresh one at each step.
+        key: where those keys and the shuffling come from; by default ``jax.random.key(0)``.
+        trainable: what to optimise: a pytree of bools that is a prefix of params, or a function ``params -> `` such a
+            mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
+        scale: typical sizes of the params, which R's ``optim`` calls ``parscale``. The run is exactly that of
+            ``loss(scale * z)`` from ``params / scale``, with any optimizer and rate: a positive number for each leaf or
+            subtree of params, or an array of the shape of a leaf, each rounded to a power of two, so that no digit is
+            lost. ``"curvature"`` takes 1 / sqrt(|d|) with the diagonal d of the Hessian at the start. It computes one
+            product of the Hessian for each of up to 64 entries, and estimates d by ten for more. Params keep their own
+            units in the loss, in callbacks and in the result; rates, ``grad_tol`` and ``grad_norm`` are of the scaled
+            ones. Default None: not scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
+        keep_best: keep a copy of the best point, of a noisy run the last good one, to be returned whatever comes after
+            it, as it is by default. Without it the last point is returned, be it good or not, and the run needs less
+            memory: by one copy of params, and on a CPU by another that XLA makes for its sake. Not for a rate that is
+            found at each step, where the last point is a trial.
+        callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
+            mini-batches; True as return value stops the run, and None or False lets it go on. Where it raises, the run
+            ends, and the error has its `Result` as ``error.result``.
+        progress: show a progress bar (needs tqdm).
+        checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
+            with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
+            the same machine (other devices or another number of cores are a warning); with more steps or epochs it goes
+            on beyond its end, by the same range test where there was one. What differs, data and args and the
+            optimizer among it, is an error; a changed loss, start or learning_rate is a warning. A stream has to give
+            the same batches, which are not compared. Where its iterators have ``get_state`` and ``set_state``, as
+            grain's do, and the state is bytes or what JSON holds, it is set to the last batch that was used; others are
+            gone through again up to there, as the result's message then says. Several processes give one path on a disk
+            that they share; params that are split over them need orbax (``gdopt[checkpoint]``).
+        throw: raise where the run does not end with success, instead of saying so in the result.
+
+    Returns:
+        A `Result`, also inside of ``jit``, ``vmap`` and ``grad``. There the whole run is one ``while_loop``, numbers
+        are arrays, and derivatives with respect to ``args``, ``data`` and what the loss closes over are those of the
+        minimum, by the implicit function theorem: NaN where the run had no success, zero for the start and the rate,
+        and an error for mini-batches and keys. If the minimum is not unique, as with more params than rows, they are
+        those of least norm for up to 256 params, and NaN for more, or where the minimum jumps. They are as exact as the
+        minimum, so lower ``tol`` for them; and call ``jax.jit`` around what you differentiate more than once.
+
+        A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or
+        NON_FINITE the best or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a
+        save where there is a checkpoint; a second Ctrl-C raises.
+
+    Raises:
+        InputError: for bad input, before anything compiles; and where a range test finds no rate.
+        NotConvergedError: with ``throw=True``, where ``Result.success`` would be False; it carries the result.
+
+    Source: the estimate g'H^-1 g / 2 of what is left is that of Minuit (James & Roos, "Minuit: a system for function
+    minimization and analysis of the parameter errors and correlations", 1975), the bound |g| |x - x*| is of Boyd &
+    Vandenberghe, "Convex Optimization", section 9.1.2.
+
+    Example:
+        >>> import gdopt, jax.numpy as jnp
+        >>> def loss(params, x, y):
+        ...     return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
+        >>> x = jnp.linspace(-1.0, 1.0, 50)
+        >>> start = {"slope": 0.0, "offset": 0.0}
+        >>> result = gdopt.minimize(loss, start, args=(x, 3 * x + 1))
+        >>> result.status.name, round(float(result.params["slope"]), 2)
+        ('CONVERGED', 3.0)
+    """
+    began = time.perf_counter()
+    check_optimizer(optimizer, searched=is_auto(learning_rate))
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
+    check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
+    problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
+    task = scaled(make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key), scale)
+    problem = task.problem
+    batches, stream, noisy = task.batches, task.stream, task.noisy
+    steps = _check_steps(max_steps, epochs, task)
+    limits = Limits(steps.most, _check_tol(tol, noisy), _check_grad_tol(grad_tol, noisy), _check_target(target))
+    loop.check_alike(
+        task,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        limits=(*steps, *limits),
+        keep_best=keep_best,
+        callback=callback is not None,
+        checkpoint=checkpoint is not None,
+    )
+    if checkpoint is not None and loop.is_inside(task):
+        _refuse_host_visits(checkpoint=checkpoint)
+    with saves_at(checkpoint) as saves:
+        if saves is not None:
+            saves.compare(task, keep_best=keep_best)
+        test = None
+        if optimizer is None and (noisy or not is_auto(learning_rate)):
+            optimizer = gd
+        finds_steps = is_transformation(optimizer) or (not noisy and (optimizer is None or optimizer is gd))
+        if is_auto(learning_rate) and not finds_steps:
+            test, learning_rate = _chosen(task, optimizer, steps, saves and saves.range_test)
+        rule = make_rule(optimizer, learning_rate, problem.params)
+        if saves is not None:
+            saves.range_test = test
+            saves.compare_programs(task, rule)
+
+        def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
+            key = task.key if noisy else None
+            some = task._replace(data=data)
+            return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=target is not None)
+
+        compiled, inputs = compile(task.data)
+        if isinstance(compiled, loop.Whole):
+            given = {"callback": callback, "progress": progress, "checkpoint": checkpoint, "throw": throw}
+            _refuse_host_visits(**given, data=None if stream is None else data)
+            with own_work():
+                return _inside(compiled.solve(compiled.constants, inputs), task)
+        check_joined(inputs)
+        failure: list[Exception] = []
+        streamed, boundary = None, batches.per_epoch if batches and callback else None
+        if stream is not None:
+            feed = stream.feed(steps.epochs, steps.batches)
+            streamed = run.Streamed(feed, compile, pause=callback is not None)
+
+        sizes = {"params": inputs.start, "state": compiled.carry, "data": inputs.data, "args": inputs.args}
+        with progress_bar(progress, steps.expected) as advance, _notes.memory(**sizes):
+            state = run.begin(compiled, inputs)
+            compiled_at = time.perf_counter()
+
+            def between(step: int, state: loop.State, records: History) -> bool:
+                advance(step, records.loss[-1])
+                if callback is None:
+                    return False
+                epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
+                try:
+                    return _wants_stop(callback(_report(problem, step, epoch, state, records)))
+                except Exception as error:  # ends the run, as the callback may by its answer, and then is raised
+                    failure.append(error)
+                    return True
+
+            options = {"boundary": boundary, "streamed": streamed, "saves": saves}
+            state, history, status = run.run(compiled, state, inputs, between, **options)
+        ended = time.perf_counter()
+        if history.grad_norm[0] == 0:
+            loop.warn_of_no_gradient(task)
+
+    kept, params = state.kept, run.returned_params(state)
+    evidence = _evidence(task, rule, inputs, state, history, streamed) if status is Status.NON_FINITE else None
+    rates = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
+    ending = _Ending(
+        status=status,
+        history=history,
+        returned_step=int(kept.step),
+        ending=jax.device_get(state.ending),
+        watch=jax.device_get(state.watch),
+        farthest=_farthest(params),
+        noisy=noisy,
+        has_target=target is not None,
+        has_steps=max_steps is not None or epochs is not None,
+        steps_per_epoch=task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch,
+        limits=limits,
+        eps=compiled.eps,
+        rates=rates,
+        optimizer=rule.name,
+        range_test=test,
+        why_exhausted="" if streamed is None else streamed.feed.why,
+        not_finite=("", "") if evidence is None else (evidence.sentence, evidence.cure),
+        hindsight=_hindsight(compiled, state, inputs, history, status, rates),
+    )
+    result = Result(
+        params=task.problem.whole(params),
+        loss=float(kept.loss),
+        grad_norm=float(kept.grad_norm),
+        steps=ending.steps,
+        status=status,
+        message=ending.message + (saves.told if saves else ""),
+        success=ending.success,
+        left=ending.left,
+        verified=ending.verified,
+        history=history,
+        steps_per_epoch=ending.steps_per_epoch,
+        range_test=test,
+        aux=jax.tree.map(jax.device_put, kept.aux),
+        compile_seconds=compiled_at - began,
+        run_seconds=ended - compiled_at,
+    )
+    object.__setattr__(result, "_evidence", evidence)
+    if failure:
+        _notes.add_result(failure[0], cast(Any, callback), result)
+        raise failure[0]
+    return result.raise_for_status() if throw else result
+
+
+def _hindsight(
+    compiled: loop.Compiled, state: loop.State, inputs: loop.Inputs, history: History, status: Status, rates: Rates
+) -> Hindsight:
+    """Look at the loss where gradient descent ended without a minimum."""
+    ended = status in (Status.MAX_STEPS, Status.STALLED) and len(history.loss) > LEAST_STEPS
+    failed = status in FAILURES and rates is Rates.PLAIN and len(history.loss) > 1
+    # Others have scales of their own for the params, or may have.
+    descent = rates is Rates.PLAIN or (rates is Rates.SEARCHED and not learns_scales(state.optimizer))
+    if not ((ended and descent) or failed) or compiled.look_back is None:
+        return Hindsight()
+    known = history.learning_rate[np.isfinite(history.learning_rate)]
+    found = compiled.look_back(state, inputs, float(known[-1]) if rates is Rates.PLAIN and known.size else None)
+    return found._replace(apart=None) if status is Status.NON_FINITE else found
+
+
+@as_own_work
+def _evidence(
+    task: Task,
+    rule: Rule,
+    inputs: loop.Inputs,
+    state: loop.State,
+    history: History,
+    streamed: run.Streamed | None,
+) -> Evidence | None:
+    """Collect what is known of the last evaluation, which was not finite."""
+    step = len(history.loss) - 1
+    rate = float(history.learning_rate[step - 1]) if step else None
+    if rate is not None and rule.owns_rate and not math.isfinite(rate):  # it does not tell
+        rate = None
+    if streamed is not None:
+        inputs = inputs._replace(data=streamed.data)
+    given = loop.loss_arguments(inputs, state.order, state.step, task.batches, with_key=task.with_key)
+    return make_evidence(task, state.params, given, step, rate)
+
+
+def _wants_stop(answer: Any) -> bool:
+    """Tell whether the callback said stop. Other answers were hardly meant as one (the length of a line written)."""
+    if answer is None:
+        return False
+    value = jax.device_get(answer) if isinstance(answer, jax.Array) else answer
+    if isinstance(value, bool | np.bool_ | np.ndarray) and np.shape(value) == () and np.asarray(value).dtype == bool:
+        return bool(value)
+    raise InputError(f"callback returned {answer!r}: return True to stop the run, and None or False to let it go on.")
+
+
+class _Ending(NamedTuple):
+    """The end of a run, with everything that its message depends on."""
+
+    status: Status
+    history: History
+    returned_step: int
+    ending: Ending
+    watch: Watch
+    farthest: float
+    noisy: bool
+    has_target: bool
+    has_steps: bool  # or epochs
+    steps_per_epoch: int | None
+    limits: Limits
+    eps: float
+    rates: Rates
+    optimizer: str  # that was chosen
+    range_test: RangeTest | None
+    why_exhausted: str
+    not_finite: tuple[str, str]  # what is known of it, and what to try
+    hindsight: Hindsight
+
+    @property
+    def steps(self) -> int:
+        return len(self.history.loss) - 1
+
+    @property
+    def is_claim(self) -> bool:
+        """Tell whether what is known of the returned point belongs to this status."""
+        return self.status in (Status.CONVERGED, Status.PRECISION_LIMIT, Status.STALLED)
+
+    @property
+    def left(self) -> float:
+        return float(self.ending.left) if self.is_claim else math.nan
+
+    @property
+    def verified(self) -> bool:
+        return self.is_claim and bool(self.ending.verified)
+
+    @property
+    def success(self) -> bool:
+        if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
+            return not (self.has_steps or self.has_target) and bool(is_better(self.watch))
+        return bool(succeeded(self.status, self.watch, noisy=self.noisy, has_target=self.has_target))
+
+    @property
+    def message(self) -> str:
+        told = Told(
+            steps=self.steps,
+            returned_step=self.returned_step,
+            history=self.history,
+            limits=self.limits,
+            noisy=self.noisy,
+            steps_per_epoch=self.steps_per_epoch,
+            eps=self.eps,
+            how=self.rates,
+            success=self.success,
+            ending=self.ending,
+            farthest=self.farthest,
+            not_finite=self.not_finite,
+            is_better=bool(is_better(self.watch)),
+            overshoots=self.hindsight.overshoots,
+            apart=self.hindsight.apart is not None,
+            stable=self.hindsight.stable,
+        )
+        message = explain(self.status, told)
+        if self.status is Status.DATA_EXHAUSTED and not self.success:
+            message += f" {self.why_exhausted}"
+        if self.hindsight.apart is not None:
+            larger, smaller = self.hindsight.apart
+            other, out = " and another learning_rate", "optimizer and the learning_rate"
+            if self.rates is Rates.SEARCHED:
+                other, out = "", "optimizer"
+            message += (
+                f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
+                f"leave the {out} out."
+            )
+        if self.optimizer:
+            message += f" The optimizer was {self.optimizer}."
+        elif self.rates is Rates.SEARCHED:
+            message += chosen_rates(self.history.learning_rate)
+        if self.range_test is not None:
+            message += (
+                f" The learning rate was chosen by a range test of {len(self.range_test.learning_rate)} steps, which "
+                f"suggested {self.range_test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice "
+                "of it."
+            )
+        return message
+
+
+def _refuse_host_visits(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise InputError(
+                f"{name}={value!r} was given to minimize inside jit, vmap or grad, where the whole run is one compiled "
+                f"program that nobody can look into or stop: leave {name} out, and look at the result."
+            )
+
+
+def _inside(outcome: Any, task: Task) -> Result:
+    """The result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
+    zero = _trees.on_device(0.0)
+    return Result(
+        params=task.problem.whole(outcome.params),
+        loss=outcome.loss,
+        grad_norm=outcome.grad_norm,
+        steps=outcome.steps,
+        status=outcome.code,
+        message=NO_MESSAGE,
+        success=outcome.success,
+        left=outcome.ending.left,
+        verified=outcome.ending.verified > 0,
+        history=cast(Any, None),
+        steps_per_epoch=jax.tree.map(_trees.on_device, task.steps_per_epoch),
+        range_test=None,
+        aux=outcome.aux,
+        compile_seconds=cast(Any, zero),
+        run_seconds=cast(Any, zero),
+    )
+
+
+def clear_cache() -> None:
+    """Forgets all compiled programs, which frees their memory; the next call compiles again.
+
+    There is no need to call it: no array of yours is kept, and no more than 128 programs are, the most recently used.
+
+    Example:
+        >>> import gdopt
+        >>> gdopt.clear_cache()
+    """
+    program.clear()
+
+
+def _farthest(params: PyTree) -> float:
+    """The largest entry, on the host; 0 if other processes hold some of them."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if getattr(leaf, "is_fully_addressable", True)]
+    return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
+
+
+@as_own_work
+def _report(problem: Problem, step: int, epoch: int, state: loop.State, records: History) -> Report:
+    kept = state.kept
+    return Report(
+        step=step,
+        epoch=epoch,
+        params=problem.whole(_trees.copy(run.returned_params(state))),
+        loss=float(kept.loss),
+        grad_norm=float(kept.grad_norm),
+        learning_rate=float(records.learning_rate[-1]),
+    )
+
+
+def _chosen(task: Task, optimizer: Any, steps: _Steps, made: RangeTest | None) -> tuple[RangeTest, Schedule]:
+    """The range test of `"auto"`, where none was made before, and the schedule that it leads to."""
+    max_steps = steps.expected
+    if max_steps is None:
+        raise InputError(
+            f"epochs={steps.epochs} was given with a stream that does not tell how many batches it has, and "
+            "learning_rate='auto' plans its cycles over all steps: pass max_steps as well, or a learning_rate."
+        )
+    if made is not None and made.suggestion is not None:
+        return made, _cycles(_PEAK * made.suggestion, max_steps)
+    fewest = max(max_steps // 5, _LEAST_TEST)
+    for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # a short one may drown in noise
+        ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
+        test = lr_finder.range_test(task, optimizer, ladder)
+        if test.suggestion is not None:
+            return test, _cycles(_PEAK * test.suggestion, max_steps)
+    cure = "Or pass a learning_rate."
+    if test.status is Status.NON_FINITE:
+        cure = "With a learning_rate there is a result, of which gdopt.diagnose says what made it so."
+    raise InputError(f"learning_rate='auto' found none: {test.message} {cure}")
+
+
+def _cycles(peak: float, steps: int) -> Schedule:
+    """Smith's three cycles of halving height; the peak is closed over as an array: another one compiles nothing."""
+    highest, shape = _trees.on_device(np.asarray(peak)), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
+    return lambda step: highest * shape(step)
+
+
+class _Steps(NamedTuple):
+    """The steps that a run is asked to make."""
+
+    most: int  # steps
+    epochs: int | None  # where these are to be counted as they come
+    batches: int | None  # the most to take from a stream
+    expected: int | None  # steps, as far as that can be told
+
+
+def _check_steps(max_steps: Any, epochs: Any, task: Task) -> _Steps:
+    data, batches, stream = task.data, task.batches, task.stream
+    asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
+    if epochs is not None:
+        if data is None:
+            raise InputError(f"epochs={epochs!r} was given without data: pass data=, or max_steps= in place of epochs.")
+        epochs = whole_number("epochs", epochs)
+    if stream is not None:
+        most = asked[0] if asked else None if epochs else _MAX_STEPS
+        of_epochs = epochs and stream.length and epochs * stream.length
+        expected = min((steps for steps in (most, of_epochs) if steps), default=None)
+        return _Steps(loop.LAST_STEP if most is None else most, epochs, most, expected)
+    if epochs is not None:
+        asked.append(epochs * (batches.per_epoch if batches else 1))
+    most = whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
+    return _Steps(most, None, None, most)
+
+
+def _check_grad_tol(grad_tol: Any, noisy: bool) -> float | None:
+    if grad_tol is None:
+        return None
+    if noisy:
+        raise InputError(
+            f"grad_tol={grad_tol!r} was given for a noisy loss, whose gradients do not become small: with mini-batches "
+            "or keys pass target=, max_steps= or epochs=."
+        )
+    return number("grad_tol", grad_tol, lambda x: x >= 0, "a number of at least 0, such as 1e-5")
+
+
+def _check_tol(tol: Any, noisy: bool) -> float:
+    if tol is None:
+        return _TOL
+    if noisy:
+        raise InputError(
+            f"tol={tol!r} was given for a noisy loss: the gradient of a batch or a random key cannot tell convergence. "
+            "Use target=, epochs= or max_steps=, or the full batch."
+        )
+    return number("tol", tol, lambda x: x >= 0, "a finite number, 0 or above, such as 1e-4")
+
+
+def _check_target(target: Any) -> float:
+    return -math.inf if target is None else number("target", target, lambda x: True, "a finite number")

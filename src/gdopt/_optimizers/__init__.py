@@ -1,0 +1,1 @@
+"""gdopt's optimizers, and what makes any optimizer one for the loop."""

@@ -1,0 +1,345 @@
+"""`quasi_newton`: a limited-memory BFGS around a learned diagonal, one value and gradient a step."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gdopt import _jax, _trees
+from gdopt._checks import whole_number
+from gdopt._errors import InputError
+from gdopt._optimizers import trials
+from gdopt._optimizers.trials import GRAD, PARAMS, REJECTED, VALUE, Trials
+from gdopt._settings import own_promotion
+from gdopt._trees import Packed
+from gdopt._types import PyTree
+
+PAIRS = 5  # by default
+_AVERAGE = 0.5  # Zhang and Hager's eta
+_TELLS = 1e-8  # of |s| |y|: the least curvature that is learned from a trial that was rejected
+_LEAST = 1e-12  # of the largest entry of the diagonal
+_FARTHER = 4  # times the last step, where the loss is not convex along it
+_NEARER = 0.9  # times a rejected step
+
+
+class Pairs(NamedTuple):
+    """The last steps and the changes of the gradient along them, each in units of its largest entry."""
+
+    steps: Packed  # with a leading axis, in turn the newest
+    changes: Packed
+    products: jax.Array  # (memory, memory) of the steps with the changes
+    ratios: jax.Array  # (memory,) the unit of each change over that of its step
+
+
+class QuasiNewtonState(NamedTuple):
+    """The state of `quasi_newton`: the last accepted point, a diagonal Hessian, and the last pairs."""
+
+    trials: Trials
+    diagonal: Packed  # of the Hessian, over its largest entry
+    largest: jax.Array  # that entry
+    pairs: Pairs | None  # None without memory
+    learned: jax.Array  # pairs since the last were forgotten
+
+    params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
+
+
+def quasi_newton(memory: int = PAIRS) -> optax.GradientTransformationExtraArgs:
+    """Limited-memory BFGS around a diagonal that it learns, for a loss that is the same function each time.
+
+    Each update takes one value and one gradient; nothing is evaluated inside, and nothing has to be tuned. A diagonal
+    approximation of the Hessian follows the scales of the params, which may differ by many orders of magnitude. The
+    last ``memory`` steps, with the changes of the gradient along them, correct it. The loss may rise on the way: a
+    trial point is accepted if its loss is sufficiently below a running average of the accepted ones. Otherwise the next
+    update leads back to the last accepted point and from there on a smaller or a better step. Where the loss is not
+    convex along a step, the next one goes up to four times as far. `minimize` uses this by default.
+
+    Args:
+        memory: the number of pairs (default 5, which solved most of 219 problems among 1 to 10). The state takes
+            2 * memory + 3 times the memory of the params. With 0 it takes three times, and steps are those of a
+            conjugate gradient method in the diagonal's metric, which needs about a fifth more evaluations.
+
+    Returns:
+        An optax transformation whose ``update`` needs ``params`` and ``value=``, the loss there, with the gradient of
+        the same point. Works for any pytree of float and complex leaves, in their own dtypes, under ``jit`` and
+        ``vmap``; inner products are real, and a complex entry has one real curvature. The state has ``params``,
+        ``grad`` and ``value`` of the last accepted point, and ``rejected``, the number of trials in a row that were
+        taken back. After 60 of them, or when a step changes no entry any more, the update leads back to the accepted
+        point, and the search starts anew there.
+
+        The trial points are no result: their loss may be higher, infinite or NaN. Keep ``state.params``, or the best
+        point seen. For complex leaves conjugate the gradient that JAX gives, as for all of optax. Not for mini-batches,
+        where a change of the batch would be taken for a change of the gradient.
+
+    Raises:
+        InputError: for a memory that is negative or no whole number; from ``update``, when it is called without params.
+
+    Source: Nocedal, "Updating quasi-Newton matrices with limited storage", 1980 (the pairs); Gilbert & Lemaréchal,
+    "Some numerical experiments with variable-storage quasi-Newton algorithms", 1989 (the diagonal); Zhang & Hager, "A
+    nonmonotone line search technique and its application to unconstrained optimization", 2004 (what is accepted); Dai &
+    Kou, "A Barzilai-Borwein conjugate gradient method", 2016 (without memory).
+
+    Example:
+        >>> import gdopt, jax, jax.numpy as jnp, optax
+        >>> loss = lambda x: jnp.sum(jnp.array([1.0, 1e6]) * (x - jnp.array([1000.0, 0.001])) ** 2)
+        >>> optimizer, x = gdopt.quasi_newton(), jnp.zeros(2)
+        >>> state = optimizer.init(x)
+        >>> for _ in range(20):
+        ...     value, grad = jax.value_and_grad(loss)(x)
+        ...     updates, state = optimizer.update(grad, state, x, value=value)
+        ...     x = optax.apply_updates(x, updates)
+        >>> state.params.round(4)
+        Array([1.e+03, 1.e-03], dtype=float32)
+    """
+    return _made(whole_number("memory", memory, least=0))
+
+
+def affordable_memory(params: PyTree) -> int:
+    """The number of pairs, up to the default, whose state takes at most half of the memory of a device."""
+    size = 0
+    for leaf in jax.tree.leaves(params):
+        shape = leaf.shape if _jax.is_tracer(leaf) else leaf.sharding.shard_shape(leaf.shape)
+        size += math.prod(shape) * leaf.dtype.itemsize
+    try:
+        total = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # neither the device nor the system tells
+        return PAIRS
+    return max((memory for memory in range(PAIRS + 1) if (2 * memory + 3) * size <= total / 2), default=0)
+
+
+@functools.cache
+def _made(memory: int) -> optax.GradientTransformationExtraArgs:
+    init, update = functools.partial(_init, memory), functools.partial(_checked_update, memory)
+    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))  # optax knows no extra arguments
+
+
+def _init(memory: int, params: PyTree) -> QuasiNewtonState:
+    with own_promotion():
+        first = trials.begin(params)
+        scalar, point = first.value, first.point
+        diagonal = jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=_wide(leaf)), point)
+        many = jax.tree.map(lambda leaf: jnp.zeros((memory, *leaf.shape), leaf.dtype), point)
+    pairs = Pairs(many, many, jnp.eye(memory, dtype=scalar.dtype), jnp.ones(memory, scalar.dtype)) if memory else None
+    return QuasiNewtonState(first, diagonal, jnp.ones_like(scalar), pairs, jnp.int32(0))
+
+
+def _wide(leaf: jax.Array) -> Any:
+    """The real dtype of an entry's curvature: its range is beyond that of 16 bits."""
+    return jnp.finfo(jnp.promote_types(leaf.dtype, jnp.float32)).dtype
+
+
+def _checked_update(
+    memory: int,
+    updates: PyTree,
+    state: QuasiNewtonState,
+    params: PyTree | None = None,
+    *,
+    value: Any,
+    **extra_args: Any,
+) -> tuple[PyTree, QuasiNewtonState]:
+    del memory, extra_args
+    if params is None:
+        raise InputError("quasi_newton was updated without params: call update(grad, state, params, value=loss).")
+    with own_promotion():
+        return _update(updates, state, params, value)
+
+
+# jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.
+@functools.partial(jax.jit, inline=True)
+def _update(grad: PyTree, state: QuasiNewtonState, params: PyTree, value: Any) -> tuple[PyTree, QuasiNewtonState]:
+    """The way to the next trial, from the loss and the gradient at the last one."""
+    here, grad = trials.pack(params), trials.pack(grad)
+    last, eps = state.trials, jnp.finfo(jnp.result_type(value)).eps
+    value = jnp.asarray(value, last.value.dtype)
+    verdict = trials.judge(last, here, grad, value, eps)
+    point = trials.follow(last, verdict, here, grad, value, _AVERAGE if state.pairs else 0)
+    first, accepted, step, change = verdict.first, verdict.accepted, verdict.step, verdict.change
+
+    # What the pair tells.
+    ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
+    tiny = float(jnp.finfo(_trees.norm_dtype(here)).eps) ** 2
+    curved = ~first & jnp.isfinite(sy) & (sy > jnp.where(accepted, tiny, _TELLS) * jnp.sqrt(ss * yy))
+    learns = curved & (accepted | (last.rejected == 0))
+    new = _learn(state, step, change, sy, yy)
+    new = _keep_pairs(new, state, learns, step, change)
+    fresh = 1 / trials.first_rate(here, grad, value)
+    plain = new._replace(  # the Hessian of one curvature alone
+        diagonal=jax.tree.map(jnp.ones_like, state.diagonal),
+        largest=jnp.where(first, fresh, jnp.where(curved, change[1] / step[1] * yy / sy, new.largest)),
+        learned=jnp.int32(0),
+    )
+    new = _forget(first, plain, new)
+
+    # The direction, in units of the gradient's largest entry over the diagonal's.
+    wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
+    unit_grad, grad_size = _trees.unit(jax.tree.map(wide, point.grad, new.diagonal))
+    way = _direction(new, unit_grad, step, change, sy, curved)
+    slope = _trees.vdot(unit_grad, way)
+    descends = (slope > 0) & jnp.isfinite(slope)
+    new = _forget(~descends, plain, new)
+    way = _trees.select(descends, way, unit_grad)
+    slope = jnp.where(descends, slope, _trees.vdot(unit_grad, unit_grad))
+    size = grad_size / new.largest
+    left = grad_size * (size * slope) / 2
+
+    # How far to go along it.
+    length, before = size * jnp.sqrt(_trees.vdot(way, way)), step[1] * jnp.sqrt(ss)
+    ahead = jnp.where(curved | first, 1, jnp.maximum(1, _FARTHER * before / length))
+    back = jnp.minimum(1, _NEARER * before / length)
+    factor = jnp.where(accepted, ahead, back)
+    share = trials.shorter(last, value, verdict.slope, trials.dot(step, change))
+    shorten = ~accepted & ~learns
+    most = trials.farthest(point.point) / (size * _trees.largest(way))
+    along = jnp.where(shorten | verdict.gave_up, 0, -size * jnp.minimum(factor, most))
+    along = jnp.where(grad_size > 0, along, 0)
+    again = jnp.where(shorten & ~verdict.gave_up, step[1] * share, 0)
+
+    def leaf_update(x: jax.Array, accepted_x: jax.Array, way: jax.Array, step: jax.Array) -> jax.Array:
+        a, b = along.astype(_wide(x)), again.astype(_wide(x))
+        move = jnp.where(a != 0, a * way, 0) + jnp.where(b != 0, b * step, 0)
+        return ((accepted_x - x) + move.astype(x.dtype)).astype(x.dtype)
+
+    updates = trials.updates(verdict, here, point, leaf_update, way, step[0])
+    new = new._replace(trials=point._replace(left=left))
+    return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
+
+
+def _forget(condition: jax.Array, plain: QuasiNewtonState, state: QuasiNewtonState) -> QuasiNewtonState:
+    """The state without what it learned, where it is of no use."""
+    names = ("diagonal", "largest", "learned")
+    return state._replace(
+        **{name: _trees.select(condition, getattr(plain, name), getattr(state, name)) for name in names}
+    )
+
+
+def _learn(state: QuasiNewtonState, step: trials.Unit, change: trials.Unit, sy: jax.Array, yy: jax.Array) -> Any:
+    """The state with the diagonal that a pair leads to (Gilbert & Lemaréchal, 1989, eq. 4.7).
+
+    With B the diagonal and c = y'y/B / s'y, it is c B + y*y / s'y - c (B*s)^2 / s'Bs, in the unit of y over that of s.
+    """
+    s, y, b = step[0], change[0], state.diagonal
+    square = lambda leaf: jnp.square(jnp.abs(leaf))
+    scale = _total(lambda y, b: square(y) / b, y, b) / sy
+    bent = _total(lambda s, b: square(s) * b, s, b)
+
+    def entries(s: jax.Array, y: jax.Array, b: jax.Array) -> jax.Array:
+        scaled, sy_, bent_ = (number.astype(b.dtype) for number in (scale, sy, bent))
+        return (scaled * (b - square(b * s) / bent_) + square(y) / sy_).astype(b.dtype)
+
+    known = state.learned > 0
+    new = jax.tree.map(entries, s, y, b)
+    high = _trees.largest(new)
+    new = jax.tree.map(lambda leaf: jnp.where(known, jnp.maximum(leaf / high.astype(leaf.dtype), _LEAST), 1), new)
+    unit = change[1] / step[1]
+    return state._replace(diagonal=new, largest=unit * jnp.where(known, high, yy / sy))
+
+
+def _total(function: Any, *trees: PyTree) -> jax.Array:
+    dtype = _trees.norm_dtype(trees[0])
+    return sum(
+        (jnp.sum(leaf).astype(dtype) for leaf in jax.tree.leaves(jax.tree.map(function, *trees))), jnp.zeros((), dtype)
+    )
+
+
+def _keep_pairs(
+    new: QuasiNewtonState, old: QuasiNewtonState, learns: jax.Array, step: trials.Unit, change: trials.Unit
+) -> QuasiNewtonState:
+    """The state with the pair in place of the oldest, if it tells something."""
+    pairs = old.pairs
+    diagonal, largest = _trees.select(learns, (new.diagonal, new.largest), (old.diagonal, old.largest))
+    if pairs is not None:
+        memory = pairs.ratios.shape[0]
+        slot = old.learned % memory
+
+        def put(rows: jax.Array, row: jax.Array) -> jax.Array:
+            row = jnp.where(learns, row.astype(rows.dtype), rows[slot])
+            return rows.at[slot].set(row)
+
+        steps, changes = (jax.tree.map(put, *each) for each in ((pairs.steps, step[0]), (pairs.changes, change[0])))
+        across, along = _with_rows(changes, step[0]), _with_rows(steps, change[0])
+        products = pairs.products.at[slot, :].set(across).at[:, slot].set(along)
+        ratios = pairs.ratios.at[slot].set(change[1] / step[1])
+        products, ratios = _trees.select(learns, (products, ratios), (pairs.products, pairs.ratios))
+        pairs = Pairs(steps, changes, products, ratios)
+    return new._replace(diagonal=diagonal, largest=largest, pairs=pairs, learned=old.learned + learns)
+
+
+def _with_rows(rows: PyTree, tree: PyTree) -> jax.Array:
+    """The real inner products of a tree with each row."""
+    dtype = _trees.norm_dtype(tree)
+
+    def leaf(rows: jax.Array, leaf: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(leaf.dtype, dtype)
+        axes = tuple(range(1, rows.ndim)), tuple(range(leaf.ndim))
+        product = jnp.tensordot(rows.conj().astype(wide), leaf.astype(wide), axes, precision="highest")
+        return product.real.astype(dtype)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, rows, tree)), jnp.zeros((), dtype))
+
+
+def _combined(weights: jax.Array, rows: PyTree, like: PyTree) -> PyTree:
+    """The sum of the rows, each times its weight."""
+
+    def leaf(rows: jax.Array, like: jax.Array) -> jax.Array:
+        return jnp.tensordot(weights.astype(like.dtype), rows.astype(like.dtype), 1, precision="highest")
+
+    return jax.tree.map(leaf, rows, like)
+
+
+def _direction(
+    state: QuasiNewtonState, grad: PyTree, step: trials.Unit, change: trials.Unit, sy: jax.Array, curved: jax.Array
+) -> PyTree:
+    """The inverse Hessian times the gradient."""
+    if state.pairs is None:
+        return _conjugate(state, grad, step, change, sy, curved)
+    pairs = state.pairs
+    memory = pairs.ratios.shape[0]
+    newest = (state.learned - 1 - jnp.arange(memory)) % memory  # first
+    known = jnp.arange(memory) < state.learned
+    dtype = _trees.norm_dtype(grad)
+    both = known[:, None] & known[None, :]
+    products = jnp.where(both, pairs.products[newest][:, newest], jnp.eye(memory)).astype(dtype)
+    unit = (state.largest / pairs.ratios[newest]).astype(dtype)
+
+    # Nocedal's two loops solve for the coefficients: what they leave of the vectors are four products with all rows.
+    right = jnp.where(known, _with_rows(pairs.steps, grad)[newest], 0)
+    first = lax.linalg.triangular_solve(products, right[:, None], left_side=True, lower=True)[:, 0]
+    rest = jax.tree.map(jnp.subtract, grad, _combined(jnp.zeros_like(first).at[newest].set(first), pairs.changes, grad))
+    way = jax.tree.map(jnp.divide, rest, state.diagonal)
+    right = jnp.diagonal(products) * unit * first - jnp.where(known, _with_rows(pairs.changes, way)[newest], 0)
+    second = lax.linalg.triangular_solve(
+        products, jnp.where(known, right, 0)[:, None], left_side=True, lower=True, transpose_a=True
+    )[:, 0]
+    return jax.tree.map(jnp.add, way, _combined(jnp.zeros_like(second).at[newest].set(second), pairs.steps, way))
+
+
+def _conjugate(
+    state: QuasiNewtonState, g: PyTree, step: trials.Unit, change: trials.Unit, sy: jax.Array, curved: jax.Array
+) -> PyTree:
+    """Dai and Kou's direction in the diagonal's metric; where it is of no use, that of steepest descent there."""
+    s, y = step[0], change[0]
+    over = lambda tree: jax.tree.map(jnp.divide, tree, state.diagonal)
+    scaled, unit = over(g), (state.largest * step[1] / change[1])
+    yy, gg, yg, gs = (_trees.vdot(*each) for each in ((y, over(y)), (g, scaled), (y, scaled), (g, s)))
+    bound = 1.5 * yy * gg - yg**2
+    a, b = (sy * gg - yg * gs) / bound, (1.5 * yy / sy * gg * gs - yg * gg) / bound
+    usable = curved & jnp.isfinite(a) & jnp.isfinite(b)
+    steep = jnp.where(curved, unit * sy / yy, 1)
+
+    def leaf(scaled: jax.Array, s: jax.Array) -> jax.Array:
+        kind = scaled.dtype
+        conjugate = unit.astype(kind) * (a.astype(kind) * scaled + b.astype(kind) * s.astype(kind))
+        return jnp.where(usable, conjugate, steep.astype(kind) * scaled)
+
+    way = jax.tree.map(leaf, scaled, s)
+    slope = _trees.vdot(g, way)
+    return _trees.select(
+        (slope > 0) & jnp.isfinite(slope), way, jax.tree.map(lambda x: steep.astype(x.dtype) * x, scaled)
+    )

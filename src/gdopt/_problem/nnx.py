@@ -1,0 +1,63 @@
+"""Modules of Flax's nnx, whose variables are not all parameters, and may be written to. Flax is not imported here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+
+from gdopt import _trees
+from gdopt._errors import InputError
+from gdopt._types import PyTree
+
+
+def in_state(treedef: Any) -> list[bool]:
+    """For each leaf, whether it is of a variable other than a Param: batch statistics, random keys, counts.
+
+    They are what ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` leaves alone.
+    """
+    nnx = sys.modules.get("flax.nnx")  # whoever has one of its modules has imported it
+    if nnx is None:
+        return [False] * treedef.num_leaves
+
+    def walk(treedef: Any) -> list[bool]:
+        data = treedef.node_data()
+        if data is not None and issubclass(data[0], nnx.Variable):
+            return [not issubclass(data[0], nnx.Param)] * treedef.num_leaves
+        children = treedef.children()
+        return [flag for child in children for flag in walk(child)] if children else [False] * treedef.num_leaves
+
+    return walk(treedef)
+
+
+def refuse_shared(params: PyTree) -> None:
+    """Raises InputError for a Param in two places: as leaves of a tree they would go different ways."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    paths: dict[int, tuple] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        if isinstance(node, nnx.Param) and paths.setdefault(id(node), path) is not path:
+            raise InputError(
+                f"{_trees.path_name(paths[id(node)])} and {_trees.path_name(path)} are one variable, and would be "
+                "optimised as two: pass the state of graphdef, state, rest = nnx.split(model, nnx.Param, ...), which "
+                "has it once, and let the loss put the model together, by nnx.merge(graphdef, state, rest)."
+            )
+
+
+def refuse_writes(rest: _trees.Rest, whole: PyTree) -> None:
+    """Raises InputError where the loss has written to a variable that is carried along: that would be lost."""
+    state = in_state(rest.treedef)
+    if not any(state):
+        return
+    given = rest.leaves()
+    now = dict(jax.tree_util.tree_leaves_with_path(whole))
+    for path, place in jax.tree_util.tree_leaves_with_path(rest.treedef.unflatten(range(len(state)))):
+        if state[place] and not rest.kept[place] and now.get(path) is not given[place]:
+            raise InputError(
+                f"the loss writes to {_trees.path_name(path)}, and that would be lost: each step begins with the state "
+                "that was passed. For fresh random numbers pass with_key=True, and the key on, as rngs=nnx.Rngs(key). "
+                "Where it may be lost, as batch statistics may that are taken anew after the training, let the loss "
+                "begin with model = nnx.clone(model)."
+            )

@@ -1,0 +1,308 @@
+"""The range test: a short training whose rate climbs a ladder, and what its curve suggests."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdopt import _error_notes as _notes
+from gdopt import _trees
+from gdopt._checks import check_flags, one_of, rate, whole_number
+from gdopt._devices.processes import check_joined, joined
+from gdopt._errors import InputError
+from gdopt._loop import loop
+from gdopt._optimizers.rule import Rule, check_optimizer, is_transformation
+from gdopt._optimizers.spectral import gd
+from gdopt._outcome.diagnose import named_inputs
+from gdopt._problem.objective import make_problem
+from gdopt._problem.scaling import scaled
+from gdopt._problem.task import Task, make_task
+from gdopt._rate_finder import curve as suggestions
+from gdopt._result import History, RangeTest, Refinement
+from gdopt._run import host_loop as run
+from gdopt._settings import own_work
+from gdopt._stopping import Limits, Status
+from gdopt._types import Loss, Optimizer, PyTree, Scalar
+from gdopt.schedules import ladder
+
+START_LR, END_LR, NUM_STEPS = 1e-5, 10.0, 300  # 50 rates to a decade
+_EXTENSIONS = 2  # of the ladder, to each side
+_NEIGHBOURS = 3.0 ** np.array([-1, -0.5, 0, 0.5])  # times the suggestion: what a refinement tries
+_REFINING_STEPS = 100
+_JUDGED = 50  # of which the last so many are compared
+
+
+@joined
+def lr_find(
+    loss: Loss,
+    params: PyTree,
+    *,
+    args: tuple = (),
+    data: PyTree = None,
+    batch_size: int | None = None,
+    optimizer: Optimizer = gd,
+    start_lr: Scalar = START_LR,
+    end_lr: Scalar = END_LR,
+    num_steps: int = NUM_STEPS,
+    mode: str = "exponential",
+    repeats: int = 1,
+    refine: bool = False,
+    has_aux: bool = False,
+    with_key: bool = False,
+    key: jax.Array | None = None,
+    trainable: Any = None,
+    scale: PyTree | Literal["curvature"] = None,
+) -> RangeTest:
+    """Finds a learning rate by Smith's range test: a short training whose rate rises until the loss blows up.
+
+    It is a pure function: ``params`` are where every try starts, and nothing of the caller's changes. One program is
+    compiled for the whole test, and none for new rates, data of the same shape or a fresh lambda that computes the
+    same. Ctrl-C raises KeyboardInterrupt.
+
+    Args:
+        loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``, as in `minimize`.
+        params: any pytree, as in `minimize`.
+        args: further arguments of the loss.
+        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``; or a stream of batches, as in
+            `minimize`, that can be gone through more than once: no iterator.
+        batch_size: rows per step; choose it as for the training, for the best rate grows with it. By default all rows.
+        optimizer: the factory ``learning_rate -> transformation`` to find a rate for: ``gdopt.gd``, ``optax.adam``,
+            ``functools.partial(optax.sgd, momentum=0.9)``.
+        start_lr: the rate of the first step, tried exactly; by default 1e-5.
+        end_lr: the rate of step ``num_steps``, tried exactly unless the loss blows up before; by default 10. An
+            exponential ladder that turns out to lack an end is prolonged there, up to twice: ``learning_rate`` of the
+            result says which rates were tried.
+        num_steps: how many rates; by default 300, which is 50 to a decade. With fewer the loss has no time to show what
+            a rate does, and the suggestion gets more cautious; below 15 to a decade it is rough.
+        mode: "exponential" (equal ratios, the default) or "linear" (equal differences, as in the paper).
+        repeats: so many tests run side by side, each with its own order of batches (and random keys), and the rules
+            read their mean curve: five cut the spread of the suggestion about in half. Takes the memory of as many
+            runs.
+        refine: train with four rates from a third of the suggestion to 1.7 times it for 100 steps side by side, and
+            suggest the one with the lowest loss. Takes about as long as the test, and the memory of four runs for each
+            repeat.
+        has_aux: the loss returns ``(value, aux)``.
+        with_key: the loss takes a keyword ``key``, a fresh one at each step.
+        key: where the shuffling and those keys come from, so that the answer is the same each time; by default
+            ``jax.random.key(0)``.
+        trainable: what to optimise, as in `minimize`.
+        scale: typical sizes of the params, as in `minimize`. The rates are those of the scaled params.
+
+    Returns:
+        A `RangeTest`, whose ``suggestion`` is a rate for `minimize` as it stands: for a constant rate, or the highest
+        one of a cycle. It is None where the curve offers none; the ``message`` then says what to change.
+
+    Raises:
+        InputError: for bad input, before anything compiles.
+
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv 1506.01186, section 3.3. What is
+    read off the curve was chosen by measurement, see ``benchmarks/README.md``.
+
+    Example:
+        >>> import gdopt, jax.numpy as jnp
+        >>> x = jnp.linspace(-1.0, 1.0, 256)
+        >>> def loss(params, batch):
+        ...     x, y = batch
+        ...     return jnp.mean((params[0] * x + params[1] - y) ** 2)
+        >>> test = gdopt.lr_find(loss, jnp.zeros(2), data=(x, 3 * x + 1), batch_size=32)
+        >>> 0.1 < test.suggestion < 1.0
+        True
+    """
+    steps = check_ladder(start_lr, end_lr, num_steps, mode)
+    repeats = whole_number("repeats", repeats)
+    _check_factory(optimizer)
+    check_flags(refine=refine, has_aux=has_aux, with_key=with_key)
+    problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
+    task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    return range_test(scaled(task, scale), optimizer, steps, repeats=repeats, refine=refine)
+
+
+class Ladder(NamedTuple):
+    """The rates to try; sections of it, each as many rungs as asked for, go on beyond both of its ends."""
+
+    start: float
+    end: float
+    num_steps: int
+    mode: str
+
+    @property
+    def can_grow(self) -> bool:
+        """A linear one cannot: it would soon be below zero."""
+        return self.mode == "exponential"
+
+    def section(self, number: int) -> np.ndarray:
+        """The rates of a section: 0 is what was asked for, -1 what lies below it."""
+        shift = (self.end / self.start) ** (number * self.num_steps / (self.num_steps - 1)) if number else 1.0
+        return ladder(self.start * shift, self.end * shift, self.num_steps, self.mode)
+
+
+def check_ladder(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str) -> Ladder:
+    """Raises InputError for rates that are no rates, or do not rise."""
+    start, end = rate("start_lr", start_lr), rate("end_lr", end_lr)
+    if start >= end:
+        raise InputError(f"start_lr={start_lr!r} is not below end_lr={end_lr!r}: a range test raises the rate.")
+    one_of("mode", mode, ("exponential", "linear"))
+    return Ladder(start, end, whole_number("num_steps", num_steps, least=2), mode)
+
+
+def _check_factory(optimizer: Any) -> None:
+    check_optimizer(optimizer, searched=True)
+    if is_transformation(optimizer):
+        raise InputError(
+            "optimizer is ready and owns its rate, so no other can be tried: pass the factory itself, such as "
+            "optax.adam in place of optax.adam(1e-3)."
+        )
+
+
+def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, refine: bool = False) -> RangeTest:
+    """`lr_find` for a task that is checked."""
+    if task.stream is not None and task.stream.once:
+        raise InputError(
+            "data is an iterator, which can be gone through once, and a range test goes through the first batches and "
+            "leaves them to the training: pass a function that returns a new iterator each time, or a learning_rate."
+        )
+    loop.check_alike(task, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
+    with own_work():
+        keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
+        keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
+    with _notes.memory(params=task.problem.params, data=task.data, args=task.args):
+        curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
+        while verdict.missing == "lower" and steps.can_grow and lowest > -_EXTENSIONS:
+            curve, verdict = _climb(task, optimizer, steps, keys, lowest := lowest - 1)
+        suggestion, refinement = verdict.suggestion, None
+        if refine and suggestion is not None:
+            refinement = _refine(task, optimizer, suggestion, keys)
+            suggestion = refinement.best
+    if suggestion is None:
+        holding = named_inputs(task)
+        if holding:  # no other rate helps
+            reason = verdict.reason if curve.end == 0 else ""
+            verdict = verdict._replace(reason=(reason + holding).strip())
+    return _result(curve, verdict, suggestion, refinement, steps.num_steps)
+
+
+class _Curve(NamedTuple):
+    """Losses by rate, one row per repeat, and how far each of them got."""
+
+    rates: np.ndarray  # all of the ladder, reached or not
+    losses: np.ndarray
+    ends: list[int]
+
+    @property
+    def end(self) -> int:
+        return min(self.ends)
+
+    def combined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rates, losses and smoothed losses as far as all repeats got: the mean."""
+        losses = self.losses[:, : self.end].mean(axis=0)
+        return self.rates[: self.end], losses, suggestions.smooth(losses)
+
+
+def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
+    """Section after section from the lowest given up, until the curve says enough; every repeat from the start."""
+    advance, state, inputs = _begin(task, optimizer, keys, _each(steps.section(lowest), keys))
+    rates, records = np.empty(0), []
+
+    def all_over(step: int, state: loop.State, history: History) -> bool:
+        losses = np.where(np.isfinite(history.grad_norm), history.loss.astype(float), np.nan)
+        records.append(losses.reshape(len(losses), -1))  # (steps, repeats)
+        return all(suggestions.end(row) < len(row) for row in np.concatenate(records).T)
+
+    section = lowest
+    while True:
+        rates = np.append(rates, steps.section(section))
+        inputs = inputs._replace(rate=_each(steps.section(section), keys))
+        state, _, cause = advance(state, inputs, all_over, until=len(rates))
+        _check_cause(cause)
+        losses = np.concatenate(records)[: len(rates)].T
+        curve = _Curve(rates, losses, [suggestions.end(row) for row in losses])
+        verdict = _verdict(curve)
+        if verdict.missing != "higher" or not steps.can_grow or section == lowest + _EXTENSIONS:
+            return curve, verdict
+        section += 1
+
+
+def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
+    """The rates, for each key."""
+    return _trees.on_device(np.broadcast_to(rates, (*keys.shape, len(rates))))
+
+
+def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, loop.Carry, loop.Inputs]:
+    """Runs side by side, one for each key and row of rates, before their first step, and `run.advance` for them."""
+
+    def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
+        limits = Limits(loop.LAST_STEP, 0.0, None, -math.inf)
+        return loop.compile(task._replace(data=data), Rule(optimizer), rates, limits, keys, trial=True)
+
+    compiled, inputs = compile(task.data)
+    assert isinstance(compiled, loop.Compiled)  # InputError inside of a jit
+    check_joined(inputs)
+    streamed = None if task.stream is None else run.Streamed(task.stream.feed(), compile, pause=False)
+    return functools.partial(run.advance, compiled, streamed=streamed), run.begin(compiled, inputs), inputs
+
+
+def _check_cause(cause: Status | None) -> None:
+    if cause is Status.INTERRUPTED:
+        raise KeyboardInterrupt
+    if cause is Status.DATA_EXHAUSTED:
+        raise InputError("data ended during a range test, which needs some hundred batches: pass more of them.")
+
+
+def _verdict(curve: _Curve) -> suggestions.Verdict:
+    if curve.end == 0:
+        reason = "The loss or its gradient is not finite at the start: start where both are finite."
+        return suggestions.Verdict(None, reason)
+    return suggestions.suggest(*curve.combined(), blew_up=curve.end < len(curve.rates))
+
+
+def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> Refinement:
+    """Trains the neighbours of a suggestion on the same batches, and compares their last losses."""
+    rates = suggestion * _NEIGHBOURS
+    with own_work():
+        keys = jnp.atleast_1d(keys)
+        lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
+    advance, state, inputs = _begin(task, optimizer, many, lanes)
+    _, history, cause = advance(state, inputs, lambda *_: False, until=_REFINING_STEPS)
+    _check_cause(cause)
+    last = np.full((_JUDGED, len(lanes)), np.inf)  # where a run ended before
+    measured = history.loss[_REFINING_STEPS - _JUDGED :]
+    last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)
+    return Refinement(rates, last.mean(axis=0).reshape(len(rates), -1).mean(axis=1))
+
+
+def _result(
+    curve: _Curve, verdict: suggestions.Verdict, suggestion: float | None, refinement: Refinement | None, num_steps: int
+) -> RangeTest:
+    rates, loss, smoothed = curve.combined()
+    count = max(curve.ends)
+    inside = np.arange(count) < np.reshape(curve.ends, (-1, 1))
+    losses = np.where(inside, curve.losses[:, :count], np.nan)
+    smoothed_losses = np.where(inside, suggestions.smooth(np.where(inside, losses, 0)), np.nan)
+    if curve.end == len(curve.rates):
+        status, why = Status.MAX_STEPS, ", and the loss stayed finite"
+    else:
+        ended = curve.losses[int(np.argmin(curve.ends)), : curve.end + 1]
+        status = Status.DIVERGED if np.isfinite(ended).all() else Status.NON_FINITE
+        at = f"the rate {curve.rates[max(curve.end - 1, 0)]:.2g}"
+        why = f": the loss blew up at {at}" if status is Status.DIVERGED else f": the loss was not finite after {at}"
+    tried = f"tried {max(curve.end, 1)} rates from {curve.rates[0]:.2g} to {curve.rates[max(curve.end - 1, 0)]:.2g}"
+    found = f"Suggestion: {suggestion:.3g}." if suggestion is not None else f"No suggestion. {verdict.reason}"
+    pad = np.full(count - curve.end, np.nan)
+    return RangeTest(
+        learning_rate=curve.rates[:count],
+        loss=np.append(loss, pad),
+        smoothed_loss=np.append(smoothed, pad),
+        losses=losses,
+        smoothed_losses=smoothed_losses,
+        status=status,
+        message=f"{tried}{why}. {found}",
+        suggestion=suggestion,
+        suggestions={"basin": verdict.suggestion, **suggestions.by_rule(rates, smoothed, num_steps)},
+        refinement=refinement,
+    )

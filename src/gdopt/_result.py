@@ -1,0 +1,312 @@
+"""The results that runs return."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gdopt import _jax, _trees
+from gdopt._errors import GdoptError, NotConvergedError
+from gdopt._stopping import Status
+from gdopt._types import PyTree
+
+
+class History(NamedTuple):
+    """One entry per evaluation, as NumPy arrays; all three of entry k are of the same point, the one after k updates.
+
+    N updates make N + 1 entries. ``learning_rate[k]`` is the rate of the update that was made *from* point k; the last
+    point has none: NaN. Nor has one at which a claim was withdrawn: the check led from there to the next point. An
+    optimizer that owns its rate tells it by a ``learning_rate`` in its state, as `spectral` and ``optax.lbfgs`` do;
+    else NaN. Of an optimizer that takes points back all trials are here: their loss may be high, infinite or NaN, and
+    their rate is that of the step from the last accepted point.
+
+    Example:
+        >>> import gdopt
+        >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25, max_steps=2).history.loss
+        array([1.    , 0.25  , 0.0625], dtype=float32)
+    """
+
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    learning_rate: np.ndarray
+
+
+class Report(NamedTuple):
+    """The argument of a callback, between two compiled chunks of a run.
+
+    ``params``, ``loss`` and ``grad_norm`` belong to one point: the best so far of a full-batch loss, the latest good
+    one with mini-batches. ``params`` is a copy that the callback may keep. ``step`` is the number of updates made so
+    far, ``epoch`` the number of whole epochs (steps, for a full batch), ``learning_rate`` the last rate used.
+
+    Example:
+        >>> import gdopt
+        >>> def good_enough(report):
+        ...     return report.loss < 0.9
+        >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=1e-4, callback=good_enough).status.name
+        'STOPPED'
+    """
+
+    step: int
+    epoch: int
+    params: PyTree
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+class Refinement(NamedTuple):
+    """The losses of a suggestion and its neighbours, trained side by side on the same batches.
+
+    ``loss[k]`` is the mean loss of the last steps with the constant rate ``learning_rate[k]``; infinite where the run
+    did not last.
+
+    Example:
+        >>> import gdopt, jax.numpy as jnp
+        >>> test = gdopt.lr_find(lambda x: jnp.sum(x**2), jnp.ones(3), refine=True)
+        >>> len(test.refinement.learning_rate), test.refinement.best == test.suggestion
+        (4, True)
+    """
+
+    learning_rate: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def best(self) -> float:
+        """The rate with the lowest loss."""
+        return float(self.learning_rate[np.argmin(self.loss)])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RangeTest:
+    """The losses of a range test, rate by rate, and the rate that they suggest.
+
+    As in a `History`, all entries k are of the same point: ``loss[k]`` is the loss there, on the batch whose gradient
+    the step with ``learning_rate[k]`` was made with. Entry 0 is the start.
+
+    Attributes:
+        learning_rate: (n,) the rates tried, up to where the last repeat ended.
+        loss: (n,) the mean over the repeats; NaN from where the first of them ended.
+        smoothed_loss: (n,) its exponential moving average, with a factor of 0.9 and bias-corrected; the rules read it.
+        losses: (repeats, n) the losses of each repeat; NaN from where it ended.
+        smoothed_losses: (repeats, n) their moving averages.
+        status: why it stopped: DIVERGED at the blow-up that a range test ends with, where a smoothed loss is four times
+            its best and above where it began; NON_FINITE where a loss or gradient became infinite or NaN; MAX_STEPS at
+            the last rate.
+        message: a sentence that says so, with the suggestion, or what to change to get one.
+        suggestion: the rate to use; None where the curve offers none.
+        suggestions: by rule, on ``smoothed_loss``: "basin", the middle of the basin around the minimum, is the default;
+            "steep", "valley", "slide" and "minimum" are fastai's, and None where they have too few points.
+        refinement: a `Refinement` with ``refine=True``, whose best rate is then the suggestion; else None.
+    """
+
+    learning_rate: np.ndarray
+    loss: np.ndarray
+    smoothed_loss: np.ndarray
+    losses: np.ndarray
+    smoothed_losses: np.ndarray
+    status: Status
+    message: str
+    suggestion: float | None
+    suggestions: dict[str, float | None]
+    refinement: Refinement | None
+
+    def __repr__(self) -> str:
+        rates = {"suggestion": self.suggestion, **self.suggestions}
+        told = {name: "none" if rate is None else _number(rate, ".3g") for name, rate in rates.items()}
+        rows = {"status": ends(self.status), "message": self.message, "suggestion": told.pop("suggestion")}
+        rows["by rule"] = ", ".join(f"{name} {rate}" for name, rate in told.items())
+        return table("gdopt.RangeTest", rows)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Result:
+    """The params that a run found, and how it ended.
+
+    A pytree, to be passed to ``jit``, ``vmap`` and the like, and to be returned from them. There all numbers become
+    arrays, with a leading axis after a vmap, ``status`` holds the number of a `Status`, and ``message`` is lost. If
+    `minimize` was called inside of these, there is no history either, since its length is not known.
+
+    Attributes:
+        params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
+            last good one. In the structure, dtypes and containers of the params that were given.
+        loss: the loss of ``params`` (with mini-batches, on a single batch).
+        grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` the gradient by
+            ``params / scale``.
+        steps: the updates made. The loss was evaluated ``steps + 1`` times.
+        status: a `Status`; ``Status(int(result.status))`` after a jit.
+        message: a sentence that says what happened and, where that helps, what to try.
+        success: whether the run ended as asked: CONVERGED, PRECISION_LIMIT or TARGET_REACHED; for a noisy loss without
+            a target also MAX_STEPS, if nothing else was asked for and the mean loss of the last epoch is at most the
+            loss of the start.
+        left: an estimate of what is left to gain at ``params``, in units of the loss: what Newton's method would gain
+            next; the rounding of the loss there, if that is more; at a kink what the gradients around it show. NaN
+            where it is not known.
+        verified: whether that was checked at ``params`` at the end, by the curvature of the loss or, at a kink, by
+            neighbours drawn at random and the gradients around it. Their evaluations are not among the steps.
+        history: a `History`; None inside of jit, vmap and grad.
+        steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone), of a stream those of
+            its first pass; None for a loss that is the same function at each step, and for a stream that went no
+            further.
+        range_test: the `RangeTest` that ``learning_rate="auto"`` chose the rate by; None where none was made.
+        aux: what the loss returned besides its value at ``params``; None without ``has_aux``.
+        compile_seconds: spent before the loop: tracing, compiling (near zero when an equal program ran before), and the
+            range test where there was one.
+        run_seconds: spent in the loop.
+
+    Example:
+        >>> import gdopt
+        >>> result = gdopt.minimize(lambda x: (x - 3.0) ** 2, 0.0, learning_rate=0.4)
+        >>> result.status.name, round(float(result.params), 2)
+        ('CONVERGED', 3.0)
+    """
+
+    params: PyTree
+    loss: float
+    grad_norm: float
+    steps: int
+    status: Status
+    message: str
+    success: bool
+    left: float
+    verified: bool
+    history: History
+    steps_per_epoch: int | None
+    range_test: RangeTest | None
+    aux: Any
+    compile_seconds: float
+    run_seconds: float
+    # What `diagnose` needs, of a run whose last evaluation was not finite: no child of the pytree, and not pickled.
+    _evidence: Any = dataclasses.field(default=None, init=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_evidence": None}
+
+    def raise_for_status(self) -> Result:
+        """This result, if the run ended with success.
+
+        Raises:
+            NotConvergedError: otherwise, with the message, and the result as its ``result``; of many runs side by side,
+                with how many ended how.
+
+        Example:
+            >>> import gdopt
+            >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.4).raise_for_status().success
+            True
+        """
+        if _jax.is_tracer(self.success):
+            raise GdoptError("raise_for_status was called inside jit, vmap or grad: nothing can be raised there yet.")
+        status, success = jax.device_get((self.status, self.success))
+        if np.all(success):
+            return self
+        if np.ndim(status) == 0:
+            raise NotConvergedError(f"{Status(int(status))}: {self.message}", self)
+        failed = np.asarray(status)[~np.asarray(success)]
+        message = f"{failed.size} of {np.size(success)} runs ended without success: {ends(failed)}."
+        raise NotConvergedError(message, self)
+
+    def __repr__(self) -> str:
+        rows = {
+            "status": ends(self.status),
+            "message": self.message,
+            "loss": _number(self.loss, ".6g"),
+            "grad_norm": _number(self.grad_norm, ".3g"),
+            "steps": _number(self.steps, ""),
+            "params": _shown(self.params),
+        }
+        if self.aux is not None:
+            rows["aux"] = _shown(self.aux)
+        return table("gdopt.Result", rows)
+
+
+NO_MESSAGE = "lost in jit, vmap, grad or tree.map, which keep numbers alone: status is the number of a gdopt.Status."
+
+
+class _Sentence:
+    """The message of a result, as the part of a pytree that is no leaf.
+
+    All of them count as equal. So two results have one structure, and jit compiles nothing for another message. It
+    belongs to the numbers that it was written of: beside others, `NO_MESSAGE` stands.
+    """
+
+    def __init__(self, text: str, numbers: list[Any]):
+        self._text, self._of = text, _as_text(numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Sentence)
+
+    def __hash__(self) -> int:
+        return hash(_Sentence)
+
+    def beside(self, numbers: list[Any]) -> str:
+        """The message if these are the numbers that it was written of."""
+        return self._text if self._of is not None and self._of == _as_text(numbers) else NO_MESSAGE
+
+
+def _as_text(numbers: list[Any]) -> str | None:
+    """Scalars, to be compared; None for what is no number, such as what jit traces."""
+    try:
+        scalars = jax.device_get(numbers)
+        single = all(np.ndim(x) == 0 for x in scalars)
+        return repr([x if x is None else float(x) for x in scalars]) if single else None
+    except Exception:  # a pytree's leaves may be anything
+        return None
+
+
+def _make_pytree(cls: type, *telling: str) -> None:
+    """Make a pytree of a class. Its children are all fields but the message, which belongs to those ``telling``."""
+    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name != "message"]
+    keys = [jax.tree_util.GetAttrKey(name) for name in names]
+
+    def flatten(result: Any) -> tuple[list[Any], _Sentence]:
+        told = _Sentence(result.message, [getattr(result, name) for name in telling])
+        return [getattr(result, name) for name in names], told
+
+    def flatten_with_keys(result: Any) -> tuple[list[tuple[Any, Any]], _Sentence]:
+        children, told = flatten(result)
+        return list(zip(keys, children, strict=True)), told
+
+    def unflatten(told: _Sentence, children: Iterable[Any]) -> Any:
+        fields = dict(zip(names, children, strict=True))
+        return cls(**fields, message=told.beside([fields[name] for name in telling]))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+_make_pytree(RangeTest, "status", "suggestion")
+_make_pytree(Result, "status", "steps", "loss")
+
+
+def ends(status: Any) -> str:
+    """The name of a status; of many, how many runs ended in which way."""
+    try:
+        codes = np.asarray(jax.device_get(status))
+        if codes.ndim == 0:
+            return Status(codes.item()).name
+        found = zip(*np.unique(codes, return_counts=True), strict=True)
+        return ", ".join(f"{Status(code.item())} ({count})" for code, count in found)
+    except Exception:  # what is being traced, or anything else that a leaf was replaced by
+        return _shown(status)
+
+
+def _number(value: Any, spec: str) -> str:
+    try:
+        return format(np.asarray(jax.device_get(value)).item(), spec)
+    except Exception:
+        return _shown(value)
+
+
+def _shown(tree: PyTree) -> str:
+    try:
+        return _trees.summary(tree)
+    except Exception:  # raised by somebody's repr
+        return f"<{type(tree).__name__}>"
+
+
+def table(title: str, rows: dict[str, str]) -> str:
+    """Print a title, and below it a row for each name."""
+    width = max(map(len, rows)) + 1
+    return "\n".join([title, *(f"  {name:{width}}{value}" for name, value in rows.items())])

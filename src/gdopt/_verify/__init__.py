@@ -1,0 +1,1 @@
+"""The verification of a claim to be at a minimum."""

@@ -1,0 +1,298 @@
+"""The end of a run, checked: is there really so little left to gain at the point that is returned?
+
+Products of the Hessian with a few directions give what Newton's method would still gain, g'H^-1 g / 2, and show
+negative curvature, which tells a saddle from a minimum. If they contradict the claim, the points that they lead to are
+tried. If none of these is lower although the gradient promises it, the loss has a kink; then neighbours tell what a
+gradient cannot.
+
+All of it is computed with lists of real arrays: see `places`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from gdopt import _stopping as stopping
+from gdopt import _trees
+from gdopt._stopping import RUNNING, Ending, Limits, Status, Watch
+from gdopt._verify.counterexamples import Point, Tries, directions, wanted_kinds
+from gdopt._verify.kinks import Below, look_below
+from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
+from gdopt._verify.spectrum import Spectrum, evened, newton_step, spectrum
+
+_EXACT = 64  # entries of the params: the whole Hessian of so many is computed
+_CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
+_PART = 0.5  # of what a parabola's minimum promises: where a try gains as much, there is no kink
+_KINK = 100  # times the rounding of the loss: what a step downhill should have gained
+_ROUNDED, _ULPS = 3, 4.0  # points that tell how well the loss is known, and how far away: in eps of the params
+_MOSTLY, _MUCH = 0.1, 1000  # of what was gained, and over that at the start: a loss with more noise tells nothing
+_AGAIN = 0.2  # of what is left, where Newton's step has led to: 0.14 for exponentials and high powers, 0 for parabolas
+_SLOWLY = 0.8  # of what is left, at the next point: after that Newton's method tells nothing
+
+
+class Check(NamedTuple):
+    """The findings at a point."""
+
+    left: Any  # to gain, in units of the loss; infinite if the curvature does not tell
+    curved: Any  # whether the loss has a Hessian there
+    negative: Any  # whether there is a direction of negative curvature
+    lower: Any  # whether a point is lower by more than was allowed, or along a negative curvature by more than rounding
+    below: Any  # the same by more than rounding, where the curvature cannot tell how much more is left
+    kink: Any  # whether the gradient promises that the loss falls, though no gradient around it does, nor any try
+    slope: Any  # there
+    saturated: Any  # whether the loss depended on an entry at the start, and does not there
+    point: Blocks  # the lowest found
+    steepest: Any  # the largest entry of the gradient at the given one
+
+
+class Claim(NamedTuple):
+    """A run that has ended at a minimum, as it says."""
+
+    code: Any
+    step: Any
+    params: Blocks  # that are returned
+    moved: Blocks  # from the start
+    loss: Any
+    grad_norm: Any
+    watch: Watch
+    free: Blocks | None  # 0 for entries that the optimizer holds in their places, 1 for others
+
+
+class Settled(NamedTuple):
+    """The outcome of a claim."""
+
+    code: Any  # RUNNING if it is withdrawn
+    ending: Ending
+    watch: Watch
+    moves: Any  # whether the run goes on at ``point``
+    restarts: Any  # whether it starts its search anew there
+    point: Blocks
+
+
+def settle(
+    place: Place,
+    probe: Probe,
+    differences: Callable[[Blocks, Blocks], Blocks],
+    claim: Claim,
+    limits: Limits,
+    eps: float,
+    *,
+    exact: bool,
+    searches: bool,
+) -> Settled:
+    """Verify a claim, or withdraw it: then the run goes on, if its optimizer ``searches`` at a lower point.
+
+    An optimizer that does not is left on its own way; if it has come to its end, the run has stalled. Products of the
+    Hessian are ``exact``, or ``differences`` of gradients where it is not finite.
+    """
+    np, loss, watch = place.np, claim.loss, claim.watch
+    grad = probe.at(claim.params)[1]
+    if exact:
+        probe, exact = _finite(place, probe, differences, claim.params)
+    begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
+    noise, drowned = _known(place, probe, claim, grad, begin)
+    own, may = stopping.resolution(loss, eps), stopping.allowed(np, watch, loss, limits)
+    rounding = np.where(drowned, own, np.maximum(own, noise))
+    here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
+    start = Start(begin, watch.first_loss, stopping.resolution(watch.first_loss, eps))
+    limited = claim.code == Status.PRECISION_LIMIT
+    seen = check(place, probe, here, start, exact=exact, limited=limited)
+
+    nothing = np.where(searches & ~limited, stopping.NOTHING, limits.tol * limits.tol)
+    all_left = stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
+    lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # as on the way to a kink
+    little = seen.curved & (seen.left <= here.allowed) & ~lower & ~all_left
+    kink = limited & seen.kink & ~lower & (seen.slope <= _MOSTLY * (watch.first_loss - loss))
+    holds = (little | kink) & ~seen.saturated & ~drowned
+    if limits.grad_tol is not None:
+        holds = holds | (seen.steepest <= limits.grad_tol)
+    hides = ~drowned & (noise > own) & (noise > seen.left)  # in rounding
+    left = np.where(drowned | hides, noise, np.where(np.isfinite(seen.left), seen.left, np.nan))
+    soon = claim.step < watch.patience  # after another claim: with no step between, there would be no end of them
+    stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0) | soon
+    again = lower & searches & (watch.bar > stopping.LEAST_BAR)
+    goes_on = ~holds & (again | ~stuck) & (claim.step < limits.max_steps)
+    moves = goes_on & lower & searches
+
+    name = np.where(limited & (kink | (left > may)), Status.PRECISION_LIMIT, Status.CONVERGED)
+    ended = np.where(stuck, Status.STALLED, Status.MAX_STEPS)
+    code = np.where(holds, name, np.where(goes_on, RUNNING, ended))
+    by_curvature = np.where(hides, stopping.UP_TO_NOISE, stopping.BY_CURVATURE)
+    how = np.where(little, by_curvature, np.where(kink, stopping.BY_NEIGHBOURS, stopping.NOT_VERIFIED))
+    how = np.where(holds, how, stopping.NOT_VERIFIED)
+    left = np.where(kink, np.maximum(rounding, seen.slope), left).astype(loss.dtype)
+    saddle = np.where(seen.negative, stopping.SADDLE, stopping.NONE_SEEN)
+    flaw = np.where(seen.saturated, stopping.SATURATED, np.where(drowned, stopping.DROWNED, saddle))
+    return Settled(
+        code=code.astype(np.int32),
+        ending=Ending(left, how.astype(np.int32), flaw.astype(np.int32)),
+        watch=place.select(goes_on, stopping.contradicted(np, watch, claim.step), watch),
+        moves=moves,
+        restarts=moves & limited,
+        point=seen.point,
+    )
+
+
+def _typical(np: Any, claim: Claim, eps: float) -> Blocks:
+    """The size of each entry: how large it is, or how far it has come."""
+    sizes = [np.fmax(abs(x), abs(moved)) for x, moved in zip(claim.params, claim.moved, strict=True)]
+    size = largest(np, sizes)
+    size = np.where(size > 0, size, 1)
+    least = float(jnp.finfo(_trees.norm_dtype(sizes)).tiny) ** 0.5  # the square of less is zero
+    sizes = [np.where(x > eps**2 * size, x, size) for x in sizes]  # others have not moved yet
+    sizes = [np.maximum(size, least).astype(x.dtype) for size, x in zip(sizes, claim.params, strict=True)]
+    return sizes if claim.free is None else [x * f for x, f in zip(sizes, claim.free, strict=True)]
+
+
+def _known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
+    """The noise of the loss, and whether most of what was gained is noise."""
+    noise = _noise(place, probe, claim.params, claim.loss, grad).astype(claim.loss.dtype)
+    drowned = noise > _MOSTLY * (claim.watch.first_loss - claim.loss)
+    # A run that starts at its minimum gains no more than that, too: there the noise is the same.
+    more = lambda: noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1])
+    return noise, place.when(drowned, more, lambda: drowned)
+
+
+def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -> tuple[Probe, Any]:
+    """The probe with finite products of the Hessian, and whether they are exact."""
+    np = place.np
+    product = probe.times(params, [np.where(x == 0, 1, x).astype(x.dtype) for x in params])
+    exact = np.stack([np.isfinite(block).all() for block in product]).all()
+    # A root or a norm at zero that a loss leaves aside has no second derivative, and JAX gives NaN for all of it.
+    times = lambda *given: place.when(exact, lambda: probe.times(*given), lambda: differences(*given))
+    return probe._replace(times=times), exact
+
+
+def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks) -> Any:
+    """Measure how far the loss is from its gradient's prediction a few roundings of the params away.
+
+    A sum of large terms that cancel is known to much less than its own rounding.
+    """
+    np, dtype = place.np, _trees.norm_dtype(params)
+
+    def attempt(number: Any, most: Any) -> Any:
+        ways = chance(place, params, number)
+        there = [x * (1 + _ULPS * float(jnp.finfo(x.dtype).eps) * w) for x, w in zip(params, ways, strict=True)]
+        there = [new.astype(x.dtype) for new, x in zip(there, params, strict=True)]
+        expected = dot(place, grad, [new - x for new, x in zip(there, params, strict=True)], dtype)
+        return np.fmax(most, abs(loss_at(place, probe, there) - loss - expected).astype(dtype))
+
+    return place.fold(_ROUNDED, attempt, np.zeros((), dtype))
+
+
+class Start(NamedTuple):
+    """The first point of the run."""
+
+    params: Blocks
+    loss: Any
+    rounding: Any  # of that
+
+
+class _Model(NamedTuple):
+    """The curvature at a point, and what follows from it."""
+
+    found: Spectrum
+    step: Blocks  # Newton's
+    gain: Any  # of that, by the curvature
+    left: Any  # to gain; infinite if the curvature does not tell
+
+
+def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, limited: Any) -> Check:
+    """Look for what is left to gain at a point, and for a lower one.
+
+    Products of the Hessian are ``exact``, or differences of gradients. A way down from a kink is looked for where the
+    run is ``limited``: has come to its end.
+    """
+    np, loss = place.np, here.loss
+    model = _model(place, probe, here, exact)
+    found, left = model.found, model.left.astype(loss.dtype)
+    little = found.known & (left <= here.allowed)
+    negative = found.known & (found.values[0] < -found.noise)
+    clear = negative & (found.values[0] < -_CLEAR * np.max(np.abs(found.values)))
+    flat = found.highest == 0
+    visible = np.maximum(here.allowed, here.rounding)
+
+    ways, lengths, promised = directions(place, found, model.step, here.grad, here.typical, visible)
+    kinds = wanted_kinds(place, found, little, negative)
+    best = Tries(place, probe, here, left, ways, lengths, kinds).lowest(loss - visible)
+    promised = np.maximum(promised, model.gain)
+    kink = found.known & ~little & (promised > _KINK * here.rounding)
+    kink = kink & (best.finite > stopping.TRIED // 2)  # not outside of its domain
+    hidden = kink & limited & (loss - best.loss < _PART * promised)
+    nothing = np.zeros((), found.right.dtype)
+    down = lambda: look_below(place, probe, best.point, best.loss, here.typical)
+    below = place.when(hidden, down, lambda: Below(best.loss, best.point, nothing, nothing > 0))
+    lowest, point = below.loss, below.point
+    return Check(
+        left=np.maximum(left, loss - lowest),
+        curved=found.known,
+        negative=clear,
+        lower=(lowest < loss - visible) | (clear & best.saddle) | best.beyond,
+        below=(lowest < loss - here.rounding) & (~little | flat),
+        kink=kink & below.tells & (below.slope < np.inf),
+        slope=below.slope,
+        saturated=_is_saturated(place, probe, here, found, start),
+        point=point,
+        steepest=largest(np, here.grad),
+    )
+
+
+def _model(place: Place, probe: Probe, here: Point, exact: Any) -> _Model:
+    """The curvature, Newton's step, and how far both can be believed."""
+    np, eps, dtype = place.np, coarsest(here.params), _trees.norm_dtype(here.params)
+    accuracy = np.where(exact, eps, eps ** (2 / 3))  # of curvatures
+    few = count_of(here.params) <= _EXACT
+    scale = here.typical if few else evened(place, probe, here.params, here.typical)
+    found = spectrum(place, probe, here.params, here.grad, scale, accuracy, dtype, whole=few)
+    newton = newton_step(place, found, found.right)
+    step = found.way(place, -newton.weights)
+    there = shifted(here.params, step)
+    grad = probe.at(there)[1]
+
+    # There the gradient of a parabola is zero. If it is not much smaller, the Hessian tells little of the loss, as in a
+    # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
+    again = newton_step(place, found, found.along(place, grad)).left
+    ulps = [np.where(s > 0, eps * x / np.where(s > 0, s, 1), 0) for x, s in zip(here.typical, scale, strict=True)]
+    grain = found.highest * dot(place, ulps, ulps, dtype)  # the params are known no better
+    least = np.maximum(here.rounding, grain)
+    bends = ~(again <= np.maximum(_AGAIN * newton.left, least)) & (newton.left > here.rounding)
+
+    # Along a valley the curvature changes, too: then it is that at the new point which tells how much more is left.
+    asks = found.known & ~bends & (newton.left <= here.allowed) & (newton.left > least) & few
+
+    def further() -> Any:
+        new = spectrum(place, probe, there, grad, scale, accuracy, dtype, whole=True)
+        return np.where(new.known, newton_step(place, new, new.right).left, np.inf)
+
+    more = place.when(asks, further, lambda: 0 * newton.left) if few else 0 * newton.left
+    share = more / np.where(newton.left > 0, newton.left, 1)
+    tells = found.known & ~bends & (~asks | (share < _SLOWLY))
+    left = np.where(tells, newton.left, np.where((found.right != 0).any(), np.inf, 0))
+    left = left / np.where(tells & asks, 1 - share, 1)
+    return _Model(found, step, newton.left, left)
+
+
+def _is_saturated(place: Place, probe: Probe, here: Point, found: Spectrum, start: Start) -> Any:
+    """Tell whether entries went so far that the loss no longer depends on them, as it did at the start.
+
+    As the width of a peak that became a line: gradient and curvature are zero there, and the loss is no minimum. A loss
+    of zero may be one. Known of the whole Hessian alone.
+    """
+    np = place.np
+    if count_of(here.params) > _EXACT:
+        return here.loss != here.loss
+    curved = np.diagonal(found.matrix)
+    lost = (curved <= 0) & (np.abs(curved) <= here.rounding) & (np.abs(found.right) <= here.rounding)
+
+    def look() -> Any:
+        dead = lost & (np.abs(found.along(place, probe.at(start.params)[1])) > start.rounding)
+        half = found.way(place, np.where(dead, 0.5, 0))
+        side = lambda number: shifted(here.params, [(1 - 2 * number) * x for x in half])
+        (changes,) = place.rows(lambda number: [np.abs(probe.at(side(number))[0] - here.loss)], 2)
+        # One of them may be outside of the domain, but not both.
+        return dead.any() & (np.fmax(*changes) <= here.rounding) & (here.loss != 0)
+
+    return place.when(lost.any(), look, lambda: lost.any() & False)

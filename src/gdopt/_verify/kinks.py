@@ -1,0 +1,145 @@
+"""A way down from a kink, which the gradient at a single point does not tell.
+
+Source: Burke, Lewis & Overton, "A robust gradient sampling algorithm for nonsmooth, nonconvex optimization", 2005; and
+where a way that was found leads up, the gradient there is one more, as in Lemaréchal, "An extension of Davidon methods
+to non differentiable problems", 1975.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gdopt import _trees
+from gdopt._verify.places import (
+    Blocks,
+    Place,
+    Probe,
+    chance,
+    coarsest,
+    combined,
+    count_of,
+    largest,
+    loss_at,
+    normal,
+    products,
+    shifted,
+)
+
+_ROUNDS, _COARSE = 8, 3  # each with gradients from a smaller region, the first of which are too large to tell a slope
+_SAMPLES, _MORE = 16, 48  # gradients at random, and along ways that led up, at the most
+_SHIFTS = 100  # of weight between two gradients
+_LENGTHS = 6  # that are tried along a way, each four times the last
+_ZERO = 0.003  # of the longest gradient: the shortest vector counts as zero
+_FALLS = 0.1  # of what the shortest vector promises
+
+
+class Below(NamedTuple):
+    """The lower point that was found around a kink, if there is one."""
+
+    loss: Any  # the lowest
+    point: Blocks
+    slope: Any  # of the loss along the best way, for a step as long as the entries are large; the least of the regions
+    tells: Any  # whether the gradients of the last region led down, or showed that there is no way
+
+
+def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks) -> Below:
+    """Go down from a point at a kink.
+
+    Along the shortest vector in the convex hull of gradients near the point: all of them tell that the loss falls
+    there; if that vector is zero, the point is a minimum or a saddle. Near is a share of each entry's ``typical`` size,
+    which is 0 for those that are held in their places; or, as an entry may have come far too little, of what would
+    change the loss by all of it.
+    """
+    np, dtype, eps = place.np, _trees.norm_dtype(params), coarsest(params)
+    few = min(count_of(params), _SAMPLES) + 1
+    room = few + min(4 * count_of(params), _MORE)
+
+    def beside(point: Blocks, sizes: Blocks, number: Any) -> Blocks:
+        """The gradient at the point, or at another one near it."""
+        away = [np.where(number == 0, 0, s * c) for s, c in zip(sizes, chance(place, sizes, number), strict=True)]
+        return probe.at(shifted(point, away))[1]
+
+    def descend(number: Any, below: tuple[Below, Blocks]) -> tuple[Below, Blocks]:
+        (loss, begin, least, _), steepest = below
+        radius = eps ** (0.15 * ((number + 1) // 2))
+        by_loss = [np.where((t > 0) & (g > 0), abs(loss) / g, t) for t, g in zip(typical, steepest, strict=True)]
+        sizes = [np.where(number % 2 == 1, t, s) for t, s in zip(typical, by_loss, strict=True)]
+        sizes = [(radius * np.where(np.isfinite(s), s, 0)).astype(s.dtype) for s in sizes]
+        rows = place.rows(lambda number: beside(begin, sizes, number), few)
+        rows = [np.concatenate([block, np.zeros((room - few, *block.shape[1:]), block.dtype)]) for block in rows]
+        rows = [np.where(np.isfinite(block), block, 0) for block in rows]
+        steepest = [np.maximum(np.max(abs(block), axis=0), s) for block, s in zip(rows, steepest, strict=True)]
+        rows = [block * s[None] for block, s in zip(rows, sizes, strict=True)]
+        unit = largest(np, rows)
+        unit = np.where(unit > 0, unit, 1)
+
+        def goes_on(carry: tuple) -> Any:
+            known, _, _, length, longest, (value, _) = carry
+            promises = (length > _ZERO * longest) & (_FALLS * length > eps * abs(loss))  # a fall that can be seen
+            return (known < room) & promises & ~(value < loss - _FALLS * length)
+
+        def follow(carry: tuple) -> tuple:
+            known, rows, weights, *_ = carry
+            scaled = [block / unit.astype(block.dtype) for block in rows]
+            weights, length, longest = _shortest(place, scaled, weights, known, dtype)
+            way = normal(place, combined(place, weights, scaled), dtype)
+            way = [s * w for s, w in zip(sizes, way, strict=True)]
+            there = shifted(begin, [-w for w in way])
+            grad = [g * s for g, s in zip(probe.at(there)[1], sizes, strict=True)]
+            grad = [np.where(np.isfinite(g), g, 0) for g in grad]
+            rows = [place.put(block, known, g) for block, g in zip(rows, grad, strict=True)]
+            lowest = _along(place, probe, begin, loss, way)
+            return known + 1, rows, weights, length * unit, longest * unit, lowest
+
+        def further(_: Any, carry: tuple) -> tuple:
+            return place.when(goes_on(carry), lambda: follow(carry), lambda: carry)
+
+        one = np.ones((), dtype)
+        first = np.where(np.arange(room) == 0, one, 0)
+        start = np.int32(few) + 0 * number, rows, first, np.inf * one, one * unit, (loss, begin)
+        _, _, _, length, _, (value, point) = carry = place.fold(room - few, further, start)
+        slope = np.where(number < _COARSE, np.inf, length / radius)
+        return Below(value, point, np.minimum(least, slope).astype(dtype), ~goes_on((few, *carry[1:]))), steepest
+
+    first = [abs(g).astype(t.dtype) for g, t in zip(probe.at(params)[1], typical, strict=True)]
+    unknown = np.full((), np.inf, dtype)
+    return place.fold(_ROUNDS, descend, (Below(loss, params, unknown, unknown < 0), first))[0]
+
+
+def _along(place: Place, probe: Probe, begin: Blocks, loss: Any, way: Blocks) -> tuple[Any, Blocks]:
+    """The lowest loss along a way, and its point."""
+    np = place.np
+
+    def attempt(number: Any, lowest: tuple[Any, Blocks]) -> tuple[Any, Blocks]:
+        loss, point = lowest
+        there = shifted(begin, [-(4.0 ** (number - 1)) * w for w in way])
+        value = loss_at(place, probe, there).astype(loss.dtype)
+        point = [np.where(value < loss, new, old) for new, old in zip(there, point, strict=True)]
+        return np.where(value < loss, value, loss), point
+
+    return place.fold(_LENGTHS, attempt, (loss, begin))
+
+
+def _shortest(place: Place, rows: Blocks, weights: Any, known: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """The weights of the shortest vector in the convex hull of the first rows, its length, and the longest row's.
+
+    Weight goes to the row that is least along their sum from the one that is most, as in Platt, "Sequential minimal
+    optimization", 1998.
+    """
+    np = place.np
+    row = lambda number: [products(place, rows, [block[number] for block in rows], dtype)]
+    matrix = place.rows(row, len(weights))[0]
+    numbers = np.arange(len(weights))
+
+    def shift(_: Any, weights: Any) -> Any:
+        slope = matrix @ weights
+        to = np.argmin(np.where(numbers < known, slope, np.inf))
+        since = np.argmax(np.where(weights > 0, slope, -np.inf))
+        square = matrix[to, to] + matrix[since, since] - 2 * matrix[to, since]
+        part = (slope[since] - slope[to]) / np.where(square > 0, square, 1)
+        part = np.where(square > 0, np.minimum(np.maximum(part, 0), weights[since]), 0)
+        return weights + part * ((numbers == to) * 1 - (numbers == since) * 1).astype(dtype)
+
+    weights = place.fold(_SHIFTS, shift, weights)
+    square = weights @ matrix @ weights
+    return weights, np.sqrt(np.maximum(square, 0)), np.sqrt(np.max(np.diagonal(matrix)))
