@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gdopt
-from gdopt._rate_finder.curve import RULES
+from gdopt._rate_finder.rules import RULES
 from networks import TRAININGS, Training
 from tables import Row, arguments, print_heading, print_table, processes
 

@@ -20,13 +20,13 @@ import optax
 from jax.experimental import multihost_utils
 
 import gdopt
-from gdopt._run import host_loop as run
+from gdopt._run import host_loop
 
 port, process, case, path = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 address = f"127.0.0.1:{port}"
 jax.distributed.initialize(address, 2, process, coordinator_bind_address=address, shutdown_timeout_seconds=10)
 
-run._CHUNK_SECONDS = 1e-4  # so that there are many, and time to be killed in
+host_loop._CHUNK_SECONDS = 1e-4  # so that there are many, and time to be killed in
 ROWS = np.random.default_rng(0).normal(size=(64, 40)).astype(np.float32)
 # Large ones are split; of "0/w" and "0" a file system would make a file and a directory of one name.
 START = {

@@ -18,7 +18,7 @@ from problems import PROBLEMS, Problem
 import gdopt
 from gdopt import schedules
 from gdopt._loop import loop
-from gdopt._run import host_loop as host
+from gdopt._run import host_loop
 from gdopt._stopping import FAILURES
 
 # --- the lists; functions, so that a test can have everything made anew ---
@@ -233,8 +233,8 @@ def _fit(problem: Regression, loss: str, optimizer: Any, rate: Any, start: Any, 
 
 def single_steps(patch: pytest.MonkeyPatch) -> None:
     """Makes each chunk one step long, without any change to the compiled program."""
-    patch.setattr(host, "_FIRST_CHUNK", 1)
-    patch.setattr(host, "_CHUNK_SECONDS", 0.0)
+    patch.setattr(host_loop, "_FIRST_CHUNK", 1)
+    patch.setattr(host_loop, "_CHUNK_SECONDS", 0.0)
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -311,7 +311,7 @@ def test_structure_and_dtypes_are_kept(case: Case, monkeypatch: pytest.MonkeyPat
         look = lambda carry: (carry, carry[0].tree().params, returned(carry[0]))
         raise Traced(state, *jax.eval_shape(look, after))
 
-    monkeypatch.setattr(host, "begin", stop)
+    monkeypatch.setattr(host_loop, "begin", stop)
     for run, dtype in ((fit, jnp.bfloat16), (fit if case.name in FULL_BATCH else fit_batches, jnp.float64)):
         with jax.enable_x64(dtype == jnp.float64):
             start = Regression.start(dtype)
@@ -505,8 +505,8 @@ def test_capacity_of_a_chunk_changes_no_bit(capacity: int, monkeypatch: pytest.M
     """Another program, so this is not in the runs of each optimizer."""
     expected = fit(optax.adam, 0.1, max_steps=50, tol=0).result
     monkeypatch.setattr(loop, "CAPACITY", capacity)
-    monkeypatch.setattr(host, "_FIRST_CHUNK", 1)
-    monkeypatch.setattr(host, "_CHUNK_SECONDS", 1e9)
+    monkeypatch.setattr(host_loop, "_FIRST_CHUNK", 1)
+    monkeypatch.setattr(host_loop, "_CHUNK_SECONDS", 1e9)
     found = fit(optax.adam, 0.1, max_steps=50, tol=0).result
     assert same_bits(found.history, expected.history)
     assert same_bits(found.params, expected.params)

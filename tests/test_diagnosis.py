@@ -15,7 +15,7 @@ from jax import lax
 
 import gdopt
 from gdopt import Status, _jax
-from gdopt._compile import replay as _replay
+from gdopt._compile import replays
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 DEFECT = X.copy()
@@ -419,10 +419,10 @@ def test_what_it_builds_on_is_still_there() -> None:
 
     found = {eqn.primitive.name: eqn for eqn in _jax.opened(jax.make_jaxpr(loss)(1.0)).eqns}
     assert found["scan"].params.keys() >= {"jaxpr", "length", "reverse"}
-    assert _replay.scan_counts(found["scan"]) == (0, 1)
+    assert replays.scan_counts(found["scan"]) == (0, 1)
     assert found["while"].params.keys() >= {"body_jaxpr", "cond_jaxpr", "body_nconsts", "cond_nconsts"}
     assert _jax.is_jaxpr(found["cond"].params["branches"][0])
-    assert _replay.as_it_is(found["scan"].params["jaxpr"], [1.0, 2.0])[0] == 2
+    assert replays.as_it_is(found["scan"].params["jaxpr"], [1.0, 2.0])[0] == 2
     _, line, function = next(frame for frame in _jax.lines(found["scan"]) if frame[0] == __file__)
     assert (function.split(".")[-1], line > 0) == ("loss", True)
     assert _jax.is_backward(_jax.opened(jax.make_jaxpr(jax.grad(jnp.sin))(1.0)).eqns[-1])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 import gdopt
 from gdopt import Status
-from gdopt._run import host_loop as run
+from gdopt._run import host_loop
 
 CURVATURES = jnp.array([1.0, 4.0, 10.0])
 
@@ -91,8 +91,8 @@ def test_chunk_sizes_change_no_bit(monkeypatch, batch_size):
 
     usual = results()
     for first, seconds in ((1, 0.0), (2, 0.0), (13, 1e-4), (97, 1.0)):
-        monkeypatch.setattr(run, "_FIRST_CHUNK", first)
-        monkeypatch.setattr(run, "_CHUNK_SECONDS", seconds)  # 0 makes every further chunk one step long
+        monkeypatch.setattr(host_loop, "_FIRST_CHUNK", first)
+        monkeypatch.setattr(host_loop, "_CHUNK_SECONDS", seconds)  # 0 makes every further chunk one step long
         for one, other in zip(usual, results(), strict=True):
             np.testing.assert_array_equal(one, other)
 

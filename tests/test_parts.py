@@ -18,7 +18,7 @@ import pytest
 
 import gdopt
 from gdopt import Checkpoint, CheckpointError, GdoptError, InputError
-from gdopt._checkpoint import sharded as parts
+from gdopt._checkpoint import sharded
 from gdopt._checkpoint.saves import SPREAD, Saver, newest, read, write
 
 ARRAYS: dict[str, Any] = {
@@ -33,11 +33,11 @@ PLACES = {name: array.sharding for name, array in ARRAYS.items()}
 
 
 def save(saver: Saver, base: Path, step: int, token: str = "0123abcd") -> None:
-    directory = parts.directory_name(str(base), step, token)
+    directory = sharded.directory_name(str(base), step, token)
 
     def spread() -> dict[str, Any]:
-        parts.write(directory, parts.copies(ARRAYS))
-        return parts.complete(directory, ARRAYS)
+        sharded.write(directory, sharded.copies(ARRAYS))
+        return sharded.complete(directory, ARRAYS)
 
     assert saver.save(step, {"here": np.arange(3)}, {"step": step}, spread)
     saver.wait()
@@ -65,10 +65,10 @@ def test_every_array_comes_back_to_the_last_bit(base: Path) -> None:
     assert found is not None
     assert found.arrays["here"].tolist() == [0, 1, 2]
     listing = found.meta[SPREAD]
-    assert parts.kinds(listing) == {name: (array.shape, array.dtype) for name, array in ARRAYS.items()}
-    back = parts.load(found.file, listing, PLACES)
+    assert sharded.kinds(listing) == {name: (array.shape, array.dtype) for name, array in ARRAYS.items()}
+    back = sharded.load(found.file, listing, PLACES)
     assert back.keys() == ARRAYS.keys()
-    assert parts.load(found.file, listing, {"state.z": PLACES["state.z"]}).keys() == {"state.z"}
+    assert sharded.load(found.file, listing, {"state.z": PLACES["state.z"]}).keys() == {"state.z"}
     for name, array in ARRAYS.items():
         assert (back[name].dtype, back[name].sharding) == (array.dtype, array.sharding)
         assert np.asarray(back[name]).tobytes() == np.asarray(array).tobytes()
@@ -132,7 +132,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_one_is_made(base: Path, m
 
     place = Checkpoint(base, every_seconds=0)
     with Saver(place) as saver:
-        for at, (module, name) in enumerate(((parts, "complete"), (os, "replace"))):
+        for at, (module, name) in enumerate(((sharded, "complete"), (os, "replace"))):
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, full)
                 save(saver, base, 2 * at)
@@ -161,7 +161,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_one_is_made(base: Path, m
     ids=range(10),
 )
 def test_a_list_from_nobodys_hand(base: Path, change: dict[str, Any], why: str) -> None:
-    directory = parts.directory_name(str(base), 5, "0123abcd")
+    directory = sharded.directory_name(str(base), 5, "0123abcd")
     os.mkdir(directory)
     os.mkfifo(os.path.join(directory, "pipe"))
     listing = {"directory": os.path.basename(directory), "files": {}, "arrays": {}} | change
@@ -172,10 +172,10 @@ def test_a_list_from_nobodys_hand(base: Path, change: dict[str, Any], why: str) 
 
 def test_where_orbax_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    parts.check_installed({"w": jnp.ones(3)})  # is not needed
-    monkeypatch.setattr(parts, "is_spread", lambda leaf: True)
+    sharded.check_installed({"w": jnp.ones(3)})  # is not needed
+    monkeypatch.setattr(sharded, "is_spread", lambda leaf: True)
     with pytest.raises(GdoptError, match=re.escape('pip install "gdopt[checkpoint]"')):
-        parts.check_installed({"w": jnp.ones(3)})
+        sharded.check_installed({"w": jnp.ones(3)})
 
 
 def apart(file: Path, dtype: Any = None) -> None:
@@ -184,8 +184,8 @@ def apart(file: Path, dtype: Any = None) -> None:
     spread = {name: jnp.asarray(arrays.pop(name), dtype) for name in sorted(arrays) if "params" in name}
     assert spread
     directory = str(file).replace(".gdopt", ".0123abcd.orbax")
-    parts.write(directory, spread)
-    write(str(file), arrays, {**meta, SPREAD: parts.complete(directory, spread)})
+    sharded.write(directory, spread)
+    write(str(file), arrays, {**meta, SPREAD: sharded.complete(directory, spread)})
 
 
 def test_one_process_goes_on_from_what_several_saved(base: Path) -> None:

@@ -32,8 +32,7 @@ from jax.experimental.ode import odeint
 
 import gdopt
 from gdopt import _jax, schedules
-from gdopt._compile import program
-from gdopt._compile import replay as _replay
+from gdopt._compile import program, replays
 from gdopt._loop import loop
 
 X = jnp.array([0.5, -1.0, 2.0])
@@ -1096,7 +1095,7 @@ def test_the_parts_of_jax_that_are_not_public_are_as_they_were() -> None:
     assert len(jaxpr.constvars) == len(_jax.consts(closed))
     assert len(jaxpr.invars) == len(jaxpr.outvars) == 2
     assert not closed.effects
-    got = _replay.as_it_is(closed, [X, X + 1])
+    got = replays.as_it_is(closed, [X, X + 1])
     assert bits(got) == bits(jax.jit(function)(X, X + 1))
 
     literals = [atom for eqn in jaxpr.eqns for atom in eqn.invars if _jax.is_literal(atom)]
@@ -1137,9 +1136,9 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_what_a_replay_makes_anew_is_known(name: str) -> None:
     found = {eqn.primitive.name: eqn for eqn in _jax.opened(jax.make_jaxpr(OPERATIONS[name])(X)).eqns}
-    (eqn,) = (eqn for known, eqn in found.items() if known in _replay._BUILDERS)
-    builder = _replay._BUILDERS[eqn.primitive.name]
+    (eqn,) = (eqn for known, eqn in found.items() if known in replays._BUILDERS)
+    builder = replays._BUILDERS[eqn.primitive.name]
     assert builder.knows(eqn)
     assert not builder.knows(eqn.replace(params={**eqn.params, "new": 1}))
     if name == "scan":
-        assert _replay.scan_counts(eqn) == (1, 1)
+        assert replays.scan_counts(eqn) == (1, 1)

@@ -22,8 +22,8 @@ import pytest
 
 import gdopt
 from gdopt import Status
-from gdopt._checkpoint import resume as resuming
-from gdopt._run import host_loop as host
+from gdopt._checkpoint import resume
+from gdopt._run import host_loop
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
 ROWS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
@@ -142,7 +142,7 @@ def test_a_call_with_fewer_steps_spoils_nothing(whole, path) -> None:
 
 def test_a_signal_before_the_first_step_spoils_nothing(path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        usual = host.ctrl_c
+        usual = host_loop.ctrl_c
 
         @contextlib.contextmanager
         def at_once():
@@ -150,7 +150,7 @@ def test_a_signal_before_the_first_step_spoils_nothing(path, monkeypatch) -> Non
                 os.kill(os.getpid(), signal.SIGTERM)
                 yield pressed
 
-        patch.setattr(host, "ctrl_c", at_once)
+        patch.setattr(host_loop, "ctrl_c", at_once)
         assert minimize(path).steps == 0
     assert bits(minimize(path)) == bits(minimize())
 
@@ -224,7 +224,7 @@ def test_sets_of_strings_have_no_order(tmp_path) -> None:
 def test_the_same_call_again_makes_no_step(path, monkeypatch) -> None:
     first = minimize(path)
     evaluated = []
-    monkeypatch.setattr(host, "_history", lambda *a, _f=host._history: evaluated.append(a[1]) or _f(*a))
+    monkeypatch.setattr(host_loop, "_history", lambda *a, _f=host_loop._history: evaluated.append(a[1]) or _f(*a))
     assert bits(minimize(path)) == bits(first)
     assert sum(evaluated) == 1  # the last point, which another limit would have gone on from
     converged = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path.with_name("other"))
@@ -425,10 +425,10 @@ def test_a_changed_loss_is_a_warning(path) -> None:
 
 def test_other_devices_or_cores_are_a_warning(path, monkeypatch) -> None:
     minimize(path, max_steps=20)
-    here = resuming._layout(jnp.zeros(3))
+    here = resume._layout(jnp.zeros(3))
     assert re.fullmatch(r"cpu, 1 device, \d+ cores?", here)
     minimize(path, max_steps=30)  # the same ones: no warning
-    monkeypatch.setattr(resuming, "_layout", lambda carry: "NVIDIA H100, 2 devices")
+    monkeypatch.setattr(resume, "_layout", lambda carry: "NVIDIA H100, 2 devices")
     with pytest.warns(UserWarning, match=f"was made on {here}, and here it is NVIDIA H100, 2 devices: the run goes on"):
         result = minimize(path)
     assert result.steps == 60

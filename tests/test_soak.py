@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from gdopt._checkpoint import saves as checkpoint
+from gdopt._checkpoint import saves
 from gdopt._errors import CheckpointError
 
 SECONDS = 600
@@ -67,20 +67,20 @@ class Process:
 
 def readable(file: Path) -> bool:
     try:
-        checkpoint.read(str(file))
+        saves.read(str(file))
     except CheckpointError:
         return False
     return True
 
 
-def saves(directory: Path) -> list[Path]:
+def saves_in(directory: Path) -> list[Path]:
     return sorted(directory.glob("run.*.gdopt"))
 
 
 def identities(directory: Path) -> set[tuple[str, int]]:
     """A save that is made again has the name of the one before, not its inode."""
     found = set()
-    for file in saves(directory):
+    for file in saves_in(directory):
         try:
             found.add((file.name, file.stat().st_ino))
         except FileNotFoundError:  # it was removed since it was listed
@@ -115,11 +115,11 @@ class Soak:
         directory.mkdir()
         story = [kind]
         while True:
-            good = [file for file in saves(directory) if readable(file)]
+            good = [file for file in saves_in(directory) if readable(file)]
             if len(good) > 1 and self.chance.random() < 0.3:
                 story.append(f"damaged {damage(good[-1], self.chance)} of {good[-1].name}")
                 self.counts["damages"] += 1
-            damaged = [file.name for file in saves(directory)[-1:] if not readable(file)]
+            damaged = [file.name for file in saves_in(directory)[-1:] if not readable(file)]
             ended = self._one(kind, directory, story, careful=bool(damaged), peace=time.monotonic() > until)
             for name in damaged:  # the newest save cannot be read: that is told, and an older one is taken
                 told = "newer ones were skipped" in ended.errors and name in ended.errors
@@ -130,9 +130,9 @@ class Soak:
         assert ended.out == self._expected[kind].out, f"{story}\n{ended}"
         self.counts[f"equal: {kind}"] += 1
         # nothing is left behind but the saves that are kept
-        assert sorted(directory.iterdir()) == saves(directory), story
-        assert 1 <= len(saves(directory)) <= 2, story
-        assert all(map(readable, saves(directory))), story
+        assert sorted(directory.iterdir()) == saves_in(directory), story
+        assert 1 <= len(saves_in(directory)) <= 2, story
+        assert all(map(readable, saves_in(directory))), story
 
     def _one(self, kind: str, directory: Path, story: list[str], *, careful: bool, peace: bool) -> Ended:
         """One process, which is killed at some moment or not; where one is careful, not before it has made a save."""

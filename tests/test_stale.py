@@ -28,9 +28,7 @@ from jax.experimental.ode import odeint
 
 import gdopt
 from gdopt import _jax
-from gdopt._compile import fingerprint as _fingerprint
-from gdopt._compile import program
-from gdopt._compile import replay as _replay
+from gdopt._compile import fingerprints, program, replays
 
 X = np.array([0.5, -1.0, 2.0], np.float32)
 FLOAT = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -372,30 +370,30 @@ def test_minimize_sees_what_changed() -> None:
 
 def _without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on JAX 0.11, where one class is both: the arrays of nested traces are overlooked."""
-    monkeypatch.setattr(_fingerprint, "_array", lambda array: (array.shape, array.dtype))
+    monkeypatch.setattr(fingerprints, "_array", lambda array: (array.shape, array.dtype))
 
 
 def _without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fingerprint, "_own", lambda array: array)
+    monkeypatch.setattr(fingerprints, "_own", lambda array: array)
 
 
 def _without_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays that would be arguments stay in the kept program, and count for nothing."""
-    monkeypatch.setattr(_fingerprint._Copier, "_hole", lambda self, array: array)
-    monkeypatch.setattr(_fingerprint, "_value", _blind(_fingerprint._value, lambda value: isinstance(value, jax.Array)))
+    monkeypatch.setattr(fingerprints._Copier, "_hole", lambda self, array: array)
+    monkeypatch.setattr(fingerprints, "_value", _blind(fingerprints._value, lambda value: isinstance(value, jax.Array)))
 
 
 def _without_literals(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = (float, np.generic, np.ndarray)
-    monkeypatch.setattr(_fingerprint, "_leaf", _blind(_fingerprint._leaf, lambda value: isinstance(value, numbers)))
+    monkeypatch.setattr(fingerprints, "_leaf", _blind(fingerprints._leaf, lambda value: isinstance(value, numbers)))
 
 
 def _without_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fingerprint, "_value", _blind(_fingerprint._value, _jax.is_jaxpr))
+    monkeypatch.setattr(fingerprints, "_value", _blind(fingerprints._value, _jax.is_jaxpr))
 
 
 def _without_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fingerprint, "_params", lambda *_: iter(()))
+    monkeypatch.setattr(fingerprints, "_params", lambda *_: iter(()))
 
 
 def _without_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,14 +440,14 @@ WEAKENED = {
 @pytest.mark.parametrize("name", WEAKENED)
 def test_each_part_of_the_fingerprint_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weaken, checks = WEAKENED[name]
-    _fingerprint.is_reliable()  # its answer is kept
+    fingerprints.is_reliable()  # its answer is kept
     weaken(monkeypatch)
     assert [check() for check in checks] == [True] * len(checks)
 
 
 @pytest.mark.parametrize("name", ["arrays", "copies", "holes", "literals", "bodies", "parameters"])
 def test_the_self_check_tells(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = _fingerprint.is_reliable.__wrapped__
+    check = fingerprints.is_reliable.__wrapped__
     assert check()
     WEAKENED[name][0](monkeypatch)
     with pytest.warns(UserWarning, match="look alike"):
@@ -464,7 +462,7 @@ def _missing(*_: Any, **__: Any) -> Any:
 def test_where_traces_cannot_be_read_nothing_is_shared(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gdopt.clear_cache()
     monkeypatch.setattr(_jax, part, _missing)
-    _fingerprint.is_reliable.cache_clear()
+    fingerprints.is_reliable.cache_clear()
     loss = lambda w, data, decay: jnp.mean((data[0] @ w - data[1]) ** 2) + decay * jnp.sum(jax.nn.relu(w) ** 2)
     rows = np.random.default_rng(0)
     data = rows.normal(size=(20, 3)).astype(np.float32), rows.normal(size=20).astype(np.float32)
@@ -489,7 +487,7 @@ def test_where_traces_cannot_be_read_nothing_is_shared(part: str, monkeypatch: p
         assert nan.status.name == "NON_FINITE"
     finally:
         monkeypatch.undo()
-        _fingerprint.is_reliable.cache_clear()
+        fingerprints.is_reliable.cache_clear()
     expected = gdopt.minimize(loss, np.zeros(3, np.float32), data=data, args=(0.1,))
     np.testing.assert_allclose(result.params, expected.params, rtol=1e-3)
 
@@ -597,17 +595,17 @@ def test_functions_without_a_module_get_no_fingerprint() -> None:
 def test_the_self_check_is_quick_and_made_once() -> None:
     script = """
         import time, jax, numpy as np, gdopt
-        from gdopt._compile import fingerprint as _fingerprint
-        from gdopt._compile import replay as _replay
-        calls, trace = [], _fingerprint.trace
-        _fingerprint.trace = lambda *args: calls.append(1) or trace(*args)
+        from gdopt._compile import fingerprints
+        from gdopt._compile import replays
+        calls, trace = [], fingerprints.trace
+        fingerprints.trace = lambda *args: calls.append(1) or trace(*args)
         for _ in range(2):
             gdopt.gd_step(lambda x: x**2, 1.0, 0.1)
         print(len(calls))
     """
     run = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == 2 * len(_fingerprint.TRAPS) + 1
+    assert int(done.stdout) == 2 * len(fingerprints.TRAPS) + 1
 
 
 # ----------------------------------------------------------------------------------------------- nothing is kept alive
@@ -632,5 +630,5 @@ def test_no_array_of_the_callers_is_kept(wrapper: str, carrier: str) -> None:
 
 
 def test_a_kept_trace_is_another_object_only_where_it_has_to_be() -> None:
-    closed, _ = _replay.trace(lambda x: lax.scan(lambda s, _: (jnp.sin(s), None), x, None, length=2)[0], X)
-    assert _fingerprint.copy(closed, _replay.Mode.PROGRAM).jaxpr is _jax.opened(closed)
+    closed, _ = replays.trace(lambda x: lax.scan(lambda s, _: (jnp.sin(s), None), x, None, length=2)[0], X)
+    assert fingerprints.copy(closed, replays.Mode.PROGRAM).jaxpr is _jax.opened(closed)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdopt._rate_finder import curve as suggestions
+from gdopt._rate_finder import rules
 
 FASTAI = np.load(Path(__file__).with_name("fastai_rules") / "rules.npz")
 CURVES = sorted({name.split("/")[0] for name in FASTAI.files})
@@ -23,47 +23,45 @@ def curve(edge: float = 1.0, level: float = 0.3, noise: float = 0.0, seed: int =
     return loss + noise * np.random.default_rng(seed).normal(size=len(x))
 
 
-def suggest(losses: np.ndarray, rates: np.ndarray = RATES) -> suggestions.Verdict:
-    end = suggestions.end(losses)
+def suggest(losses: np.ndarray, rates: np.ndarray = RATES) -> rules.Verdict:
+    end = rules.end(losses)
     losses = losses[:end]
-    return suggestions.suggest(rates[:end], losses, suggestions.smooth(losses), blew_up=end < len(rates))
+    return rules.suggest(rates[:end], losses, rules.smooth(losses), blew_up=end < len(rates))
 
 
-@pytest.mark.parametrize("rule", suggestions.RULES)
+@pytest.mark.parametrize("rule", rules.RULES)
 @pytest.mark.parametrize("name", CURVES)
 def test_the_named_rules_are_fastais(name: str, rule: str) -> None:
-    found = suggestions.RULES[rule](FASTAI[f"{name}/rates"], FASTAI[f"{name}/losses"])
+    found = rules.RULES[rule](FASTAI[f"{name}/rates"], FASTAI[f"{name}/losses"])
     np.testing.assert_allclose(found, FASTAI[f"{name}/{rule}"], rtol=1e-12)
 
 
 def test_by_rule_reads_fastais_window() -> None:
-    smoothed = suggestions.smooth(curve(noise=0.05))
-    found = suggestions.by_rule(RATES, smoothed, 300)
+    smoothed = rules.smooth(curve(noise=0.05))
+    found = rules.by_rule(RATES, smoothed, 300)
     window = slice(30, -5)
-    assert found == {name: rule(RATES[window], smoothed[window]) for name, rule in suggestions.RULES.items()}
+    assert found == {name: rule(RATES[window], smoothed[window]) for name, rule in rules.RULES.items()}
     assert found["steep"] == RATES[30 + np.gradient(smoothed[window]).argmin()]  # not where the loss is lowest
-    assert set(suggestions.by_rule(RATES[:40], smoothed[:40], 300).values()) == {None}  # too few points are left
+    assert set(rules.by_rule(RATES[:40], smoothed[:40], 300).values()) == {None}  # too few points are left
 
 
 def test_smooth_is_the_weighted_mean_of_what_came_before() -> None:
     losses = np.random.default_rng(0).normal(size=(2, 20))
     for k in range(20):
-        weights = suggestions.BETA ** np.arange(k, -1, -1)
+        weights = rules.BETA ** np.arange(k, -1, -1)
         expected = (losses[:, : k + 1] * weights).sum(axis=1) / weights.sum()
-        np.testing.assert_allclose(suggestions.smooth(losses)[:, k], expected, rtol=1e-12)
-    assert suggestions.smooth(losses)[0, 0] == losses[0, 0]
+        np.testing.assert_allclose(rules.smooth(losses)[:, k], expected, rtol=1e-12)
+    assert rules.smooth(losses)[0, 0] == losses[0, 0]
 
 
 def test_a_curve_ends_before_what_is_not_finite_and_at_its_blow_up() -> None:
-    assert suggestions.end(np.array([1.0, np.nan, 1.0])) == 1
-    assert suggestions.end(np.array([np.inf])) == 0
-    assert suggestions.end(np.ones(50)) == 50
-    assert suggestions.end(np.append(np.ones(50), [1e3, 1e3])) == 51
-    assert suggestions.end(np.append(np.linspace(10, 1, 50), [9.0] * 50)) == 100  # back below its start is no blow-up
-    assert suggestions.end(np.append(np.linspace(-1, -10, 50), [100.0] * 50)) < 60  # nor need losses be positive
-    assert (
-        suggestions.end(np.append(np.linspace(1, 0, 90), np.full(50, 0.2))) == 140
-    )  # near zero, four times is nothing
+    assert rules.end(np.array([1.0, np.nan, 1.0])) == 1
+    assert rules.end(np.array([np.inf])) == 0
+    assert rules.end(np.ones(50)) == 50
+    assert rules.end(np.append(np.ones(50), [1e3, 1e3])) == 51
+    assert rules.end(np.append(np.linspace(10, 1, 50), [9.0] * 50)) == 100  # back below its start is no blow-up
+    assert rules.end(np.append(np.linspace(-1, -10, 50), [100.0] * 50)) < 60  # nor need losses be positive
+    assert rules.end(np.append(np.linspace(1, 0, 90), np.full(50, 0.2))) == 140  # near zero, four times is nothing
 
 
 @pytest.mark.parametrize("edge", [1e-2, 1e-1, 1.0])
@@ -83,9 +81,9 @@ def test_it_hardly_depends_on_the_noise() -> None:
 @given(st.floats(-3, 3), st.floats(-50, 50), st.integers(0, 5))
 def test_it_has_no_scale_and_no_origin(scale: float, offset: float, seed: int) -> None:
     losses = curve(noise=0.05, seed=seed)[:270]  # before the blow-up, whose threshold knows where zero is
-    verdict = suggestions.suggest(RATES[:270], losses, suggestions.smooth(losses), blew_up=True)
+    verdict = rules.suggest(RATES[:270], losses, rules.smooth(losses), blew_up=True)
     moved = losses * 10**scale + offset
-    again = suggestions.suggest(RATES[:270], moved, suggestions.smooth(moved), blew_up=True)
+    again = rules.suggest(RATES[:270], moved, rules.smooth(moved), blew_up=True)
     if 10**scale > 1e-5 * abs(offset):  # else the fall is lost in rounding
         assert again.suggestion == pytest.approx(verdict.suggestion, rel=0.1)  # rounding may move an edge by a rung
 

@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import numpy as np
 
-from gdopt import _error_notes as _notes
-from gdopt import _trees
+from gdopt import _error_notes, _trees
 from gdopt._checkpoint.resume import saves_at
 from gdopt._checkpoint.saves import Checkpoint
 from gdopt._checks import check_flags, number, whole_number
@@ -28,7 +27,7 @@ from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
 from gdopt._rate_finder import lr_find as lr_finder
 from gdopt._result import NO_MESSAGE, History, RangeTest, Report, Result
-from gdopt._run import host_loop as run
+from gdopt._run import host_loop
 from gdopt._run.progress import progress_bar
 from gdopt._settings import as_own_work, own_work
 from gdopt._stopping import (
@@ -235,11 +234,11 @@ def minimize(
         streamed, boundary = None, batches.per_epoch if batches and callback else None
         if stream is not None:
             feed = stream.feed(steps.epochs, steps.batches)
-            streamed = run.Streamed(feed, compile, pause=callback is not None)
+            streamed = host_loop.Streamed(feed, compile, pause=callback is not None)
 
         sizes = {"params": inputs.start, "state": compiled.carry, "data": inputs.data, "args": inputs.args}
-        with progress_bar(progress, steps.expected) as advance, _notes.memory(**sizes):
-            state = run.begin(compiled, inputs)
+        with progress_bar(progress, steps.expected) as advance, _error_notes.memory(**sizes):
+            state = host_loop.begin(compiled, inputs)
             compiled_at = time.perf_counter()
 
             def between(step: int, state: loop.State, records: History) -> bool:
@@ -254,12 +253,12 @@ def minimize(
                     return True
 
             options = {"boundary": boundary, "streamed": streamed, "saves": saves}
-            state, history, status = run.run(compiled, state, inputs, between, **options)
+            state, history, status = host_loop.run(compiled, state, inputs, between, **options)
         ended = time.perf_counter()
         if history.grad_norm[0] == 0:
             loop.warn_of_no_gradient(task)
 
-    kept, params = state.kept, run.returned_params(state)
+    kept, params = state.kept, host_loop.returned_params(state)
     evidence = _evidence(task, rule, inputs, state, history, streamed) if status is Status.NON_FINITE else None
     rates = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
     ending = _Ending(
@@ -301,7 +300,7 @@ def minimize(
     )
     object.__setattr__(result, "_evidence", evidence)
     if failure:
-        _notes.add_result(failure[0], cast(Any, callback), result)
+        _error_notes.add_result(failure[0], cast(Any, callback), result)
         raise failure[0]
     return result.raise_for_status() if throw else result
 
@@ -328,7 +327,7 @@ def _evidence(
     inputs: loop.Inputs,
     state: loop.State,
     history: History,
-    streamed: run.Streamed | None,
+    streamed: host_loop.Streamed | None,
 ) -> Evidence | None:
     """Collect what is known of the last evaluation, which was not finite."""
     step = len(history.loss) - 1
@@ -496,7 +495,7 @@ def _report(problem: Problem, step: int, epoch: int, state: loop.State, records:
     return Report(
         step=step,
         epoch=epoch,
-        params=problem.whole(_trees.copy(run.returned_params(state))),
+        params=problem.whole(_trees.copy(host_loop.returned_params(state))),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         learning_rate=float(records.learning_rate[-1]),

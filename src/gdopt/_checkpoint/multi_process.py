@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdopt._checkpoint import sharded as parts
+from gdopt._checkpoint import sharded
 from gdopt._checkpoint.saves import Arrays, Checkpoint, Meta, Saved, Saver, base_of, holder_of, newest, read, save_at
 from gdopt._devices.processes import Peers
 from gdopt._errors import CheckpointError, InputError
@@ -89,7 +89,7 @@ class JointSaver:
             if self._saver is not None:
                 self._saver.save(step, here, meta)
             return
-        part = self._part = _Part(parts.directory_name(self._base, step, token), spread)
+        part = self._part = _Part(sharded.directory_name(self._base, step, token), spread)
         part.try_to(part.copy)
         if self._saver is not None:
             if not self._saver.save(step, here, meta, part.write_and_complete):
@@ -126,7 +126,7 @@ class JointSaver:
         spread, here = _sorted(arrays)
         complete = None
         if spread:
-            part = _Part(parts.directory_name(self._base, step, token), spread)
+            part = _Part(sharded.directory_name(self._base, step, token), spread)
             part.write()
             part.settled([note["part"] for note in self._peers.exchange(part=part.told)])
             complete = part.complete
@@ -161,12 +161,12 @@ class _Part:
 
     def copy(self) -> None:
         """Makes the arrays the caller's again."""
-        self._arrays = parts.copies(self._arrays)
+        self._arrays = sharded.copies(self._arrays)
 
     def write(self) -> None:
         """Writes this process's part."""
         if self.told is None:
-            self.try_to(lambda: parts.write(self._directory, self._arrays))
+            self.try_to(lambda: sharded.write(self._directory, self._arrays))
         self._arrays = {}
         self.tell("")
 
@@ -175,7 +175,7 @@ class _Part:
         self._all_told.wait()
         if self._failures:
             raise CheckpointError("; ".join(self._failures))
-        return parts.complete(self._directory, self._kinds)
+        return sharded.complete(self._directory, self._kinds)
 
     def write_and_complete(self) -> Meta:
         """Both, in the thread of a `Saver`."""
@@ -201,7 +201,7 @@ def _token() -> str:
 
 def _sorted(arrays: Arrays) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The arrays that no process holds, and the others as this one holds them."""
-    spread = {name: array for name, array in arrays.items() if parts.is_spread(array)}
+    spread = {name: array for name, array in arrays.items() if sharded.is_spread(array)}
     here = {name: _own(array) for name, array in arrays.items() if name not in spread}
     return spread, here
 

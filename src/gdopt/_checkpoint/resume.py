@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from gdopt import _trees
-from gdopt._checkpoint import sharded as parts
+from gdopt._checkpoint import sharded
 from gdopt._checkpoint.multi_process import JointSaver, opened
 from gdopt._checkpoint.saves import SPREAD, Checkpoint, Saved, Saver, newest
 from gdopt._checks import warn
@@ -79,7 +79,7 @@ class Saves:
 
     def compare(self, task: Task, *, keep_best: bool) -> None:
         """Raises InputError where the save is of another run."""
-        parts.check_installed(task.problem.params)
+        sharded.check_installed(task.problem.params)
         given = {
             "params": _described(task.problem.params),
             "data": "a stream" if task.stream else _with_checksum(task.data),
@@ -132,7 +132,7 @@ class Saves:
     def restored(self, carry: Carry, limits: tuple) -> tuple[Carry, list[History]]:
         """The carry in the place of a fresh one, and the history so far."""
         fresh = carry[0].tree()
-        parts.check_installed(fresh)
+        sharded.check_installed(fresh)
         self._meta["layout"] = here = _layout(carry)
         if self.found is None:
             return carry, []
@@ -145,7 +145,7 @@ class Saves:
         arrays = self.found.arrays
         kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         spread = self.found.meta.get(SPREAD)
-        kinds |= {} if spread is None else parts.kinds(spread)
+        kinds |= {} if spread is None else sharded.kinds(spread)
         history = History(*(arrays[f"history.{name}"] for name in History._fields))
 
         kind = lambda shape, dtype: f"{dtype}{list(shape)}"
@@ -159,7 +159,7 @@ class Saves:
         for name in sorted(unknown):
             self._refuse_other(name, kind(*kinds[name]), "nothing")
         if spread is not None:
-            arrays = {**arrays, **parts.load(self.found.file, spread, places)}
+            arrays = {**arrays, **sharded.load(self.found.file, spread, places)}
 
         def put(path: tuple, leaf: Any) -> Any:
             saved = arrays[_trees.path_name(path, "state")]

@@ -39,7 +39,7 @@ import jax
 import numpy as np
 
 from gdopt import _trees
-from gdopt._checkpoint import sharded as parts
+from gdopt._checkpoint import sharded
 from gdopt._checks import number, warn, whole_number
 from gdopt._errors import CheckpointError, InputError
 
@@ -296,7 +296,7 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
         try:
             saved = Saved(file, *read(file))
             if SPREAD in saved.meta:
-                parts.check(file, saved.meta[SPREAD])
+                sharded.check(file, saved.meta[SPREAD])
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -448,9 +448,9 @@ class Saver:
         """Removes the directories that belong to no save."""
         with contextlib.suppress(OSError):
             saves = _saves(self._base)
-            for step, found in parts.directories(self._base).items():
+            for step, found in sharded.directories(self._base).items():
                 for directory in found - _named(saves.get(step), found):
-                    parts.remove(directory)
+                    sharded.remove(directory)
 
     def _fail(self, step: int, error: Exception) -> None:
         self._since = time.monotonic()
@@ -469,7 +469,7 @@ def _named(file: str | None, found: set[str]) -> set[str]:
         return found
     try:
         _, meta = read(file)
-        return {parts.directory(file, meta[SPREAD])} if SPREAD in meta else set()
+        return {sharded.directory(file, meta[SPREAD])} if SPREAD in meta else set()
     except CheckpointError:
         return found
 

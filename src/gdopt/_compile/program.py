@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _jax, _trees
-from gdopt._compile import fingerprint as _fingerprint
-from gdopt._compile import replay as _replay
+from gdopt._compile import fingerprints, replays
 from gdopt._types import PyTree
 
 _PROGRAMS = 128  # compiled programs kept, the least recently used go first
@@ -48,7 +47,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace that has
     some has no identity: JAX calls them as it differentiates, and what they read may have changed by then.
     """
-    if not _fingerprint.is_reliable():
+    if not fingerprints.is_reliable():
         return _untraced(function, *args)
     levels: list[int] = []
 
@@ -56,23 +55,23 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
         levels.extend(map(_jax.level, filter(_jax.is_tracer, jax.tree.leaves(args)[:1])))
         return function(*args)
 
-    closed, out = _replay.trace(watched, *args)
-    mode = _replay.Mode.LOSS if rules else _replay.Mode.FINAL
-    kept = _fingerprint.copy(closed, mode)
+    closed, out = replays.trace(watched, *args)
+    mode = replays.Mode.LOSS if rules else replays.Mode.FINAL
+    kept = fingerprints.copy(closed, mode)
     treedef, jaxpr, count = jax.tree.structure(out), kept.jaxpr, len(_jax.consts(closed))
     nested = count + len(kept.arrays)
 
     def replay(constants: Sequence, *args: PyTree) -> PyTree:
         numbers = iter(constants[nested:]) if lift else None
-        run = _replay.Replay(mode, constants[count:nested], numbers)
+        run = replays.Replay(mode, constants[count:nested], numbers)
         found = run(jaxpr, [*constants[:count], *jax.tree.leaves(args)])
         # What depends on no argument may be a number that was written into the trace.
         pairs = zip(found, jax.tree.leaves(out), strict=True)
         return treedef.unflatten(x if isinstance(x, jax.Array) else jnp.asarray(x, of.dtype) for x, of in pairs)
 
     constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
-    numbers = list(map(_replay.number, _replay.numbers(jaxpr))) if lift else []
-    identity = None if kept.effects else _fingerprint.fingerprint(jaxpr, lifted=lift, rules=rules)
+    numbers = list(map(replays.number, replays.numbers(jaxpr))) if lift else []
+    identity = None if kept.effects else fingerprints.fingerprint(jaxpr, lifted=lift, rules=rules)
     identity = (identity, count, len(numbers), treedef) if identity and _trees.is_plain(treedef) else None
     return Traced(replay, constants + numbers, out, identity, jaxpr, *levels)
 
@@ -87,7 +86,7 @@ def _converted(function: Callable, *args: PyTree) -> tuple[Callable, PyTree, lis
     new = lambda *args: function(*args)
     made, constants = jax.closure_convert(new, *args)  # takes out what may be differentiated by
     count = len(constants)
-    closed, out = _replay.trace(function, *args)
+    closed, out = replays.trace(function, *args)
     others = [constant for constant in getattr(closed, "consts", ()) if _jax.is_tracer(constant)]
     return lambda constants, *args: made(*args, *constants[:count]), out, [*constants, *others]
 
@@ -144,14 +143,14 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     The function is traced now. What comes back is called with arguments of the same structure, shapes and dtypes. With
     ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
     """
-    if not _fingerprint.is_reliable():
+    if not fingerprints.is_reliable():
         return _unshared(function, *args, donate_first=donate_first)
-    closed, out = _replay.trace(function, *args)
+    closed, out = replays.trace(function, *args)
     # What is being traced becomes part of the caller's program, which may outlive this call: it keeps its callbacks.
-    kept = _fingerprint.copy(closed, _replay.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
+    kept = fingerprints.copy(closed, replays.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
     treedef, count = jax.tree.structure(out), len(_jax.consts(closed))
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
-    identity = None if kept.effects else _fingerprint.fingerprint(kept.jaxpr)
+    identity = None if kept.effects else fingerprints.fingerprint(kept.jaxpr)
     program = _Program(identity, kept.jaxpr, count, donated, kept.callbacks)
     executable = _executable(program) if identity is not None else _Executable(program)
     if not executable.lease(program.callbacks):  # another run is using it, with callbacks of its own
@@ -177,12 +176,12 @@ def _unshared(function: Callable, *args: PyTree, donate_first: bool) -> Shared:
 
 def text(function: Callable, *args: PyTree) -> str:
     """The function's trace, to be compared with that of another process or time."""
-    return _text(_jax.opened(_replay.trace(function, *args)[0]))
+    return _text(_jax.opened(replays.trace(function, *args)[0]))
 
 
 def digest(function: Callable, *args: PyTree) -> str:
     """A checksum of the trace and of the arrays that the function closes over."""
-    closed, _ = _replay.trace(function, *args)
+    closed, _ = replays.trace(function, *args)
     return f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(_jax.consts(closed))}"
 
 
@@ -263,7 +262,7 @@ class _Executable:
     def __init__(self, program: _Program):
         def run(donated: list, arguments: list, constants: list) -> list:
             own, nested = constants[: program.constants], constants[program.constants :]
-            return _replay.Replay(_replay.Mode.PROGRAM, nested)(program.jaxpr, [*own, *donated, *arguments])
+            return replays.Replay(replays.Mode.PROGRAM, nested)(program.jaxpr, [*own, *donated, *arguments])
 
         self.run = jax.jit(run, donate_argnums=0)
         self._table = program.callbacks

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gdopt import _jax, _trees
-from gdopt._compile import replay as _replay
+from gdopt._compile import replays
 from gdopt._errors import InputError
 from gdopt._types import PyTree
 
@@ -117,7 +117,7 @@ def explicit_mesh(*trees: PyTree) -> Mesh | None:
 
 def mapped_mesh(function: Callable, *args: PyTree) -> Mesh | None:
     """The mesh with Explicit axes that a function maps over by `shard_map`."""
-    meshes = [eqn.params.get("mesh") for eqn in _jax.calls(_replay.trace(function, *args)[0], "shard_map")]
+    meshes = [eqn.params.get("mesh") for eqn in _jax.calls(replays.trace(function, *args)[0], "shard_map")]
     return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and _auto(mesh) is not mesh), None)
 
 

@@ -19,8 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
 
 from gdopt import _jax, _trees
-from gdopt._compile import fingerprint as _fingerprint
-from gdopt._compile import replay as _replay
+from gdopt._compile import fingerprints, replays
 from gdopt._errors import InputError
 from gdopt._settings import own_promotion
 from gdopt._types import PyTree
@@ -107,7 +106,7 @@ def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> P
     A function of `jax.custom_vjp` within it has no rule for forward mode. Then reverse mode gives them, one entry of
     the output after the other; but derivatives of them in reverse mode take a single pass.
     """
-    closed, out = _replay.trace(function, x)
+    closed, out = replays.trace(function, x)
     if not _has_rules_for_reverse_alone(closed):
         return jax.jvp(function, (x,), (way,))[1]
     shapes, treedef = jax.tree.flatten(out)
@@ -155,14 +154,14 @@ def _all_moving(tree: PyTree, way: PyTree) -> PyTree:
 
 def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
     """The derivative of a gradient along a way."""
-    if _has_rules_for_reverse_alone(_replay.trace(gradient, x)[0]):
+    if _has_rules_for_reverse_alone(replays.trace(gradient, x)[0]):
         return jax.vjp(gradient, x)[1](way)[0]  # the Hessian is symmetric
     return jax.jvp(gradient, (x,), (way,))[1]
 
 
 def _has_rules_for_reverse_alone(closed: Any) -> bool:
     """Tell whether forward mode would fail in a trace, which JAX says only as it compiles."""
-    return _fingerprint.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
+    return fingerprints.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
 
 
 class _Singular(NamedTuple):

@@ -15,8 +15,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdopt import _stopping as stopping
-from gdopt import _trees
+from gdopt import _stopping, _trees
 from gdopt._checks import warn
 from gdopt._compile import program
 from gdopt._compile.program import value_and_grad
@@ -26,7 +25,7 @@ from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
 from gdopt._optimizers.rule import Rule, evaluation_params, extra_arguments, inject, owned_rate, restarted, search
 from gdopt._optimizers.trials import MAX_REJECTED
-from gdopt._problem import lints as _lints
+from gdopt._problem import lints
 from gdopt._problem.data import Batches
 from gdopt._problem.task import Task
 from gdopt._result import History
@@ -179,7 +178,7 @@ def _compile(
     batch = task._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
     value = program.trace(task.value, start, batch, args, one_key, rules=True)
-    if value.jaxpr is not None and (n := _lints.rows_of_all_pairs(value.jaxpr)):
+    if value.jaxpr is not None and (n := lints.rows_of_all_pairs(value.jaxpr)):
         warn(
             f"the loss subtracts shapes ({n}, 1) and ({n},), which gives all {n} * {n} differences, and sums up their "
             "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
@@ -255,7 +254,7 @@ def warn_of_no_gradient(task: Task) -> None:
     """For a run whose gradient was exactly zero at the start: does the loss use the params at all?"""
     key = task.key if task.with_key else None
     grad = lambda *given: value_and_grad(task.value)(*given)[1]
-    if not _lints.depends(grad, task.problem.params, task.batch, task.args, key):
+    if not lints.depends(grad, task.problem.params, task.batch, task.args, key):
         warn(
             "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
             "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."
@@ -430,9 +429,9 @@ def _functions(
             params=_trees.copy(inputs.start),
             optimizer=_trees.copy(_trees.strong(optimizer)),
             order=batches.first_order() if batches else None,
-            watch=stopping.first_watch(loss_dtype, norm.dtype),
+            watch=_stopping.first_watch(loss_dtype, norm.dtype),
             kept=Kept(best, jnp.int32(0), nan, norm, blank),
-            ending=stopping.first_ending(loss_dtype),
+            ending=_stopping.first_ending(loss_dtype),
         )
         return settings.in_place(state)
 
@@ -452,15 +451,15 @@ def _functions(
         if found is not None:
             found = Search(found.rejected >= MAX_REJECTED, found.accepted, found.left.astype(loss_dtype))
         epoch = epoch_of(inputs, k)
-        code, watch = stopping.judge(state.watch, state.kept.loss, point, inputs.limits, found, eps, epoch)
+        code, watch = _stopping.judge(state.watch, state.kept.loss, point, inputs.limits, found, eps, epoch)
         running = code == RUNNING
         if not settings.noisy:
             finite &= jnp.isfinite(grad_norm) & jnp.isfinite(value)
             lower = (value < state.kept.loss) | ((value == state.kept.loss) & (grad_norm == 0))
             keep = (k == 0) | (finite & lower)
         else:
-            failed = stopping.failed(code)
-            keep = (k == 0) | jnp.where(running, stopping.is_good(watch, value), ~failed)
+            failed = _stopping.failed(code)
+            keep = (k == 0) | jnp.where(running, _stopping.is_good(watch, value), ~failed)
         kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))
         kept = _trees.select(keep, kept, state.kept) if keep_best else kept
 
@@ -798,10 +797,10 @@ def _whole(
         if average is not state.params:
             last = inputs._replace(limits=inputs.limits._replace(max_steps=state.step))
             again = shuffled(state._replace(code=jnp.int32(RUNNING), params=average), inputs)
-            failed = stopping.failed(state.code)
+            failed = _stopping.failed(state.code)
             state = _trees.select(failed, state, step(again, last)[0])
         params, kept = returned_params(state), state.kept
-        success = stopping.succeeded(ended.code, ended.watch, noisy=settings.noisy, has_target=has_target)
+        success = _stopping.succeeded(ended.code, ended.watch, noisy=settings.noisy, has_target=has_target)
         return Outcome(params, kept.loss, kept.grad_norm, kept.aux, ended.step, ended.code, success, ended.ending)
 
     return whole

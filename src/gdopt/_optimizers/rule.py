@@ -18,8 +18,7 @@ import numpy as np
 import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
-from gdopt import _error_notes as _notes
-from gdopt import _trees
+from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import PAIRS, QuasiNewtonState, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
@@ -104,7 +103,7 @@ class Rule(NamedTuple):
         try:
             rate = schedule(step)
         except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
-            hint = _notes.hint(error)
+            hint = _error_notes.hint(error)
             raise InputError(
                 f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced "
                 f"integer{hint and ': '}{hint}. ({error})"

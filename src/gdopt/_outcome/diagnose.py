@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _error_notes as _notes
-from gdopt import _jax, _trees
-from gdopt._compile import replay as _replay
+from gdopt import _error_notes, _jax, _trees
+from gdopt._compile import replays
 from gdopt._compile.program import value_and_grad
 from gdopt._errors import InputError
-from gdopt._outcome import nan_search as _nan_search
+from gdopt._outcome import nan_search
 from gdopt._problem.task import Task
 from gdopt._result import Result, ends, table
 from gdopt._settings import as_own_work, own_work
@@ -109,7 +108,7 @@ class Evidence(NamedTuple):
 
     @as_own_work
     def _holds_nan(self, names: list[str]) -> bool:
-        return any(_nan_search.is_nan(self.arguments[self.names.index(name)]) for name in names)
+        return any(nan_search.is_nan(self.arguments[self.names.index(name)]) for name in names)
 
 
 def _some(names: list[str]) -> str:
@@ -142,7 +141,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
             return task._replace(problem=problem).value(params, *given)
 
         # The loss anew, not the trace that the loop was made of: a replay has lost the lines of its source.
-        trace, out = _replay.trace(value_and_grad(value), params, rest.arrays, *given)
+        trace, out = replays.trace(value_and_grad(value), params, rest.arrays, *given)
         named, whole = _named(params=params), _named(params=rest.combine(params))
         count = len(named)
         named += [(name, held) for (name, _), held in zip(whole, rest.arrays, strict=True) if held is not None]
@@ -155,15 +154,15 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
         @jax.jit
         def finite(constants: list, arguments: list) -> list[list]:
             """Tell which params and gradients are finite, and whether the loss is: in one program, as in the run."""
-            value, *results = _replay.as_it_is(trace, arguments, constants)
+            value, *results = replays.as_it_is(trace, arguments, constants)
             some = arguments[:count], results[-count:], [value]
             return [[jnp.isfinite(leaf).all() for leaf in leaves] for leaves in some]
 
         here, gradient, _ = finite(_jax.consts(trace), arguments)
         bad = lambda flags: [name for name, flag in zip(names, flags, strict=False) if not flag]
-        bad_inputs = [name for name, leaf in named[count:] if _nan_search.is_bad(leaf)]
+        bad_inputs = [name for name, leaf in named[count:] if nan_search.is_bad(leaf)]
         if bad_inputs and (task.noisy or step == 0):
-            filled = [_nan_search.filled(leaf) if name in bad_inputs else leaf for name, leaf in named]
+            filled = [nan_search.filled(leaf) if name in bad_inputs else leaf for name, leaf in named]
             # They may be masked out by the loss, or be meant: they are to blame where it is finite without them.
             bad_inputs = bad_inputs if all(itertools.chain(*finite(_jax.consts(trace), filled))) else []
         else:  # they did no harm at the start
@@ -176,7 +175,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 @as_own_work
 def named_inputs(task: Task) -> str:
     """A sentence on the data and args that hold NaN; "" where none does."""
-    names = [name for name, leaf in _named(data=task.data, args=task.args) if _nan_search.is_nan(leaf)]
+    names = [name for name, leaf in _named(data=task.data, args=task.args) if nan_search.is_nan(leaf)]
     return f" {_hold(names)} NaN: leave it out, or fill it." if names else ""
 
 
@@ -240,7 +239,7 @@ def _of_update(case: Evidence, result: Result) -> tuple[None, None, str]:
 
 def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
     """The primitive, its place, and what to say."""
-    values = _replay.as_it_is(case.trace, case.arguments)
+    values = replays.as_it_is(case.trace, case.arguments)
     bad = [number for number, name in enumerate(case.outputs) if name and not jnp.isfinite(values[number]).all()]
     if not bad:
         return (
@@ -250,7 +249,7 @@ def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
             "compiled program rounds otherwise, and left the range of the dtype. Scale the loss, or use float64.",
         )
     number = bad[0]
-    found, source = _nan_search.origins(case.trace, case.arguments, number)
+    found, source = nan_search.origins(case.trace, case.arguments, number)
     told = [f"At step {case.step} {case.outputs[number]} is {_kind(values[number])}."]
     told += [_told(origin, "The first" if origin is found[0] else "The") for origin in found]
     if source is not None:
@@ -264,15 +263,15 @@ def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
             "jnp.where that was not picked, choose a harmless argument for it before; else keep away from that point, "
             "with jnp.sqrt(x + 1e-12), say."
         )
-    return made.primitive, _notes.line(made.lines), " ".join(told)
+    return made.primitive, _error_notes.line(made.lines), " ".join(told)
 
 
-def _told(origin: _nan_search.Origin, which: str) -> str:
+def _told(origin: nan_search.Origin, which: str) -> str:
     if origin.primitive is None:
         return f"A constant of the loss is {_kind(origin.value)}: {_shown(origin.value)}."
     what = "NaN" if _kind(origin.value) == "NaN" else "infinity"
     of = " and ".join(map(_shown, origin.inputs)) or "nothing"
-    line = _notes.line(origin.lines)
+    line = _error_notes.line(origin.lines)
     at = "" if line is None else f", in the gradient of {line}" if origin.backward else f", at {line}"
     return f"{which} {what} was made by {origin.primitive}, of {of}{at}."
 
@@ -289,7 +288,7 @@ def _where(case: Evidence, number: int) -> str:
 
 
 def _kind(value: Any) -> str:
-    return "NaN" if _nan_search.is_nan(value) else "infinite"
+    return "NaN" if nan_search.is_nan(value) else "infinite"
 
 
 def _shown(value: Any) -> str:
@@ -302,5 +301,5 @@ def _shown(value: Any) -> str:
     if not array.size or not jnp.issubdtype(array.dtype, jnp.floating):
         return text
     return f"{text} from {float(jnp.nanmin(array)):.3g} to {float(jnp.nanmax(array)):.3g}" + (
-        " with NaN" if _nan_search.is_nan(array) else ""
+        " with NaN" if nan_search.is_nan(array) else ""
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _jax
-from gdopt._compile.replay import CALLS, RULES, as_it_is, scan_counts
+from gdopt._compile.replays import CALLS, RULES, as_it_is, scan_counts
 
 
 class Origin(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gdopt import _jax
-from gdopt._compile.replay import trace
+from gdopt._compile.replays import trace
 from gdopt._types import PyTree
 
 

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gdopt import _error_notes as _notes
-from gdopt import _jax, _trees
+from gdopt import _error_notes, _jax, _trees
 from gdopt._checks import fault, flatten, refuse_no_arrays, warn
 from gdopt._errors import InputError
-from gdopt._problem import nnx as _nnx
-from gdopt._problem import random_state as _draws
+from gdopt._problem import nnx, random_state
 from gdopt._types import Loss, PyTree
 
 
@@ -38,18 +36,18 @@ class Problem(NamedTuple):
     def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:
         """(loss, aux); raises InputError for a loss that returns anything but a scalar."""
         whole = self.whole(params)
-        before = _draws.states(self.loss)
+        before = random_state.states(self.loss)
         try:
             out = self.loss(whole, *args, **key)
         except Exception as error:
-            _notes.add_call(error, self.loss, (whole, *args), key)
+            _error_notes.add_call(error, self.loss, (whole, *args), key)
             raise
-        if drawn := _draws.moved(self.loss, before):
+        if drawn := random_state.moved(self.loss, before):
             warn(
                 f"the loss draws from {drawn}, and does so once, as it is traced: each step sees the same numbers. "
                 "Draw with jax.random from the key of with_key=True, or pass the numbers in args= or data=."
             )
-        _nnx.refuse_writes(self.rest, whole)
+        nnx.refuse_writes(self.rest, whole)
         return _checked(out, self.has_aux)
 
 
@@ -70,7 +68,7 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
         raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
     leaves, treedef = flatten("params", params)
     chosen = _trainable_mask(params, treedef, trainable)
-    _nnx.refuse_shared(params)
+    nnx.refuse_shared(params)
     in_module = _trees.in_module(treedef)
     settings = [
         inside and isinstance(leaf, bool | int | float | complex)
@@ -143,7 +141,7 @@ def _nothing_to_optimise(params: PyTree, trainable: Any, chosen: list[bool], set
 def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
     """One bool per leaf, from None (all but state), a mask (prefix tree of bools), or a function params -> mask."""
     if trainable is None:
-        return [not state for state in _nnx.in_state(treedef)]
+        return [not state for state in nnx.in_state(treedef)]
     # A mask that was made of a module by jax.tree.map is a module, too, and may be callable.
     is_function = callable(trainable) and not isinstance(trainable, type(params))
     mask = trainable(params) if is_function else trainable

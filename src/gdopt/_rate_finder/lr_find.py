@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _error_notes as _notes
-from gdopt import _trees
+from gdopt import _error_notes, _trees
 from gdopt._checks import check_flags, one_of, rate, whole_number
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
@@ -23,9 +22,9 @@ from gdopt._outcome.diagnose import named_inputs
 from gdopt._problem.objective import make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
-from gdopt._rate_finder import curve as suggestions
+from gdopt._rate_finder import rules
 from gdopt._result import History, RangeTest, Refinement
-from gdopt._run import host_loop as run
+from gdopt._run import host_loop
 from gdopt._settings import own_work
 from gdopt._stopping import Limits, Status
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
@@ -171,7 +170,7 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
     with own_work():
         keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
         keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
-    with _notes.memory(params=task.problem.params, data=task.data, args=task.args):
+    with _error_notes.memory(params=task.problem.params, data=task.data, args=task.args):
         curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
         while verdict.missing == "lower" and steps.can_grow and lowest > -_EXTENSIONS:
             curve, verdict = _climb(task, optimizer, steps, keys, lowest := lowest - 1)
@@ -201,7 +200,7 @@ class _Curve(NamedTuple):
     def combined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rates, losses and smoothed losses as far as all repeats got: the mean."""
         losses = self.losses[:, : self.end].mean(axis=0)
-        return self.rates[: self.end], losses, suggestions.smooth(losses)
+        return self.rates[: self.end], losses, rules.smooth(losses)
 
 
 def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
@@ -212,7 +211,7 @@ def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: i
     def all_over(step: int, state: loop.State, history: History) -> bool:
         losses = np.where(np.isfinite(history.grad_norm), history.loss.astype(float), np.nan)
         records.append(losses.reshape(len(losses), -1))  # (steps, repeats)
-        return all(suggestions.end(row) < len(row) for row in np.concatenate(records).T)
+        return all(rules.end(row) < len(row) for row in np.concatenate(records).T)
 
     section = lowest
     while True:
@@ -221,7 +220,7 @@ def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: i
         state, _, cause = advance(state, inputs, all_over, until=len(rates))
         _check_cause(cause)
         losses = np.concatenate(records)[: len(rates)].T
-        curve = _Curve(rates, losses, [suggestions.end(row) for row in losses])
+        curve = _Curve(rates, losses, [rules.end(row) for row in losses])
         verdict = _verdict(curve)
         if verdict.missing != "higher" or not steps.can_grow or section == lowest + _EXTENSIONS:
             return curve, verdict
@@ -234,7 +233,7 @@ def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
 
 
 def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, loop.Carry, loop.Inputs]:
-    """Runs side by side, one for each key and row of rates, before their first step, and `run.advance` for them."""
+    """Runs side by side, one for each key and row of rates, before their first step, and how they advance."""
 
     def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
         limits = Limits(loop.LAST_STEP, 0.0, None, -math.inf)
@@ -243,8 +242,8 @@ def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tup
     compiled, inputs = compile(task.data)
     assert isinstance(compiled, loop.Compiled)  # InputError inside of a jit
     check_joined(inputs)
-    streamed = None if task.stream is None else run.Streamed(task.stream.feed(), compile, pause=False)
-    return functools.partial(run.advance, compiled, streamed=streamed), run.begin(compiled, inputs), inputs
+    streamed = None if task.stream is None else host_loop.Streamed(task.stream.feed(), compile, pause=False)
+    return functools.partial(host_loop.advance, compiled, streamed=streamed), host_loop.begin(compiled, inputs), inputs
 
 
 def _check_cause(cause: Status | None) -> None:
@@ -254,11 +253,11 @@ def _check_cause(cause: Status | None) -> None:
         raise InputError("data ended during a range test, which needs some hundred batches: pass more of them.")
 
 
-def _verdict(curve: _Curve) -> suggestions.Verdict:
+def _verdict(curve: _Curve) -> rules.Verdict:
     if curve.end == 0:
         reason = "The loss or its gradient is not finite at the start: start where both are finite."
-        return suggestions.Verdict(None, reason)
-    return suggestions.suggest(*curve.combined(), blew_up=curve.end < len(curve.rates))
+        return rules.Verdict(None, reason)
+    return rules.suggest(*curve.combined(), blew_up=curve.end < len(curve.rates))
 
 
 def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> Refinement:
@@ -277,13 +276,13 @@ def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> R
 
 
 def _result(
-    curve: _Curve, verdict: suggestions.Verdict, suggestion: float | None, refinement: Refinement | None, num_steps: int
+    curve: _Curve, verdict: rules.Verdict, suggestion: float | None, refinement: Refinement | None, num_steps: int
 ) -> RangeTest:
     rates, loss, smoothed = curve.combined()
     count = max(curve.ends)
     inside = np.arange(count) < np.reshape(curve.ends, (-1, 1))
     losses = np.where(inside, curve.losses[:, :count], np.nan)
-    smoothed_losses = np.where(inside, suggestions.smooth(np.where(inside, losses, 0)), np.nan)
+    smoothed_losses = np.where(inside, rules.smooth(np.where(inside, losses, 0)), np.nan)
     if curve.end == len(curve.rates):
         status, why = Status.MAX_STEPS, ", and the loss stayed finite"
     else:
@@ -303,6 +302,6 @@ def _result(
         status=status,
         message=f"{tried}{why}. {found}",
         suggestion=suggestion,
-        suggestions={"basin": verdict.suggestion, **suggestions.by_rule(rates, smoothed, num_steps)},
+        suggestions={"basin": verdict.suggestion, **rules.by_rule(rates, smoothed, num_steps)},
         refinement=refinement,
     )

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdopt import _stopping as stopping
-from gdopt import _trees
+from gdopt import _stopping, _trees
 from gdopt._checkpoint.resume import Saves
 from gdopt._checks import warn
 from gdopt._devices.processes import peers
@@ -269,7 +268,7 @@ def run(
     status = cause if cause and code is Status.MAX_STEPS else code
     with own_work(), own_promotion():
         average = evaluation_params(state.optimizer, state.params)
-    if average is not state.params and status not in stopping.FAILURES:
+    if average is not state.params and status not in _stopping.FAILURES:
         step = np.int32(state.step)
         last = inputs._replace(limits=inputs.limits._replace(max_steps=int(step)))
         again = _trees.pack(state._replace(code=np.int32(RUNNING), params=average))

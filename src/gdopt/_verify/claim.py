@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from gdopt import _stopping as stopping
-from gdopt import _trees
+from gdopt import _stopping, _trees
 from gdopt._stopping import RUNNING, Ending, Limits, Status, Watch
 from gdopt._verify.counterexamples import Point, Tries, directions, wanted_kinds
 from gdopt._verify.kinks import Below, look_below
@@ -94,15 +93,15 @@ def settle(
         probe, exact = _finite(place, probe, differences, claim.params)
     begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
     noise, drowned = _known(place, probe, claim, grad, begin)
-    own, may = stopping.resolution(loss, eps), stopping.allowed(np, watch, loss, limits)
+    own, may = _stopping.resolution(loss, eps), _stopping.allowed(np, watch, loss, limits)
     rounding = np.where(drowned, own, np.maximum(own, noise))
     here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
-    start = Start(begin, watch.first_loss, stopping.resolution(watch.first_loss, eps))
+    start = Start(begin, watch.first_loss, _stopping.resolution(watch.first_loss, eps))
     limited = claim.code == Status.PRECISION_LIMIT
     seen = check(place, probe, here, start, exact=exact, limited=limited)
 
-    nothing = np.where(searches & ~limited, stopping.NOTHING, limits.tol * limits.tol)
-    all_left = stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
+    nothing = np.where(searches & ~limited, _stopping.NOTHING, limits.tol * limits.tol)
+    all_left = _stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
     lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # as on the way to a kink
     little = seen.curved & (seen.left <= here.allowed) & ~lower & ~all_left
     kink = limited & seen.kink & ~lower & (seen.slope <= _MOSTLY * (watch.first_loss - loss))
@@ -113,23 +112,23 @@ def settle(
     left = np.where(drowned | hides, noise, np.where(np.isfinite(seen.left), seen.left, np.nan))
     soon = claim.step < watch.patience  # after another claim: with no step between, there would be no end of them
     stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0) | soon
-    again = lower & searches & (watch.bar > stopping.LEAST_BAR)
+    again = lower & searches & (watch.bar > _stopping.LEAST_BAR)
     goes_on = ~holds & (again | ~stuck) & (claim.step < limits.max_steps)
     moves = goes_on & lower & searches
 
     name = np.where(limited & (kink | (left > may)), Status.PRECISION_LIMIT, Status.CONVERGED)
     ended = np.where(stuck, Status.STALLED, Status.MAX_STEPS)
     code = np.where(holds, name, np.where(goes_on, RUNNING, ended))
-    by_curvature = np.where(hides, stopping.UP_TO_NOISE, stopping.BY_CURVATURE)
-    how = np.where(little, by_curvature, np.where(kink, stopping.BY_NEIGHBOURS, stopping.NOT_VERIFIED))
-    how = np.where(holds, how, stopping.NOT_VERIFIED)
+    by_curvature = np.where(hides, _stopping.UP_TO_NOISE, _stopping.BY_CURVATURE)
+    how = np.where(little, by_curvature, np.where(kink, _stopping.BY_NEIGHBOURS, _stopping.NOT_VERIFIED))
+    how = np.where(holds, how, _stopping.NOT_VERIFIED)
     left = np.where(kink, np.maximum(rounding, seen.slope), left).astype(loss.dtype)
-    saddle = np.where(seen.negative, stopping.SADDLE, stopping.NONE_SEEN)
-    flaw = np.where(seen.saturated, stopping.SATURATED, np.where(drowned, stopping.DROWNED, saddle))
+    saddle = np.where(seen.negative, _stopping.SADDLE, _stopping.NONE_SEEN)
+    flaw = np.where(seen.saturated, _stopping.SATURATED, np.where(drowned, _stopping.DROWNED, saddle))
     return Settled(
         code=code.astype(np.int32),
         ending=Ending(left, how.astype(np.int32), flaw.astype(np.int32)),
-        watch=place.select(goes_on, stopping.contradicted(np, watch, claim.step), watch),
+        watch=place.select(goes_on, _stopping.contradicted(np, watch, claim.step), watch),
         moves=moves,
         restarts=moves & limited,
         point=seen.point,
@@ -220,7 +219,7 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     best = Tries(place, probe, here, left, ways, lengths, kinds).lowest(loss - visible)
     promised = np.maximum(promised, model.gain)
     kink = found.known & ~little & (promised > _KINK * here.rounding)
-    kink = kink & (best.finite > stopping.TRIED // 2)  # not outside of its domain
+    kink = kink & (best.finite > _stopping.TRIED // 2)  # not outside of its domain
     hidden = kink & limited & (loss - best.loss < _PART * promised)
     nothing = np.zeros((), found.right.dtype)
     down = lambda: look_below(place, probe, best.point, best.loss, here.typical)

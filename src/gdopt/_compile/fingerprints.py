@@ -24,7 +24,7 @@ from jax import lax
 
 from gdopt import _jax, _trees
 from gdopt._checks import warn
-from gdopt._compile.replay import CALLS, RULES, Hole, Mode, Replay, bodies, is_number, scan_counts, trace
+from gdopt._compile.replays import CALLS, RULES, Hole, Mode, Replay, bodies, is_number, scan_counts, trace
 
 _SMALL = 1024  # bytes; a larger array within an operation that is not replayed is not compared, and not kept
 
