@@ -19,7 +19,7 @@ import gdopt
 from gdopt import schedules
 from gdopt._loop import loop
 from gdopt._run import host_loop
-from gdopt._stopping import FAILURES
+from gdopt._status import FAILURES
 
 # --- the lists; functions, so that a test can have everything made anew ---
 

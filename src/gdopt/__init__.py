@@ -13,7 +13,7 @@ from gdopt._optimizers.spectral import gd, spectral
 from gdopt._outcome.diagnose import Diagnosis, diagnose
 from gdopt._rate_finder.lr_find import lr_find
 from gdopt._result import History, RangeTest, Refinement, Report, Result
-from gdopt._stopping import Status
+from gdopt._status import Status
 
 __version__ = version("gdopt")
 

@@ -19,9 +19,19 @@ from gdopt._compile import program
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._optimizers.rule import Rule, check_optimizer, is_auto, is_transformation, learns_scales, make_rule, search
+from gdopt._optimizers.rule import (
+    Rates,
+    Rule,
+    check_optimizer,
+    is_auto,
+    is_transformation,
+    learns_scales,
+    make_rule,
+    search,
+)
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.diagnose import Evidence, make_evidence
+from gdopt._outcome.messages import Told, chosen_rates, explain
 from gdopt._problem.objective import Problem, make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
@@ -30,19 +40,8 @@ from gdopt._result import NO_MESSAGE, History, RangeTest, Report, Result
 from gdopt._run import host_loop
 from gdopt._run.progress import progress_bar
 from gdopt._settings import as_own_work, own_work
-from gdopt._stopping import (
-    FAILURES,
-    Ending,
-    Limits,
-    Rates,
-    Status,
-    Told,
-    Watch,
-    chosen_rates,
-    explain,
-    is_better,
-    succeeded,
-)
+from gdopt._status import FAILURES, Status
+from gdopt._stopping import Ending, Limits, Watch, is_better, succeeded
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 from gdopt.schedules import triangular2

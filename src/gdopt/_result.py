@@ -11,7 +11,7 @@ import numpy as np
 
 from gdopt import _jax, _trees
 from gdopt._errors import GdoptError, NotConvergedError
-from gdopt._stopping import Status
+from gdopt._status import Status
 from gdopt._types import PyTree
 
 

@@ -31,7 +31,7 @@ from gdopt._optimizers.rule import Rule, search
 from gdopt._problem.data import Feed, Position
 from gdopt._problem.task import Task
 from gdopt._result import History, RangeTest
-from gdopt._stopping import FAILURES, RUNNING, Status
+from gdopt._status import FAILURES, RUNNING, Status
 from gdopt._types import PyTree
 
 _LONGEST = 200  # characters of a description

@@ -30,7 +30,8 @@ from gdopt._problem.data import Batches
 from gdopt._problem.task import Task
 from gdopt._result import History
 from gdopt._settings import as_own_work, own_promotion, own_work
-from gdopt._stopping import RUNNING, Ending, Epoch, Evaluation, Limits, Search, Status, Watch
+from gdopt._status import RUNNING, Status
+from gdopt._stopping import Ending, Epoch, Evaluation, Limits, Search, Watch
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt._verify.claim import Claim, settle

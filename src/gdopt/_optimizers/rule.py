@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import inspect
 import re
@@ -23,8 +24,16 @@ from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import PAIRS, QuasiNewtonState, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
 from gdopt._optimizers.trials import Trials
-from gdopt._stopping import Rates
 from gdopt._types import Optimizer, PyTree, Schedule
+
+
+class Rates(enum.Enum):
+    """Who decided the rates of a run, which says what to try next."""
+
+    PLAIN = "given, and each step was x - lr * g"
+    GIVEN = "given to another optimizer"
+    OWNED = "the optimizer's own"
+    SEARCHED = "found by trial at each step"
 
 
 class Rule(NamedTuple):

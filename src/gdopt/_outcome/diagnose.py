@@ -18,7 +18,7 @@ from gdopt._outcome import nan_search
 from gdopt._problem.task import Task
 from gdopt._result import Result, ends, table
 from gdopt._settings import as_own_work, own_work
-from gdopt._stopping import Status
+from gdopt._status import Status
 from gdopt._types import PyTree
 
 _NAMED = 3  # leaves, in a message

@@ -26,7 +26,8 @@ from gdopt._rate_finder import rules
 from gdopt._result import History, RangeTest, Refinement
 from gdopt._run import host_loop
 from gdopt._settings import own_work
-from gdopt._stopping import Limits, Status
+from gdopt._status import Status
+from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.schedules import ladder
 

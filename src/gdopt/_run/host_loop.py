@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdopt import _stopping, _trees
+from gdopt import _trees
 from gdopt._checkpoint.resume import Saves
 from gdopt._checks import warn
 from gdopt._devices.processes import peers
@@ -24,7 +24,8 @@ from gdopt._optimizers.rule import evaluation_params
 from gdopt._problem.data import Batch, Feed
 from gdopt._result import History
 from gdopt._settings import own_promotion, own_work
-from gdopt._stopping import RUNNING, Epoch, Status
+from gdopt._status import FAILURES, RUNNING, Status
+from gdopt._stopping import Epoch
 from gdopt._types import PyTree
 
 _FIRST_CHUNK = 16  # steps, before their time is known
@@ -268,7 +269,7 @@ def run(
     status = cause if cause and code is Status.MAX_STEPS else code
     with own_work(), own_promotion():
         average = evaluation_params(state.optimizer, state.params)
-    if average is not state.params and status not in _stopping.FAILURES:
+    if average is not state.params and status not in FAILURES:
         step = np.int32(state.step)
         last = inputs._replace(limits=inputs.limits._replace(max_steps=int(step)))
         again = _trees.pack(state._replace(code=np.int32(RUNNING), params=average))

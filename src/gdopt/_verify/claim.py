@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from gdopt import _stopping, _trees
-from gdopt._stopping import RUNNING, Ending, Limits, Status, Watch
-from gdopt._verify.counterexamples import Point, Tries, directions, wanted_kinds
+from gdopt._status import RUNNING, Status
+from gdopt._stopping import Ending, Limits, Watch
+from gdopt._verify.counterexamples import TRIED, Point, Tries, directions, wanted_kinds
 from gdopt._verify.kinks import Below, look_below
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
 from gdopt._verify.spectrum import Spectrum, evened, newton_step, spectrum
@@ -219,7 +220,7 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     best = Tries(place, probe, here, left, ways, lengths, kinds).lowest(loss - visible)
     promised = np.maximum(promised, model.gain)
     kink = found.known & ~little & (promised > _KINK * here.rounding)
-    kink = kink & (best.finite > _stopping.TRIED // 2)  # not outside of its domain
+    kink = kink & (best.finite > TRIED // 2)  # not outside of its domain
     hidden = kink & limited & (loss - best.loss < _PART * promised)
     nothing = np.zeros((), found.right.dtype)
     down = lambda: look_below(place, probe, best.point, best.loss, here.typical)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from gdopt import _stopping
 from gdopt._verify.places import Blocks, Place, Probe, coarsest, dot, largest, loss_at, neighbour, shifted
 from gdopt._verify.spectrum import Spectrum, scaled
 
+TRIED = 96  # neighbours of a kink, at the most
 # The points that are tried, one kind after the other: how many there are of each.
-_KINDS = (8, 6, 32, 32, 16, 12, 2, 4, _stopping.TRIED - 4)
+_KINDS = (8, 6, 32, 32, 16, 12, 2, 4, TRIED - 4)
 _WEAK, _NEWTON, _NEGATIVE, _SECOND, _FLAT, _DOWNHILL, _BEYOND, _FEW, _MANY = range(len(_KINDS))
 _ENDS = tuple(itertools.accumulate(_KINDS))
 _FARTHEST = 1e6  # sizes of the params: a point so far away is nothing to go on from

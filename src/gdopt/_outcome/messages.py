@@ -1,0 +1,289 @@
+"""The sentence on the end of a run, with its remedy."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gdopt._optimizers.rule import Rates
+from gdopt._optimizers.trials import MAX_REJECTED
+from gdopt._status import FAILURES, Status
+from gdopt._stopping import BY_NEIGHBOURS, DROWNED, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE, Ending, Limits
+from gdopt._verify.counterexamples import TRIED
+
+_FAR = 1e15  # an entry of the params, beyond what anything is measured in
+_RATE_OF_ZERO = "the learning rate was 0 at each step. With one above 0 the loss can fall."
+_COARSE = 1e-10  # eps: above it, a wider dtype has more digits
+_DECAYED = 1e-3  # of the highest rate
+_TURNS, _MOSTLY = 50, 0.8  # of the loss, which rises and falls in turn if the rate is too high
+_LAST = 1000  # steps: what they gained tells whether more of them would
+_PART = 10  # of a stream that ended in its first pass, so much at either end is compared
+_WORTHLESS = 1e4  # a gradient that grew so much in one step tells of no quadratic
+
+
+class Told(NamedTuple):
+    """The facts that a message is made of."""
+
+    steps: int
+    returned_step: int
+    history: tuple[np.ndarray, np.ndarray, np.ndarray]
+    limits: Limits
+    noisy: bool
+    steps_per_epoch: int | None
+    eps: float
+    how: Rates
+    success: bool
+    ending: Ending
+    farthest: float  # entry of the params that are returned
+    not_finite: tuple[str, str] = ("", "")  # what is known of a last point that is not, and the remedy for that
+    is_better: bool = True  # whether a noisy run ended below its start
+    overshoots: bool = False  # whether a step of gradient descent turns the gradient round
+    apart: bool = False  # whether the scales of some params differ by far, which the message says elsewhere
+    stable: float | None = None  # the largest rate at which gradient descent does not diverge, if it was looked for
+
+
+def explain(status: Status, told: Told) -> str:
+    """The sentence for a status, with its remedy."""
+    losses, grad_norms, rates = told.history
+    steps, how, noisy, eps = told.steps, told.how, told.noisy, told.eps
+    found, cure = told.not_finite
+    # A single batch says little: with mini-batches, the mean of the first and of the last epoch, without the evaluation
+    # after the last update. A full-batch run that did not fail speaks of the point that it returns.
+    width = (told.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
+    end = steps if noisy or status in FAILURES else told.returned_step
+    means = losses[:width].mean(), losses[: max(end, 1) if width > 1 else end + 1][-width:].mean()
+    first, last = (f"{mean:.6g}" for mean in means)
+    after = f"after {steps} step{'' if steps == 1 else 's'}"
+    back = "" if told.returned_step == steps else f" The point of step {told.returned_step} is returned."
+    plain = how is Rates.PLAIN and not noisy
+    slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(told, plain)
+    match status:
+        case Status.CONVERGED if grad_norms[end] == 0:
+            what = "the gradient is exactly zero, and no direction was seen in which the loss falls"
+            return (
+                f"converged {after}: {what if told.ending.verified else 'the gradient is exactly zero'} (loss {last})."
+            )
+        case Status.CONVERGED:
+            fall = f"the loss fell from {first} to {last}" if fell(losses, eps) else f"the loss is {last}"
+            return f"converged {after}: {fall}{_left(told)}"
+        case Status.TARGET_REACHED:
+            what = "mean loss of an epoch" if noisy else "loss"
+            return f"reached the target {after}: the {what}, {last}, is at or below {float(told.limits.target):g}."
+        case Status.MAX_STEPS if noisy:
+            per_epoch = told.steps_per_epoch
+            epochs = "" if per_epoch in (1, None) else f" ({steps / per_epoch:g} epochs)"
+            went, worse = f"the loss went from {first} to {last}", ""
+            if width > 1:
+                went = f"the mean loss of an epoch {f'was {first}' if steps <= width else went[len('the loss ') :]}"
+            if not told.is_better:
+                worse = f" That is above the loss of the start, {losses[0]:.6g}. {slower}"
+            elif not (told.success or means[1] < means[0]):
+                worse = f" The loss did not decrease. {slower}"
+            most = told.limits.max_steps
+            what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
+            return f"took {what}{epochs}: {went}.{worse}"
+        case Status.MAX_STEPS if not fell(losses, eps):
+            if how is Rates.SEARCHED and steps >= MAX_REJECTED:
+                slower = f"Of {steps} points along the gradient none is lower, so it may not match the loss."
+            return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
+        case Status.MAX_STEPS if told.farthest > _FAR:
+            return _unbounded(f"stopped at max_steps={steps}", told)
+        case Status.MAX_STEPS:
+            return (
+                f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {last}, the gradient "
+                f"norm is {grad_norms[end]:.3g}.{back} {_more(told)}"
+            )
+        case Status.PRECISION_LIMIT if told.ending.verified == BY_NEIGHBOURS:
+            much = f": less than about {float(told.ending.left):.1g} is left to gain" if told.ending.left > 0 else ""
+            return (
+                f"reached the precision limit {after}: the loss {last} has a kink there, and neither {TRIED} "
+                f"neighbours nor the gradients around it show a way down{much}."
+            )
+        case Status.PRECISION_LIMIT:
+            more = " float64 may gain more." if eps > _COARSE else ""
+            return f"reached the precision limit {after}: the loss {last} no longer changes{_left(told)}{more}"
+        case Status.STALLED:
+            return _stalled(told, after, first, last)
+        case Status.DIVERGED:
+            return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"
+        case Status.NON_FINITE if steps == 0:
+            what = f"loss is {last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
+            return f"the {what} at the start.{found} {cure or 'Start where the loss and its gradient are finite.'}"
+        case Status.NON_FINITE if losses[-1] == -np.inf:
+            return (
+                f"the loss became -inf at step {steps}, from {first} at the start: it has no lower bound, so no "
+                f"minimum can be found.{back} Check its sign, or add a penalty."
+            )
+        case Status.NON_FINITE if told.farthest > _FAR:
+            return _unbounded(f"left the range at step {steps}", told)
+        case Status.NON_FINITE if how in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
+            bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
+            return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
+        case Status.NON_FINITE:
+            what = "params became NaN or infinite"  # those that the loss does not read, or by which it is saturated
+            if not np.isfinite(grad_norms[-1]):
+                what = f"gradient norm became {grad_norms[-1]:g}"
+            if not np.isfinite(losses[-1]):
+                what = f"loss became {last}"
+            rate = f", after an update with the learning rate {rates[-2]:.3g}" if np.isfinite(rates[-2]) else ""
+            return (
+                f"the {what} at step {steps}{rate}, from a loss of {first} at the start.{found}{back} {cure or slower}"
+            )
+        case Status.STOPPED:
+            return f"stopped by the callback {after}: the loss went from {first} to {last}."
+        case Status.DATA_EXHAUSTED:
+            return f"the data ended {after}: the loss went from {first} to {last}."
+        case Status.INTERRUPTED:
+            return f"interrupted {after}: the loss went from {first} to {last}."
+
+
+def _left(told: Told) -> str:
+    """Say what is left, in units of the loss, and how that is known."""
+    left = float(told.ending.left)
+    if told.ending.verified == UP_TO_NOISE:
+        return f", and less is left to gain than its rounding there, {left:.2g}."
+    much = f"about {left:.2g} is left to gain" if left > 0 else "nothing is left to gain"
+    return f", and {much} by its curvature there."
+
+
+def _unbounded(what: str, told: Told) -> str:
+    losses = told.history[0]
+    return (
+        f"{what}: the loss fell from {losses[0]:.6g} to {np.fmin.reduce(losses):.6g} as the params grew to "
+        f"{told.farthest:.2g}, so it seems to have no lower bound. Check its sign, or add a penalty."
+    )
+
+
+def _more(told: Told) -> str:
+    """The remedy for a run that took all its steps."""
+    losses, how = told.history[0], told.how
+    before = np.fmin.reduce(losses[:-_LAST]) if losses.size > _LAST else losses[0]
+    if before - np.fmin.reduce(losses) > ROUNDING * told.eps * abs(before):
+        return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {_other(told)}."
+    if told.apart:
+        return f"The last {_LAST} steps gained no more than rounding."
+    return f"The last {_LAST} steps gained no more than rounding: try {_other(told)}."
+
+
+def _other(told: Told, *, smaller: bool = False) -> str:
+    """Name what to try in place of what decided the rates."""
+    if told.how is Rates.SEARCHED:
+        return "another start"
+    if told.how is Rates.OWNED:
+        return "another optimizer"
+    if smaller:
+        return "a smaller learning_rate, or another start"
+    losses = told.history[0][-_LAST:]
+    turns = np.diff(np.sign(np.diff(losses)))
+    if told.overshoots or (turns.size >= _TURNS and np.mean(np.abs(turns) == 2) > _MOSTLY):
+        return "a smaller learning_rate, as each step leads to the other side of the valley"
+    if losses.min() == losses.max() == told.history[0].max():
+        return "a larger learning_rate"
+    return "another learning_rate"
+
+
+def _stalled(told: Told, after: str, first: str, last: str) -> str:
+    losses, grad_norms, rates = told.history
+    left = float(told.ending.left)
+    much = f"about {left:.2g}" if np.isfinite(left) and left > 0 else "more"
+    more = f"{much} may be left to gain"
+    known = rates[np.isfinite(rates)]
+    tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
+    if told.farthest > _FAR:
+        return _unbounded(f"stalled {after}", told)
+    if told.how in (Rates.PLAIN, Rates.GIVEN) and known.size and known[-1] <= _DECAYED * known.max():
+        if known.max() == 0:
+            return f"stalled {after} at a loss of {last}: {_RATE_OF_ZERO}"
+        step = int(np.flatnonzero(rates > _DECAYED * known.max())[-1]) + 1
+        return (
+            f"stalled {after}: the learning rate decayed to {known[-1]:.2g} (below a thousandth of its highest after "
+            f"step {step}), and nothing changes any more, though {more}. The loss went from {first} to {last}. Let the "
+            "rate decay more slowly, or not so far."
+        )
+    if told.how is Rates.SEARCHED and not np.isfinite(tried):
+        return (
+            f"stalled {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
+            "finite there. Start elsewhere, or make the loss finite around that point."
+        )
+    if told.ending.flaw == SATURATED:
+        return (
+            f"stalled {after} at a loss of {last}: it does not depend on some of the params any more, as it did at the "
+            "start, so they have gone too far. Start nearer to what you expect, or keep them within bounds."
+        )
+    if told.ending.flaw == DROWNED:
+        return (
+            f"stalled {after} at a loss of {last}: most of what it gained is rounding, as it changes by {left:.2g} "
+            "where the params change by a few roundings. Compute the loss without large terms that cancel, or start "
+            "elsewhere."
+        )
+    saddle = told.ending.flaw == SADDLE
+    near = saddle and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]
+    if near or grad_norms[-1] == 0:
+        where = "a saddle or a maximum, where the curvature is negative" if saddle else "no minimum"
+        if grad_norms[told.returned_step] > 0 and not near:
+            return (
+                f"stalled {after}: the gradient is exactly zero at the last point, but not at the best, whose loss is "
+                f"{last}. Try {_other(told, smaller=True)}."
+            )
+        return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
+    rate = "" if told.how is Rates.SEARCHED else f" Try {_other(told)}."
+    wider = " float64 may gain more." if told.eps > _COARSE else ""
+    if not fell(losses, told.eps):
+        return (
+            f"stalled {after}: the loss stays at {last}, within rounding ({told.eps:.1g} of it), though {more}. Either "
+            f"the gradient does not match the loss, or the steps do not fit.{rate}{wider}"
+        )
+    return (
+        f"stalled {after}: the loss {last} no longer changes by more than rounding ({told.eps:.1g} of it), though "
+        f"{more}.{rate}{wider}"
+    )
+
+
+def chosen_rates(rates: np.ndarray) -> str:
+    """Return the sentence on the rates that were found."""
+    used = rates[rates > 0]  # not the one that leads back to where a search began
+    if not used.size:
+        return ""
+    return f" The learning rate was chosen at each step, between {used.min():.2g} and {used.max():.2g}."
+
+
+def fell(losses: np.ndarray, eps: float) -> bool:
+    """Tell whether the loss has fallen by more than rounding; the trials of a search need not be finite."""
+    return bool(_fell(losses[0], np.nanmin(losses), eps))
+
+
+def _fell(first: Any, best: Any, eps: float) -> Any:
+    with np.errstate(invalid="ignore"):  # of a loss that is infinite at the start, and did not fall
+        return first - best > ROUNDING * eps * abs(first)
+
+
+def _slower(told: Told, plain: bool) -> str:
+    """The advice to lower the rate; with a number where the growth of the gradient betrays the curvature.
+
+    Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step, so the ratio r
+    of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
+    """
+    losses, grad_norms, rates = told.history
+    known = rates[np.isfinite(rates)]
+    if not known.size:
+        return (
+            "Try a smaller learning rate in the optimizer; one that is made of parts, such as optax.scale_by_adam(), "
+            "needs optax.scale_by_learning_rate(...) as its last."
+        )
+    highest = known.max()
+    if known.min() < 0:
+        return f"The schedule gave a negative rate, {known.min():.3g}: with a rate above 0 the loss can fall."
+    if highest == 0:
+        return _RATE_OF_ZERO[0].upper() + _RATE_OF_ZERO[1:]
+    if losses.min() == losses.max():
+        return "It has not changed at all: raise max_steps, or try a larger learning_rate."
+    with np.errstate(all="ignore"):
+        ratio = grad_norms[1:] / grad_norms[:-1]
+        stable = 2 * rates[:-1] / (1 + ratio)
+    grew = (stable > 0) & (ratio > 1) & (ratio < _WORTHLESS)
+    limit = float(np.median(stable[grew])) if plain and grew.any() else told.stable
+    if limit is None:
+        return f"Try a learning_rate well below {highest:.2g} (a tenth of it)."
+    digit = 10.0 ** (np.floor(np.log10(limit)) - 1)
+    return f"Try a learning_rate below {np.floor(limit / digit) * digit:.2g}."
