@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import gdopt
 from gdopt._loop import loop
+from gdopt._loop.state import Carry, Compiled
 from gdopt._optimizers.rule import make_rule
 from gdopt._problem.objective import make_problem
 from gdopt._problem.task import make_task
@@ -97,14 +98,14 @@ def test_a_run_on_eight_devices_stays_there_and_equals_one_on_one(name, kind) ->
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), many.params, one.params)
 
 
-def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[loop.Carry, str]:
+def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[Carry, str]:
     """The state after three steps, and the text of the program that made them."""
     batch_size, rate = options.pop("batch_size", None), options.pop("learning_rate", "auto")
     task = make_task(make_problem(loss, params), args=(), data=rows, batch_size=batch_size, with_key=False, key=None)
     rule = make_rule(options.pop("optimizer", gdopt.gd), rate)
     key = task.key if task.noisy else None
     compiled, inputs = loop.compile(task, rule, rule.rate, Limits(100, 0.0, None, -np.inf), key)
-    assert isinstance(compiled, loop.Compiled)
+    assert isinstance(compiled, Compiled)
     chunk = jax.jit(compiled.chunk).lower(compiled.start(inputs), np.int32(0), np.int32(3), inputs).compile()
     carry, _ = chunk(compiled.start(inputs), np.int32(0), np.int32(3), inputs)
     return carry, chunk.as_text()

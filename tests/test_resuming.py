@@ -201,10 +201,13 @@ def test_ctrl_c_in_the_last_save_loses_nothing(path, monkeypatch) -> None:
 def test_sets_of_strings_have_no_order(tmp_path) -> None:
     """That of a set is another in each process, and so is the text of a trace that holds one."""
     code = (
-        "import functools, jax, jax.numpy as jnp, optax; from gdopt import loop, rule, task, problem\n"
+        "import functools, jax, jax.numpy as jnp, optax\n"
+        "from gdopt._loop import loop\n"
+        "from gdopt._optimizers import rule\n"
+        "from gdopt._problem import objective, task\n"
         "keep = jax.checkpoint_policies.save_only_these_names(*'abcdefgh')\n"
         "loss = jax.checkpoint(lambda x: jnp.sum(jnp.sin(x)), policy=keep)\n"
-        "one = task.make_task(problem.make_problem(loss, jnp.ones(2)), args=(), data=None, batch_size=None, "
+        "one = task.make_task(objective.make_problem(loss, jnp.ones(2)), args=(), data=None, batch_size=None, "
         "with_key=False, key=None)\n"
         "adam = lambda rate, names: optax.adam(rate)\n"
         "print(loop.digests(one, rule.make_rule(functools.partial(adam, names={'a', 'b', 'c'}), 0.1)))"

@@ -143,7 +143,7 @@ def test_max_steps_ends_anywhere(max_steps):
 
 
 def test_without_a_number_of_steps_a_stream_is_gone_through_again_and_again(monkeypatch):
-    monkeypatch.setattr("gdopt._minimize._MAX_STEPS", 17)
+    monkeypatch.setattr("gdopt._problem.limits._MAX_STEPS", 17)
     stream = Again()
     assert run(stream).steps == 17
     assert stream.begun == 4

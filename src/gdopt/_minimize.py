@@ -6,19 +6,21 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
 
-from gdopt import _error_notes, _trees
+from gdopt import _error_notes
 from gdopt._checkpoint.resume import saves_at
 from gdopt._checkpoint.saves import Checkpoint
-from gdopt._checks import check_flags, number, whole_number
+from gdopt._checks import check_flags
 from gdopt._compile import program
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
+from gdopt._loop.state import Compiled, Inputs, State, Whole
+from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.rule import (
     Rates,
     Rule,
@@ -31,25 +33,21 @@ from gdopt._optimizers.rule import (
 )
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.diagnose import Evidence, make_evidence
-from gdopt._outcome.messages import Told, chosen_rates, explain
-from gdopt._problem.objective import Problem, make_problem
+from gdopt._outcome.ending import Ended, farthest, refuse_host_visits, result_inside
+from gdopt._problem.limits import check_grad_tol, check_steps, check_target, check_tol
+from gdopt._problem.objective import make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
-from gdopt._rate_finder import lr_find as lr_finder
-from gdopt._result import NO_MESSAGE, History, RangeTest, Report, Result
+from gdopt._rate_finder.auto import rates_by_test
+from gdopt._result import History, Report, Result
 from gdopt._run import host_loop
+from gdopt._run.callback import report, wants_stop
 from gdopt._run.progress import progress_bar
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import FAILURES, Status
-from gdopt._stopping import Ending, Limits, Watch, is_better, succeeded
+from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
-from gdopt.schedules import triangular2
-
-_MAX_STEPS = 10_000
-_TOL = 1e-4
-_LEAST_TEST = 50  # steps of a range test
-_PEAK = 2.0  # of the cycles that follow it, times its suggestion: measured by benchmarks/auto_training.py
 
 
 @joined
@@ -190,8 +188,8 @@ def minimize(
     task = scaled(make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key), scale)
     problem = task.problem
     batches, stream, noisy = task.batches, task.stream, task.noisy
-    steps = _check_steps(max_steps, epochs, task)
-    limits = Limits(steps.most, _check_tol(tol, noisy), _check_grad_tol(grad_tol, noisy), _check_target(target))
+    steps = check_steps(max_steps, epochs, task)
+    limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     loop.check_alike(
         task,
         learning_rate=learning_rate,
@@ -202,7 +200,7 @@ def minimize(
         checkpoint=checkpoint is not None,
     )
     if checkpoint is not None and loop.is_inside(task):
-        _refuse_host_visits(checkpoint=checkpoint)
+        refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
         if saves is not None:
             saves.compare(task, keep_best=keep_best)
@@ -211,23 +209,23 @@ def minimize(
             optimizer = gd
         finds_steps = is_transformation(optimizer) or (not noisy and (optimizer is None or optimizer is gd))
         if is_auto(learning_rate) and not finds_steps:
-            test, learning_rate = _chosen(task, optimizer, steps, saves and saves.range_test)
+            test, learning_rate = rates_by_test(task, optimizer, steps, saves and saves.range_test)
         rule = make_rule(optimizer, learning_rate, problem.params)
         if saves is not None:
             saves.range_test = test
             saves.compare_programs(task, rule)
 
-        def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
+        def compile(data: PyTree) -> tuple[Any, Inputs]:
             key = task.key if noisy else None
             some = task._replace(data=data)
             return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=target is not None)
 
         compiled, inputs = compile(task.data)
-        if isinstance(compiled, loop.Whole):
+        if isinstance(compiled, Whole):
             given = {"callback": callback, "progress": progress, "checkpoint": checkpoint, "throw": throw}
-            _refuse_host_visits(**given, data=None if stream is None else data)
+            refuse_host_visits(**given, data=None if stream is None else data)
             with own_work():
-                return _inside(compiled.solve(compiled.constants, inputs), task)
+                return result_inside(compiled.solve(compiled.constants, inputs), task)
         check_joined(inputs)
         failure: list[Exception] = []
         streamed, boundary = None, batches.per_epoch if batches and callback else None
@@ -240,13 +238,13 @@ def minimize(
             state = host_loop.begin(compiled, inputs)
             compiled_at = time.perf_counter()
 
-            def between(step: int, state: loop.State, records: History) -> bool:
+            def between(step: int, state: State, records: History) -> bool:
                 advance(step, records.loss[-1])
                 if callback is None:
                     return False
                 epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
                 try:
-                    return _wants_stop(callback(_report(problem, step, epoch, state, records)))
+                    return wants_stop(callback(report(problem, step, epoch, state, records)))
                 except Exception as error:  # ends the run, as the callback may by its answer, and then is raised
                     failure.append(error)
                     return True
@@ -257,16 +255,16 @@ def minimize(
         if history.grad_norm[0] == 0:
             loop.warn_of_no_gradient(task)
 
-    kept, params = state.kept, host_loop.returned_params(state)
+    kept, params = state.kept, host_loop.params_to_return(state)
     evidence = _evidence(task, rule, inputs, state, history, streamed) if status is Status.NON_FINITE else None
     rates = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
-    ending = _Ending(
+    ending = Ended(
         status=status,
         history=history,
         returned_step=int(kept.step),
         ending=jax.device_get(state.ending),
         watch=jax.device_get(state.watch),
-        farthest=_farthest(params),
+        farthest=farthest(params),
         noisy=noisy,
         has_target=target is not None,
         has_steps=max_steps is not None or epochs is not None,
@@ -305,7 +303,7 @@ def minimize(
 
 
 def _hindsight(
-    compiled: loop.Compiled, state: loop.State, inputs: loop.Inputs, history: History, status: Status, rates: Rates
+    compiled: Compiled, state: State, inputs: Inputs, history: History, status: Status, rates: Rates
 ) -> Hindsight:
     """Look at the loss where gradient descent ended without a minimum."""
     ended = status in (Status.MAX_STEPS, Status.STALLED) and len(history.loss) > LEAST_STEPS
@@ -323,8 +321,8 @@ def _hindsight(
 def _evidence(
     task: Task,
     rule: Rule,
-    inputs: loop.Inputs,
-    state: loop.State,
+    inputs: Inputs,
+    state: State,
     history: History,
     streamed: host_loop.Streamed | None,
 ) -> Evidence | None:
@@ -335,139 +333,8 @@ def _evidence(
         rate = None
     if streamed is not None:
         inputs = inputs._replace(data=streamed.data)
-    given = loop.loss_arguments(inputs, state.order, state.step, task.batches, with_key=task.with_key)
+    given = loss_arguments(inputs, state.order, state.step, task.batches, with_key=task.with_key)
     return make_evidence(task, state.params, given, step, rate)
-
-
-def _wants_stop(answer: Any) -> bool:
-    """Tell whether the callback said stop. Other answers were hardly meant as one (the length of a line written)."""
-    if answer is None:
-        return False
-    value = jax.device_get(answer) if isinstance(answer, jax.Array) else answer
-    if isinstance(value, bool | np.bool_ | np.ndarray) and np.shape(value) == () and np.asarray(value).dtype == bool:
-        return bool(value)
-    raise InputError(f"callback returned {answer!r}: return True to stop the run, and None or False to let it go on.")
-
-
-class _Ending(NamedTuple):
-    """The end of a run, with everything that its message depends on."""
-
-    status: Status
-    history: History
-    returned_step: int
-    ending: Ending
-    watch: Watch
-    farthest: float
-    noisy: bool
-    has_target: bool
-    has_steps: bool  # or epochs
-    steps_per_epoch: int | None
-    limits: Limits
-    eps: float
-    rates: Rates
-    optimizer: str  # that was chosen
-    range_test: RangeTest | None
-    why_exhausted: str
-    not_finite: tuple[str, str]  # what is known of it, and what to try
-    hindsight: Hindsight
-
-    @property
-    def steps(self) -> int:
-        return len(self.history.loss) - 1
-
-    @property
-    def is_claim(self) -> bool:
-        """Tell whether what is known of the returned point belongs to this status."""
-        return self.status in (Status.CONVERGED, Status.PRECISION_LIMIT, Status.STALLED)
-
-    @property
-    def left(self) -> float:
-        return float(self.ending.left) if self.is_claim else math.nan
-
-    @property
-    def verified(self) -> bool:
-        return self.is_claim and bool(self.ending.verified)
-
-    @property
-    def success(self) -> bool:
-        if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
-            return not (self.has_steps or self.has_target) and bool(is_better(self.watch))
-        return bool(succeeded(self.status, self.watch, noisy=self.noisy, has_target=self.has_target))
-
-    @property
-    def message(self) -> str:
-        told = Told(
-            steps=self.steps,
-            returned_step=self.returned_step,
-            history=self.history,
-            limits=self.limits,
-            noisy=self.noisy,
-            steps_per_epoch=self.steps_per_epoch,
-            eps=self.eps,
-            how=self.rates,
-            success=self.success,
-            ending=self.ending,
-            farthest=self.farthest,
-            not_finite=self.not_finite,
-            is_better=bool(is_better(self.watch)),
-            overshoots=self.hindsight.overshoots,
-            apart=self.hindsight.apart is not None,
-            stable=self.hindsight.stable,
-        )
-        message = explain(self.status, told)
-        if self.status is Status.DATA_EXHAUSTED and not self.success:
-            message += f" {self.why_exhausted}"
-        if self.hindsight.apart is not None:
-            larger, smaller = self.hindsight.apart
-            other, out = " and another learning_rate", "optimizer and the learning_rate"
-            if self.rates is Rates.SEARCHED:
-                other, out = "", "optimizer"
-            message += (
-                f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
-                f"leave the {out} out."
-            )
-        if self.optimizer:
-            message += f" The optimizer was {self.optimizer}."
-        elif self.rates is Rates.SEARCHED:
-            message += chosen_rates(self.history.learning_rate)
-        if self.range_test is not None:
-            message += (
-                f" The learning rate was chosen by a range test of {len(self.range_test.learning_rate)} steps, which "
-                f"suggested {self.range_test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice "
-                "of it."
-            )
-        return message
-
-
-def _refuse_host_visits(**options: Any) -> None:
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise InputError(
-                f"{name}={value!r} was given to minimize inside jit, vmap or grad, where the whole run is one compiled "
-                f"program that nobody can look into or stop: leave {name} out, and look at the result."
-            )
-
-
-def _inside(outcome: Any, task: Task) -> Result:
-    """The result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
-    zero = _trees.on_device(0.0)
-    return Result(
-        params=task.problem.whole(outcome.params),
-        loss=outcome.loss,
-        grad_norm=outcome.grad_norm,
-        steps=outcome.steps,
-        status=outcome.code,
-        message=NO_MESSAGE,
-        success=outcome.success,
-        left=outcome.ending.left,
-        verified=outcome.ending.verified > 0,
-        history=cast(Any, None),
-        steps_per_epoch=jax.tree.map(_trees.on_device, task.steps_per_epoch),
-        range_test=None,
-        aux=outcome.aux,
-        compile_seconds=cast(Any, zero),
-        run_seconds=cast(Any, zero),
-    )
 
 
 def clear_cache() -> None:
@@ -480,103 +347,3 @@ def clear_cache() -> None:
         >>> gdopt.clear_cache()
     """
     program.clear()
-
-
-def _farthest(params: PyTree) -> float:
-    """The largest entry, on the host; 0 if other processes hold some of them."""
-    leaves = [leaf for leaf in jax.tree.leaves(params) if getattr(leaf, "is_fully_addressable", True)]
-    return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
-
-
-@as_own_work
-def _report(problem: Problem, step: int, epoch: int, state: loop.State, records: History) -> Report:
-    kept = state.kept
-    return Report(
-        step=step,
-        epoch=epoch,
-        params=problem.whole(_trees.copy(host_loop.returned_params(state))),
-        loss=float(kept.loss),
-        grad_norm=float(kept.grad_norm),
-        learning_rate=float(records.learning_rate[-1]),
-    )
-
-
-def _chosen(task: Task, optimizer: Any, steps: _Steps, made: RangeTest | None) -> tuple[RangeTest, Schedule]:
-    """The range test of `"auto"`, where none was made before, and the schedule that it leads to."""
-    max_steps = steps.expected
-    if max_steps is None:
-        raise InputError(
-            f"epochs={steps.epochs} was given with a stream that does not tell how many batches it has, and "
-            "learning_rate='auto' plans its cycles over all steps: pass max_steps as well, or a learning_rate."
-        )
-    if made is not None and made.suggestion is not None:
-        return made, _cycles(_PEAK * made.suggestion, max_steps)
-    fewest = max(max_steps // 5, _LEAST_TEST)
-    for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # a short one may drown in noise
-        ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
-        test = lr_finder.range_test(task, optimizer, ladder)
-        if test.suggestion is not None:
-            return test, _cycles(_PEAK * test.suggestion, max_steps)
-    cure = "Or pass a learning_rate."
-    if test.status is Status.NON_FINITE:
-        cure = "With a learning_rate there is a result, of which gdopt.diagnose says what made it so."
-    raise InputError(f"learning_rate='auto' found none: {test.message} {cure}")
-
-
-def _cycles(peak: float, steps: int) -> Schedule:
-    """Smith's three cycles of halving height; the peak is closed over as an array: another one compiles nothing."""
-    highest, shape = _trees.on_device(np.asarray(peak)), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
-    return lambda step: highest * shape(step)
-
-
-class _Steps(NamedTuple):
-    """The steps that a run is asked to make."""
-
-    most: int  # steps
-    epochs: int | None  # where these are to be counted as they come
-    batches: int | None  # the most to take from a stream
-    expected: int | None  # steps, as far as that can be told
-
-
-def _check_steps(max_steps: Any, epochs: Any, task: Task) -> _Steps:
-    data, batches, stream = task.data, task.batches, task.stream
-    asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
-    if epochs is not None:
-        if data is None:
-            raise InputError(f"epochs={epochs!r} was given without data: pass data=, or max_steps= in place of epochs.")
-        epochs = whole_number("epochs", epochs)
-    if stream is not None:
-        most = asked[0] if asked else None if epochs else _MAX_STEPS
-        of_epochs = epochs and stream.length and epochs * stream.length
-        expected = min((steps for steps in (most, of_epochs) if steps), default=None)
-        return _Steps(loop.LAST_STEP if most is None else most, epochs, most, expected)
-    if epochs is not None:
-        asked.append(epochs * (batches.per_epoch if batches else 1))
-    most = whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
-    return _Steps(most, None, None, most)
-
-
-def _check_grad_tol(grad_tol: Any, noisy: bool) -> float | None:
-    if grad_tol is None:
-        return None
-    if noisy:
-        raise InputError(
-            f"grad_tol={grad_tol!r} was given for a noisy loss, whose gradients do not become small: with mini-batches "
-            "or keys pass target=, max_steps= or epochs=."
-        )
-    return number("grad_tol", grad_tol, lambda x: x >= 0, "a number of at least 0, such as 1e-5")
-
-
-def _check_tol(tol: Any, noisy: bool) -> float:
-    if tol is None:
-        return _TOL
-    if noisy:
-        raise InputError(
-            f"tol={tol!r} was given for a noisy loss: the gradient of a batch or a random key cannot tell convergence. "
-            "Use target=, epochs= or max_steps=, or the full batch."
-        )
-    return number("tol", tol, lambda x: x >= 0, "a finite number, 0 or above, such as 1e-4")
-
-
-def _check_target(target: Any) -> float:
-    return -math.inf if target is None else number("target", target, lambda x: True, "a finite number")

@@ -26,7 +26,7 @@ from gdopt._compile import program
 from gdopt._devices.processes import peers
 from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._loop.loop import Carry, State
+from gdopt._loop.state import Carry, State
 from gdopt._optimizers.rule import Rule, search
 from gdopt._problem.data import Feed, Position
 from gdopt._problem.task import Task

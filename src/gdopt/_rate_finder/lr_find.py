@@ -16,9 +16,11 @@ from gdopt._checks import check_flags, one_of, rate, whole_number
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
+from gdopt._loop.state import Carry, Compiled, Inputs, State
 from gdopt._optimizers.rule import Rule, check_optimizer, is_transformation
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.diagnose import named_inputs
+from gdopt._problem.limits import LAST_STEP
 from gdopt._problem.objective import make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
@@ -209,7 +211,7 @@ def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: i
     advance, state, inputs = _begin(task, optimizer, keys, _each(steps.section(lowest), keys))
     rates, records = np.empty(0), []
 
-    def all_over(step: int, state: loop.State, history: History) -> bool:
+    def all_over(step: int, state: State, history: History) -> bool:
         losses = np.where(np.isfinite(history.grad_norm), history.loss.astype(float), np.nan)
         records.append(losses.reshape(len(losses), -1))  # (steps, repeats)
         return all(rules.end(row) < len(row) for row in np.concatenate(records).T)
@@ -233,15 +235,15 @@ def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
     return _trees.on_device(np.broadcast_to(rates, (*keys.shape, len(rates))))
 
 
-def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, loop.Carry, loop.Inputs]:
+def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, Carry, Inputs]:
     """Runs side by side, one for each key and row of rates, before their first step, and how they advance."""
 
-    def compile(data: PyTree) -> tuple[Any, loop.Inputs]:
-        limits = Limits(loop.LAST_STEP, 0.0, None, -math.inf)
+    def compile(data: PyTree) -> tuple[Any, Inputs]:
+        limits = Limits(LAST_STEP, 0.0, None, -math.inf)
         return loop.compile(task._replace(data=data), Rule(optimizer), rates, limits, keys, trial=True)
 
     compiled, inputs = compile(task.data)
-    assert isinstance(compiled, loop.Compiled)  # InputError inside of a jit
+    assert isinstance(compiled, Compiled)  # InputError inside of a jit
     check_joined(inputs)
     streamed = None if task.stream is None else host_loop.Streamed(task.stream.feed(), compile, pause=False)
     return functools.partial(host_loop.advance, compiled, streamed=streamed), host_loop.begin(compiled, inputs), inputs

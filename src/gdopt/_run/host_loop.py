@@ -18,10 +18,11 @@ from gdopt._checkpoint.resume import Saves
 from gdopt._checks import warn
 from gdopt._devices.processes import peers
 from gdopt._errors import InputError
-from gdopt._loop import loop
-from gdopt._loop.loop import LAST_STEP, Carry, Compiled, Inputs, State
+from gdopt._loop.state import Carry, Compiled, Inputs, State, returned_params
+from gdopt._loop.while_loops import CAPACITY
 from gdopt._optimizers.rule import evaluation_params
 from gdopt._problem.data import Batch, Feed
+from gdopt._problem.limits import LAST_STEP
 from gdopt._result import History
 from gdopt._settings import own_promotion, own_work
 from gdopt._status import FAILURES, RUNNING, Status
@@ -193,7 +194,7 @@ def advance(
     with ctrl_c() as interrupted:
         while True:
             size = max(1, int(seconds_of_chunk / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
-            limit = step + min(size, loop.CAPACITY)
+            limit = step + min(size, CAPACITY)
             limit = limit if boundary is None else min(limit, (step // boundary + 1) * boundary)
             if saves is not None and step < int(limits.max_steps):
                 limit = min(limit, int(limits.max_steps))  # to save before the last point is evaluated
@@ -281,7 +282,7 @@ def run(
     return state, history, status
 
 
-def returned_params(state: State) -> PyTree:
+def params_to_return(state: State) -> PyTree:
     """The params that ``state.kept`` tells the loss of, on the devices where the params are."""
 
     def placed(leaf: Any, like: Any) -> jax.Array:
@@ -291,7 +292,7 @@ def returned_params(state: State) -> PyTree:
         shared = isinstance(like, jax.Array) and array.sharding != like.sharding
         return jax.device_put(leaf, like.sharding) if shared else array
 
-    return jax.tree.map(placed, loop.returned_params(state), state.params)
+    return jax.tree.map(placed, returned_params(state), state.params)
 
 
 @contextlib.contextmanager

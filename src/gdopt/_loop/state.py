@@ -1,0 +1,143 @@
+"""The state of a run, its inputs, and what a compiled problem consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from gdopt import _trees
+from gdopt._compile import program
+from gdopt._devices.sharding import Layout
+from gdopt._problem.data import Batches
+from gdopt._stopping import Ending, Epoch, Limits, Watch
+from gdopt._trees import Packed
+from gdopt._types import PyTree
+from gdopt._verify.hindsight import Hindsight
+
+_SMALL = 4096  # entries of an array that is computed with together with others
+Carry = tuple[Packed, jax.Array]  # the state, and the rows of the history that the host has not read yet
+
+
+class Inputs(NamedTuple):
+    """The arguments of the compiled program that stay the same over a run: new values compile nothing.
+
+    Arrays are on the device, Python's numbers are left as they are. Runs side by side each have their own ``key`` and
+    ``rate``, by a leading axis.
+    """
+
+    start: PyTree
+    data: PyTree
+    args: PyTree
+    key: Any  # None for a single run that draws nothing
+    rate: Any  # a number, or a ladder of them, the rates of the steps one by one
+    limits: Limits
+    constants: list[Any]  # that the loss closes over
+    numbers: list[Any] | None  # of the schedule
+    epoch: Epoch | None = None  # of a stream, whose batches are the data in turn
+
+
+class Kept(NamedTuple):
+    """The point that comes back if the run ends badly: the best so far, or with a noisy loss the last good one.
+
+    Where no params are to be kept, the last point evaluated, whose params are the state's: see `returned_params`.
+    """
+
+    params: Packed | None
+    step: jax.Array
+    loss: jax.Array
+    grad_norm: jax.Array
+    aux: PyTree
+
+
+class State(NamedTuple):
+    """The state of a run. For runs side by side, which keep step, all but ``step`` has a leading axis."""
+
+    step: jax.Array  # updates made, which is the number of the point in ``params``
+    code: jax.Array  # RUNNING, or the Status that the last evaluation led to
+    params: PyTree
+    optimizer: PyTree
+    order: PyTree  # the epoch's shuffled row numbers
+    watch: Watch
+    kept: Kept
+    ending: Ending
+
+
+class Outcome(NamedTuple):
+    """The end of ``whole``."""
+
+    params: PyTree
+    loss: jax.Array
+    grad_norm: jax.Array
+    aux: PyTree
+    steps: jax.Array
+    code: jax.Array
+    success: jax.Array
+    ending: Ending
+
+
+class Compiled(NamedTuple):
+    """A problem made ready to run."""
+
+    start: Callable[[Inputs], Carry]
+    # (carry, step of the first row, limit, inputs) -> (carry, code)
+    chunk: Callable[[Carry, Any, Any, Inputs], tuple[Carry, jax.Array]]
+    carry: PyTree  # the shapes of it
+    eps: float  # of the dtype in which the loss is computed
+    pace: list[float]  # the seconds of a step in the last run, where there was one
+    probes: dict[bool, Programs]  # that verify a claim, once there was one: see `Verifier.programs`
+    # Of a loss that is the same function at each step: verifies what a run claims at its end, ...
+    verify: Callable[[Carry, Inputs], Carry] | None = None
+    # ... and looks at the loss there; its last argument is the rate of plain gradient descent
+    look_back: Callable[[State, Inputs, float | None], Hindsight] | None = None
+
+
+class Whole(NamedTuple):
+    """A problem made ready to run inside of a transformation, all steps at once."""
+
+    solve: Callable[[list, Inputs], Outcome]
+    constants: list[Any]  # that the optimizer closes over
+
+
+class Settings(NamedTuple):
+    """The settings that a program depends on besides traces and the shapes of its inputs; hashable."""
+
+    noisy: bool  # the loss is another function at each step
+    batches: Batches | None
+    with_key: bool
+    keep_best: bool
+    tests_gradient: bool  # its largest entry
+    inside: bool  # of a jit, vmap or grad
+    layout: Layout | None = None  # of many devices
+
+    def compact(self, params: PyTree) -> Packed:
+        """The params as few arrays, which costs much less per step where there are many small ones.
+
+        Not those on many devices: bringing them together costs more than it saves.
+        """
+        return _trees.pack(params, _SMALL if self.layout is None else 1)
+
+    def in_place(self, state: State) -> State:
+        """The state with its arrays on the devices where the params are."""
+        layout = self.layout
+        if layout is None:
+            return state
+        kept = state.kept
+        if kept.params is not None:
+            kept = kept._replace(params=layout.packed(kept.params))
+        params, optimizer = layout.like_params(state.params), layout.like_params(state.optimizer)
+        return state._replace(params=params, optimizer=optimizer, kept=kept)
+
+
+class Programs(NamedTuple):
+    """The compiled parts of a verification."""
+
+    probe: Any  # a `program.Shared`, on many devices of all of it; None if the loss has no second derivatives
+    free: program.Shared | None  # tells which entries the optimizer holds, if it may hold any
+    closed: bool  # whether they depend on nothing else than on the traces and their inputs
+
+
+def returned_params(state: State) -> PyTree:
+    """The params that ``state.kept`` tells the loss of."""
+    return state.params if state.kept.params is None else state.kept.params.tree()

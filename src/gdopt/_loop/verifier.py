@@ -1,0 +1,248 @@
+"""The verification of a claim, on the host or in a trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from gdopt import _trees
+from gdopt._compile import program
+from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned_params
+from gdopt._optimizers.rule import Rule, extra_arguments, restarted, search
+from gdopt._problem.task import Task
+from gdopt._settings import as_own_work
+from gdopt._status import Status
+from gdopt._types import PyTree
+from gdopt._verify.claim import Claim, settle
+from gdopt._verify.hindsight import Hindsight, look_back
+from gdopt._verify.places import InTrace, OnHost, Probe
+
+
+class Verifier(NamedTuple):
+    """Verifies a claim to be at a minimum: see `verification.settle`."""
+
+    task: Task
+    rule: Rule
+    loss: program.Traced | None  # with its gradient; None if that is traced once there is a claim
+    schedule: program.Traced | None
+    settings: Settings
+    eps: float
+
+    def in_trace(self, state: State, inputs: Inputs) -> State:
+        """The state with its claim verified, or withdrawn: then the run goes on."""
+
+        def verify(state: State) -> State:
+            params = returned_params(state)
+            tree, exact = self._tree(params), True
+
+            def at(xs: list) -> tuple[Any, list]:
+                grad, loss = self._gradient(inputs, tree(xs))
+                return loss, grad
+
+            probe = Probe(at, lambda xs, ways: self._probe(tree(xs), tree(ways), inputs)[2])
+            differences = lambda xs, ways: self._probe_by_differences(tree(xs), tree(ways), inputs)[2]
+            try:
+                jax.eval_shape(self._probe, *(_trees.as_real(params)[0],) * 2, inputs)
+            except Exception:  # JAX raises various ones for a loss that has no second derivatives
+                probe, exact = probe._replace(times=differences), False
+            free = self.free(state, inputs) if self.rule.may_project else None
+            return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact)
+
+        return lax.cond(claims(state), verify, lambda state: state, state)
+
+    @as_own_work
+    def on_host(self, programs: Callable[..., Programs], carry: Carry, inputs: Inputs) -> Carry:
+        """The same for a run that is not traced: what it computes with the loss is compiled now, if it was not yet."""
+        state = carry[0].tree()
+        if not claims(state):
+            return carry
+        compiled = programs(state, inputs)
+        if self.settings.layout is not None:
+            return compiled.probe.call(carry[0], inputs), carry[1]
+        free = compiled.free and jax.tree.map(_trees.on_host, compiled.free.call(state, inputs))
+        params = returned_params(state)
+        tree, exact = self._tree(params), compiled.probe is not None
+        still = tree([np.zeros_like(block) for block in self._blocks(params)])
+        first = compiled if exact else programs(state, inputs, exact=False)
+
+        def at(xs: list) -> tuple[Any, list]:
+            loss, grad, _ = first.probe.call(tree(xs), still, inputs)
+            return _trees.on_host(loss)[()], list(map(_trees.on_host, grad))
+
+        def times(xs: list, ways: list) -> list:
+            return list(map(_trees.on_host, first.probe.call(tree(xs), tree(ways), inputs)[2]))
+
+        def differences(xs: list, ways: list) -> list:
+            second = programs(state, inputs, exact=False)
+            return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
+
+        with np.errstate(all="ignore"):
+            probe = Probe(at, times)
+            state = self._settled(OnHost, probe, differences, free, state, inputs, exact=exact)
+        return _trees.pack(state), carry[1]
+
+    @as_own_work
+    def look_back(
+        self, programs: Callable[..., Programs], state: State, inputs: Inputs, rate: float | None
+    ) -> Hindsight:
+        """Look at the loss where a run ended that did not get to a minimum: see `hindsight`."""
+        params = returned_params(state)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
+            return Hindsight()
+        compiled = programs(state, inputs)
+        compiled = compiled if compiled.probe else programs(state, inputs, exact=False)
+        real = lambda leaves: _trees.as_real(treedef.unflatten(leaves))[0]
+        tree = self._tree(params)
+
+        def probe(xs: list, ways: list) -> Any:
+            _, grad, product = compiled.probe.call(real(xs), real(ways), inputs)
+            grad, product = (list(map(_trees.on_host, blocks)) for blocks in (grad, product))
+            return jax.tree.leaves(tree(grad)), jax.tree.leaves(tree(product))
+
+        names = [_trees.path_name(path) for path, _ in paths]
+        with np.errstate(all="ignore"):
+            return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
+
+    def programs(
+        self,
+        value: program.Traced,
+        shared: dict[bool, Programs],
+        own: dict[bool, Programs],
+        state: State,
+        inputs: Inputs,
+        *,
+        exact: bool = True,
+    ) -> Programs:
+        """The programs of earlier calls or of this one, made when they are first asked for.
+
+        Products of the Hessian are ``exact``, or differences of gradients.
+        """
+        if exact not in shared and exact not in own:
+            made = self._programs(value, state, inputs, exact=exact)
+            (shared if made.closed else own)[exact] = made
+        return shared[exact] if exact in shared else own[exact]
+
+    def _programs(self, value: program.Traced, state: State, inputs: Inputs, *, exact: bool) -> Programs:
+        task = self.task
+        batch = task._replace(data=inputs.data).batch
+        loss, _ = program.with_gradient(value, task.value, inputs.start, batch, inputs.args, None)
+        traced = self._replace(loss=loss)
+        if self.settings.layout is not None:
+            whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
+            made = program.share(whole, _trees.pack(state), inputs)
+            return Programs(made, None, made.closed)
+        real, _ = _trees.as_real(returned_params(state))
+        try:
+            made = program.share(traced._probe if exact else traced._probe_by_differences, real, real, inputs)
+        except Exception:
+            if not exact:
+                raise
+            made = None  # JAX raises various ones for a loss that has no second derivatives
+        free = program.share(traced.free, state, inputs) if exact and self.rule.may_project else None
+        parts = [part for part in (made, free) if part]
+        return Programs(made, free, all(part.closed for part in parts))
+
+    def _probe(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
+        """The loss, its gradient, and the Hessian times a direction.
+
+        Given trees of real leaves: those of one shape are compiled once, slices of a vector each for itself.
+        """
+        gradient = functools.partial(self._gradient, inputs)
+        grad, product, loss = jax.jvp(gradient, (xs,), (ways,), has_aux=True)
+        return loss, grad, product
+
+    def _probe_by_differences(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
+        """The same for a loss that has no second derivatives: an entry moves by a share of its direction."""
+        grad, loss = self._gradient(inputs, xs)
+        share = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(xs)) ** (1 / 3)
+        beside = lambda share: jax.tree.map(lambda x, way: x + share * way, xs, ways)
+        (above, _), (below, _) = (self._gradient(inputs, beside(sign * share)) for sign in (1, -1))
+        return loss, grad, [(a - b) / (2 * share) for a, b in zip(above, below, strict=True)]
+
+    def _gradient(self, inputs: Inputs, xs: PyTree) -> tuple[list, jax.Array]:
+        _, back = _trees.as_real(inputs.start)
+        loss, grad = self._value_and_grad(inputs, back(xs))
+        return self._blocks(grad), loss
+
+    def _value_and_grad(self, inputs: Inputs, params: PyTree) -> tuple[jax.Array, PyTree]:
+        traced: Any = self.loss
+        given = inputs.constants, inputs.data, inputs.args, None
+        (loss, _), grad = traced.replay(traced.constants, params, *given)
+        return loss, grad
+
+    def _blocks(self, tree: PyTree) -> list:
+        """A tree like the params as a few real arrays."""
+        return jax.tree.leaves(self.settings.compact(_trees.as_real(tree)[0]))
+
+    def _tree(self, params: PyTree) -> Callable[[list], PyTree]:
+        """Back from `_blocks` to the tree of real leaves from which they were made."""
+        treedef = jax.tree.structure(self.settings.compact(_trees.as_real(params)[0]))
+        return lambda blocks: treedef.unflatten(blocks).tree()
+
+    def free(self, state: State, inputs: Inputs) -> list:
+        """0 for entries that the optimizer holds at a bound: that it moves against the gradient alone, not along it."""
+        params, rule = returned_params(state), self.rule
+        loss, grad = self._value_and_grad(inputs, params)
+        given = inputs.data, inputs.args, None
+        rate = None
+        if not rule.owns_rate:
+            rate = self.schedule.replay(inputs.numbers, state.step) if self.schedule else jnp.asarray(inputs.rate)
+
+        def moved(number: jax.Array) -> PyTree:
+            turned = jax.tree.map(lambda g: (1 - 2 * number).astype(g.real.dtype) * g, grad)
+            extras = extra_arguments(lambda params: self.task.value(params, *given)[0], loss, turned)
+            updates, _ = rule.update(rate, turned, state.optimizer, params, **extras)
+            return jax.tree.map(jnp.not_equal, optax.apply_updates(params, updates), params)
+
+        both = lax.map(moved, lax.iota(jnp.int32, 2))
+        return self._blocks(jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, params))
+
+    def _settled(
+        self,
+        place: Any,
+        probe: Probe,
+        differences: Callable,
+        free: list | None,
+        state: State,
+        inputs: Inputs,
+        *,
+        exact: bool,
+    ) -> State:
+        kept, np = state.kept, place.np
+        params = jax.tree.map(np.asarray, returned_params(state))
+        real, back = _trees.as_real(params)
+        searches = search(state.optimizer) is not None
+        claim = Claim(
+            state.code,
+            state.step,
+            self._arrays(place, real),
+            self._arrays(place, _trees.as_real(jax.tree.map(np.subtract, params, inputs.start))[0]),
+            kept.loss,
+            kept.grad_norm,
+            state.watch,
+            free,
+        )
+        new = settle(place, probe, differences, claim, inputs.limits, self.eps, exact=exact, searches=searches)
+        state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
+        if not searches:
+            return state
+        there = back(self._tree(params)(new.point))
+        there = jax.tree.map(lambda x, old: np.asarray(x, old.dtype), there, params)
+        optimizer = place.select(new.restarts, restarted(state.optimizer), state.optimizer)
+        params = place.select(new.moves, there, state.params)
+        return state._replace(step=(state.step + new.moves).astype(np.int32), params=params, optimizer=optimizer)
+
+    def _arrays(self, place: Any, tree: PyTree) -> list:
+        return [place.np.asarray(leaf) for leaf in jax.tree.leaves(self.settings.compact(tree))]
+
+
+def claims(state: State) -> Any:
+    return (state.code == Status.CONVERGED) | (state.code == Status.PRECISION_LIMIT)

@@ -1,0 +1,67 @@
+"""The limits of a run, checked: steps, epochs, tolerances and the target."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from gdopt._checks import number, whole_number
+from gdopt._errors import InputError
+from gdopt._problem.task import Task
+
+LAST_STEP = 2**31 - 1
+_MAX_STEPS = 10_000
+_TOL = 1e-4
+
+
+class Steps(NamedTuple):
+    """The steps that a run is asked to make."""
+
+    most: int  # steps
+    epochs: int | None  # where these are to be counted as they come
+    batches: int | None  # the most to take from a stream
+    expected: int | None  # steps, as far as that can be told
+
+
+def check_steps(max_steps: Any, epochs: Any, task: Task) -> Steps:
+    data, batches, stream = task.data, task.batches, task.stream
+    asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
+    if epochs is not None:
+        if data is None:
+            raise InputError(f"epochs={epochs!r} was given without data: pass data=, or max_steps= in place of epochs.")
+        epochs = whole_number("epochs", epochs)
+    if stream is not None:
+        most = asked[0] if asked else None if epochs else _MAX_STEPS
+        of_epochs = epochs and stream.length and epochs * stream.length
+        expected = min((steps for steps in (most, of_epochs) if steps), default=None)
+        return Steps(LAST_STEP if most is None else most, epochs, most, expected)
+    if epochs is not None:
+        asked.append(epochs * (batches.per_epoch if batches else 1))
+    most = whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
+    return Steps(most, None, None, most)
+
+
+def check_grad_tol(grad_tol: Any, noisy: bool) -> float | None:
+    if grad_tol is None:
+        return None
+    if noisy:
+        raise InputError(
+            f"grad_tol={grad_tol!r} was given for a noisy loss, whose gradients do not become small: with mini-batches "
+            "or keys pass target=, max_steps= or epochs=."
+        )
+    return number("grad_tol", grad_tol, lambda x: x >= 0, "a number of at least 0, such as 1e-5")
+
+
+def check_tol(tol: Any, noisy: bool) -> float:
+    if tol is None:
+        return _TOL
+    if noisy:
+        raise InputError(
+            f"tol={tol!r} was given for a noisy loss: the gradient of a batch or a random key cannot tell convergence. "
+            "Use target=, epochs= or max_steps=, or the full batch."
+        )
+    return number("tol", tol, lambda x: x >= 0, "a finite number, 0 or above, such as 1e-4")
+
+
+def check_target(target: Any) -> float:
+    return -math.inf if target is None else number("target", target, lambda x: True, "a finite number")

@@ -1,0 +1,48 @@
+"""The rates of "auto" for mini-batches, random keys and factories: a range test, and then cycles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gdopt import _trees
+from gdopt._errors import InputError
+from gdopt._problem.limits import Steps
+from gdopt._problem.task import Task
+from gdopt._rate_finder import lr_find as lr_finder
+from gdopt._result import RangeTest
+from gdopt._status import Status
+from gdopt._types import Schedule
+from gdopt.schedules import triangular2
+
+_LEAST_TEST = 50  # steps of a range test
+_PEAK = 2.0  # of the cycles that follow it, times its suggestion: measured by benchmarks/auto_training.py
+
+
+def rates_by_test(task: Task, optimizer: Any, steps: Steps, made: RangeTest | None) -> tuple[RangeTest, Schedule]:
+    """The range test of `"auto"`, where none was made before, and the schedule that it leads to."""
+    max_steps = steps.expected
+    if max_steps is None:
+        raise InputError(
+            f"epochs={steps.epochs} was given with a stream that does not tell how many batches it has, and "
+            "learning_rate='auto' plans its cycles over all steps: pass max_steps as well, or a learning_rate."
+        )
+    if made is not None and made.suggestion is not None:
+        return made, _cycles(_PEAK * made.suggestion, max_steps)
+    fewest = max(max_steps // 5, _LEAST_TEST)
+    for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # a short one may drown in noise
+        ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
+        test = lr_finder.range_test(task, optimizer, ladder)
+        if test.suggestion is not None:
+            return test, _cycles(_PEAK * test.suggestion, max_steps)
+    cure = "Or pass a learning_rate."
+    if test.status is Status.NON_FINITE:
+        cure = "With a learning_rate there is a result, of which gdopt.diagnose says what made it so."
+    raise InputError(f"learning_rate='auto' found none: {test.message} {cure}")
+
+
+def _cycles(peak: float, steps: int) -> Schedule:
+    """Smith's three cycles of halving height; the peak is closed over as an array: another one compiles nothing."""
+    highest, shape = _trees.on_device(np.asarray(peak)), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
+    return lambda step: highest * shape(step)
