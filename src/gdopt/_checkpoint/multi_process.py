@@ -1,6 +1,6 @@
 """The saves of a run that is spread over several processes.
 
-Each process writes its own parts of the arrays that no process holds, in a thread; see `gdopt._checkpoint.sharded`. The first one
+Each process writes its own parts of the arrays that no process holds, in a thread; see `sharded`. The first one
 writes all else: it has the lock, decides by its clock when a save is due, and when all have written their parts, it
 writes the file that makes a save of them. Nothing in a thread waits for what another process does there. What the
 processes have to hear of each other they tell where they agree on the next chunk anyway; so a failure anywhere is known

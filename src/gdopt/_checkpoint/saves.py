@@ -10,7 +10,7 @@ A file is, with all numbers little-endian::
 so every byte is under a checksum, and how many there are is known before any is taken for what it says.
 
 Where arrays are spread over processes, a directory of orbax's beside the file holds them, and ``meta`` tells under
-"spread" what is in it, with checksums: see `gdopt._checkpoint.sharded`. The file is written last and removed first, so that it stands
+"spread" what is in it, with checksums: see `sharded`. The file is written last and removed first, so that it stands
 for both.
 """
 
