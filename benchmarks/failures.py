@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 import gdopt
-from gdopt._checkpoint.saves import Saver
+from gdopt._checkpoint.saver import Saver
 from tables import Row, arguments, interleaved, print_heading, print_table, ratios, seconds
 
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "numpy")

@@ -33,8 +33,10 @@ from hypothesis import strategies as st
 
 import gdopt
 from gdopt import Checkpoint, CheckpointError, InputError
-from gdopt._checkpoint import saves
-from gdopt._checkpoint.saves import Saver, newest, read, write
+from gdopt._checkpoint import file, lock
+from gdopt._checkpoint.file import read, write
+from gdopt._checkpoint.folder import newest
+from gdopt._checkpoint.saver import Saver
 
 ARRAYS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.zeros(0, np.int8), "z": np.array(1 + 2j)}
 META = {"step": 7, "loss": 0.1, "names": ["a", None, True]}
@@ -99,8 +101,8 @@ def test_every_dtype_comes_back_to_the_last_bit(tmp_path: Path):
     """Random bytes are NaNs with payloads, too."""
     draw = np.random.default_rng(0)
     arrays = {}
-    assert {"bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool", "int4", "uint64"} < set(saves._DTYPES)
-    for name, dtype in saves._DTYPES.items():
+    assert {"bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool", "int4", "uint64"} < set(file._DTYPES)
+    for name, dtype in file._DTYPES.items():
         flat = np.frombuffer(draw.bytes(24 * dtype.itemsize), np.uint8)
         flat = (flat & 1 if name == "bool" else flat).view(dtype)
         arrays |= {name: flat.reshape(2, 3, 4), f"{name} 0-d": flat[0].reshape(()), f"{name} none": flat[:0]}
@@ -457,7 +459,7 @@ def test_saves_and_keeps_the_newest(base: Path):
 
 def test_due_by_the_clock(base: Path, monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
-    monkeypatch.setattr(saves.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Saver(Checkpoint(base, every_seconds=60)) as saver:
         assert not saver.due()
         now[0] += 60
@@ -653,16 +655,16 @@ def test_one_run_at_a_path(base: Path):
 def test_a_lock_that_is_removed_as_another_run_opens_it(base: Path, monkeypatch: pytest.MonkeyPatch):
     """Between opening and locking: the first run ends and takes its file away, and a third one makes a new one."""
     pytest.importorskip("fcntl")
-    place, usual = Checkpoint(base), saves._flock
+    place, usual = Checkpoint(base), lock._flock
     first, third = Saver(place).__enter__(), Saver(place)
 
     def late(descriptor: int) -> None:
-        monkeypatch.setattr(saves, "_flock", usual)
+        monkeypatch.setattr(lock, "_flock", usual)
         first.close()
         third.__enter__()
         usual(descriptor)
 
-    monkeypatch.setattr(saves, "_flock", late)
+    monkeypatch.setattr(lock, "_flock", late)
     with pytest.raises(InputError, match="in use"):
         Saver(place).__enter__()
     third.close()
@@ -675,7 +677,7 @@ def test_where_there_are_no_locks(base: Path, monkeypatch: pytest.MonkeyPatch, k
         raise OSError(errno.ENOLCK, "no locks")
 
     if kind == "no fcntl":
-        monkeypatch.setattr(saves, "fcntl", None)
+        monkeypatch.setattr(lock, "fcntl", None)
     else:
         monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuses)
     with Saver(Checkpoint(base)) as saver:
@@ -689,8 +691,9 @@ NURSERY = """
 import json, os, signal, sys, time, warnings
 import numpy as np
 from gdopt import Checkpoint, InputError
-from gdopt._checkpoint import saves
-from gdopt._checkpoint.saves import Saver, newest
+from gdopt._checkpoint import file, lock, saver
+from gdopt._checkpoint.saver import Saver
+from gdopt._checkpoint.folder import newest
 
 for line in sys.stdin:
     child = os.fork()

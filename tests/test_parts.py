@@ -19,7 +19,9 @@ import pytest
 import gdopt
 from gdopt import Checkpoint, CheckpointError, GdoptError, InputError
 from gdopt._checkpoint import sharded
-from gdopt._checkpoint.saves import SPREAD, Saver, newest, read, write
+from gdopt._checkpoint.file import SPREAD, read, write
+from gdopt._checkpoint.folder import newest
+from gdopt._checkpoint.saver import Saver
 
 ARRAYS: dict[str, Any] = {
     "state.params['a/b']": jnp.arange(12.0).reshape(3, 4),

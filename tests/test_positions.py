@@ -15,7 +15,6 @@ import pytest
 
 import gdopt
 from gdopt import Status
-from gdopt._checkpoint import saves
 
 ROWS = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 SIZE, PER_EPOCH, EPOCHS = 8, 5, 4
@@ -171,7 +170,7 @@ def test_saves_between_two_steps_have_the_place_of_that_step(path, monkeypatch) 
     files = sorted(path.parent.glob("run.*.gdopt"))
     assert len(files) == EPOCHS * PER_EPOCH
     for file in files:
-        meta = saves.read(str(file))[1]["stream"]
+        meta = file.read(str(file))[1]["stream"]
         step = int(file.name.split(".")[1])
         assert step == 1 or (meta["number"], meta["passes"]) == (step - 1, (step - 1) // PER_EPOCH)
     for file in files[3:]:
@@ -252,10 +251,10 @@ def test_saves_of_old_and_streams_without_positions_are_gone_through(path) -> No
     without = lambda: iter(list(ByHand()))
     check_same(minimize(without, path, epochs=2), minimize(ByHand(), epochs=2))
     for file in path.parent.glob("run.*.gdopt"):
-        arrays, meta = saves.read(str(file))
+        arrays, meta = file.read(str(file))
         arrays.pop("stream", None)
         meta.pop("stream")
-        saves.write(str(file), arrays, meta)
+        file.write(str(file), arrays, meta)
     again = ByHand()
     check_same(minimize(again, path), minimize(ByHand()))
     assert again.pulled == [*range(PER_EPOCH)] * EPOCHS

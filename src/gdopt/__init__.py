@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from gdopt import plot, schedules
-from gdopt._checkpoint.saves import Checkpoint
+from gdopt._checkpoint.folder import Checkpoint
 from gdopt._devices.sharding import shard
 from gdopt._errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt._gd_step import gd_step

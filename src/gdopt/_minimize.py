@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from gdopt import _error_notes
+from gdopt._checkpoint.folder import Checkpoint
 from gdopt._checkpoint.resume import saves_at
-from gdopt._checkpoint.saves import Checkpoint
 from gdopt._checks import check_flags
 from gdopt._compile import program
 from gdopt._devices.processes import check_joined, joined

@@ -19,7 +19,10 @@ import jax
 import numpy as np
 
 from gdopt._checkpoint import sharded
-from gdopt._checkpoint.saves import Arrays, Checkpoint, Meta, Saved, Saver, base_of, holder_of, newest, read, save_at
+from gdopt._checkpoint.file import Arrays, Meta, read
+from gdopt._checkpoint.folder import Checkpoint, Saved, base_of, newest, save_at
+from gdopt._checkpoint.lock import holder_of
+from gdopt._checkpoint.saver import Saver
 from gdopt._devices.processes import Peers
 from gdopt._errors import CheckpointError, InputError
 

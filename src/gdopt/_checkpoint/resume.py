@@ -19,8 +19,10 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._checkpoint import sharded
+from gdopt._checkpoint.file import SPREAD
+from gdopt._checkpoint.folder import Checkpoint, Saved, newest
 from gdopt._checkpoint.multi_process import JointSaver, opened
-from gdopt._checkpoint.saves import SPREAD, Checkpoint, Saved, Saver, newest
+from gdopt._checkpoint.saver import Saver
 from gdopt._checks import warn
 from gdopt._compile import program
 from gdopt._devices.processes import peers

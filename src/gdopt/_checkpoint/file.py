@@ -1,0 +1,185 @@
+"""The file of a save, checked to the last byte.
+
+A file is, with all numbers little-endian::
+
+    prefix   36 bytes: magic, format (uint32), length of the header (uint64), length of the file (uint64), CRC-32 of the
+             header, CRC-32 of the 32 bytes before
+    header   JSON: {"arrays": [{"name", "shape", "dtype", "offset", "nbytes", "crc32"}, ...], "meta": {...}}
+    arrays   their bytes in C order, one after the other without gaps; offsets count from the end of the header
+
+so every byte is under a checksum, and how many there are is known before any is taken for what it says.
+
+Where arrays are spread over processes, a directory of orbax's beside the file holds them, and ``meta`` tells under
+"spread" what is in it, with checksums: see `sharded`. The file is written last and removed first, so that it stands
+for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import stat
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gdopt import _trees
+from gdopt._errors import CheckpointError
+
+_MAGIC = b"\x89gdopt\r\n"  # as PNG's: a transfer as text or in 7 bits damages it
+_FORMAT = 1
+SPREAD = "spread"  # the entry of meta that tells of a directory beside the file
+_PREFIX = struct.Struct("<8sIQQI")
+_CRC = struct.Struct("<I")
+_START = _PREFIX.size + _CRC.size  # of the header
+_LARGEST_HEADER = 2**24  # bytes, of some 100,000 arrays: so that a wrong length costs no memory
+_MOST_AXES = 64  # that NumPy can do
+_FIELDS = {"name": str, "shape": list, "dtype": str, "offset": int, "nbytes": int, "crc32": int}
+# By name, and no other: `np.dtype` would take what is no plain number, pointers among it.
+_DTYPES = {dtype.name: dtype for dtype in _trees.NUMBERS}
+Meta = dict[str, Any]  # of what JSON holds
+Arrays = Mapping[str, Any]  # JAX's or NumPy's, by name
+
+
+def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
+    """Writes a file that after a crash at any moment is the whole new one, or what it was before.
+
+    Raises OSError for what the disk refuses, CheckpointError for arrays of anything but numbers, TypeError for a
+    ``meta`` that JSON cannot hold. Then, too, the file is what it was.
+    """
+    data, entries, offset = [], [], 0
+    for name in sorted(arrays):
+        array = _native(name, arrays[name])
+        data.append(_bytes(array))
+        places = {"offset": offset, "nbytes": array.nbytes, "crc32": zlib.crc32(data[-1])}
+        entries.append({"name": name, "shape": list(array.shape), "dtype": array.dtype.name, **places})
+        offset += array.nbytes
+    header = json.dumps({"arrays": entries, "meta": meta}, sort_keys=True).encode()
+    if len(header) > _LARGEST_HEADER:
+        raise CheckpointError(f"{file!r} cannot be written: meta is too large, give long lists as arrays.")
+    length = _START + len(header) + offset
+    prefix = _PREFIX.pack(_MAGIC, _FORMAT, len(header), length, zlib.crc32(header))
+    # A name that nobody else has: what a writer that was given up does late is then no harm to the next.
+    temporary = f"{file}.{os.urandom(4).hex()}.tmp"
+    try:
+        with open(temporary, "xb") as stream:
+            for part in (prefix, _CRC.pack(zlib.crc32(prefix)), header, *data):
+                stream.write(part)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(os.path.dirname(file) or os.curdir)
+
+
+def _native(name: str, array: Any) -> np.ndarray:
+    """The array in C order and in the file's order of bytes, if it is one of numbers."""
+    array = np.asarray(_trees.on_host(array), order="C")
+    dtype = _DTYPES.get(array.dtype.name)
+    if dtype is None:
+        raise CheckpointError(f"the array {name!r} is of {array.dtype}, which cannot be saved: give one of numbers.")
+    return _little_endian(array.astype(dtype, copy=False))
+
+
+def _little_endian(array: np.ndarray) -> np.ndarray:
+    return array.byteswap() if sys.byteorder == "big" else array
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def sync_directory(directory: str) -> None:
+    """Makes a new name last, where that can be asked for: not on Windows, nor on some disks of a network."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read(file: str) -> tuple[dict[str, np.ndarray], Meta]:
+    """Return what `write` was given, the arrays in memory of their own.
+
+    Raises CheckpointError, which says what is wrong, for every other file; before that it takes no more memory than the
+    file has bytes.
+    """
+
+    def check(good: bool, why: str) -> None:
+        if not good:
+            raise CheckpointError(f"{file!r} cannot be read: {why}.")
+
+    try:
+        check(stat.S_ISREG(os.stat(file).st_mode), "it is not a regular file")  # to open a pipe would take for ever
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(_START)
+            check(prefix[: len(_MAGIC)] == _MAGIC[: len(prefix)], "it is no checkpoint of gdopt's")
+            check(len(prefix) == _START, f"it ends after {size} bytes, within the first {_START}")
+            crc = zlib.crc32(prefix[: _PREFIX.size])
+            check(_CRC.unpack_from(prefix, _PREFIX.size) == (crc,), "it is damaged in its first bytes")
+            _, version, header_length, length, header_crc = _PREFIX.unpack_from(prefix)
+            check(version == _FORMAT, f"it is of format {version}, this version of gdopt reads format {_FORMAT}")
+            check(size == length, f"it has {size} bytes and should have {length}")
+            fits = header_length <= min(_LARGEST_HEADER, size - _START)
+            check(fits, f"its header is of {header_length} bytes, which is too long")
+            header = stream.read(header_length)
+            check(zlib.crc32(header) == header_crc, "it is damaged in its header")
+            entries, meta = _parsed(header, size - _START - header_length, check)
+            arrays = {}
+            for name, shape, dtype, crc in entries:
+                try:
+                    array = np.empty(shape, dtype)
+                except ValueError:  # an axis is longer than any can be, and another one empty
+                    raise CheckpointError(f"{file!r} cannot be read: {name!r} has the shape {shape}.") from None
+                view = _bytes(array)
+                complete = stream.readinto(view) == len(view)
+                check(complete and zlib.crc32(view) == crc, f"it is damaged in the array {name!r}")
+                arrays[name] = _little_endian(array)
+    except OSError as error:
+        raise CheckpointError(f"{file!r} cannot be read: {error.strerror or error}.") from error
+    return arrays, meta
+
+
+def _parsed(header: bytes, room: int, check: Callable[[bool, str], None]) -> tuple[list[tuple], Meta]:
+    """Name, shape, dtype and checksum of each array, and the meta; the arrays fill the room exactly."""
+    why = "its header is not that of a checkpoint"
+    try:
+        tree = json.loads(header)
+    except (ValueError, RecursionError):
+        tree = None
+    listed, meta = (tree.get("arrays"), tree.get("meta")) if isinstance(tree, dict) and len(tree) == 2 else (None, None)
+    check(isinstance(listed, list) and isinstance(meta, dict), why)
+    assert isinstance(listed, list)
+    assert isinstance(meta, dict)
+    entries, position, names = [], 0, set()
+    for entry in listed:
+        check(isinstance(entry, dict) and entry.keys() == _FIELDS.keys(), why)
+        check(all(type(entry[field]) is kind for field, kind in _FIELDS.items()), why)  # True is no int here
+        name, shape, dtype = entry["name"], entry["shape"], _DTYPES.get(entry["dtype"])
+        check(name not in names, f"it holds two arrays with the name {name!r}")
+        check(len(shape) <= _MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in shape), why)
+        check(dtype is not None, f"{name!r} is of a dtype that is not known here, {entry['dtype'][:60]!r}")
+        assert dtype is not None
+        exact = entry["nbytes"] == math.prod(shape) * dtype.itemsize and entry["offset"] == position
+        position += entry["nbytes"]
+        check(exact and position <= room, f"the bytes of {name!r} are not where they should be")
+        names.add(name)
+        entries.append((name, tuple(shape), dtype, entry["crc32"]))
+    check(position == room, f"its arrays take {position} bytes, where it has {room}")
+    return entries, meta

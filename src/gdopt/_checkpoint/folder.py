@@ -1,0 +1,148 @@
+"""The saves at a path: where they are, and the newest that can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from gdopt._checkpoint import sharded
+from gdopt._checkpoint.file import SPREAD, Meta, read
+from gdopt._checks import number, warn, whole_number
+from gdopt._errors import CheckpointError, InputError
+
+
+class Saved(NamedTuple):
+    """The contents of a save, and its file."""
+
+    file: str
+    arrays: dict[str, np.ndarray]
+    meta: Meta
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The path at which a run saves itself, how often it does, and how many saves it keeps.
+
+    A save is one file beside the others, ``path`` with its step behind: ``run.000000001200.gdopt`` for the path
+    ``run``. It is complete or not there at all, and checked to the last byte when it is read. A thread writes it while
+    the run goes on, from a copy that the run waits for, and whose memory a run on a CPU keeps for the next one. A save
+    that fails, on a full disk say, is a warning; the older ones stay, and it is tried again. Only one run at a time can
+    use a path. Arrays that are split over several processes are in a directory beside the file,
+    ``run.000000001200.5f0c66d2.orbax``, written by orbax.
+
+    Attributes:
+        path: the saves' common path, without the step; its directory has to be there.
+        every_seconds: from the end of one save to the next; 0 for as often as possible.
+        keep: the newest saves that are kept. Older ones are removed once a new one is safely on the disk.
+
+    Raises:
+        InputError: for a path that is a directory, or in a directory that is not there; for numbers out of range.
+
+    Example:
+        >>> import os, tempfile
+        >>> import gdopt
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     checkpoint = gdopt.Checkpoint(os.path.join(directory, "run"), every_seconds=600)
+        >>> checkpoint.every_seconds, checkpoint.keep
+        (600.0, 3)
+    """
+
+    path: str | os.PathLike[str]
+    every_seconds: float = 60.0
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        try:
+            path = os.fspath(self.path)
+        except TypeError:
+            path = None
+        if not isinstance(path, str) or "\0" in path:
+            raise InputError(f"checkpoint path={self.path!r} is not a path: pass a str or a pathlib.Path.")
+        if os.path.basename(path) in ("", ".", "..") or os.path.isdir(path):
+            cure = os.path.join(path, "run")
+            raise InputError(f"checkpoint path={path!r} is no file's name but a directory's: pass {cure!r}, say.")
+        one = re.fullmatch(r"(.+)\.\d{12}\.gdopt", path)
+        if one:
+            raise InputError(
+                f"checkpoint path={path!r} is a single save, not the path of all of them: pass {one[1]!r}; the newest "
+                "save that can be read is taken."
+            )
+        check_directory(path)
+        object.__setattr__(self, "path", os.path.abspath(path))  # so that a change of directory changes nothing
+        every_seconds = number("every_seconds", self.every_seconds, lambda x: x >= 0, "a finite number, 0 or above")
+        object.__setattr__(self, "every_seconds", every_seconds)
+        object.__setattr__(self, "keep", whole_number("keep", self.keep))
+
+
+def check_directory(path: str) -> None:
+    directory = os.path.dirname(path) or os.curdir
+    if not os.path.isdir(directory):
+        what = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise InputError(
+            f"checkpoint path={path!r} is in {directory!r}, which {what}: make it before, or pass a path in another."
+        )
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise InputError(
+            f"checkpoint path={path!r} is in {directory!r}, where this process may not write: allow it, or pass a path "
+            "in another directory."
+        )
+    longest = os.pathconf(directory, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    room = longest - len(f".{0:012d}.gdopt.{0:08x}.tmp")
+    if len(os.fsencode(os.path.basename(path))) > room:
+        raise InputError(
+            f"checkpoint path={path!r} has a name that is too long for the files of its saves: pass one of at most "
+            f"{room} bytes."
+        )
+
+
+def newest(checkpoint: Checkpoint) -> Saved | None:
+    """The newest save that can be read, with a warning that names each newer one; None where there are no saves.
+
+    Raises CheckpointError where there are some and none can be read: to begin anew would replace them in time.
+    """
+    skipped = []
+    for file in reversed(saves_of(base_of(checkpoint)).values()):
+        try:
+            saved = Saved(file, *read(file))
+            if SPREAD in saved.meta:
+                sharded.check(file, saved.meta[SPREAD])
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        if skipped:
+            warn(f"the checkpoint {file!r} is taken, as newer ones were skipped: {' '.join(skipped)}")
+        return saved
+    if skipped:
+        raise CheckpointError(
+            f"none of the checkpoints at path={checkpoint.path!r} can be used: {' '.join(skipped)} Move them away to "
+            "begin anew, or pass another path."
+        )
+    return None
+
+
+def base_of(checkpoint: Checkpoint) -> str:
+    """The path of the saves, without the step."""
+    return os.fspath(checkpoint.path)
+
+
+def save_at(base: str, step: int) -> str:
+    """The file of the save of a step."""
+    return f"{base}.{step:012d}.gdopt"
+
+
+def saves_of(base: str) -> dict[int, str]:
+    """The files of a path by their steps, from the first to the last."""
+    files = {int(match[1]): match.string for match in beside(base, r"\.(\d{12})\.gdopt")}
+    directory = os.path.dirname(base)
+    return {step: os.path.join(directory, files[step]) for step in sorted(files)}
+
+
+def beside(base: str, ending: str) -> list[re.Match[str]]:
+    """The names in the directory that are the base's with such an ending."""
+    directory, name = os.path.split(base)
+    pattern = re.compile(re.escape(name) + ending, re.ASCII)
+    return [match for match in map(pattern.fullmatch, os.listdir(directory)) if match]

@@ -1,0 +1,68 @@
+"""The lock of a path: one live run saves there at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+
+from gdopt._errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a second run at the same path is not noticed
+    fcntl = None
+
+
+def acquire(base: str) -> int:
+    """The lock of a path, which ends with this process however that ends."""
+    lock = f"{base}.lock"
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(
+                f"checkpoint path={base!r} cannot be used: {lock!r} cannot be written, {error.strerror}. Pass another "
+                "path."
+            ) from error
+        try:
+            _flock(descriptor)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "not known which"
+            os.close(descriptor)
+            raise InputError(
+                f"checkpoint path={base!r} is in use by a live run ({holder}): wait for its end, or pass another path."
+            ) from None
+        with contextlib.suppress(OSError):  # the one who had it may have removed it since it was opened here
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    return descriptor
+
+
+def _flock(descriptor: int) -> None:
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
+
+
+def holder_of(base: str) -> str:
+    """Who has the lock of a path, as far as its file tells; empty where there is none."""
+    try:
+        with open(f"{base}.lock", encoding="utf-8", errors="replace") as stream:
+            return stream.read(200)
+    except OSError:
+        return ""
+
+
+def release(base: str, descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(f"{base}.lock")
+    os.close(descriptor)
