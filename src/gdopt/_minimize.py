@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from gdopt import _error_notes
 from gdopt._checkpoint.folder import Checkpoint
-from gdopt._checkpoint.resume import saves_at
+from gdopt._checkpoint.resume import Saves, saves_at
 from gdopt._checks import check_flags
 from gdopt._compile import program
 from gdopt._devices.processes import check_joined, joined
-from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._loop.state import Compiled, Inputs, State, Whole
-from gdopt._loop.step import loss_arguments
-from gdopt._optimizers.rule import (
-    Rates,
-    Rule,
-    check_optimizer,
-    is_auto,
-    is_transformation,
-    learns_scales,
-    make_rule,
-    search,
-)
+from gdopt._loop.state import Inputs, Whole
+from gdopt._optimizers.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule
 from gdopt._optimizers.spectral import gd
-from gdopt._outcome.diagnose import Evidence, make_evidence
-from gdopt._outcome.ending import Ended, farthest, refuse_host_visits, result_inside
-from gdopt._problem.limits import check_grad_tol, check_steps, check_target, check_tol
+from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
+from gdopt._problem.limits import Steps, check_grad_tol, check_steps, check_target, check_tol
 from gdopt._problem.objective import make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
 from gdopt._rate_finder.auto import rates_by_test
-from gdopt._result import History, Report, Result
+from gdopt._result import RangeTest, Report, Result
 from gdopt._run import host_loop
-from gdopt._run.callback import report, wants_stop
+from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
-from gdopt._settings import as_own_work, own_work
-from gdopt._status import FAILURES, Status
+from gdopt._settings import own_work
 from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
-from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 
 
 @joined
@@ -181,160 +165,88 @@ def minimize(
     """
     began = time.perf_counter()
     check_optimizer(optimizer, searched=is_auto(learning_rate))
-    if callback is not None and not callable(callback):
-        raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
+    check_callback(callback)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     task = scaled(make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key), scale)
-    problem = task.problem
-    batches, stream, noisy = task.batches, task.stream, task.noisy
     steps = check_steps(max_steps, epochs, task)
+    noisy, has_target = task.noisy, target is not None
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
-    loop.check_alike(
-        task,
-        learning_rate=learning_rate,
-        optimizer=optimizer,
-        limits=(*steps, *limits),
-        keep_best=keep_best,
-        callback=callback is not None,
-        checkpoint=checkpoint is not None,
-    )
+    options = {"callback": callback, "checkpoint": checkpoint}
+    given = {name: value is not None for name, value in options.items()}
+    asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
+    loop.check_alike(task, **asked, **given, keep_best=keep_best)
     if checkpoint is not None and loop.is_inside(task):
         refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
         if saves is not None:
             saves.compare(task, keep_best=keep_best)
-        test = None
-        if optimizer is None and (noisy or not is_auto(learning_rate)):
-            optimizer = gd
-        finds_steps = is_transformation(optimizer) or (not noisy and (optimizer is None or optimizer is gd))
-        if is_auto(learning_rate) and not finds_steps:
-            test, learning_rate = rates_by_test(task, optimizer, steps, saves and saves.range_test)
-        rule = make_rule(optimizer, learning_rate, problem.params)
-        if saves is not None:
-            saves.range_test = test
-            saves.compare_programs(task, rule)
+        rule, range_test = _chosen(task, optimizer, learning_rate, steps, saves)
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
-            key = task.key if noisy else None
-            some = task._replace(data=data)
-            return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=target is not None)
+            key, some = task.key if noisy else None, task._replace(data=data)
+            return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=has_target)
 
         compiled, inputs = compile(task.data)
         if isinstance(compiled, Whole):
-            given = {"callback": callback, "progress": progress, "checkpoint": checkpoint, "throw": throw}
-            refuse_host_visits(**given, data=None if stream is None else data)
+            stream = None if task.stream is None else data
+            refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
             with own_work():
                 return result_inside(compiled.solve(compiled.constants, inputs), task)
         check_joined(inputs)
-        failure: list[Exception] = []
-        streamed, boundary = None, batches.per_epoch if batches and callback else None
-        if stream is not None:
-            feed = stream.feed(steps.epochs, steps.batches)
+        streamed = None
+        if task.stream is not None:
+            feed = task.stream.feed(steps.epochs, steps.batches)
             streamed = host_loop.Streamed(feed, compile, pause=callback is not None)
 
         sizes = {"params": inputs.start, "state": compiled.carry, "data": inputs.data, "args": inputs.args}
         with progress_bar(progress, steps.expected) as advance, _error_notes.memory(**sizes):
-            state = host_loop.begin(compiled, inputs)
+            carry = host_loop.begin(compiled, inputs)
             compiled_at = time.perf_counter()
-
-            def between(step: int, state: State, records: History) -> bool:
-                advance(step, records.loss[-1])
-                if callback is None:
-                    return False
-                epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
-                try:
-                    return wants_stop(callback(report(problem, step, epoch, state, records)))
-                except Exception as error:  # ends the run, as the callback may by its answer, and then is raised
-                    failure.append(error)
-                    return True
-
-            options = {"boundary": boundary, "streamed": streamed, "saves": saves}
-            state, history, status = host_loop.run(compiled, state, inputs, between, **options)
-        ended = time.perf_counter()
+            watcher = Watcher(callback, task, streamed, advance)
+            ways: dict[str, Any] = {"boundary": watcher.boundary, "streamed": streamed, "saves": saves}
+            state, history, status = host_loop.run(compiled, carry, inputs, watcher, **ways)
+        ended_at = time.perf_counter()
         if history.grad_norm[0] == 0:
             loop.warn_of_no_gradient(task)
 
-    kept, params = state.kept, host_loop.params_to_return(state)
-    evidence = _evidence(task, rule, inputs, state, history, streamed) if status is Status.NON_FINITE else None
-    rates = rule.rates if search(state.optimizer) is None else Rates.SEARCHED
-    ending = Ended(
-        status=status,
-        history=history,
-        returned_step=int(kept.step),
-        ending=jax.device_get(state.ending),
-        watch=jax.device_get(state.watch),
-        farthest=farthest(params),
-        noisy=noisy,
-        has_target=target is not None,
+    ended = Ended(
+        task,
+        rule,
+        compiled,
+        inputs if streamed is None else inputs._replace(data=streamed.data),
+        state,
+        history,
+        status,
+        host_loop.params_to_return(state),
+        limits,
+        has_target=has_target,
         has_steps=max_steps is not None or epochs is not None,
+        range_test=range_test,
         steps_per_epoch=task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch,
-        limits=limits,
-        eps=compiled.eps,
-        rates=rates,
-        optimizer=rule.name,
-        range_test=test,
         why_exhausted="" if streamed is None else streamed.feed.why,
-        not_finite=("", "") if evidence is None else (evidence.sentence, evidence.cure),
-        hindsight=_hindsight(compiled, state, inputs, history, status, rates),
     )
-    result = Result(
-        params=task.problem.whole(params),
-        loss=float(kept.loss),
-        grad_norm=float(kept.grad_norm),
-        steps=ending.steps,
-        status=status,
-        message=ending.message + (saves.told if saves else ""),
-        success=ending.success,
-        left=ending.left,
-        verified=ending.verified,
-        history=history,
-        steps_per_epoch=ending.steps_per_epoch,
-        range_test=test,
-        aux=jax.tree.map(jax.device_put, kept.aux),
-        compile_seconds=compiled_at - began,
-        run_seconds=ended - compiled_at,
-    )
-    object.__setattr__(result, "_evidence", evidence)
-    if failure:
-        _error_notes.add_result(failure[0], cast(Any, callback), result)
-        raise failure[0]
+    told = saves.told if saves else ""
+    result = ended.result(told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
+    watcher.raise_failure(result)
     return result.raise_for_status() if throw else result
 
 
-def _hindsight(
-    compiled: Compiled, state: State, inputs: Inputs, history: History, status: Status, rates: Rates
-) -> Hindsight:
-    """Look at the loss where gradient descent ended without a minimum."""
-    ended = status in (Status.MAX_STEPS, Status.STALLED) and len(history.loss) > LEAST_STEPS
-    failed = status in FAILURES and rates is Rates.PLAIN and len(history.loss) > 1
-    # Others have scales of their own for the params, or may have.
-    descent = rates is Rates.PLAIN or (rates is Rates.SEARCHED and not learns_scales(state.optimizer))
-    if not ((ended and descent) or failed) or compiled.look_back is None:
-        return Hindsight()
-    known = history.learning_rate[np.isfinite(history.learning_rate)]
-    found = compiled.look_back(state, inputs, float(known[-1]) if rates is Rates.PLAIN and known.size else None)
-    return found._replace(apart=None) if status is Status.NON_FINITE else found
-
-
-@as_own_work
-def _evidence(
-    task: Task,
-    rule: Rule,
-    inputs: Inputs,
-    state: State,
-    history: History,
-    streamed: host_loop.Streamed | None,
-) -> Evidence | None:
-    """Collect what is known of the last evaluation, which was not finite."""
-    step = len(history.loss) - 1
-    rate = float(history.learning_rate[step - 1]) if step else None
-    if rate is not None and rule.owns_rate and not math.isfinite(rate):  # it does not tell
-        rate = None
-    if streamed is not None:
-        inputs = inputs._replace(data=streamed.data)
-    given = loss_arguments(inputs, state.order, state.step, task.batches, with_key=task.with_key)
-    return make_evidence(task, state.params, given, step, rate)
+def _chosen(
+    task: Task, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | None
+) -> tuple[Rule, RangeTest | None]:
+    """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
+    if optimizer is None and (task.noisy or not is_auto(learning_rate)):
+        optimizer = gd
+    finds_steps = is_transformation(optimizer) or (not task.noisy and (optimizer is None or optimizer is gd))
+    test = None
+    if is_auto(learning_rate) and not finds_steps:
+        test, learning_rate = rates_by_test(task, optimizer, steps, saves and saves.range_test)
+    rule = make_rule(optimizer, learning_rate, task.problem.params)
+    if saves is not None:
+        saves.range_test = test
+        saves.compare_programs(task, rule)
+    return rule, test
 
 
 def clear_cache() -> None:

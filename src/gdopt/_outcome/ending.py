@@ -2,47 +2,112 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from gdopt import _trees
 from gdopt._errors import InputError
-from gdopt._optimizers.rule import (
-    Rates,
-)
+from gdopt._loop.state import Compiled, Inputs, State
+from gdopt._loop.step import loss_arguments
+from gdopt._optimizers.rule import Rates, Rule, learns_scales, search
+from gdopt._outcome.diagnose import Evidence, make_evidence
 from gdopt._outcome.messages import Told, chosen_rates, explain
 from gdopt._problem.task import Task
 from gdopt._result import NO_MESSAGE, History, RangeTest, Result
-from gdopt._status import Status
+from gdopt._settings import own_work
+from gdopt._status import FAILURES, Status
 from gdopt._stopping import Ending, Limits, Watch, is_better, succeeded
 from gdopt._types import PyTree
-from gdopt._verify.hindsight import Hindsight
+from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 
 
-class Ended(NamedTuple):
-    """The end of a run, with everything that its message depends on."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ended:
+    """A run that has come to its end, with everything that its result and its message depend on."""
 
-    status: Status
+    task: Task
+    rule: Rule
+    compiled: Compiled
+    inputs: Inputs  # of a stream, with the last batch
+    state: State
     history: History
-    returned_step: int
-    ending: Ending
-    watch: Watch
-    farthest: float
-    noisy: bool
+    status: Status
+    params: PyTree  # to be returned
+    limits: Limits
     has_target: bool
     has_steps: bool  # or epochs
-    steps_per_epoch: int | None
-    limits: Limits
-    eps: float
-    rates: Rates
-    optimizer: str  # that was chosen
     range_test: RangeTest | None
+    steps_per_epoch: int | None
     why_exhausted: str
-    not_finite: tuple[str, str]  # what is known of it, and what to try
-    hindsight: Hindsight
+
+    def result(self, told: str, *, compile_seconds: float, run_seconds: float) -> Result:
+        """The result; ``told`` is what the saves add to its message."""
+        kept = self.state.kept
+        result = Result(
+            params=self.task.problem.whole(self.params),
+            loss=float(kept.loss),
+            grad_norm=float(kept.grad_norm),
+            steps=self.steps,
+            status=self.status,
+            message=self.message + told,
+            success=self.success,
+            left=self.left,
+            verified=self.verified,
+            history=self.history,
+            steps_per_epoch=self.steps_per_epoch,
+            range_test=self.range_test,
+            aux=jax.tree.map(jax.device_put, kept.aux),
+            compile_seconds=compile_seconds,
+            run_seconds=run_seconds,
+        )
+        object.__setattr__(result, "_evidence", self.evidence)
+        return result
+
+    @functools.cached_property
+    def ending(self) -> Ending:
+        return jax.device_get(self.state.ending)
+
+    @functools.cached_property
+    def watch(self) -> Watch:
+        return jax.device_get(self.state.watch)
+
+    @property
+    def rates(self) -> Rates:
+        """Who decided the rates."""
+        return self.rule.rates if search(self.state.optimizer) is None else Rates.SEARCHED
+
+    @functools.cached_property
+    def evidence(self) -> Evidence | None:
+        """The facts on the last evaluation, if it was not finite."""
+        if self.status is not Status.NON_FINITE:
+            return None
+        task, state, step = self.task, self.state, self.steps
+        rate = float(self.history.learning_rate[step - 1]) if step else None
+        if rate is not None and self.rule.owns_rate and not math.isfinite(rate):  # it does not tell
+            rate = None
+        with own_work():
+            given = loss_arguments(self.inputs, state.order, state.step, task.batches, with_key=task.with_key)
+            return make_evidence(task, state.params, given, step, rate)
+
+    @functools.cached_property
+    def hindsight(self) -> Hindsight:
+        """A look at the loss, if gradient descent ended without a minimum."""
+        status, rates, learning_rate = self.status, self.rates, self.history.learning_rate
+        ended = status in (Status.MAX_STEPS, Status.STALLED) and self.steps >= LEAST_STEPS
+        failed = status in FAILURES and rates is Rates.PLAIN and self.steps > 0
+        # Others have scales of their own for the params, or may have.
+        descent = rates is Rates.PLAIN or (rates is Rates.SEARCHED and not learns_scales(self.state.optimizer))
+        if not ((ended and descent) or failed) or self.compiled.look_back is None:
+            return Hindsight()
+        known = learning_rate[np.isfinite(learning_rate)]
+        rate = float(known[-1]) if rates is Rates.PLAIN and known.size else None
+        found = self.compiled.look_back(self.state, self.inputs, rate)
+        return found._replace(apart=None) if status is Status.NON_FINITE else found
 
     @property
     def steps(self) -> int:
@@ -65,23 +130,23 @@ class Ended(NamedTuple):
     def success(self) -> bool:
         if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
             return not (self.has_steps or self.has_target) and bool(is_better(self.watch))
-        return bool(succeeded(self.status, self.watch, noisy=self.noisy, has_target=self.has_target))
+        return bool(succeeded(self.status, self.watch, noisy=self.task.noisy, has_target=self.has_target))
 
     @property
     def message(self) -> str:
         told = Told(
             steps=self.steps,
-            returned_step=self.returned_step,
+            returned_step=int(self.state.kept.step),
             history=self.history,
             limits=self.limits,
-            noisy=self.noisy,
+            noisy=self.task.noisy,
             steps_per_epoch=self.steps_per_epoch,
-            eps=self.eps,
+            eps=self.compiled.eps,
             how=self.rates,
             success=self.success,
             ending=self.ending,
-            farthest=self.farthest,
-            not_finite=self.not_finite,
+            farthest=farthest(self.params),
+            not_finite=("", "") if self.evidence is None else (self.evidence.sentence, self.evidence.cure),
             is_better=bool(is_better(self.watch)),
             overshoots=self.hindsight.overshoots,
             apart=self.hindsight.apart is not None,
@@ -99,8 +164,8 @@ class Ended(NamedTuple):
                 f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
                 f"leave the {out} out."
             )
-        if self.optimizer:
-            message += f" The optimizer was {self.optimizer}."
+        if self.rule.name:
+            message += f" The optimizer was {self.rule.name}."
         elif self.rates is Rates.SEARCHED:
             message += chosen_rates(self.history.learning_rate)
         if self.range_test is not None:
@@ -113,6 +178,7 @@ class Ended(NamedTuple):
 
 
 def refuse_host_visits(**options: Any) -> None:
+    """Raise InputError for what a run inside of a transformation cannot do."""
     for name, value in options.items():
         if value is not None and value is not False:
             raise InputError(

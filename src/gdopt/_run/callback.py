@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from gdopt import _trees
+from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
 from gdopt._loop.state import State
 from gdopt._problem.objective import Problem
-from gdopt._result import History, Report
+from gdopt._problem.task import Task
+from gdopt._result import History, Report, Result
 from gdopt._run import host_loop
 from gdopt._settings import as_own_work
 
 
-def wants_stop(answer: Any) -> bool:
+class Watcher:
+    """Looks at a run between two chunks: for the progress bar and the callback, which may stop it."""
+
+    def __init__(self, callback: Callable | None, task: Task, streamed: host_loop.Streamed | None, advance: Callable):
+        self.failure: Exception | None = None  # of the callback
+        self._callback, self._task, self._streamed, self._advance = callback, task, streamed, advance
+
+    @property
+    def boundary(self) -> int | None:
+        """The steps after which a chunk ends, so that the callback is called there."""
+        batches = self._task.batches
+        return batches.per_epoch if batches and self._callback else None
+
+    def __call__(self, step: int, state: State, records: History) -> bool:
+        """Tell whether the run is to stop."""
+        self._advance(step, records.loss[-1])
+        if self._callback is None:
+            return False
+        batches, streamed = self._task.batches, self._streamed
+        epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
+        try:
+            return _wants_stop(self._callback(_report(self._task.problem, step, epoch, state, records)))
+        except Exception as error:  # ends the run, as the callback may by its answer, and then is raised
+            self.failure = error
+            return True
+
+    def raise_failure(self, result: Result) -> None:
+        """Raise what the callback has raised, with the result so far."""
+        if self.failure is not None and self._callback is not None:
+            _error_notes.add_result(self.failure, self._callback, result)
+            raise self.failure
+
+
+def check_callback(callback: Any) -> None:
+    """Raise InputError for what is no function."""
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
+
+
+def _wants_stop(answer: Any) -> bool:
     """Tell whether the callback said stop. Other answers were hardly meant as one (the length of a line written)."""
     if answer is None:
         return False
@@ -27,7 +68,7 @@ def wants_stop(answer: Any) -> bool:
 
 
 @as_own_work
-def report(problem: Problem, step: int, epoch: int, state: State, records: History) -> Report:
+def _report(problem: Problem, step: int, epoch: int, state: State, records: History) -> Report:
     kept = state.kept
     return Report(
         step=step,
