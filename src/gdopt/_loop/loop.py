@@ -19,7 +19,7 @@ from gdopt._devices.sharding import Layout, explicit_mesh, mapped_mesh, placed
 from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
 from gdopt._loop.state import Compiled, Inputs, Settings, Whole
-from gdopt._loop.step import start_and_step
+from gdopt._loop.step import Step
 from gdopt._loop.verifier import Verifier
 from gdopt._loop.while_loops import chunk_loop, first_carry, side_by_side, whole_loop
 from gdopt._optimizers.rule import Rule, extra_arguments
@@ -213,25 +213,24 @@ def _make(
     has_target: bool,
 ) -> tuple[Compiled | Whole, bool]:
     """The loop around a traced loss, and whether it depends on nothing else than on that trace and its inputs."""
-    asked_again: list[bool] = []  # whether an optimizer has called the loss itself, in a trace of its own
-    start, step = start_and_step(task, rule, inputs, traced_loss, schedule, settings, asked_again)
+    step = Step(task, rule, inputs, traced_loss, schedule, settings)
     eps = float(jnp.finfo(traced_loss.out[0][0].dtype).eps)
     if not settings.inside:
-        if inputs.key is not None and inputs.key.ndim:
-            start, step = side_by_side(start, step)
+        many_runs = inputs.key is not None and inputs.key.ndim
+        start, steps = side_by_side(step.start, step) if many_runs else (step.start, step)
         everywhere = settings.layout.everywhere if settings.layout else lambda tree: tree
         first = program.share(first_carry(start, inputs, traced_loss, everywhere), inputs)
         many = program.share(
-            chunk_loop(step, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True
+            chunk_loop(steps, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True
         )
         if not program.is_traced(first.constants, many.constants):
-            closed = first.closed and many.closed and not asked_again
+            closed = first.closed and many.closed and not step.asks_again
             return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, [], {}), closed
-        if inputs.key is not None and inputs.key.ndim:
+        if many_runs:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
-        start, step = start_and_step(task, rule, inputs, traced_loss, schedule, settings, asked_again)
+        step = Step(task, rule, inputs, traced_loss, schedule, settings)
     verifier = Verifier(task, rule, traced_loss, schedule, settings, eps)
     verify = (lambda state, _: state) if settings.noisy else verifier.in_trace
-    whole = program.share(whole_loop(start, step, verify, settings, has_target), inputs)
-    return Whole(whole.run, whole.constants), whole.closed and not asked_again
+    whole = program.share(whole_loop(step.start, step, verify, settings, has_target), inputs)
+    return Whole(whole.run, whole.constants), whole.closed and not step.asks_again
