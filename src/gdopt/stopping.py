@@ -415,7 +415,8 @@ def explain(status: Status, told: Told) -> str:
     # after the last update. A full-batch run that did not fail speaks of the point that it returns.
     width = (told.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
     end = steps if noisy or status in FAILURES else told.returned_step
-    means = losses[:width].mean(), losses[: max(end, 1) if width > 1 else end + 1][-width:].mean()
+    seen = losses[: max(end, 1) if width > 1 and status is not Status.TARGET_REACHED else end + 1]
+    means = losses[:width].mean(), seen[-width:].mean()
     first, last = (f"{mean:.6g}" for mean in means)
     after = f"after {steps} step{'' if steps == 1 else 's'}"
     back = "" if told.returned_step == steps else f" The point of step {told.returned_step} is returned."
@@ -435,7 +436,8 @@ def explain(status: Status, told: Told) -> str:
             return f"reached the target {after}: the {what}, {last}, is at or below {float(told.limits.target):g}."
         case Status.MAX_STEPS if noisy:
             per_epoch = told.steps_per_epoch
-            epochs = "" if per_epoch in (1, None) else f" ({steps / per_epoch:g} epochs)"
+            count = steps / (per_epoch or 1)
+            epochs = "" if per_epoch in (1, None) else f" ({count:g} epoch{'s' * (count != 1)})"
             went, worse = f"the loss went from {first} to {last}", ""
             if width > 1:
                 went = f"the mean loss of an epoch {f'was {first}' if steps <= width else went[len('the loss ') :]}"
