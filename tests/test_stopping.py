@@ -123,6 +123,7 @@ def test_target_with_batches_is_the_mean_of_an_epoch():
     run = lambda target: gdopt.minimize(loss, 0.0, data=rows, batch_size=1, learning_rate=0.1, target=target, epochs=3)
     assert run(4.9).status == Status.MAX_STEPS  # though every second batch has loss 0
     assert (run(5.0).status, run(5.0).steps) == (Status.TARGET_REACHED, 1)
+    assert "the mean loss of an epoch, 5, is at or below 5" in run(5.0).message
 
 
 # MAX_STEPS
