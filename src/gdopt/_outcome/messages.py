@@ -43,101 +43,143 @@ class Told(NamedTuple):
     stable: float | None = None  # the largest rate at which gradient descent does not diverge, if it was looked for
 
 
+class _Words(NamedTuple):
+    """Parts that several sentences share."""
+
+    first: str  # loss, and ...
+    last: str  # ... the one that the sentence ends with
+    end: int  # the evaluation of that
+    width: int  # evaluations that are averaged
+    falls: bool  # the mean of the last is below that of the first
+    after: str
+    back: str  # which point is returned, if not the last
+    slower: str  # advice on a lower rate
+
+
 def explain(status: Status, told: Told) -> str:
     """The sentence for a status, with its remedy."""
-    losses, grad_norms, rates = told.history
-    steps, how, noisy, eps = told.steps, told.how, told.noisy, told.eps
-    found, cure = told.not_finite
+    words = _words(status, told)
+    first, last, after = words.first, words.last, words.after
+    went = f"the loss went from {first} to {last}"
+    match status:
+        case Status.CONVERGED:
+            return _converged(told, words)
+        case Status.TARGET_REACHED:
+            what = "mean loss of an epoch" if told.noisy else "loss"
+            return f"reached the target {after}: the {what}, {last}, is at or below {float(told.limits.target):g}."
+        case Status.MAX_STEPS:
+            return _noisy_max_steps(told, words) if told.noisy else _max_steps(told, words)
+        case Status.PRECISION_LIMIT:
+            return _precision_limit(told, words)
+        case Status.STALLED:
+            return _stalled(told, words)
+        case Status.DIVERGED:
+            return f"diverged at step {told.steps}: the loss grew from {first} to {last}.{words.back} {words.slower}"
+        case Status.NON_FINITE:
+            return _non_finite(told, words)
+        case Status.STOPPED:
+            return f"stopped by the callback {after}: {went}."
+        case Status.DATA_EXHAUSTED:
+            return f"the data ended {after}: {went}."
+        case Status.INTERRUPTED:
+            return f"interrupted {after}: {went}."
+
+
+def _words(status: Status, told: Told) -> _Words:
+    losses, steps, how, noisy = told.history[0], told.steps, told.how, told.noisy
     # A single batch says little: with mini-batches, the mean of the first and of the last epoch, without the evaluation
     # after the last update. A full-batch run that did not fail speaks of the point that it returns.
     width = (told.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
     end = steps if noisy or status in FAILURES else told.returned_step
     seen = losses[: max(end, 1) if width > 1 and status is not Status.TARGET_REACHED else end + 1]
-    means = losses[:width].mean(), seen[-width:].mean()
-    first, last = (f"{mean:.6g}" for mean in means)
-    after = f"after {steps} step{'' if steps == 1 else 's'}"
-    back = "" if told.returned_step == steps else f" The point of step {told.returned_step} is returned."
-    plain = how is Rates.PLAIN and not noisy
-    slower = "Raise max_steps." if how is Rates.SEARCHED else _slower(told, plain)
-    match status:
-        case Status.CONVERGED if grad_norms[end] == 0:
-            what = "the gradient is exactly zero, and no direction was seen in which the loss falls"
-            return (
-                f"converged {after}: {what if told.ending.verified else 'the gradient is exactly zero'} (loss {last})."
-            )
-        case Status.CONVERGED:
-            fall = f"the loss fell from {first} to {last}" if fell(losses, eps) else f"the loss is {last}"
-            return f"converged {after}: {fall}{_left(told)}"
-        case Status.TARGET_REACHED:
-            what = "mean loss of an epoch" if noisy else "loss"
-            return f"reached the target {after}: the {what}, {last}, is at or below {float(told.limits.target):g}."
-        case Status.MAX_STEPS if noisy:
-            per_epoch = told.steps_per_epoch
-            count = steps / (per_epoch or 1)
-            epochs = "" if per_epoch in (1, None) else f" ({count:g} epoch{'s' * (count != 1)})"
-            went, worse = f"the loss went from {first} to {last}", ""
-            if width > 1:
-                went = f"the mean loss of an epoch {f'was {first}' if steps <= width else went[len('the loss ') :]}"
-            if not told.is_better:
-                worse = f" That is above the loss of the start, {losses[0]:.6g}. {slower}"
-            elif not (told.success or means[1] < means[0]):
-                worse = f" The loss did not decrease. {slower}"
-            most = told.limits.max_steps
-            what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
-            return f"took {what}{epochs}: {went}.{worse}"
-        case Status.MAX_STEPS if not fell(losses, eps):
-            if how is Rates.SEARCHED and steps >= MAX_REJECTED:
-                slower = f"Of {steps} points along the gradient none is lower, so it may not match the loss."
-            return f"stopped at max_steps={steps}: the loss never fell below its start, {first}. {slower}"
-        case Status.MAX_STEPS if told.farthest > _FAR:
-            return _unbounded(f"stopped at max_steps={steps}", told)
-        case Status.MAX_STEPS:
-            return (
-                f"stopped at max_steps={steps} before it converged: the loss fell from {first} to {last}, the gradient "
-                f"norm is {grad_norms[end]:.3g}.{back} {_more(told)}"
-            )
-        case Status.PRECISION_LIMIT if told.ending.verified == BY_NEIGHBOURS:
-            much = f": less than about {float(told.ending.left):.1g} is left to gain" if told.ending.left > 0 else ""
-            return (
-                f"reached the precision limit {after}: the loss {last} has a kink there, and neither {TRIED} "
-                f"neighbours nor the gradients around it show a way down{much}."
-            )
-        case Status.PRECISION_LIMIT:
-            more = " float64 may gain more." if eps > _COARSE else ""
-            return f"reached the precision limit {after}: the loss {last} no longer changes{_left(told)}{more}"
-        case Status.STALLED:
-            return _stalled(told, after, first, last)
-        case Status.DIVERGED:
-            return f"diverged at step {steps}: the loss grew from {first} to {last}.{back} {slower}"
-        case Status.NON_FINITE if steps == 0:
-            what = f"loss is {last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
-            return f"the {what} at the start.{found} {cure or 'Start where the loss and its gradient are finite.'}"
-        case Status.NON_FINITE if losses[-1] == -np.inf:
-            return (
-                f"the loss became -inf at step {steps}, from {first} at the start: it has no lower bound, so no "
-                f"minimum can be found.{back} Check its sign, or add a penalty."
-            )
-        case Status.NON_FINITE if told.farthest > _FAR:
-            return _unbounded(f"left the range at step {steps}", told)
-        case Status.NON_FINITE if how in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
-            bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
-            return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{back} Correct the schedule."
-        case Status.NON_FINITE:
-            what = "params became NaN or infinite"  # those that the loss does not read, or by which it is saturated
-            if not np.isfinite(grad_norms[-1]):
-                what = f"gradient norm became {grad_norms[-1]:g}"
-            if not np.isfinite(losses[-1]):
-                what = f"loss became {last}"
-            rate = f", after an update with the learning rate {rates[-2]:.3g}" if np.isfinite(rates[-2]) else ""
-            return (
-                f"the {what} at step {steps}{rate}, from a loss of {first} at the start.{found}{back} {cure or slower}"
-            )
-        case Status.STOPPED:
-            return f"stopped by the callback {after}: the loss went from {first} to {last}."
-        case Status.DATA_EXHAUSTED:
-            return f"the data ended {after}: the loss went from {first} to {last}."
-        case Status.INTERRUPTED:
-            return f"interrupted {after}: the loss went from {first} to {last}."
+    first, last = losses[:width].mean(), seen[-width:].mean()
+    return _Words(
+        first=f"{first:.6g}",
+        last=f"{last:.6g}",
+        end=end,
+        width=width,
+        falls=bool(last < first),
+        after=f"after {steps} step{'' if steps == 1 else 's'}",
+        back="" if told.returned_step == steps else f" The point of step {told.returned_step} is returned.",
+        slower="Raise max_steps." if how is Rates.SEARCHED else _slower(told, how is Rates.PLAIN and not noisy),
+    )
+
+
+def _converged(told: Told, words: _Words) -> str:
+    losses, grad_norms, _ = told.history
+    if grad_norms[words.end] == 0:
+        seen = ", and no direction was seen in which the loss falls" if told.ending.verified else ""
+        return f"converged {words.after}: the gradient is exactly zero{seen} (loss {words.last})."
+    fall = f"the loss fell from {words.first} to {words.last}"
+    fall = fall if fell(losses, told.eps) else f"the loss is {words.last}"
+    return f"converged {words.after}: {fall}{_left(told)}"
+
+
+def _noisy_max_steps(told: Told, words: _Words) -> str:
+    steps, per_epoch, most = told.steps, told.steps_per_epoch, told.limits.max_steps
+    count = steps / (per_epoch or 1)
+    epochs = "" if per_epoch in (1, None) else f" ({count:g} epoch{'s' * (count != 1)})"
+    went, worse = f"went from {words.first} to {words.last}", ""
+    which = "the mean loss of an epoch" if words.width > 1 else "the loss"
+    if 1 < words.width >= steps:
+        went = f"was {words.first}"
+    if not told.is_better:
+        worse = f" That is above the loss of the start, {told.history[0][0]:.6g}. {words.slower}"
+    elif not (told.success or words.falls):
+        worse = f" The loss did not decrease. {words.slower}"
+    what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
+    return f"took {what}{epochs}: {which} {went}.{worse}"
+
+
+def _max_steps(told: Told, words: _Words) -> str:
+    losses, grad_norms, _ = told.history
+    if not fell(losses, told.eps):
+        remedy = words.slower
+        if told.how is Rates.SEARCHED and told.steps >= MAX_REJECTED:
+            remedy = f"Of {told.steps} points along the gradient none is lower, so it may not match the loss."
+        return f"stopped at max_steps={told.steps}: the loss never fell below its start, {words.first}. {remedy}"
+    if told.farthest > _FAR:
+        return _unbounded(f"stopped at max_steps={told.steps}", told)
+    return (
+        f"stopped at max_steps={told.steps} before it converged: the loss fell from {words.first} to {words.last}, the "
+        f"gradient norm is {grad_norms[words.end]:.3g}.{words.back} {_more(told)}"
+    )
+
+
+def _precision_limit(told: Told, words: _Words) -> str:
+    if told.ending.verified == BY_NEIGHBOURS:
+        much = f": less than about {float(told.ending.left):.1g} is left to gain" if told.ending.left > 0 else ""
+        return (
+            f"reached the precision limit {words.after}: the loss {words.last} has a kink there, and neither {TRIED} "
+            f"neighbours nor the gradients around it show a way down{much}."
+        )
+    more = " float64 may gain more." if told.eps > _COARSE else ""
+    return f"reached the precision limit {words.after}: the loss {words.last} no longer changes{_left(told)}{more}"
+
+
+def _non_finite(told: Told, words: _Words) -> str:
+    (losses, grad_norms, rates), steps, (found, cure) = told.history, told.steps, told.not_finite
+    if steps == 0:
+        what = f"loss is {words.last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
+        return f"the {what} at the start.{found} {cure or 'Start where the loss and its gradient are finite.'}"
+    if losses[-1] == -np.inf:
+        return (
+            f"the loss became -inf at step {steps}, from {words.first} at the start: it has no lower bound, so no "
+            f"minimum can be found.{words.back} Check its sign, or add a penalty."
+        )
+    if told.farthest > _FAR:
+        return _unbounded(f"left the range at step {steps}", told)
+    if told.how in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
+        bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
+        return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{words.back} Correct the schedule."
+    what = "params became NaN or infinite"  # those that the loss does not read, or by which it is saturated
+    if not np.isfinite(grad_norms[-1]):
+        what = f"gradient norm became {grad_norms[-1]:g}"
+    if not np.isfinite(losses[-1]):
+        what = f"loss became {words.last}"
+    rate = f", after an update with the learning rate {rates[-2]:.3g}" if np.isfinite(rates[-2]) else ""
+    start = f"from a loss of {words.first} at the start"
+    return f"the {what} at step {steps}{rate}, {start}.{found}{words.back} {cure or words.slower}"
 
 
 def _left(told: Told) -> str:
@@ -185,8 +227,8 @@ def _other(told: Told, *, smaller: bool = False) -> str:
     return "another learning_rate"
 
 
-def _stalled(told: Told, after: str, first: str, last: str) -> str:
-    losses, grad_norms, rates = told.history
+def _stalled(told: Told, words: _Words) -> str:
+    (losses, grad_norms, rates), after, first, last = told.history, words.after, words.first, words.last
     left = float(told.ending.left)
     much = f"about {left:.2g}" if np.isfinite(left) and left > 0 else "more"
     more = f"{much} may be left to gain"
