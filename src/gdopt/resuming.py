@@ -19,6 +19,7 @@ import numpy as np
 
 from gdopt import _trees, loop, parts, program
 from gdopt._checks import warn
+from gdopt._settings import own_promotion
 from gdopt._types import PyTree
 from gdopt.checkpoint import SPREAD, Checkpoint, Saved, Saver, newest
 from gdopt.data import Feed, Position
@@ -106,7 +107,8 @@ class Saves:
         self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
         if self.range_test is None:  # by which a run with more steps has longer cycles
             schedule = rule.schedule
-            rate = repr(rule.rate) if schedule is None else program.digest(schedule, np.int32(0))
+            with own_promotion():
+                rate = repr(rule.rate) if schedule is None else program.digest(schedule, np.int32(0))
             self._meta["learning_rate"] = rate
         if self.found is None:
             return
