@@ -620,7 +620,7 @@ def test_a_saddle_whose_params_are_zero_up_to_rounding_is_left(x64: bool, entry:
 
 LASSO_X = np.linalg.qr(np.random.default_rng(10).normal(size=(30, 5)))[0]
 LASSO_Y = LASSO_X @ np.array([3, -2, 0.05, 0, 1.0])
-SEVEN = np.array([1012.0, 998, 1033, 1005, 987, 1500, 1001])
+MEASURED = np.array([1012.0, 998, 1033, 1005, 987, 1500, 1001])
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -633,8 +633,8 @@ SEVEN = np.array([1012.0, 998, 1033, 1005, 987, 1500, 1001])
             1.66625,
             {},
         ),
-        (lambda p: jnp.sum(jnp.abs(p - SEVEN)), 0.0, 559.0, {"optimizer": gdopt.gd}),
-        (lambda p: jnp.sum(jnp.abs(p - SEVEN)), 2e3, 559.0, {"optimizer": gdopt.gd}),
+        (lambda p: jnp.sum(jnp.abs(p - MEASURED)), 0.0, 559.0, {"optimizer": gdopt.gd}),
+        (lambda p: jnp.sum(jnp.abs(p - MEASURED)), 2e3, 559.0, {"optimizer": gdopt.gd}),
     ],
 )
 def test_a_search_that_gains_nothing_more_at_a_minimum_claims_it(

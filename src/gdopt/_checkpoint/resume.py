@@ -33,6 +33,7 @@ from gdopt._optimizers.rule import Rule, search
 from gdopt._problem.data import Feed, Position
 from gdopt._problem.task import Task
 from gdopt._result import History, RangeTest
+from gdopt._settings import own_promotion
 from gdopt._status import FAILURES, RUNNING, Status
 from gdopt._types import PyTree
 
@@ -111,7 +112,8 @@ class Saves:
         self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
         if self.range_test is None:  # by which a run with more steps has longer cycles
             schedule = rule.schedule
-            rate = repr(rule.rate) if schedule is None else program.digest(schedule, np.int32(0))
+            with own_promotion():
+                rate = repr(rule.rate) if schedule is None else program.digest(schedule, np.int32(0))
             self._meta["learning_rate"] = rate
         if self.found is None:
             return
