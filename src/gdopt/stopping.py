@@ -110,7 +110,7 @@ class Watch(NamedTuple):
     first_grad_norm: jax.Array
     mark: jax.Array  # the best loss when it last improved by more than rounding
     stalled: jax.Array  # how long it has not, in units of 1 / _PER_UPDATE updates
-    idle: jax.Array  # the same in evaluations, wherever the iterates were in between
+    idle: jax.Array  # of a search, the same in evaluations, wherever the trials were in between
     grad_norm: jax.Array  # of the last evaluation
     peak: jax.Array  # the highest loss, up to a factor of two
     grown: jax.Array  # how often that was surpassed in a row, after loss and gradient had grown
@@ -249,7 +249,6 @@ def judge(
         first_grad_norm=first_grad_norm,
         mark=mark,
         stalled=stalled,
-        idle=jnp.where(gained, 0, watch.idle + 1),
         grad_norm=grad_norm,
         peak=peak,
         grown=grown,
@@ -265,6 +264,7 @@ def judge(
             converged = converged | (finite & (point.largest <= limits.grad_tol) & (start | (loss <= kept_loss)))
         limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
         if search is not None:
+            new = new._replace(idle=jnp.where(gained, 0, watch.idle + 1))
             limited = limited | search.gave_up | ((new.idle >= _IDLE) & (mark < first_loss))
     else:
         epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
@@ -356,8 +356,8 @@ def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
     """Return the watch after a claim that does not hold: the next one comes later, and with less left."""
     none = watch.held * 0
     patience = (step + np.maximum(step // 4, _HELD)).astype(watch.patience.dtype)
-    fresh = watch._replace(held=none, stalled=none, idle=none)
-    return fresh._replace(bar=(watch.bar * _LESS).astype(watch.bar.dtype), patience=patience)
+    bar = (watch.bar * _LESS).astype(watch.bar.dtype)
+    return watch._replace(held=none, stalled=none, idle=none, bar=bar, patience=patience)
 
 
 def failed(code: jax.Array) -> jax.Array:
@@ -438,16 +438,15 @@ def explain(status: Status, told: Told) -> str:
             per_epoch = told.steps_per_epoch
             count = steps / (per_epoch or 1)
             epochs = "" if per_epoch in (1, None) else f" ({count:g} epoch{'s' * (count != 1)})"
-            went, worse = f"the loss went from {first} to {last}", ""
-            if width > 1:
-                went = f"the mean loss of an epoch {f'was {first}' if steps <= width else went[len('the loss ') :]}"
+            which, worse = "the mean loss of an epoch" if width > 1 else "the loss", ""
+            went = f"was {first}" if width > 1 and steps <= width else f"went from {first} to {last}"
             if not told.is_better:
                 worse = f" That is above the loss of the start, {losses[0]:.6g}. {slower}"
             elif not (told.success or means[1] < means[0]):
                 worse = f" The loss did not decrease. {slower}"
             most = told.limits.max_steps
             what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
-            return f"took {what}{epochs}: {went}.{worse}"
+            return f"took {what}{epochs}: {which} {went}.{worse}"
         case Status.MAX_STEPS if not fell(losses, eps):
             if how is Rates.SEARCHED and steps >= _MANY_TRIALS:
                 slower = f"Of {steps} points along the gradient none is lower, so it may not match the loss."
