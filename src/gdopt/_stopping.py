@@ -47,7 +47,7 @@ class Watch(NamedTuple):
     first_grad_norm: jax.Array
     mark: jax.Array  # the best loss when it last improved by more than rounding
     stalled: jax.Array  # how long it has not, in units of 1 / _PER_UPDATE updates
-    idle: jax.Array  # the same in evaluations, wherever the iterates were in between
+    idle: jax.Array  # of a search, the same in evaluations, wherever the trials were in between
     grad_norm: jax.Array  # of the last evaluation
     peak: jax.Array  # the highest loss, up to a factor of two
     grown: jax.Array  # how often that was surpassed in a row, after loss and gradient had grown
@@ -186,7 +186,6 @@ def judge(
         first_grad_norm=first_grad_norm,
         mark=mark,
         stalled=stalled,
-        idle=jnp.where(gained, 0, watch.idle + 1),
         grad_norm=grad_norm,
         peak=peak,
         grown=grown,
@@ -202,6 +201,7 @@ def judge(
             converged = converged | (finite & (point.largest <= limits.grad_tol) & (start | (loss <= kept_loss)))
         limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
         if search is not None:
+            new = new._replace(idle=jnp.where(gained, 0, watch.idle + 1))
             limited = limited | search.gave_up | ((new.idle >= _IDLE) & (mark < first_loss))
     else:
         epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
@@ -293,8 +293,8 @@ def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
     """Return the watch after a claim that does not hold: the next one comes later, and with less left."""
     none = watch.held * 0
     patience = (step + np.maximum(step // 4, _HELD)).astype(watch.patience.dtype)
-    fresh = watch._replace(held=none, stalled=none, idle=none)
-    return fresh._replace(bar=(watch.bar * _LESS).astype(watch.bar.dtype), patience=patience)
+    bar = (watch.bar * _LESS).astype(watch.bar.dtype)
+    return watch._replace(held=none, stalled=none, idle=none, bar=bar, patience=patience)
 
 
 def failed(code: jax.Array) -> jax.Array:

@@ -234,6 +234,15 @@ def partition(tree: PyTree, kept: Sequence[bool]) -> tuple[PyTree, Rest]:
     return some, Rest(arrays, others, treedef, tuple(kept), numbers)
 
 
+def spread(prefix: PyTree, tree: PyTree) -> list[Any]:
+    """Return for each leaf of a tree the leaf of its prefix that stands for it.
+
+    Raises what JAX raises if it is no prefix.
+    """
+    full = jax.tree.map(lambda entry, part: jax.tree.map(lambda _: entry, part), prefix, tree)
+    return jax.tree.structure(tree).flatten_up_to(full)
+
+
 def in_module(treedef: Any, _module: bool = False) -> list[bool]:
     """For each leaf, whether its parent is a registered class rather than a dict, list or (named) tuple."""
     if jax.tree_util.treedef_is_leaf(treedef):

@@ -146,8 +146,7 @@ def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
     is_function = callable(trainable) and not isinstance(trainable, type(params))
     mask = trainable(params) if is_function else trainable
     try:
-        full = jax.tree.map(lambda choice, part: jax.tree.map(lambda _: choice, part), mask, params)
-        choices = treedef.flatten_up_to(full)
+        choices = _trees.spread(mask, params)
     except (ValueError, TypeError) as error:
         raise InputError(
             f"trainable={trainable!r} does not fit params: pass True or False for each leaf or subtree of params, or a "

@@ -41,10 +41,8 @@ def scaled(task: Task, scale: PyTree) -> Task:
 
 def _given(problem: Problem, scale: PyTree) -> PyTree:
     """Return a size, or an array of them, for each leaf that is optimised."""
-    whole = problem.rest.combine(problem.params)
     try:
-        each = jax.tree.map(lambda size, part: jax.tree.map(lambda _: size, part), scale, whole)
-        sizes = problem.rest.treedef.flatten_up_to(each)
+        sizes = _trees.spread(scale, problem.whole(problem.params))
     except (ValueError, TypeError) as error:
         raise InputError(
             f"scale={_trees.summary(scale)} does not fit params: pass a positive number for each leaf or subtree of "
