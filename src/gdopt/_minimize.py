@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 import jax
 
-from gdopt import _error_notes
 from gdopt._checkpoint.folder import Checkpoint
-from gdopt._checkpoint.resume import Saves, saves_at
+from gdopt._checkpoint.resume import NoSaves, Saves, saves_at
 from gdopt._checks import check_flags
 from gdopt._compile import program
 from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
-from gdopt._loop.state import Inputs, Whole
+from gdopt._loop.state import Inputs, Whole, params_to_return
 from gdopt._optimizers.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
 from gdopt._problem.limits import Steps, check_grad_tol, check_steps, check_target, check_tol
+from gdopt._problem.lints import warn_of_no_gradient
 from gdopt._problem.objective import make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
@@ -29,7 +29,7 @@ from gdopt._result import RangeTest, Report, Result
 from gdopt._run import host_loop
 from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
-from gdopt._settings import own_work
+from gdopt._run.sources import source_of
 from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 
@@ -173,14 +173,13 @@ def minimize(
     noisy, has_target = task.noisy, target is not None
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     options = {"callback": callback, "checkpoint": checkpoint}
-    given = {name: value is not None for name, value in options.items()}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
+    given = {name: value is not None for name, value in options.items()}
     loop.check_alike(task, **asked, **given, keep_best=keep_best)
     if checkpoint is not None and loop.is_inside(task):
         refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
-        if saves is not None:
-            saves.compare(task, keep_best=keep_best)
+        saves.compare(task, keep_best=keep_best)
         rule, range_test = _chosen(task, optimizer, learning_rate, steps, saves)
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
@@ -191,49 +190,28 @@ def minimize(
         if isinstance(compiled, Whole):
             stream = None if task.stream is None else data
             refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
-            with own_work():
-                return result_inside(compiled.solve(compiled.constants, inputs), task)
+            return result_inside(compiled, inputs, task)
         check_joined(inputs)
-        streamed = None
-        if task.stream is not None:
-            feed = task.stream.feed(steps.epochs, steps.batches)
-            streamed = host_loop.Streamed(feed, compile, pause=callback is not None)
-
-        sizes = {"params": inputs.start, "state": compiled.carry, "data": inputs.data, "args": inputs.args}
-        with progress_bar(progress, steps.expected) as advance, _error_notes.memory(**sizes):
-            carry = host_loop.begin(compiled, inputs)
-            compiled_at = time.perf_counter()
-            watcher = Watcher(callback, task, streamed, advance)
-            ways: dict[str, Any] = {"boundary": watcher.boundary, "streamed": streamed, "saves": saves}
-            state, history, status = host_loop.run(compiled, carry, inputs, watcher, **ways)
+        source = source_of(task, compiled, compile, steps, pause=callback is not None)
+        with progress_bar(progress, steps.expected) as advance:
+            watcher = Watcher(callback, task, source, advance)
+            compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
         ended_at = time.perf_counter()
         if history.grad_norm[0] == 0:
-            loop.warn_of_no_gradient(task)
-
+            warn_of_no_gradient(task)
+    inputs, returned = source.last_inputs(inputs), params_to_return(state)
+    has_steps = max_steps is not None or epochs is not None
     ended = Ended(
-        task,
-        rule,
-        compiled,
-        inputs if streamed is None else inputs._replace(data=streamed.data),
-        state,
-        history,
-        status,
-        host_loop.params_to_return(state),
-        limits,
-        has_target=has_target,
-        has_steps=max_steps is not None or epochs is not None,
-        range_test=range_test,
-        steps_per_epoch=task.steps_per_epoch if streamed is None else streamed.feed.steps_per_epoch,
-        why_exhausted="" if streamed is None else streamed.feed.why,
+        *(task, rule, compiled, inputs, state, history, status, returned, limits, has_target, has_steps, range_test),
+        *(source.steps_per_epoch, source.why),
     )
-    told = saves.told if saves else ""
-    result = ended.result(told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
+    result = ended.result(saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
     watcher.raise_failure(result)
     return result.raise_for_status() if throw else result
 
 
 def _chosen(
-    task: Task, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | None
+    task: Task, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
 ) -> tuple[Rule, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
     if optimizer is None and (task.noisy or not is_auto(learning_rate)):
@@ -241,11 +219,10 @@ def _chosen(
     finds_steps = is_transformation(optimizer) or (not task.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:
-        test, learning_rate = rates_by_test(task, optimizer, steps, saves and saves.range_test)
+        test, learning_rate = rates_by_test(task, optimizer, steps, saves.range_test)
     rule = make_rule(optimizer, learning_rate, task.problem.params)
-    if saves is not None:
-        saves.range_test = test
-        saves.compare_programs(task, rule)
+    saves.range_test = test
+    saves.compare_programs(task, rule)
     return rule, test
 
 

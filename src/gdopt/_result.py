@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,11 @@ class History(NamedTuple):
     loss: np.ndarray
     grad_norm: np.ndarray
     learning_rate: np.ndarray
+
+
+def concatenated(records: Sequence[History]) -> History:
+    """Return one history of the histories of successive chunks."""
+    return History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
 
 
 class Report(NamedTuple):

@@ -146,80 +146,34 @@ def judge(
     eps: float,
     epoch: Epoch | None,
 ) -> tuple[jax.Array, Watch]:
-    """The code of this evaluation (RUNNING or a Status) and what to remember; ``kept_loss`` is of the point to return.
+    """Return the code of this evaluation (RUNNING or a Status) and the new memory.
 
-    CONVERGED and PRECISION_LIMIT are claims that are still to be verified. ``epoch`` is None for a loss that is the
-    same function at each step. For a noisy one (mini-batches, random keys) a single small gradient says nothing, so
-    only the target (on the mean of an epoch), divergence and the number of steps are tested.
+    ``kept_loss`` is the loss of the point to return. CONVERGED and PRECISION_LIMIT are claims that are still to be
+    verified. ``epoch`` is None for a deterministic loss. For a noisy one (mini-batches, random keys) a single small
+    gradient says nothing, so only the target (on the mean of an epoch), divergence and the number of steps are tested.
 
-    ``search`` is of an optimizer that takes bad points back by itself. Its points are trials, and no trial is a
-    failure. None for all other optimizers.
+    ``search`` describes an optimizer that takes bad points back by itself: its points are trials, and no trial is a
+    failure. It is None for all other optimizers.
     """
-    k, loss, grad_norm = point.step, point.loss, point.grad_norm
     start = watch.first_loss == jnp.inf  # nothing was evaluated yet
-    first_loss = jnp.where(start, loss, watch.first_loss)
-    first_grad_norm = jnp.where(start, grad_norm, watch.first_grad_norm)
-
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & point.finite  # what a loss does not read may be NaN
-    size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
-    grows = (loss - first_loss > _GROWN_LOSS * size) & (grad_norm > _GROWN_GRADIENT * first_grad_norm)
-    higher = loss > jnp.maximum(2 * watch.peak, watch.peak)
-    grown = jnp.where(grows, watch.grown + higher, 0)  # some optimizers stay up there for long, and come back
-    peak = jnp.where(finite & higher, loss, watch.peak)
-    failed = ~finite
-    if search is not None:
-        grown = jnp.zeros_like(grown)
-        failed = failed & (start | (loss == -jnp.inf) | ~point.finite)  # below that nothing is to be found
-    diverged = (grown >= _GROWN_FOR) | (failed & (watch.grown > 0))
-
-    # The precision test looks at the loss, so it must not take for a limit what is a pause: an evaluation that repeats
-    # the last one may come from gradients that are being accumulated or a rate of 0, and counts a twentieth; and an
-    # iterate that wanders above the best by more than rounding is on its way. Rounding is relative to the loss, and to
-    # that part of the gain which is asked for: towards a loss of zero there would be no end to what can be gained.
-    rounding = eps * jnp.maximum(jnp.abs(watch.mark), limits.tol * (first_loss - watch.mark))
-    gained = start | (loss < watch.mark - rounding)
-    mark = jnp.where(gained, loss, watch.mark)
-    wanders = ~(loss <= mark + ROUNDING * rounding)
-    stalled = jnp.where(gained | wanders, 0, watch.stalled + jnp.where(grad_norm == watch.grad_norm, 1, _PER_UPDATE))
-    new = watch._replace(
-        first_loss=first_loss,
-        first_grad_norm=first_grad_norm,
-        mark=mark,
-        stalled=stalled,
-        grad_norm=grad_norm,
-        peak=peak,
-        grown=grown,
+    watch = watch._replace(
+        first_loss=jnp.where(start, point.loss, watch.first_loss),
+        first_grad_norm=jnp.where(start, point.grad_norm, watch.first_grad_norm),
     )
-
+    grown, peak, failed, diverged = _growth(watch, kept_loss, point, search, start)
+    new, gained, limited = _progress(watch, point, limits, eps, start)
+    new = new._replace(grown=grown, peak=peak)
     if epoch is None:
-        reached = finite & (loss <= limits.target)
-        new = _count_held(new, kept_loss, point, limits, search, start)
-        held = _HELD if search is None else _HELD_ACCEPTED
-        flat = (grad_norm == 0) & (start | (loss <= kept_loss))  # a plateau higher up has no gradient, too
-        converged = ((new.held >= held) & (k >= watch.patience)) | flat
-        if point.largest is not None and limits.grad_tol is not None:
-            converged = converged | (finite & (point.largest <= limits.grad_tol) & (start | (loss <= kept_loss)))
-        limited = stalled >= _STALLED_UPDATES * _PER_UPDATE
-        if search is not None:
-            new = new._replace(idle=jnp.where(gained, 0, watch.idle + 1))
-            limited = limited | search.gave_up | ((new.idle >= _IDLE) & (mark < first_loss))
+        finite = _is_finite(point)
+        reached = finite & (point.loss <= limits.target)
+        new, converged, idle = _claims(new, watch, kept_loss, point, limits, search, gained, start)
+        limited |= idle
     else:
-        epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
-        mean = epoch_loss / epoch.steps
+        new, mean = _epoch_mean(new, watch, point, epoch, start)
         reached = epoch.ends & (mean <= limits.target)
         converged = limited = jnp.asarray(False)
-        # Before the first epoch has ended, and for random keys, of which each is an epoch: the last evaluations.
-        some = watch.mean_loss + (loss - watch.mean_loss) / jnp.minimum(k + 1, _RECENT)
-        whole = jnp.asarray(epoch.steps) > 1
-        mean_loss = jnp.where(epoch.ends & whole, mean, jnp.where(whole & (k >= epoch.steps), watch.mean_loss, some))
-        off = jnp.where(start, 0, jnp.abs(loss - watch.mean_loss))
-        spread = watch.spread + (off - watch.spread) / jnp.minimum(k + 1, _RECENT)
-        new = new._replace(
-            epoch_loss=epoch_loss, mean_loss=mean_loss.astype(loss.dtype), spread=spread.astype(loss.dtype)
-        )
-
     causes = (  # the later, the stronger
-        (Status.MAX_STEPS, k >= limits.max_steps),
+        (Status.MAX_STEPS, point.step >= limits.max_steps),
         (Status.PRECISION_LIMIT, limited),
         (Status.CONVERGED, converged),
         (Status.TARGET_REACHED, reached),
@@ -232,6 +186,93 @@ def judge(
     ranked = jnp.stack([jnp.int32(rank * _CODES + status) for rank, (status, _) in enumerate(causes)])
     code = jnp.max(jnp.where(holds, ranked, RUNNING)) % _CODES
     return code, new
+
+
+def _is_finite(point: Evaluation) -> jax.Array:
+    """Tell whether all that was measured is finite, and the params are: the loss may not read a NaN among them."""
+    return jnp.isfinite(point.loss) & jnp.isfinite(point.grad_norm) & point.finite
+
+
+def _growth(
+    watch: Watch, kept_loss: jax.Array, point: Evaluation, search: Search | None, start: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return how often the highest loss doubled, that loss, and whether the run failed and whether it diverged.
+
+    Some optimizers stay far above the start for long, and come back: growth counts if it lasts.
+    """
+    loss, first_loss = point.loss, watch.first_loss
+    finite = _is_finite(point)
+    size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
+    grows = (loss - first_loss > _GROWN_LOSS * size) & (point.grad_norm > _GROWN_GRADIENT * watch.first_grad_norm)
+    higher = loss > jnp.maximum(2 * watch.peak, watch.peak)
+    grown = jnp.where(grows, watch.grown + higher, 0)
+    peak = jnp.where(finite & higher, loss, watch.peak)
+    failed = ~finite
+    if search is not None:
+        grown = jnp.zeros_like(grown)
+        failed = failed & (start | (loss == -jnp.inf) | ~point.finite)  # below that nothing is to be found
+    return grown, peak, failed, (grown >= _GROWN_FOR) | (failed & (watch.grown > 0))
+
+
+def _progress(
+    watch: Watch, point: Evaluation, limits: Limits, eps: float, start: jax.Array
+) -> tuple[Watch, jax.Array, jax.Array]:
+    """Count the updates without a gain; return whether this is one with a gain, and whether there were too many.
+
+    A pause is no limit of precision. An evaluation that repeats the last one may come from gradients that are being
+    accumulated or from a rate of 0, and counts a twentieth; an iterate that wanders above the best by more than
+    rounding is on its way. Rounding is relative to the loss, and to the part of the gain that is asked for: towards a
+    loss of zero there would be no end to what can be gained.
+    """
+    loss, grad_norm = point.loss, point.grad_norm
+    rounding = eps * jnp.maximum(jnp.abs(watch.mark), limits.tol * (watch.first_loss - watch.mark))
+    gained = start | (loss < watch.mark - rounding)
+    mark = jnp.where(gained, loss, watch.mark)
+    wanders = ~(loss <= mark + ROUNDING * rounding)
+    stalled = jnp.where(gained | wanders, 0, watch.stalled + jnp.where(grad_norm == watch.grad_norm, 1, _PER_UPDATE))
+    new = watch._replace(mark=mark, stalled=stalled, grad_norm=grad_norm)
+    return new, gained, stalled >= _STALLED_UPDATES * _PER_UPDATE
+
+
+def _claims(
+    new: Watch,
+    watch: Watch,
+    kept_loss: jax.Array,
+    point: Evaluation,
+    limits: Limits,
+    search: Search | None,
+    gained: jax.Array,
+    start: jax.Array,
+) -> tuple[Watch, jax.Array, jax.Array]:
+    """Test a deterministic loss: return whether it converged, and whether a search has no more to gain."""
+    new = _count_held(new, kept_loss, point, limits, search, start)
+    held = _HELD if search is None else _HELD_ACCEPTED
+    lowest = start | (point.loss <= kept_loss)
+    flat = (point.grad_norm == 0) & lowest  # a plateau higher up has no gradient, too
+    converged = ((new.held >= held) & (point.step >= watch.patience)) | flat
+    if point.largest is not None and limits.grad_tol is not None:
+        converged = converged | (_is_finite(point) & (point.largest <= limits.grad_tol) & lowest)
+    if search is None:
+        return new, converged, jnp.asarray(False)
+    new = new._replace(idle=jnp.where(gained, 0, watch.idle + 1))
+    return new, converged, search.gave_up | ((new.idle >= _IDLE) & (new.mark < new.first_loss))
+
+
+def _epoch_mean(new: Watch, watch: Watch, point: Evaluation, epoch: Epoch, start: jax.Array) -> tuple[Watch, jax.Array]:
+    """Average a noisy loss over its epoch; before the first one has ended, over the last evaluations.
+
+    Each random key is an epoch, so their losses are averaged over the last evaluations, too.
+    """
+    k, loss = point.step, point.loss
+    epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
+    mean = epoch_loss / epoch.steps
+    some = watch.mean_loss + (loss - watch.mean_loss) / jnp.minimum(k + 1, _RECENT)
+    whole = jnp.asarray(epoch.steps) > 1
+    mean_loss = jnp.where(epoch.ends & whole, mean, jnp.where(whole & (k >= epoch.steps), watch.mean_loss, some))
+    off = jnp.where(start, 0, jnp.abs(loss - watch.mean_loss))
+    spread = watch.spread + (off - watch.spread) / jnp.minimum(k + 1, _RECENT)
+    dtype = loss.dtype
+    return new._replace(epoch_loss=epoch_loss, mean_loss=mean_loss.astype(dtype), spread=spread.astype(dtype)), mean
 
 
 def _count_held(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import zlib
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -21,23 +19,57 @@ from gdopt import _trees
 from gdopt._checkpoint import sharded
 from gdopt._checkpoint.file import SPREAD
 from gdopt._checkpoint.folder import Checkpoint, Saved, newest
+from gdopt._checkpoint.identity import identity_of, layout_of, numbers_of, short
 from gdopt._checkpoint.multi_process import JointSaver, opened
 from gdopt._checkpoint.saver import Saver
 from gdopt._checks import warn
 from gdopt._compile import program
-from gdopt._devices.processes import peers
+from gdopt._devices.processes import Peers, peers
 from gdopt._errors import InputError
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, State
 from gdopt._optimizers.rule import Rule, search
 from gdopt._problem.data import Feed, Position
 from gdopt._problem.task import Task
-from gdopt._result import History, RangeTest
+from gdopt._result import History, RangeTest, concatenated
 from gdopt._settings import own_promotion
 from gdopt._status import FAILURES, RUNNING, Status
-from gdopt._types import PyTree
+from gdopt._stopping import Limits
 
-_LONGEST = 200  # characters of a description
+
+class NoSaves:
+    """A run without a checkpoint: nothing is restored, and nothing is saved."""
+
+    range_test: RangeTest | None = None
+    feed: Feed | None = None
+    position = steps_per_epoch = None
+    told = ""
+
+    def compare(self, task: Task, *, keep_best: bool) -> None:
+        """Do nothing, as there is no run to compare with."""
+
+    def compare_programs(self, task: Task, rule: Rule) -> None:
+        """Do nothing, as there is no run to compare with."""
+
+    def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
+        """Return the fresh carry, and no history."""
+        return carry, []
+
+    def limited(self, step: int, limit: int, limits: Limits) -> int:
+        """Return the limit of a chunk."""
+        return limit
+
+    def tells(self) -> None:
+        """Tell the other processes nothing."""
+
+    def hears(self, told: list) -> None:
+        """Ignore what the other processes tell."""
+
+    def update(self, state: State, records: list[History], limits: Limits, *, last: bool) -> None:
+        """Save nothing."""
+
+    def finish(self, state: State, records: list[History], limits: Limits) -> None:
+        """Save nothing."""
 
 
 class Saves:
@@ -83,17 +115,7 @@ class Saves:
     def compare(self, task: Task, *, keep_best: bool) -> None:
         """Raises InputError where the save is of another run."""
         sharded.check_installed(task.problem.params)
-        given = {
-            "params": _described(task.problem.params),
-            "data": "a stream" if task.stream else _with_checksum(task.data),
-            "batch_size": repr(task.batches and task.batches.batch_size),
-            "args": _with_checksum(task.args),
-            "held params": _with_checksum(task.problem.rest.arrays),
-            "key": _trees.on_host(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
-            "keep_best": repr(keep_best),
-            "scale": _with_checksum(task.problem.sizes),
-            "float": jax.dtypes.canonicalize_dtype(float).name,
-        }
+        given = identity_of(task, keep_best=keep_best)
         self._meta = {"given": given, "start": program.checksum(task.problem.params)}
         if self.found is None:
             return
@@ -107,7 +129,7 @@ class Saves:
     def compare_programs(self, task: Task, rule: Rule) -> None:
         """Raise InputError if the save is of another optimizer; another loss or learning rate is a warning."""
         loss, updates = loop.digests(task, rule)
-        text = re.sub(r" at 0x[0-9a-f]+", "", repr(rule.optimizer))[:_LONGEST]
+        text = short(repr(rule.optimizer))
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
         self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
         if self.range_test is None:  # by which a run with more steps has longer cycles
@@ -133,51 +155,25 @@ class Saves:
                 f"here it is {mine}. Make the same call, or pass another path."
             )
 
-    def restored(self, carry: Carry, limits: tuple) -> tuple[Carry, list[History]]:
-        """The carry in the place of a fresh one, and the history so far."""
+    def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
+        """Return the carry that takes the place of a fresh one, and the history so far."""
         fresh = carry[0].tree()
         sharded.check_installed(fresh)
-        self._meta["layout"] = here = _layout(carry)
-        if self.found is None:
+        self._meta["layout"] = here = layout_of(carry)
+        found = self.found
+        if found is None:
             return carry, []
-        there = self.found.meta.get("layout", here)  # saves of old do not tell
+        there = found.meta.get("layout", here)  # old checkpoints have no layout
         if there != here:
             warn(
-                f"the checkpoint {self.found.file!r} was made on {there}, and here it is {here}: the run goes on, but "
+                f"the checkpoint {found.file!r} was made on {there}, and here it is {here}: the run goes on, but "
                 "not to the same last bits as one that never stopped."
             )
-        arrays = self.found.arrays
-        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        spread = self.found.meta.get(SPREAD)
-        kinds |= {} if spread is None else sharded.kinds(spread)
-        history = History(*(arrays[f"history.{name}"] for name in History._fields))
-
-        kind = lambda shape, dtype: f"{dtype}{list(shape)}"
-        places, unknown = {}, {name for name in kinds if name.startswith("state")}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
-            name, plain = _trees.path_name(path, "state"), _plain(leaf)
-            theirs = kind(*kinds[name]) if name in kinds else "nothing"
-            self._refuse_other(name, theirs, kind(plain.shape, plain.dtype))
-            unknown.discard(name)
-            places[name] = getattr(plain, "sharding", None)
-        for name in sorted(unknown):
-            self._refuse_other(name, kind(*kinds[name]), "nothing")
-        if spread is not None:
-            arrays = {**arrays, **sharded.load(self.found.file, spread, places)}
-
-        def put(path: tuple, leaf: Any) -> Any:
-            saved = arrays[_trees.path_name(path, "state")]
-            if not isinstance(leaf, jax.Array):
-                return np.asarray(saved)[()]
-            if _trees.is_key(leaf):
-                data = _placed(saved, _plain(leaf).sharding)
-                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-            return _placed(saved, leaf.sharding)
-
-        state: State = jax.tree_util.tree_map_with_path(put, fresh)
+        state = self._state(found, fresh)
+        history = History(*(found.arrays[f"history.{name}"] for name in History._fields))
         ended = int(state.code)
-        others = self.found.meta["limits"] != _limits(limits)
-        if self.found.meta["loss"] != self._meta["loss"]:  # what was measured of the old one says nothing
+        others = found.meta["limits"] != numbers_of(limits)
+        if found.meta["loss"] != self._meta["loss"]:  # what was measured of the old one says nothing
             others, best = True, np.full_like(state.kept.loss, np.inf)
             state = state._replace(watch=fresh.watch, kept=state.kept._replace(loss=best))
             if search(state.optimizer) is not None:
@@ -189,12 +185,42 @@ class Saves:
         elif ended != RUNNING:
             self._ended = Status(ended)
         rate = self._meta.get("learning_rate")
-        if self._ended is None and self.found.meta.get("learning_rate", rate) != rate:  # saves of old do not tell
+        if self._ended is None and found.meta.get("learning_rate", rate) != rate:  # old checkpoints have none
             warn(
-                f"learning_rate is not the one with which the checkpoint {self.found.file!r} was made: the run goes on "
+                f"learning_rate is not the one with which the checkpoint {found.file!r} was made: the run goes on "
                 "with the new one."
             )
         return (_trees.pack(state), carry[1]), [history]
+
+    def _state(self, found: Saved, fresh: State) -> State:
+        """Return the saved state, each leaf in the place of the fresh one."""
+        arrays = found.arrays
+        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        spread = found.meta.get(SPREAD)
+        kinds |= {} if spread is None else sharded.kinds(spread)
+        kind = lambda shape, dtype: f"{dtype}{list(shape)}"
+        places, unknown = {}, {name for name in kinds if name.startswith("state")}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
+            name, plain = _trees.path_name(path, "state"), _plain(leaf)
+            theirs = kind(*kinds[name]) if name in kinds else "nothing"
+            self._refuse_other(name, theirs, kind(plain.shape, plain.dtype))
+            unknown.discard(name)
+            places[name] = getattr(plain, "sharding", None)
+        for name in sorted(unknown):
+            self._refuse_other(name, kind(*kinds[name]), "nothing")
+        if spread is not None:
+            arrays = {**arrays, **sharded.load(found.file, spread, places)}
+
+        def put(path: tuple, leaf: Any) -> Any:
+            saved = arrays[_trees.path_name(path, "state")]
+            if not isinstance(leaf, jax.Array):
+                return np.asarray(saved)[()]
+            if _trees.is_key(leaf):
+                data = _placed(saved, _plain(leaf).sharding)
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            return _placed(saved, leaf.sharding)
+
+        return jax.tree_util.tree_map_with_path(put, fresh)
 
     def tells(self) -> Any:
         """Return what the other processes have to hear of the saves before each `due`."""
@@ -205,23 +231,30 @@ class Saves:
         if isinstance(self._saver, JointSaver):
             self._saver.hears(told)
 
-    def due(self) -> bool:
-        """Tell whether it is time for a save."""
-        return self._saver.due()
+    def limited(self, step: int, limit: int, limits: Limits) -> int:
+        """Return a limit at which a chunk ends at max_steps: that state is saved before its point is evaluated."""
+        most = int(limits.max_steps)
+        return min(limit, most) if step < most else limit
 
-    def save(self, state: State, history: History, limits: tuple) -> None:
-        """Begins to save the state between two steps, of which the arrays may be donated to the next."""
-        self._saver.save(*self._contents(state, history, limits))
+    def update(self, state: State, records: list[History], limits: Limits, *, last: bool) -> None:
+        """Save the state between two steps if it is time; its arrays may then be donated to the next step.
 
-    def finish(self, state: State, history: History, limits: tuple) -> None:
-        """Saves the last state, and waits until it is on the disk."""
-        self._saver.close(final=self._contents(state, history, limits))
+        The ``last`` state, and one at max_steps, which another call may raise, are saved in any case.
+        """
+        if last or int(state.step) >= int(limits.max_steps):
+            self.finish(state, records, limits)
+        elif self._saver.due():
+            self._saver.save(*self._contents(state, concatenated(records), limits))
 
-    def _contents(self, state: State, history: History, limits: tuple) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    def finish(self, state: State, records: list[History], limits: Limits) -> None:
+        """Save the last state, and wait until it is on the disk."""
+        self._saver.close(final=self._contents(state, concatenated(records), limits))
+
+    def _contents(self, state: State, history: History, limits: Limits) -> tuple[int, dict[str, Any], dict[str, Any]]:
         leaves = jax.tree_util.tree_leaves_with_path(state)
         arrays = {_trees.path_name(path, "state"): _plain(leaf) for path, leaf in leaves}
         arrays |= {f"history.{name}": entries for name, entries in history._asdict().items()}
-        meta = {**self._meta, "limits": _limits(limits), "range_test": None}
+        meta = {**self._meta, "limits": numbers_of(limits), "range_test": None}
         if self.range_test is not None:
             test = self.range_test
             arrays |= {f"range_test.{name}": getattr(test, name) for name in _TEST_ARRAYS}
@@ -239,14 +272,14 @@ class Saves:
 
 
 @contextlib.contextmanager
-def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Iterator[Saves | None]:
-    """The saves at a path, which are this run's alone until it ends; None without one."""
+def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Iterator[Saves | NoSaves]:
+    """The saves at a path, which are this run's alone until it ends."""
     if checkpoint is None:
-        yield None
+        yield NoSaves()
         return
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     others = peers()
-    if others is not None:
+    if isinstance(others, Peers):
         with opened(given, others) as (joint, found):
             yield Saves(joint, found)
         return
@@ -269,24 +302,6 @@ def _stream(saved: Saved | None) -> dict[str, Any]:
     return {} if saved is None else saved.meta.get("stream", {})
 
 
-def _layout(carry: Carry) -> str:
-    """Describe what the last bits depend on: kind and number of devices; of a CPU the cores, by which XLA cuts work."""
-    arrays = [leaf for leaf in jax.tree.leaves(carry) if isinstance(leaf, jax.Array)]
-    devices = set().union(*(array.sharding.device_set for array in arrays))
-    kinds = ", ".join(sorted({device.device_kind for device in devices}))
-    text = f"{kinds}, {len(devices)} device{'s' * (len(devices) != 1)}"
-    if all(device.platform != "cpu" for device in devices):
-        return text
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{text}, {cores} core{'s' * (cores != 1)}"
-
-
-def _limits(limits: tuple) -> list[str]:
-    return [
-        repr(limit if limit is None else float(limit)) for limit in limits[1:]
-    ]  # how many steps is told by the state itself
-
-
 def _placed(array: Any, place: Any) -> jax.Array:
     """The array there; of one that each process holds, each its part. What comes from orbax is there."""
     if isinstance(array, jax.Array):
@@ -298,20 +313,3 @@ def _placed(array: Any, place: Any) -> jax.Array:
 
 def _plain(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
-
-
-def _with_checksum(tree: PyTree) -> str:
-    return f"{_described(tree)} with the checksum {program.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
-
-
-def _described(tree: PyTree) -> str:
-    """Paths, dtypes and shapes; of many leaves a checksum."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    text = ", ".join(
-        f"{jax.tree_util.keystr(path)} {leaf.dtype.name}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
-        for path, leaf in leaves
-    )
-    text = text.strip()
-    if len(text) <= _LONGEST:
-        return text
-    return f"{text[:_LONGEST]}... ({len(leaves)} leaves, {zlib.crc32(text.encode()):x})"

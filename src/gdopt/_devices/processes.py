@@ -30,11 +30,26 @@ _LONGEST = 60  # characters that are compared as they are, and shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_current: contextvars.ContextVar[Peers | None] = contextvars.ContextVar("peers", default=None)
+
+
+class Alone:
+    """The only process of a run, which agrees with itself."""
+
+    several = False
+
+    def exchange(self, **note: Any) -> list[dict[str, Any]]:
+        """Return the note."""
+        return [note]
+
+    def agree(self, limit: int, stop: bool, interrupted: bool, saves: Any = None) -> tuple[int, bool, bool, list]:
+        """Return what is passed."""
+        return limit, stop, interrupted, [saves]
 
 
 class Peers:
     """The processes of a run, of which this is one."""
+
+    several = True
 
     def exchange(self, **note: Any) -> list[dict[str, Any]]:
         """The notes of all processes, in their order. Raises GdoptError where one of them failed instead."""
@@ -75,8 +90,12 @@ class _PeerError(GdoptError):
     """Another process failed, and has told so."""
 
 
-def peers() -> Peers | None:
-    """The processes that the call at hand is one of, where there are several."""
+_alone = Alone()
+_current: contextvars.ContextVar[Alone | Peers] = contextvars.ContextVar("peers", default=_alone)
+
+
+def peers() -> Alone | Peers:
+    """Return the processes of the current call."""
     return _current.get()
 
 
@@ -115,7 +134,7 @@ def _together(peers: Peers) -> Iterator[None]:
 
 def check_joined(inputs: PyTree) -> None:
     """Raises InputError for arrays that are spread over processes where nobody knew that they would be."""
-    if _current.get() is None and jax.process_count() > 1 and _is_spread(inputs):
+    if not peers().several and jax.process_count() > 1 and _is_spread(inputs):
         raise InputError(
             "the run is spread over several processes, but neither params, data nor args are: place the params there, "
             "with gdopt.shard(params, mesh), and pass arrays that the loss closes over in args=."

@@ -33,11 +33,11 @@ _RESIDUAL = 1e-3  # of the right side: above it, there is no derivative to speak
 def differentiable(
     solve: Callable[..., Any], value: Callable[..., tuple], known: Callable[..., tuple], *, defined: bool
 ) -> Callable[..., Any]:
-    """``solve`` with its derivatives, of any order, forward and reverse.
+    """Return ``solve`` with its derivatives, of any order, forward and reverse.
 
     ``solve(*inputs)`` returns a tuple with ``params``, ``loss``, ``aux`` and ``success``, which belong to
-    ``value(params, *known(*inputs)) -> (loss, aux)``. Derivatives are NaN where it had no success, or where H dx = r
-    has no solution. Where they are not ``defined``, asking for them raises InputError.
+    ``value(params, *known(*inputs)) -> (loss, aux)``. Derivatives are NaN if it had no success, or if H dx = r has no
+    solution. If they are not ``defined``, asking for them raises InputError.
     """
 
     @jax.custom_jvp
@@ -64,7 +64,7 @@ def differentiable(
             return treedef.unflatten(leaves)
 
         # jit, which outside of another one spares compiling each operation.
-        moved = jax.jit(functools.partial(moves, filled))
+        moved = jax.jit(functools.partial(_moves, value, filled))
         with own_promotion():
             params_dot, loss_dot, aux_dot = moved(
                 out.params, out.success, [given[number] for number in moving], [ways[number] for number in moving]
@@ -73,31 +73,37 @@ def differentiable(
         aux_dot = jax.tree.map(lambda zero, moved: zero if moved is None else moved, still.aux, aux_dot)
         return out, still._replace(params=params_dot, loss=loss_dot.astype(out.loss.dtype), aux=aux_dot)
 
-    def moves(
-        filled: Callable[[list], tuple], params: PyTree, success: jax.Array, some: list, ways: list
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """The tangents of params, loss and aux where ``some`` of what the loss depends on moves along ``ways``."""
-        real, back = _trees.as_real(params)
-
-        def gradient(real: PyTree, some: list) -> PyTree:
-            given = filled(some)
-            return jax.grad(lambda real: value(back(real), *given)[0])(real)
-
-        right = _all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways)
-        times = lambda real, some, x: _hessian_times(lambda real: gradient(real, some), real, x)
-        known = lax.stop_gradient((real, some))
-        across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](way)[0]
-        singular = _of_least_norm(functools.partial(times, *known), across, known[0])
-        way = _solved(functools.partial(times, real, some), right, singular)
-        sign = jnp.where(success, -1.0, jnp.nan)  # a factor, as it is to be seen from behind, too
-        way = jax.tree.map(lambda leaf: (sign * leaf).astype(leaf.dtype), way)
-        params_dot = jax.jvp(back, (real,), (way,))[1]
-        loss_dot, aux_dot = _tangents(lambda at: value(at[0], *filled(at[1])), (params, some), (params_dot, ways))
-        return params_dot, loss_dot, jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
-
     # Constants of the loss do not move, so a function of custom_vjp may close over them.
     solution.defjvp(derivative, symbolic_zeros=True)
     return solution
+
+
+def _moves(
+    value: Callable[..., tuple],
+    filled: Callable[[list], tuple],
+    params: PyTree,
+    success: jax.Array,
+    some: list,
+    ways: list,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Return the tangents of params, loss and aux if ``some`` of what the loss depends on moves along ``ways``."""
+    real, back = _trees.as_real(params)
+
+    def gradient(real: PyTree, some: list) -> PyTree:
+        given = filled(some)
+        return jax.grad(lambda real: value(back(real), *given)[0])(real)
+
+    right = _all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways)
+    times = lambda real, some, x: _hessian_times(lambda real: gradient(real, some), real, x)
+    known = lax.stop_gradient((real, some))
+    across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](way)[0]
+    singular = _of_least_norm(functools.partial(times, *known), across, known[0])
+    way = _solved(functools.partial(times, real, some), right, singular)
+    sign = jnp.where(success, -1.0, jnp.nan)  # a factor, as it is to be seen from behind, too
+    way = jax.tree.map(lambda leaf: (sign * leaf).astype(leaf.dtype), way)
+    params_dot = jax.jvp(back, (real,), (way,))[1]
+    loss_dot, aux_dot = _tangents(lambda at: value(at[0], *filled(at[1])), (params, some), (params_dot, ways))
+    return params_dot, loss_dot, jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
 
 
 def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:

@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt._checks import warn
 from gdopt._compile import program
-from gdopt._compile.program import value_and_grad
-from gdopt._devices.processes import described, peers
+from gdopt._devices.processes import Alone, described, peers
 from gdopt._devices.sharding import Layout, explicit_mesh, mapped_mesh, placed
 from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
@@ -69,13 +67,13 @@ def _compile(
     keep_best: bool = True,
     has_target: bool = False,
 ) -> tuple[Compiled | Whole, Inputs]:
-    """``compile`` as the task has it.
+    """Compile the loop of a task as it is.
 
-    Where one of them is being traced by jit, vmap or grad, so is all of the loop.
+    If jit, vmap or grad traces any of the inputs, they trace all of the loop.
 
-    Where there are many keys, it is the loop of as many runs side by side, each with its own key and rate. They
-    keep step, and one that has ended is left as it is. A ``trial`` is to show what its rates do, however small they
-    are: only failures and the number of steps end it. Without ``keep_best`` there is no point to fall back on.
+    With many keys it is the loop of as many runs side by side, each with its own key and rate. They keep step, and one
+    that has ended is left as it is. A ``trial`` shows what its rates do, however small they are: only failures and the
+    number of steps end it. Without ``keep_best`` there is no point to fall back on.
     """
     noisy = task.noisy or trial
     # Before it is traced, so that it is traced for where it will run.
@@ -84,12 +82,7 @@ def _compile(
     batch = task._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
     value = program.trace(task.value, start, batch, args, one_key, rules=True)
-    if value.jaxpr is not None and (n := lints.rows_of_all_pairs(value.jaxpr)):
-        warn(
-            f"the loss subtracts shapes ({n}, 1) and ({n},), which gives all {n} * {n} differences, and sums up their "
-            "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
-        )
-
+    lints.warn_of_all_pairs(value.jaxpr)
     with own_promotion():
         schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
@@ -106,19 +99,6 @@ def _compile(
     options = rule.identity, schedule and schedule.identity, settings, inside and has_target
     known = rule.identity is not None and (schedule is None or schedule.identity is not None)
 
-    def finished(made: Compiled | Whole) -> Compiled | Whole:
-        """With what belongs to this call alone."""
-        if isinstance(made, Whole):
-            return _differentiable(made, value, noisy)
-        if noisy:
-            return made
-        verifier = Verifier(task, rule, None, schedule, settings, made.eps)
-        programs = functools.partial(verifier.programs, value, made.probes, {})
-        return made._replace(
-            verify=functools.partial(verifier.on_host, programs),
-            look_back=functools.partial(verifier.look_back, programs),
-        )
-
     # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
     if not seen:
@@ -128,10 +108,31 @@ def _compile(
             with own_promotion():
                 made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)
             if not closed:
-                return finished(made), inputs
+                return _finished(task, rule, value, schedule, settings, made), inputs
             kept.append(made)
         seen.append(kept[0])
-    return finished(seen[0]), inputs
+    return _finished(task, rule, value, schedule, settings, seen[0]), inputs
+
+
+def _finished(
+    task: Task,
+    rule: Rule,
+    value: program.Traced,
+    schedule: program.Traced | None,
+    settings: Settings,
+    made: Compiled | Whole,
+) -> Compiled | Whole:
+    """Add what belongs to this call alone: derivatives, or the check of a claim."""
+    if isinstance(made, Whole):
+        return _differentiable(made, value, settings.noisy)
+    if settings.noisy:
+        return made
+    verifier = Verifier(task, rule, None, schedule, settings, made.eps)
+    programs = functools.partial(verifier.programs, value, made.probes, {})
+    return made._replace(
+        verify=functools.partial(verifier.on_host, programs),
+        look_back=functools.partial(verifier.look_back, programs),
+    )
 
 
 def digests(task: Task, rule: Rule) -> tuple[str, str]:
@@ -147,17 +148,6 @@ def digests(task: Task, rule: Rule) -> tuple[str, str]:
     return program.digest(task.value, *given), updates
 
 
-def warn_of_no_gradient(task: Task) -> None:
-    """For a run whose gradient was exactly zero at the start: does the loss use the params at all?"""
-    key = task.key if task.with_key else None
-    grad = lambda *given: value_and_grad(task.value)(*given)[1]
-    if not lints.depends(grad, task.problem.params, task.batch, task.args, key):
-        warn(
-            "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
-            "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."
-        )
-
-
 def is_inside(task: Task) -> bool:
     """Tell whether jit, vmap or grad traces any of what the task's loss reads."""
     problem, key = task.problem, task.key if task.with_key else None
@@ -168,7 +158,7 @@ def is_inside(task: Task) -> bool:
 def check_alike(task: Task, **given: Any) -> None:
     """Raises InputError where a call is one of several processes that were not made alike."""
     others = peers()
-    if others is None:
+    if isinstance(others, Alone):
         return
     if callable(given.get("learning_rate")):
         with own_work():

@@ -141,3 +141,16 @@ class Programs(NamedTuple):
 def returned_params(state: State) -> PyTree:
     """The params that ``state.kept`` tells the loss of."""
     return state.params if state.kept.params is None else state.kept.params.tree()
+
+
+def params_to_return(state: State) -> PyTree:
+    """Return the params that ``state.kept`` tells the loss of, on the devices of the params."""
+
+    def placed(leaf: Any, like: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        array = jax.device_put(leaf)
+        shared = isinstance(like, jax.Array) and array.sharding != like.sharding
+        return jax.device_put(leaf, like.sharding) if shared else array
+
+    return jax.tree.map(placed, returned_params(state), state.params)

@@ -151,80 +151,119 @@ def _checked_update(
         return _update(updates, state, params, value)
 
 
+class _Pair(NamedTuple):
+    """The last step with the change of the gradient along it, and their inner products."""
+
+    step: trials.Unit
+    change: trials.Unit
+    ss: jax.Array
+    sy: jax.Array
+    yy: jax.Array
+    curved: jax.Array  # whether the loss is convex along the step, by more than rounding
+
+
 # jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.
 @functools.partial(jax.jit, inline=True)
 def _update(grad: PyTree, state: QuasiNewtonState, params: PyTree, value: Any) -> tuple[PyTree, QuasiNewtonState]:
-    """The way to the next trial, from the loss and the gradient at the last one."""
+    """Return the way to the next trial, from the loss and the gradient at the last one."""
     here, grad = trials.pack(params), trials.pack(grad)
     last, eps = state.trials, jnp.finfo(jnp.result_type(value)).eps
     value = jnp.asarray(value, last.value.dtype)
     verdict = trials.judge(last, here, grad, value, eps)
     point = trials.follow(last, verdict, here, grad, value, _AVERAGE if state.pairs else 0)
-    first, accepted, step, change = verdict.first, verdict.accepted, verdict.step, verdict.change
-
-    # What the pair tells.
-    ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
-    tiny = float(jnp.finfo(_trees.norm_dtype(here)).eps) ** 2
-    curved = ~first & jnp.isfinite(sy) & (sy > jnp.where(accepted, tiny, _TELLS) * jnp.sqrt(ss * yy))
-    learns = curved & (accepted | (last.rejected == 0))
-    new = _learn(state, step, change, sy, yy)
-    new = _keep_pairs(new, state, learns, step, change)
+    pair = _pair(verdict, here)
+    learns = pair.curved & (verdict.accepted | (last.rejected == 0))
+    new = _keep_pairs(_learn(state, pair), state, learns, pair)
     fresh = 1 / trials.first_rate(here, grad, value)
-    plain = new._replace(  # the Hessian of one curvature alone
-        diagonal=jax.tree.map(jnp.ones_like, state.diagonal),
-        largest=jnp.where(first, fresh, jnp.where(curved, change[1] / step[1] * yy / sy, new.largest)),
-        learned=jnp.int32(0),
-    )
-    new = _forget(first, plain, new)
-
-    # The direction, in units of the gradient's largest entry over the diagonal's.
-    wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
-    unit_grad, grad_size = _trees.unit(jax.tree.map(wide, point.grad, new.diagonal))
-    way = _direction(new, unit_grad, step, change, sy, curved)
-    slope = _trees.vdot(unit_grad, way)
-    descends = (slope > 0) & jnp.isfinite(slope)
-    new = _forget(~descends, plain, new)
-    way = _trees.select(descends, way, unit_grad)
-    slope = jnp.where(descends, slope, _trees.vdot(unit_grad, unit_grad))
-    size = grad_size / new.largest
-    left = grad_size * (size * slope) / 2
-
-    # How far to go along it.
-    length, before = size * jnp.sqrt(_trees.vdot(way, way)), step[1] * jnp.sqrt(ss)
-    ahead = jnp.where(curved | first, 1, jnp.maximum(1, _FARTHER * before / length))
-    back = jnp.minimum(1, _NEARER * before / length)
-    factor = jnp.where(accepted, ahead, back)
-    share = trials.shorter(last, value, verdict.slope, trials.dot(step, change))
-    shorten = ~accepted & ~learns
-    most = trials.farthest(point.point) / (size * _trees.largest(way))
-    along = jnp.where(shorten | verdict.gave_up, 0, -size * jnp.minimum(factor, most))
-    along = jnp.where(grad_size > 0, along, 0)
-    again = jnp.where(shorten & ~verdict.gave_up, step[1] * share, 0)
+    new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict.first, point, pair)
+    along, again = _lengths(verdict, pair, learns, last, value, point, way, size)
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, way: jax.Array, step: jax.Array) -> jax.Array:
         a, b = along.astype(_wide(x)), again.astype(_wide(x))
         move = jnp.where(a != 0, a * way, 0) + jnp.where(b != 0, b * step, 0)
         return ((accepted_x - x) + move.astype(x.dtype)).astype(x.dtype)
 
-    updates = trials.updates(verdict, here, point, leaf_update, way, step[0])
+    updates = trials.updates(verdict, here, point, leaf_update, way, pair.step[0])
     new = new._replace(trials=point._replace(left=left))
     return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
 
 
+def _pair(verdict: trials.Verdict, here: Packed) -> _Pair:
+    """Return the pair of the last trial, and whether it tells a curvature."""
+    step, change = verdict.step, verdict.change
+    ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
+    tiny = float(jnp.finfo(_trees.norm_dtype(here)).eps) ** 2
+    curved = jnp.isfinite(sy) & (sy > jnp.where(verdict.accepted, tiny, _TELLS) * jnp.sqrt(ss * yy))
+    return _Pair(step, change, ss, sy, yy, ~verdict.first & curved)
+
+
+def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Array) -> QuasiNewtonState:
+    """Return the state whose Hessian has one curvature alone."""
+    learned = jnp.where(pair.curved, pair.change[1] / pair.step[1] * pair.yy / pair.sy, state.largest)
+    return state._replace(
+        diagonal=jax.tree.map(jnp.ones_like, state.diagonal),
+        largest=jnp.where(first, fresh, learned),
+        learned=jnp.int32(0),
+    )
+
+
+def _descent(
+    new: QuasiNewtonState, plain: QuasiNewtonState, first: jax.Array, point: Trials, pair: _Pair
+) -> tuple[QuasiNewtonState, Packed, jax.Array, jax.Array]:
+    """Return the direction in units of the size that comes with it, and what is left to gain along it.
+
+    If it does not lead down, what was learned is forgotten.
+    """
+    new = _forget(first, plain, new)
+    wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
+    unit_grad, grad_size = _trees.unit(jax.tree.map(wide, point.grad, new.diagonal))
+    way = _direction(new, unit_grad, pair)
+    slope = _trees.vdot(unit_grad, way)
+    descends = (slope > 0) & jnp.isfinite(slope)
+    new = _forget(~descends, plain, new)
+    way = _trees.select(descends, way, unit_grad)
+    slope = jnp.where(descends, slope, _trees.vdot(unit_grad, unit_grad))
+    size = grad_size / new.largest
+    return new, way, size, grad_size * (size * slope) / 2
+
+
+def _lengths(
+    verdict: trials.Verdict,
+    pair: _Pair,
+    learns: jax.Array,
+    last: Trials,
+    value: jax.Array,
+    point: Trials,
+    way: Packed,
+    size: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return how far to go along the direction, or else which part of a rejected step to make again."""
+    length, before = size * jnp.sqrt(_trees.vdot(way, way)), pair.step[1] * jnp.sqrt(pair.ss)
+    ahead = jnp.where(pair.curved | verdict.first, 1, jnp.maximum(1, _FARTHER * before / length))
+    back = jnp.minimum(1, _NEARER * before / length)
+    factor = jnp.where(verdict.accepted, ahead, back)
+    share = trials.shorter(last, value, verdict.slope, trials.dot(pair.step, pair.change))
+    shorten = ~verdict.accepted & ~learns
+    most = trials.farthest(point.point) / (size * _trees.largest(way))
+    along = jnp.where(shorten | verdict.gave_up, 0, -size * jnp.minimum(factor, most))
+    along = jnp.where(size > 0, along, 0)
+    return along, jnp.where(shorten & ~verdict.gave_up, pair.step[1] * share, 0)
+
+
 def _forget(condition: jax.Array, plain: QuasiNewtonState, state: QuasiNewtonState) -> QuasiNewtonState:
-    """The state without what it learned, where it is of no use."""
+    """Return the state without what it learned, where it is of no use."""
     names = ("diagonal", "largest", "learned")
     return state._replace(
         **{name: _trees.select(condition, getattr(plain, name), getattr(state, name)) for name in names}
     )
 
 
-def _learn(state: QuasiNewtonState, step: trials.Unit, change: trials.Unit, sy: jax.Array, yy: jax.Array) -> Any:
-    """The state with the diagonal that a pair leads to (Gilbert & Lemaréchal, 1989, eq. 4.7).
+def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
+    """Return the state with the diagonal that a pair leads to (Gilbert & Lemaréchal, 1989, eq. 4.7).
 
     With B the diagonal and c = y'y/B / s'y, it is c B + y*y / s'y - c (B*s)^2 / s'Bs, in the unit of y over that of s.
     """
-    s, y, b = step[0], change[0], state.diagonal
+    s, y, b, sy = pair.step[0], pair.change[0], state.diagonal, pair.sy
     square = lambda leaf: jnp.square(jnp.abs(leaf))
     scale = _total(lambda y, b: square(y) / b, y, b) / sy
     bent = _total(lambda s, b: square(s) * b, s, b)
@@ -237,8 +276,8 @@ def _learn(state: QuasiNewtonState, step: trials.Unit, change: trials.Unit, sy: 
     new = jax.tree.map(entries, s, y, b)
     high = _trees.largest(new)
     new = jax.tree.map(lambda leaf: jnp.where(known, jnp.maximum(leaf / high.astype(leaf.dtype), _LEAST), 1), new)
-    unit = change[1] / step[1]
-    return state._replace(diagonal=new, largest=unit * jnp.where(known, high, yy / sy))
+    unit = pair.change[1] / pair.step[1]
+    return state._replace(diagonal=new, largest=unit * jnp.where(known, high, pair.yy / sy))
 
 
 def _total(function: Any, *trees: PyTree) -> jax.Array:
@@ -248,11 +287,9 @@ def _total(function: Any, *trees: PyTree) -> jax.Array:
     )
 
 
-def _keep_pairs(
-    new: QuasiNewtonState, old: QuasiNewtonState, learns: jax.Array, step: trials.Unit, change: trials.Unit
-) -> QuasiNewtonState:
-    """The state with the pair in place of the oldest, if it tells something."""
-    pairs = old.pairs
+def _keep_pairs(new: QuasiNewtonState, old: QuasiNewtonState, learns: jax.Array, pair: _Pair) -> QuasiNewtonState:
+    """Return the state with the pair in place of the oldest, if it tells something."""
+    pairs, step, change = old.pairs, pair.step, pair.change
     diagonal, largest = _trees.select(learns, (new.diagonal, new.largest), (old.diagonal, old.largest))
     if pairs is not None:
         memory = pairs.ratios.shape[0]
@@ -293,12 +330,10 @@ def _combined(weights: jax.Array, rows: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(leaf, rows, like)
 
 
-def _direction(
-    state: QuasiNewtonState, grad: PyTree, step: trials.Unit, change: trials.Unit, sy: jax.Array, curved: jax.Array
-) -> PyTree:
-    """The inverse Hessian times the gradient."""
+def _direction(state: QuasiNewtonState, grad: PyTree, pair: _Pair) -> PyTree:
+    """Return the inverse Hessian times the gradient."""
     if state.pairs is None:
-        return _conjugate(state, grad, step, change, sy, curved)
+        return _conjugate(state, grad, pair)
     pairs = state.pairs
     memory = pairs.ratios.shape[0]
     newest = (state.learned - 1 - jnp.arange(memory)) % memory  # first
@@ -320,13 +355,11 @@ def _direction(
     return jax.tree.map(jnp.add, way, _combined(jnp.zeros_like(second).at[newest].set(second), pairs.steps, way))
 
 
-def _conjugate(
-    state: QuasiNewtonState, g: PyTree, step: trials.Unit, change: trials.Unit, sy: jax.Array, curved: jax.Array
-) -> PyTree:
-    """Dai and Kou's direction in the diagonal's metric; where it is of no use, that of steepest descent there."""
-    s, y = step[0], change[0]
+def _conjugate(state: QuasiNewtonState, g: PyTree, pair: _Pair) -> PyTree:
+    """Return Dai and Kou's direction in the diagonal's metric, or that of steepest descent there if it is of no use."""
+    (s, step_size), (y, change_size), sy, curved = pair.step, pair.change, pair.sy, pair.curved
     over = lambda tree: jax.tree.map(jnp.divide, tree, state.diagonal)
-    scaled, unit = over(g), (state.largest * step[1] / change[1])
+    scaled, unit = over(g), (state.largest * step_size / change_size)
     yy, gg, yg, gs = (_trees.vdot(*each) for each in ((y, over(y)), (g, scaled), (y, scaled), (g, s)))
     bound = 1.5 * yy * gg - yg**2
     a, b = (sy * gg - yg * gs) / bound, (1.5 * yy / sy * gg * gs - yg * gg) / bound

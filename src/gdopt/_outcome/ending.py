@@ -12,14 +12,14 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._errors import InputError
-from gdopt._loop.state import Compiled, Inputs, State
+from gdopt._loop.state import Compiled, Inputs, State, Whole
 from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.rule import Rates, Rule, learns_scales, search
 from gdopt._outcome.diagnose import Evidence, make_evidence
 from gdopt._outcome.messages import Told, chosen_rates, explain
 from gdopt._problem.task import Task
 from gdopt._result import NO_MESSAGE, History, RangeTest, Result
-from gdopt._settings import own_work
+from gdopt._settings import as_own_work, own_work
 from gdopt._status import FAILURES, Status
 from gdopt._stopping import Ending, Limits, Watch, is_better, succeeded
 from gdopt._types import PyTree
@@ -187,8 +187,10 @@ def refuse_host_visits(**options: Any) -> None:
             )
 
 
-def result_inside(outcome: Any, task: Task) -> Result:
-    """The result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
+@as_own_work
+def result_inside(whole: Whole, inputs: Inputs, task: Task) -> Result:
+    """Return the result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
+    outcome: Any = whole.solve(whole.constants, inputs)
     zero = _trees.on_device(0.0)
     return Result(
         params=task.problem.whole(outcome.params),

@@ -228,28 +228,53 @@ def _other(told: Told, *, smaller: bool = False) -> str:
 
 
 def _stalled(told: Told, words: _Words) -> str:
-    (losses, grad_norms, rates), after, first, last = told.history, words.after, words.first, words.last
+    (losses, grad_norms, _), after, last = told.history, words.after, words.last
     left = float(told.ending.left)
-    much = f"about {left:.2g}" if np.isfinite(left) and left > 0 else "more"
-    more = f"{much} may be left to gain"
-    known = rates[np.isfinite(rates)]
+    more = f"{f'about {left:.2g}' if np.isfinite(left) and left > 0 else 'more'} may be left to gain"
     tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
     if told.farthest > _FAR:
         return _unbounded(f"stalled {after}", told)
-    if told.how in (Rates.PLAIN, Rates.GIVEN) and known.size and known[-1] <= _DECAYED * known.max():
-        if known.max() == 0:
-            return f"stalled {after} at a loss of {last}: {_RATE_OF_ZERO}"
-        step = int(np.flatnonzero(rates > _DECAYED * known.max())[-1]) + 1
-        return (
-            f"stalled {after}: the learning rate decayed to {known[-1]:.2g} (below a thousandth of its highest after "
-            f"step {step}), and nothing changes any more, though {more}. The loss went from {first} to {last}. Let the "
-            "rate decay more slowly, or not so far."
-        )
+    if (decayed := _decayed(told, words, more)) is not None:
+        return decayed
     if told.how is Rates.SEARCHED and not np.isfinite(tried):
         return (
             f"stalled {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
             "finite there. Start elsewhere, or make the loss finite around that point."
         )
+    if (flawed := _flawed(told, words, left)) is not None:
+        return flawed
+    rate = "" if told.how is Rates.SEARCHED else f" Try {_other(told)}."
+    wider = " float64 may gain more." if told.eps > _COARSE else ""
+    if not fell(losses, told.eps):
+        return (
+            f"stalled {after}: the loss stays at {last}, within rounding ({told.eps:.1g} of it), though {more}. Either "
+            f"the gradient does not match the loss, or the steps do not fit.{rate}{wider}"
+        )
+    return (
+        f"stalled {after}: the loss {last} no longer changes by more than rounding ({told.eps:.1g} of it), though "
+        f"{more}.{rate}{wider}"
+    )
+
+
+def _decayed(told: Told, words: _Words, more: str) -> str | None:
+    """Blame a learning rate that died."""
+    rates, after, last = told.history[2], words.after, words.last
+    known = rates[np.isfinite(rates)]
+    if told.how not in (Rates.PLAIN, Rates.GIVEN) or not known.size or known[-1] > _DECAYED * known.max():
+        return None
+    if known.max() == 0:
+        return f"stalled {after} at a loss of {last}: {_RATE_OF_ZERO}"
+    step = int(np.flatnonzero(rates > _DECAYED * known.max())[-1]) + 1
+    return (
+        f"stalled {after}: the learning rate decayed to {known[-1]:.2g} (below a thousandth of its highest after "
+        f"step {step}), and nothing changes any more, though {more}. The loss went from {words.first} to {last}. Let "
+        "the rate decay more slowly, or not so far."
+    )
+
+
+def _flawed(told: Told, words: _Words, left: float) -> str | None:
+    """Say why the point is no minimum, if that was seen."""
+    (_, grad_norms, _), after, last = told.history, words.after, words.last
     if told.ending.flaw == SATURATED:
         return (
             f"stalled {after} at a loss of {last}: it does not depend on some of the params any more, as it did at the "
@@ -263,25 +288,15 @@ def _stalled(told: Told, words: _Words) -> str:
         )
     saddle = told.ending.flaw == SADDLE
     near = saddle and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]
-    if near or grad_norms[-1] == 0:
-        where = "a saddle or a maximum, where the curvature is negative" if saddle else "no minimum"
-        if grad_norms[told.returned_step] > 0 and not near:
-            return (
-                f"stalled {after}: the gradient is exactly zero at the last point, but not at the best, whose loss is "
-                f"{last}. Try {_other(told, smaller=True)}."
-            )
-        return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
-    rate = "" if told.how is Rates.SEARCHED else f" Try {_other(told)}."
-    wider = " float64 may gain more." if told.eps > _COARSE else ""
-    if not fell(losses, told.eps):
+    if not near and grad_norms[-1] != 0:
+        return None
+    if grad_norms[told.returned_step] > 0 and not near:
         return (
-            f"stalled {after}: the loss stays at {last}, within rounding ({told.eps:.1g} of it), though {more}. Either "
-            f"the gradient does not match the loss, or the steps do not fit.{rate}{wider}"
+            f"stalled {after}: the gradient is exactly zero at the last point, but not at the best, whose loss is "
+            f"{last}. Try {_other(told, smaller=True)}."
         )
-    return (
-        f"stalled {after}: the loss {last} no longer changes by more than rounding ({told.eps:.1g} of it), though "
-        f"{more}.{rate}{wider}"
-    )
+    where = "a saddle or a maximum, where the curvature is negative" if saddle else "no minimum"
+    return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
 
 
 def chosen_rates(rates: np.ndarray) -> str:

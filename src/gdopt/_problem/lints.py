@@ -6,11 +6,34 @@ from collections.abc import Callable
 from typing import Any
 
 from gdopt import _jax
+from gdopt._checks import warn
+from gdopt._compile.program import value_and_grad
 from gdopt._compile.replays import trace
+from gdopt._problem.task import Task
 from gdopt._types import PyTree
 
 
-def depends(function: Callable, *args: PyTree) -> bool:
+def warn_of_no_gradient(task: Task) -> None:
+    """Warn, after a gradient that was exactly zero at the start, if the loss does not use the params at all."""
+    key = task.key if task.with_key else None
+    grad = lambda *given: value_and_grad(task.value)(*given)[1]
+    if not _depends(grad, task.problem.params, task.batch, task.args, key):
+        warn(
+            "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
+            "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."
+        )
+
+
+def warn_of_all_pairs(jaxpr: Any) -> None:
+    """Warn of a sum over all squares of (n, 1) - (n,), if the loss that was traced to this has one."""
+    if jaxpr is not None and (n := _rows_of_all_pairs(jaxpr)):
+        warn(
+            f"the loss subtracts shapes ({n}, 1) and ({n},), which gives all {n} * {n} differences, and sums up their "
+            "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
+        )
+
+
+def _depends(function: Callable, *args: PyTree) -> bool:
     """Tell whether anything that the function returns is computed from its arguments."""
     jaxpr = _jax.opened(trace(function, *args)[0])
     reached = set(jaxpr.invars)
@@ -21,7 +44,7 @@ def depends(function: Callable, *args: PyTree) -> bool:
     return any(map(is_reached, jaxpr.outvars))
 
 
-def rows_of_all_pairs(jaxpr: Any) -> int | None:
+def _rows_of_all_pairs(jaxpr: Any) -> int | None:
     """The n of a sum over all squares of (n, 1) - (n,), where surely the n differences were meant; None without one.
 
     A trace does not tell ``a - b`` from ``a - b[None, :]``, and other sums over all pairs have their uses, such as that
@@ -34,7 +57,7 @@ def rows_of_all_pairs(jaxpr: Any) -> int | None:
             if len(shape) == len(eqn.params["axes"]) == 2 and 1 < shape[0] == shape[1] and _is_all_pairs(eqn, jaxpr):
                 return shape[0]
         for inner in _jax.inner_jaxprs(eqn.params):
-            if n := rows_of_all_pairs(_jax.opened(inner)):
+            if n := _rows_of_all_pairs(_jax.opened(inner)):
                 return n
     return None
 

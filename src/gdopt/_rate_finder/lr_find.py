@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _error_notes, _trees
+from gdopt._checkpoint.resume import NoSaves
 from gdopt._checks import check_flags, one_of, rate, whole_number
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
@@ -20,13 +21,14 @@ from gdopt._loop.state import Carry, Compiled, Inputs, State
 from gdopt._optimizers.rule import Rule, check_optimizer, is_transformation
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.diagnose import named_inputs
-from gdopt._problem.limits import LAST_STEP
+from gdopt._problem.limits import LAST_STEP, Steps
 from gdopt._problem.objective import make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._problem.task import Task, make_task
 from gdopt._rate_finder import rules
 from gdopt._result import History, RangeTest, Refinement
 from gdopt._run import host_loop
+from gdopt._run.sources import source_of
 from gdopt._settings import own_work
 from gdopt._status import Status
 from gdopt._stopping import Limits
@@ -38,6 +40,7 @@ _EXTENSIONS = 2  # of the ladder, to each side
 _NEIGHBOURS = 3.0 ** np.array([-1, -0.5, 0, 0.5])  # times the suggestion: what a refinement tries
 _REFINING_STEPS = 100
 _JUDGED = 50  # of which the last so many are compared
+_ALL_STEPS = Steps(LAST_STEP, None, None, None)
 
 
 @joined
@@ -245,8 +248,9 @@ def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tup
     compiled, inputs = compile(task.data)
     assert isinstance(compiled, Compiled)  # InputError inside of a jit
     check_joined(inputs)
-    streamed = None if task.stream is None else host_loop.Streamed(task.stream.feed(), compile, pause=False)
-    return functools.partial(host_loop.advance, compiled, streamed=streamed), host_loop.begin(compiled, inputs), inputs
+    source = source_of(task, compiled, compile, _ALL_STEPS, pause=False)
+    advance = functools.partial(host_loop.advance, compiled, source, saves=NoSaves())
+    return advance, host_loop.begin(compiled, inputs), inputs
 
 
 def _check_cause(cause: Status | None) -> None:

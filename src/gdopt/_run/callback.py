@@ -10,36 +10,36 @@ import numpy as np
 
 from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
-from gdopt._loop.state import State
+from gdopt._loop.state import State, params_to_return
+from gdopt._problem.limits import LAST_STEP
 from gdopt._problem.objective import Problem
 from gdopt._problem.task import Task
 from gdopt._result import History, Report, Result
-from gdopt._run import host_loop
+from gdopt._run.sources import InMemory, Streamed
 from gdopt._settings import as_own_work
 
 
 class Watcher:
     """Looks at a run between two chunks: for the progress bar and the callback, which may stop it."""
 
-    def __init__(self, callback: Callable | None, task: Task, streamed: host_loop.Streamed | None, advance: Callable):
+    def __init__(self, callback: Callable | None, task: Task, source: InMemory | Streamed, advance: Callable):
         self.failure: Exception | None = None  # of the callback
-        self._callback, self._task, self._streamed, self._advance = callback, task, streamed, advance
+        self._callback, self._task, self._source, self._advance = callback, task, source, advance
 
     @property
-    def boundary(self) -> int | None:
+    def boundary(self) -> int:
         """The steps after which a chunk ends, so that the callback is called there."""
         batches = self._task.batches
-        return batches.per_epoch if batches and self._callback else None
+        return batches.per_epoch if batches and self._callback else LAST_STEP
 
     def __call__(self, step: int, state: State, records: History) -> bool:
         """Tell whether the run is to stop."""
         self._advance(step, records.loss[-1])
         if self._callback is None:
             return False
-        batches, streamed = self._task.batches, self._streamed
-        epoch = step // (batches.per_epoch if batches else 1) if streamed is None else streamed.passes_made
         try:
-            return _wants_stop(self._callback(_report(self._task.problem, step, epoch, state, records)))
+            report = _report(self._task.problem, step, self._source.epoch(step), state, records)
+            return _wants_stop(self._callback(report))
         except Exception as error:  # ends the run, as the callback may by its answer, and then is raised
             self.failure = error
             return True
@@ -73,7 +73,7 @@ def _report(problem: Problem, step: int, epoch: int, state: State, records: Hist
     return Report(
         step=step,
         epoch=epoch,
-        params=problem.whole(_trees.copy(host_loop.params_to_return(state))),
+        params=problem.whole(_trees.copy(params_to_return(state))),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         learning_rate=float(records.learning_rate[-1]),

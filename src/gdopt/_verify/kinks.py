@@ -62,9 +62,7 @@ def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: B
     def descend(number: Any, below: tuple[Below, Blocks]) -> tuple[Below, Blocks]:
         (loss, begin, least, _), steepest = below
         radius = eps ** (0.15 * ((number + 1) // 2))
-        by_loss = [np.where((t > 0) & (g > 0), abs(loss) / g, t) for t, g in zip(typical, steepest, strict=True)]
-        sizes = [np.where(number % 2 == 1, t, s) for t, s in zip(typical, by_loss, strict=True)]
-        sizes = [(radius * np.where(np.isfinite(s), s, 0)).astype(s.dtype) for s in sizes]
+        sizes = _region(np, number, radius, typical, steepest, loss)
         rows = place.rows(lambda number: beside(begin, sizes, number), few)
         rows = [np.concatenate([block, np.zeros((room - few, *block.shape[1:]), block.dtype)]) for block in rows]
         rows = [np.where(np.isfinite(block), block, 0) for block in rows]
@@ -104,6 +102,13 @@ def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: B
     first = [abs(g).astype(t.dtype) for g, t in zip(probe.at(params)[1], typical, strict=True)]
     unknown = np.full((), np.inf, dtype)
     return place.fold(_ROUNDS, descend, (Below(loss, params, unknown, unknown < 0), first))[0]
+
+
+def _region(np: Any, number: Any, radius: Any, typical: Blocks, steepest: Blocks, loss: Any) -> Blocks:
+    """Return the size of a round's region along each entry: by typical sizes, and in turn by the loss."""
+    by_loss = [np.where((t > 0) & (g > 0), abs(loss) / g, t) for t, g in zip(typical, steepest, strict=True)]
+    sizes = [np.where(number % 2 == 1, t, s) for t, s in zip(typical, by_loss, strict=True)]
+    return [(radius * np.where(np.isfinite(s), s, 0)).astype(s.dtype) for s in sizes]
 
 
 def _along(place: Place, probe: Probe, begin: Blocks, loss: Any, way: Blocks) -> tuple[Any, Blocks]:

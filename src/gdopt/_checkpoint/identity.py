@@ -1,0 +1,72 @@
+"""The identity of a run: a checkpoint is resumed by the same call alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+
+import jax
+
+from gdopt import _trees
+from gdopt._compile import program
+from gdopt._loop.state import Carry
+from gdopt._problem.task import Task
+from gdopt._stopping import Limits
+from gdopt._types import PyTree
+
+_LONGEST = 200  # characters of a description
+
+
+def identity_of(task: Task, *, keep_best: bool) -> dict[str, str]:
+    """Describe by name what has to be the same when a run is resumed."""
+    return {
+        "params": _described(task.problem.params),
+        "data": "a stream" if task.stream else _with_checksum(task.data),
+        "batch_size": repr(task.batches and task.batches.batch_size),
+        "args": _with_checksum(task.args),
+        "held params": _with_checksum(task.problem.rest.arrays),
+        "key": _trees.on_host(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
+        "keep_best": repr(keep_best),
+        "scale": _with_checksum(task.problem.sizes),
+        "float": jax.dtypes.canonicalize_dtype(float).name,
+    }
+
+
+def layout_of(carry: Carry) -> str:
+    """Describe what the last bits depend on: kind and number of devices; of a CPU the cores, by which XLA cuts work."""
+    arrays = [leaf for leaf in jax.tree.leaves(carry) if isinstance(leaf, jax.Array)]
+    devices = set().union(*(array.sharding.device_set for array in arrays))
+    kinds = ", ".join(sorted({device.device_kind for device in devices}))
+    text = f"{kinds}, {len(devices)} device{'s' * (len(devices) != 1)}"
+    if all(device.platform != "cpu" for device in devices):
+        return text
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{text}, {cores} core{'s' * (cores != 1)}"
+
+
+def numbers_of(limits: Limits) -> list[str]:
+    """Write the limits in full, but for the number of steps, which the state tells."""
+    return [repr(limit if limit is None else float(limit)) for limit in limits[1:]]
+
+
+def short(text: str) -> str:
+    """Leave addresses out of a representation, and its end if it is long."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)[:_LONGEST]
+
+
+def _with_checksum(tree: PyTree) -> str:
+    return f"{_described(tree)} with the checksum {program.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
+
+
+def _described(tree: PyTree) -> str:
+    """Paths, dtypes and shapes; of many leaves a checksum."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    text = ", ".join(
+        f"{jax.tree_util.keystr(path)} {leaf.dtype.name}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
+        for path, leaf in leaves
+    )
+    text = text.strip()  # a single array has no path
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}... ({len(leaves)} leaves, {zlib.crc32(text.encode()):x})"

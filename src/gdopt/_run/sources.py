@@ -1,0 +1,187 @@
+"""The data behind the steps of a run: in memory for all of it, or from a stream batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdopt import _trees
+from gdopt._checkpoint.resume import NoSaves, Saves
+from gdopt._checks import warn
+from gdopt._devices.processes import peers
+from gdopt._errors import InputError
+from gdopt._loop.state import Carry, Compiled, Inputs
+from gdopt._problem.data import Batch, Feed
+from gdopt._problem.limits import Steps
+from gdopt._problem.task import Task
+from gdopt._status import RUNNING
+from gdopt._stopping import Epoch
+from gdopt._types import PyTree
+
+_SHAPES = 2  # shapes of batches without a warning: full ones, and the last of a pass
+
+
+class InMemory:
+    """Steps on data that the device holds, many of them by each call of the program."""
+
+    ended, why = False, ""
+
+    def __init__(self, task: Task, compiled: Compiled):
+        self.steps_per_epoch = task.steps_per_epoch
+        self._compiled = compiled
+        self._per_epoch = task.batches.per_epoch if task.batches else 1
+
+    def resume(self, made: int, saves: Saves | NoSaves) -> None:
+        """Do nothing: the state tells how many steps were made."""
+
+    def begin(self) -> None:
+        """Do nothing: all data are there."""
+
+    def epoch(self, step: int) -> int:
+        """Return how many passes over the data are complete after so many steps."""
+        return step // self._per_epoch
+
+    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
+        """Make the steps from ``first`` to ``limit``."""
+        return self._compiled.chunk(carry, np.int32(first), np.int32(limit), inputs)[0]
+
+    def evaluate(self, carry: Carry, inputs: Inputs, step: int) -> Carry:
+        """Evaluate the point of a step once more."""
+        return self.advance(carry, inputs, step, step + 1, [])
+
+    def last_inputs(self, inputs: Inputs) -> Inputs:
+        """Return the inputs of the last evaluation."""
+        return inputs
+
+
+class Streamed:
+    """Steps on the batches of a stream: while one is computed, the next one waits and the batch after that is fetched.
+
+    A batch in NumPy's memory is an argument of its step as it is. JAX moves it to the device when the step is
+    dispatched, while the previous one is computed. That takes a fraction of the host's time of `jax.device_put`.
+    """
+
+    def __init__(self, feed: Feed, compile_for: Callable[[PyTree], tuple[Any, Inputs]], *, pause: bool):
+        self.ended = False
+        self._feed = feed
+        self._compile_for, self._pause = compile_for, pause  # at the end of each pass
+        self._programs: dict[Any, tuple[Compiled, list]] = {}  # by the shapes of batches
+        self._given: Batch | None = None
+        self._next: Batch | None = None
+        self._made: int | None = None  # steps before the first of this call
+        self._begun = False
+
+    @property
+    def why(self) -> str:
+        """Why the stream ended before it should have; "" if it did not."""
+        return self._feed.why
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """The batches of the first pass, once that is known."""
+        return self._feed.steps_per_epoch
+
+    def resume(self, made: int, saves: Saves | NoSaves) -> None:
+        """Take in how many batches were used before, and pull none yet. Only the first call counts."""
+        if self._made is not None:
+            return
+        self._made, saves.feed = made, self._feed
+        # Each process has a stream of its own, and a checkpoint has room for one: several processes replay theirs.
+        self._feed.go_on(made, saves.position, saves.steps_per_epoch, keeps=not peers().several)
+
+    def begin(self) -> None:
+        """Pull the last batch that was used before, and the next. A stream without positions replays all before."""
+        if self._begun:
+            return
+        self._begun, made = True, self._made or 0
+        self._next = self._feed.next()
+        for count in range(self._feed.first, made):
+            if self._next is None:
+                raise InputError(
+                    f"data ended after {count} batches, and the checkpoint is of a run that used {made}: give the same "
+                    "batches as before, or pass another path."
+                )
+            self._given, self._next = self._next, self._feed.next()
+
+    def epoch(self, step: int) -> int:
+        """Return how many passes are complete with the batch given last."""
+        return self._given.passes if self._given else 0
+
+    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
+        """Make the steps from ``first`` to ``limit``, or less."""
+        before, others = None, peers()
+        for step in range(first, limit):
+            leave = bool(interrupted) and step > first
+            if leave and not others.several:
+                break
+            batch = self._next
+            # Each process has its own part of each batch, and may have fewer of them.
+            notes = others.exchange(ended=batch is None, leave=leave)
+            ended, leave = (any(note[name] for note in notes) for name in ("ended", "leave"))
+            if batch is None or ended or leave:
+                self.ended = ended
+                break
+            given, self._given = self._given, batch
+            carry, code = self._step(carry, inputs, first, step, batch)
+            if before is not None and not (_trees.on_host(before) == RUNNING).any():
+                self._given = given
+                break  # so this step was none, and the batches ahead are not needed
+            before = code
+            self._next = self._feed.next()  # now, as the step is computed
+            if self._pause and batch.ends:
+                break
+        return carry
+
+    def evaluate(self, carry: Carry, inputs: Inputs, step: int) -> Carry:
+        """Evaluate the point of a step once more, on the batch given last."""
+        return self._step(carry, inputs, step, step, self._last()._replace(ends=False))[0]
+
+    def last_inputs(self, inputs: Inputs) -> Inputs:
+        """Return the inputs of the last evaluation, with its batch."""
+        return inputs._replace(data=self._last().data)
+
+    def _last(self) -> Batch:
+        self.begin()
+        batch = self._given or self._next
+        assert batch is not None
+        return batch
+
+    def _step(self, carry: Carry, inputs: Inputs, first: int, step: int, batch: Batch) -> tuple[Carry, jax.Array]:
+        compiled, constants = self._program(batch.data)
+        epoch = Epoch(batch.begins, batch.ends, batch.steps)
+        given = inputs._replace(data=batch.data, constants=constants, epoch=epoch)
+        return compiled.chunk(carry, np.int32(first), np.int32(step + 1), given)
+
+    def _program(self, data: PyTree) -> tuple[Compiled, list]:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
+        if shapes not in self._programs:
+            if len(self._programs) == _SHAPES:
+                warn(
+                    f"the batches of data come in more than {_SHAPES} shapes, now with {list(shapes)}, and the step is "
+                    "compiled anew for each: pad them, or leave out those that are not full."
+                )
+            compiled, inputs = self._compile_for(data)
+            for other, _ in self._programs.values():
+                if jax.tree.map(_kind, compiled.carry) != jax.tree.map(_kind, other.carry):
+                    raise InputError(
+                        f"the loss returned an aux whose shapes depend on those of the batch, {list(shapes)}: return "
+                        "one that does not, or give batches of one shape."
+                    )
+            self._programs[shapes] = compiled, inputs.constants
+        return self._programs[shapes]
+
+
+def source_of(
+    task: Task, compiled: Compiled, compile_for: Callable[[PyTree], tuple[Any, Inputs]], steps: Steps, *, pause: bool
+) -> InMemory | Streamed:
+    """Return the source of a task's steps; ``compile_for`` compiles the step for batches of another shape."""
+    if task.stream is None:
+        return InMemory(task, compiled)
+    return Streamed(task.stream.feed(steps.epochs, steps.batches), compile_for, pause=pause)
+
+
+def _kind(leaf: Any) -> tuple:
+    return leaf.shape, leaf.dtype
