@@ -7,7 +7,7 @@ WORKERS ?= 2
 NEWEST  ?= 3.14 3.13 3.12
 FLOOR   ?= 3.11 3.12 3.13 3.14
 # What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests.
-TESTS   ?= $(addprefix tests/test_,program.py stale.py diagnosis.py minimize.py transformations.py settings.py)
+TESTS   ?= $(addprefix tests/,compile outcome/test_diagnosis.py test_minimize.py loop/test_transformations.py test_settings.py)
 # ci: the same examples in every run; default: random ones; thorough: many random ones (tests/conftest.py).
 export HYPOTHESIS_PROFILE ?= ci
 

@@ -22,11 +22,5 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, deran
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Scripts of their own, which tests run.
-collect_ignore = [
-    "killed_processes.py",
-    "killed_run.py",
-    "many_calls.py",
-    "two_processes.py",
-    *(["eight_devices.py"] if jax.device_count() != 8 else []),
-]
+# Tests start these scripts in processes of their own; eight_devices.py is collected there.
+collect_ignore = ["scripts"] if jax.device_count() != 8 else []

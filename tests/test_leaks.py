@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("many_calls.py")
+SCRIPT = Path(__file__).with_name("scripts") / "many_calls.py"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="what a process holds is read from /proc")

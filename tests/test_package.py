@@ -49,6 +49,8 @@ def test_the_face_shows_the_public_names_alone() -> None:
     assert {"__doc__", "__file__", "__name__", "__version__"} <= set(dir(gdopt))
     assert all(hasattr(gdopt, name) for name in dir(gdopt))
     assert {"plot", "schedules"} <= set(dir(gdopt))
+    for module in (gdopt.plot, gdopt.schedules):
+        assert dir(module) == sorted(module.__all__)
 
 
 def public_names(module: types.ModuleType) -> list[str]:
@@ -245,7 +247,7 @@ def test_the_readme_names_the_versions_that_are_run(row: str, file: str) -> None
 
 
 def test_one_module_alone_imports_what_is_not_public_in_jax() -> None:
-    for path in sorted(Path(gdopt.__file__).parent.glob("*.py")):
+    for path in sorted(Path(gdopt.__file__).parent.rglob("*.py")):
         text = path.read_text()
         used = re.findall(r"jax\._src|jax\.extend|jax\.core\b|jax\.interpreters|from jax import core", text)
         assert set(used) <= ({"jax._src", "jax.extend", "jax.core"} if path.name == "_jax.py" else set()), path.name

@@ -14,6 +14,11 @@ from gdopt._types import Schedule
 
 __all__ = ["descent", "lr_find", "schedule"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 _DOTTED = 40  # the longest line that shows its points one by one
 _MEANS = 30  # the most points of the averaged line through a noisy one
 

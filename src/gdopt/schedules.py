@@ -33,6 +33,11 @@ __all__ = [
     "triangular2",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 _RHO = 1 + math.sqrt(2)  # the silver ratio
 
 

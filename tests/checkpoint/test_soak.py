@@ -21,7 +21,7 @@ import pytest
 from gdopt._errors import CheckpointError
 
 SECONDS = 600
-SCRIPT = Path(__file__).with_name("killed_run.py")
+SCRIPT = Path(__file__).parents[1] / "scripts" / "killed_run.py"
 KINDS = ["batches", "spectral", "stream", "auto", "noise of the optimizer"]
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 

@@ -25,7 +25,7 @@ from gdopt import Status
 from gdopt._checkpoint import resume
 from gdopt._run import host_loop
 
-SCRIPT = Path(__file__).with_name("killed_run.py")
+SCRIPT = Path(__file__).parents[1] / "scripts" / "killed_run.py"
 ROWS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
 BATCHES: dict[str, Any] = {"data": ROWS, "batch_size": 7, "optimizer": optax.adam, "learning_rate": 0.01}
 

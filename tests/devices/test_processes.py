@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
-KILLED = Path(__file__).with_name("killed_processes.py")
+SCRIPT = Path(__file__).parents[1] / "scripts" / "two_processes.py"
+KILLED = Path(__file__).parents[1] / "scripts" / "killed_processes.py"
 SECONDS = 120  # by then something hangs
 
 

@@ -30,7 +30,7 @@ def test_on_eight_devices(which: str) -> None:
         which,
         "eight_devices.py",
     ]
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1] / "scripts"
     ran = subprocess.run(command, cwd=folder, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-9000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout
