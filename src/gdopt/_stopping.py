@@ -160,14 +160,15 @@ def judge(
         first_loss=jnp.where(start, point.loss, watch.first_loss),
         first_grad_norm=jnp.where(start, point.grad_norm, watch.first_grad_norm),
     )
-    grown, peak, failed, diverged = _growth(watch, kept_loss, point, search, start)
+    # The loss may not read a NaN among the params.
+    finite = jnp.isfinite(point.loss) & jnp.isfinite(point.grad_norm) & point.finite
+    grown, peak, failed, diverged = _growth(watch, kept_loss, point, search, finite, start)
     new, gained, limited = _progress(watch, point, limits, eps, start)
     new = new._replace(grown=grown, peak=peak)
     if epoch is None:
-        finite = _is_finite(point)
         reached = finite & (point.loss <= limits.target)
-        new, converged, idle = _claims(new, watch, kept_loss, point, limits, search, gained, start)
-        limited |= idle
+        new, converged, idle = _claims(new, watch, kept_loss, point, limits, search, gained, finite, start)
+        limited = limited if idle is None else limited | idle
     else:
         new, mean = _epoch_mean(new, watch, point, epoch, start)
         reached = epoch.ends & (mean <= limits.target)
@@ -188,20 +189,19 @@ def judge(
     return code, new
 
 
-def _is_finite(point: Evaluation) -> jax.Array:
-    """Tell whether all that was measured is finite, and the params are: the loss may not read a NaN among them."""
-    return jnp.isfinite(point.loss) & jnp.isfinite(point.grad_norm) & point.finite
-
-
 def _growth(
-    watch: Watch, kept_loss: jax.Array, point: Evaluation, search: Search | None, start: jax.Array
+    watch: Watch,
+    kept_loss: jax.Array,
+    point: Evaluation,
+    search: Search | None,
+    finite: jax.Array,
+    start: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return how often the highest loss doubled, that loss, and whether the run failed and whether it diverged.
 
     Some optimizers stay far above the start for long, and come back: growth counts if it lasts.
     """
     loss, first_loss = point.loss, watch.first_loss
-    finite = _is_finite(point)
     size = jnp.maximum(jnp.abs(first_loss), first_loss - kept_loss)
     grows = (loss - first_loss > _GROWN_LOSS * size) & (point.grad_norm > _GROWN_GRADIENT * watch.first_grad_norm)
     higher = loss > jnp.maximum(2 * watch.peak, watch.peak)
@@ -242,8 +242,9 @@ def _claims(
     limits: Limits,
     search: Search | None,
     gained: jax.Array,
+    finite: jax.Array,
     start: jax.Array,
-) -> tuple[Watch, jax.Array, jax.Array]:
+) -> tuple[Watch, jax.Array, jax.Array | None]:
     """Test a deterministic loss: return whether it converged, and whether a search has no more to gain."""
     new = _count_held(new, kept_loss, point, limits, search, start)
     held = _HELD if search is None else _HELD_ACCEPTED
@@ -251,9 +252,9 @@ def _claims(
     flat = (point.grad_norm == 0) & lowest  # a plateau higher up has no gradient, too
     converged = ((new.held >= held) & (point.step >= watch.patience)) | flat
     if point.largest is not None and limits.grad_tol is not None:
-        converged = converged | (_is_finite(point) & (point.largest <= limits.grad_tol) & lowest)
+        converged = converged | (finite & (point.largest <= limits.grad_tol) & lowest)
     if search is None:
-        return new, converged, jnp.asarray(False)
+        return new, converged, None
     new = new._replace(idle=jnp.where(gained, 0, watch.idle + 1))
     return new, converged, search.gave_up | ((new.idle >= _IDLE) & (new.mark < new.first_loss))
 
