@@ -16,7 +16,8 @@ from gdopt._compile import program
 from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
 from gdopt._loop.state import Inputs, Whole, params_to_return
-from gdopt._optimizers.rule import Rule, check_optimizer, is_auto, is_transformation, make_rule
+from gdopt._optimizers.factory import check_optimizer, is_transformation
+from gdopt._optimizers.method import Method, is_auto, make_method
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
 from gdopt._problem.limits import Steps, check_grad_tol, check_steps, check_target, check_tol
@@ -180,11 +181,11 @@ def minimize(
         refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
         saves.compare(task, keep_best=keep_best)
-        rule, range_test = _chosen(task, optimizer, learning_rate, steps, saves)
+        method, range_test = _chosen(task, optimizer, learning_rate, steps, saves)
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
             key, some = task.key if noisy else None, task._replace(data=data)
-            return loop.compile(some, rule, rule.rate, limits, key, keep_best=keep_best, has_target=has_target)
+            return loop.compile(some, method, limits, key, keep_best=keep_best, has_target=has_target)
 
         compiled, inputs = compile(task.data)
         if isinstance(compiled, Whole):
@@ -202,7 +203,7 @@ def minimize(
     inputs, returned = source.last_inputs(inputs), params_to_return(state)
     has_steps = max_steps is not None or epochs is not None
     ended = Ended(
-        *(task, rule, compiled, inputs, state, history, status, returned, limits, has_target, has_steps, range_test),
+        *(task, method, compiled, inputs, state, history, status, returned, limits, has_target, has_steps, range_test),
         *(source.steps_per_epoch, source.why),
     )
     result = ended.result(saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
@@ -212,7 +213,7 @@ def minimize(
 
 def _chosen(
     task: Task, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
-) -> tuple[Rule, RangeTest | None]:
+) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
     if optimizer is None and (task.noisy or not is_auto(learning_rate)):
         optimizer = gd
@@ -220,10 +221,10 @@ def _chosen(
     test = None
     if is_auto(learning_rate) and not finds_steps:
         test, learning_rate = rates_by_test(task, optimizer, steps, saves.range_test)
-    rule = make_rule(optimizer, learning_rate, task.problem.params)
+    method = make_method(optimizer, learning_rate, task.problem.params)
     saves.range_test = test
-    saves.compare_programs(task, rule)
-    return rule, test
+    saves.compare_programs(task, method)
+    return method, test
 
 
 def clear_cache() -> None:

@@ -203,14 +203,14 @@ def test_sets_of_strings_have_no_order(tmp_path) -> None:
     code = (
         "import functools, jax, jax.numpy as jnp, optax\n"
         "from gdopt._loop import loop\n"
-        "from gdopt._optimizers import rule\n"
+        "from gdopt._optimizers import method\n"
         "from gdopt._problem import objective, task\n"
         "keep = jax.checkpoint_policies.save_only_these_names(*'abcdefgh')\n"
         "loss = jax.checkpoint(lambda x: jnp.sum(jnp.sin(x)), policy=keep)\n"
         "one = task.make_task(objective.make_problem(loss, jnp.ones(2)), args=(), data=None, batch_size=None, "
         "with_key=False, key=None)\n"
         "adam = lambda rate, names: optax.adam(rate)\n"
-        "print(loop.digests(one, rule.make_rule(functools.partial(adam, names={'a', 'b', 'c'}), 0.1)))"
+        "print(loop.digests(one, method.make_method(functools.partial(adam, names={'a', 'b', 'c'}), 0.1)))"
     )
     run = lambda seed: (
         subprocess.run(

@@ -23,7 +23,8 @@ from helpers import count_compilations
 
 import gdopt
 from gdopt import Status
-from gdopt._optimizers.rule import apply, check_optimizer, extra_arguments
+from gdopt._optimizers.factory import check_optimizer
+from gdopt._optimizers.optax_state import apply, extra_arguments
 
 X = np.ones((6, 2), np.float32)
 y = np.ones(6, np.float32)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import gdopt
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, Compiled
-from gdopt._optimizers.rule import make_rule
+from gdopt._optimizers.method import make_method
 from gdopt._problem.objective import make_problem
 from gdopt._problem.task import make_task
 from gdopt._stopping import Limits
@@ -102,9 +102,9 @@ def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[Carry, str]:
     """The state after three steps, and the text of the program that made them."""
     batch_size, rate = options.pop("batch_size", None), options.pop("learning_rate", "auto")
     task = make_task(make_problem(loss, params), args=(), data=rows, batch_size=batch_size, with_key=False, key=None)
-    rule = make_rule(options.pop("optimizer", gdopt.gd), rate)
+    method = make_method(options.pop("optimizer", gdopt.gd), rate)
     key = task.key if task.noisy else None
-    compiled, inputs = loop.compile(task, rule, rule.rate, Limits(100, 0.0, None, -np.inf), key)
+    compiled, inputs = loop.compile(task, method, Limits(100, 0.0, None, -np.inf), key)
     assert isinstance(compiled, Compiled)
     chunk = jax.jit(compiled.chunk).lower(compiled.start(inputs), np.int32(0), np.int32(3), inputs).compile()
     carry, _ = chunk(compiled.start(inputs), np.int32(0), np.int32(3), inputs)
@@ -143,8 +143,8 @@ def test_what_a_loss_closes_over_stays_split() -> None:
     task = make_task(
         make_problem(lambda p: loss(p, rows), START), args=(), data=None, batch_size=None, with_key=False, key=None
     )
-    rule = make_rule(gdopt.gd, 0.1)
-    _, inputs = loop.compile(task, rule, rule.rate, Limits(9, 0.0, None, -np.inf), None)
+    method = make_method(gdopt.gd, 0.1)
+    _, inputs = loop.compile(task, method, Limits(9, 0.0, None, -np.inf), None)
     assert shares(inputs.constants[0]) == [(8, 160)] * 8
     result = gdopt.minimize(lambda p: loss(p, rows), START, learning_rate=0.1, max_steps=3)
     assert shares(result.params["w"]) == [(160, 128)] * 8

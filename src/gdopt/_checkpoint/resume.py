@@ -28,7 +28,8 @@ from gdopt._devices.processes import Peers, peers
 from gdopt._errors import InputError
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, State
-from gdopt._optimizers.rule import Rule, search
+from gdopt._optimizers.method import Method
+from gdopt._optimizers.optax_state import search
 from gdopt._problem.data import Feed, Position
 from gdopt._problem.task import Task
 from gdopt._result import History, RangeTest, concatenated
@@ -48,7 +49,7 @@ class NoSaves:
     def compare(self, task: Task, *, keep_best: bool) -> None:
         """Do nothing, as there is no run to compare with."""
 
-    def compare_programs(self, task: Task, rule: Rule) -> None:
+    def compare_programs(self, task: Task, method: Method) -> None:
         """Do nothing, as there is no run to compare with."""
 
     def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
@@ -126,16 +127,16 @@ class Saves:
         if self.found.meta.get("start") != self._meta["start"]:
             warn(f"params are others than those that the run of {self.found.file!r} began with: it goes on from there.")
 
-    def compare_programs(self, task: Task, rule: Rule) -> None:
+    def compare_programs(self, task: Task, method: Method) -> None:
         """Raise InputError if the save is of another optimizer; another loss or learning rate is a warning."""
-        loss, updates = loop.digests(task, rule)
-        text = short(repr(rule.optimizer))
+        loss, updates = loop.digests(task, method)
+        text = short(repr(method.optimizer))
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
         self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
         if self.range_test is None:  # by which a run with more steps has longer cycles
-            schedule = rule.schedule
+            schedule = method.schedule
             with own_promotion():
-                rate = repr(rule.rate) if schedule is None else program.digest(schedule, np.int32(0))
+                rate = repr(method.rate) if schedule is None else program.digest(schedule, np.int32(0))
             self._meta["learning_rate"] = rate
         if self.found is None:
             return

@@ -20,7 +20,8 @@ from gdopt._loop.state import Compiled, Inputs, Settings, Whole
 from gdopt._loop.step import Step
 from gdopt._loop.verifier import Verifier
 from gdopt._loop.while_loops import chunk_loop, first_carry, side_by_side, whole_loop
-from gdopt._optimizers.rule import Rule, extra_arguments
+from gdopt._optimizers.method import Method
+from gdopt._optimizers.optax_state import extra_arguments
 from gdopt._problem import lints
 from gdopt._problem.task import Task
 from gdopt._settings import as_own_work, own_promotion, own_work
@@ -58,8 +59,7 @@ def compile(task: Task, *args: Any, **options: Any) -> tuple[Compiled | Whole, I
 
 def _compile(
     task: Task,
-    rule: Rule,
-    rate: Any,
+    method: Method,
     limits: Limits,
     key: jax.Array | None,
     *,
@@ -84,10 +84,10 @@ def _compile(
     value = program.trace(task.value, start, batch, args, one_key, rules=True)
     lints.warn_of_all_pairs(value.jaxpr)
     with own_promotion():
-        schedule = None if rule.schedule is None else program.trace(rule.rate_at, np.int32(0), lift=True)
+        schedule = None if method.schedule is None else program.trace(method.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
     epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
-    inputs = Inputs(start, data, args, key, rate, limits, value.constants, numbers, epoch)
+    inputs = Inputs(start, data, args, key, method.given, limits, value.constants, numbers, epoch)
     inputs, layout = _placed(inputs, constants_stay=task.explicit is not None)
     inside = program.is_traced(inputs)
     if inside and trial:
@@ -96,8 +96,8 @@ def _compile(
     settings = Settings(
         noisy, task.batches, task.with_key, keep_best, tests_gradient, inside, None if inside else layout
     )
-    options = rule.identity, schedule and schedule.identity, settings, inside and has_target
-    known = rule.identity is not None and (schedule is None or schedule.identity is not None)
+    options = method.identity, schedule and schedule.identity, settings, inside and has_target
+    known = method.identity is not None and (schedule is None or schedule.identity is not None)
 
     # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
@@ -106,17 +106,17 @@ def _compile(
         kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
         if not kept:
             with own_promotion():
-                made, closed = _make(task, rule, inputs, loss, schedule, settings, has_target)
+                made, closed = _make(task, method, inputs, loss, schedule, settings, has_target)
             if not closed:
-                return _finished(task, rule, value, schedule, settings, made), inputs
+                return _finished(task, method, value, schedule, settings, made), inputs
             kept.append(made)
         seen.append(kept[0])
-    return _finished(task, rule, value, schedule, settings, seen[0]), inputs
+    return _finished(task, method, value, schedule, settings, seen[0]), inputs
 
 
 def _finished(
     task: Task,
-    rule: Rule,
+    method: Method,
     value: program.Traced,
     schedule: program.Traced | None,
     settings: Settings,
@@ -127,7 +127,7 @@ def _finished(
         return _differentiable(made, value, settings.noisy)
     if settings.noisy:
         return made
-    verifier = Verifier(task, rule, None, schedule, settings, made.eps)
+    verifier = Verifier(task, method, None, schedule, settings, made.eps)
     programs = functools.partial(verifier.programs, value, made.probes, {})
     return made._replace(
         verify=functools.partial(verifier.on_host, programs),
@@ -135,13 +135,13 @@ def _finished(
     )
 
 
-def digests(task: Task, rule: Rule) -> tuple[str, str]:
+def digests(task: Task, method: Method) -> tuple[str, str]:
     """Checksums of the loss and of the optimizer, to be compared with those of another time."""
     given = task.problem.params, task.batch, task.args, task.key
 
     def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
         extras = extra_arguments(lambda params: task.value(params, *given)[0], jnp.zeros((), float), params)
-        return rule.update(rate, params, rule.init(rate, params), params, **extras)
+        return method.update(rate, params, method.init(rate, params), params, **extras)
 
     with own_promotion():
         updates = program.digest(update, 0.1, *given)
@@ -195,7 +195,7 @@ def _placed(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | N
 
 def _make(
     task: Task,
-    rule: Rule,
+    method: Method,
     inputs: Inputs,
     traced_loss: program.Traced,
     schedule: program.Traced | None,
@@ -203,7 +203,7 @@ def _make(
     has_target: bool,
 ) -> tuple[Compiled | Whole, bool]:
     """The loop around a traced loss, and whether it depends on nothing else than on that trace and its inputs."""
-    step = Step(task, rule, inputs, traced_loss, schedule, settings)
+    step = Step(task, method, inputs, traced_loss, schedule, settings)
     eps = float(jnp.finfo(traced_loss.out[0][0].dtype).eps)
     if not settings.inside:
         many_runs = inputs.key is not None and inputs.key.ndim
@@ -219,8 +219,8 @@ def _make(
         if many_runs:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
-        step = Step(task, rule, inputs, traced_loss, schedule, settings)
-    verifier = Verifier(task, rule, traced_loss, schedule, settings, eps)
+        step = Step(task, method, inputs, traced_loss, schedule, settings)
+    verifier = Verifier(task, method, traced_loss, schedule, settings, eps)
     verify = (lambda state, _: state) if settings.noisy else verifier.in_trace
     whole = program.share(whole_loop(step.start, step, verify, settings, has_target), inputs)
     return Whole(whole.run, whole.constants), whole.closed and not step.asks_again

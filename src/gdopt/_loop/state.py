@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     data: PyTree
     args: PyTree
     key: Any  # None for a single run that draws nothing
-    rate: Any  # a number, or a ladder of them, the rates of the steps one by one
+    rate: Any  # a number, or the rates of the steps one by one; None if a schedule or the optimizer has it
     limits: Limits
     constants: list[Any]  # that the loss closes over
     numbers: list[Any] | None  # of the schedule

@@ -14,7 +14,8 @@ from gdopt import _stopping, _trees
 from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._loop.state import Inputs, Kept, Settings, State
-from gdopt._optimizers.rule import Rule, extra_arguments, inject, owned_rate, search
+from gdopt._optimizers.method import Method
+from gdopt._optimizers.optax_state import extra_arguments, inject, search
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem.data import Batches
 from gdopt._problem.task import Task
@@ -39,14 +40,14 @@ class Step:
     def __init__(
         self,
         task: Task,
-        rule: Rule,
+        method: Method,
         inputs: Inputs,
         loss: program.Traced,
         schedule: program.Traced | None,
         settings: Settings,
     ):
         self.asks_again = False  # an optimizer has called the loss itself, in a trace of its own
-        self._task, self._rule, self._loss, self._schedule, self._settings = task, rule, loss, schedule, settings
+        self._task, self._method, self._loss, self._schedule, self._settings = task, method, loss, schedule, settings
         (value, self._aux), _ = loss.out
         self._loss_dtype = jnp.promote_types(value.dtype, jnp.float32)
         self._norm_dtype = _trees.norm_dtype(inputs.start)
@@ -61,12 +62,12 @@ class Step:
         code, watch = self._judged(state, point, inputs)
         running = code == RUNNING
         kept = self._kept(state.kept, point, here, aux, (code, running), watch)
-        rate = None if self._rule.owns_rate else jnp.asarray(self._rate(inputs, k))
+        rate = self._rate(inputs, k)
         # Selected rather than under a cond, which costs more than it saves: all but a run's last step are made. That
         # one leaves the watch as it was, too: a save may go on under other limits, and make the evaluation again.
         new = (*self._updated(x, loss, grad, state.optimizer, rate, given), watch)
         x, optimizer, watch = _trees.select(running, new, (x, state.optimizer, state.watch))
-        used = owned_rate(optimizer) if rate is None else rate
+        used = self._method.rate_used(rate, optimizer)
         record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan))
         return settings.in_place(State(k + running, code, x, optimizer, order, watch, kept, state.ending)), record
 
@@ -76,7 +77,7 @@ class Step:
         nan = jnp.full((), jnp.nan, self._loss_dtype)
         norm = jnp.full((), jnp.nan, self._norm_dtype)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._aux)
-        optimizer = self._rule.init(self._rate(inputs, jnp.int32(0)), inputs.start)
+        optimizer = self._method.init(self._rate(inputs, jnp.int32(0)), inputs.start)
         if search(optimizer) is not None:
             _check_search(settings)
         best = _trees.copy(settings.compact(inputs.start)) if settings.keep_best else None
@@ -105,10 +106,15 @@ class Step:
         return (data, args, key), order
 
     def _rate(self, inputs: Inputs, k: jax.Array) -> Any:
-        """The rate of a step: the schedule's, a number, or of a ladder the step's own, from its end on over again."""
+        """Return the rate of a step, None if the optimizer owns it.
+
+        A range test has a rate for each step; from its last one on it begins again.
+        """
+        if self._method.owns_rate:
+            return None
         if self._schedule is not None:
-            return self._schedule.replay(inputs.numbers, k)
-        return inputs.rate[k % len(inputs.rate)] if jnp.ndim(inputs.rate) else inputs.rate
+            return jnp.asarray(self._schedule.replay(inputs.numbers, k))
+        return jnp.asarray(inputs.rate[k % len(inputs.rate)] if jnp.ndim(inputs.rate) else inputs.rate)
 
     def _measured(
         self, k: jax.Array, x: PyTree, loss: jax.Array, grad: PyTree, inputs: Inputs
@@ -161,7 +167,7 @@ class Step:
             return self._task.value(params, *given)[0]
 
         optimizer = optimizer if rate is None else inject(optimizer, rate)
-        updates, optimizer = self._rule.update(rate, grad, optimizer, x, **extra_arguments(asked, loss, grad))
+        updates, optimizer = self._method.update(rate, grad, optimizer, x, **extra_arguments(asked, loss, grad))
         # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
         # hand fuses both, and last bits would differ.
         return optax.apply_updates(x, updates), _trees.strong(optimizer)

@@ -15,7 +15,8 @@ from jax import lax
 from gdopt import _trees
 from gdopt._compile import program
 from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned_params
-from gdopt._optimizers.rule import Rule, extra_arguments, restarted, search
+from gdopt._optimizers.method import Method
+from gdopt._optimizers.optax_state import extra_arguments, restarted, search
 from gdopt._problem.task import Task
 from gdopt._settings import as_own_work
 from gdopt._status import Status
@@ -29,7 +30,7 @@ class Verifier(NamedTuple):
     """Verifies a claim to be at a minimum: see `verification.settle`."""
 
     task: Task
-    rule: Rule
+    method: Method
     loss: program.Traced | None  # with its gradient; None if that is traced once there is a claim
     schedule: program.Traced | None
     settings: Settings
@@ -52,7 +53,7 @@ class Verifier(NamedTuple):
                 jax.eval_shape(self._probe, *(_trees.as_real(params)[0],) * 2, inputs)
             except Exception:  # JAX raises various ones for a loss that has no second derivatives
                 probe, exact = probe._replace(times=differences), False
-            free = self.free(state, inputs) if self.rule.may_project else None
+            free = self.free(state, inputs) if self.method.may_project else None
             return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact)
 
         return lax.cond(claims(state), verify, lambda state: state, state)
@@ -146,7 +147,7 @@ class Verifier(NamedTuple):
             if not exact:
                 raise
             made = None  # JAX raises various ones for a loss that has no second derivatives
-        free = program.share(traced.free, state, inputs) if exact and self.rule.may_project else None
+        free = program.share(traced.free, state, inputs) if exact and self.method.may_project else None
         parts = [part for part in (made, free) if part]
         return Programs(made, free, all(part.closed for part in parts))
 
@@ -189,17 +190,17 @@ class Verifier(NamedTuple):
 
     def free(self, state: State, inputs: Inputs) -> list:
         """0 for entries that the optimizer holds at a bound: that it moves against the gradient alone, not along it."""
-        params, rule = returned_params(state), self.rule
+        params, method = returned_params(state), self.method
         loss, grad = self._value_and_grad(inputs, params)
         given = inputs.data, inputs.args, None
         rate = None
-        if not rule.owns_rate:
+        if not method.owns_rate:
             rate = self.schedule.replay(inputs.numbers, state.step) if self.schedule else jnp.asarray(inputs.rate)
 
         def moved(number: jax.Array) -> PyTree:
             turned = jax.tree.map(lambda g: (1 - 2 * number).astype(g.real.dtype) * g, grad)
             extras = extra_arguments(lambda params: self.task.value(params, *given)[0], loss, turned)
-            updates, _ = rule.update(rate, turned, state.optimizer, params, **extras)
+            updates, _ = method.update(rate, turned, state.optimizer, params, **extras)
             return jax.tree.map(jnp.not_equal, optax.apply_updates(params, updates), params)
 
         both = lax.map(moved, lax.iota(jnp.int32, 2))

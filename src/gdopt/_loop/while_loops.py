@@ -13,7 +13,7 @@ from jax import lax
 from gdopt import _stopping, _trees
 from gdopt._compile import program
 from gdopt._loop.state import Carry, Inputs, Outcome, Settings, State, returned_params
-from gdopt._optimizers.rule import evaluation_params
+from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
 from gdopt._result import History
 from gdopt._status import RUNNING

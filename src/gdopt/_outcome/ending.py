@@ -14,7 +14,8 @@ from gdopt import _trees
 from gdopt._errors import InputError
 from gdopt._loop.state import Compiled, Inputs, State, Whole
 from gdopt._loop.step import loss_arguments
-from gdopt._optimizers.rule import Rates, Rule, learns_scales, search
+from gdopt._optimizers.method import Method, Rates
+from gdopt._optimizers.optax_state import learns_scales
 from gdopt._outcome.diagnose import Evidence, make_evidence
 from gdopt._outcome.messages import Told, chosen_rates, explain
 from gdopt._problem.task import Task
@@ -31,7 +32,7 @@ class Ended:
     """A run that has come to its end, with everything that its result and its message depend on."""
 
     task: Task
-    rule: Rule
+    method: Method
     compiled: Compiled
     inputs: Inputs  # of a stream, with the last batch
     state: State
@@ -79,7 +80,7 @@ class Ended:
     @property
     def rates(self) -> Rates:
         """Who decided the rates."""
-        return self.rule.rates if search(self.state.optimizer) is None else Rates.SEARCHED
+        return self.method.rates(self.state.optimizer)
 
     @functools.cached_property
     def evidence(self) -> Evidence | None:
@@ -88,7 +89,7 @@ class Ended:
             return None
         task, state, step = self.task, self.state, self.steps
         rate = float(self.history.learning_rate[step - 1]) if step else None
-        if rate is not None and self.rule.owns_rate and not math.isfinite(rate):  # it does not tell
+        if rate is not None and self.method.owns_rate and not math.isfinite(rate):  # it does not tell
             rate = None
         with own_work():
             given = loss_arguments(self.inputs, state.order, state.step, task.batches, with_key=task.with_key)
@@ -164,8 +165,8 @@ class Ended:
                 f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
                 f"leave the {out} out."
             )
-        if self.rule.name:
-            message += f" The optimizer was {self.rule.name}."
+        if self.method.name:
+            message += f" The optimizer was {self.method.name}."
         elif self.rates is Rates.SEARCHED:
             message += chosen_rates(self.history.learning_rate)
         if self.range_test is not None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gdopt._optimizers.rule import Rates
+from gdopt._optimizers.method import Rates
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._status import FAILURES, Status
 from gdopt._stopping import BY_NEIGHBOURS, DROWNED, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE, Ending, Limits

@@ -18,7 +18,8 @@ from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, Compiled, Inputs, State
-from gdopt._optimizers.rule import Rule, check_optimizer, is_transformation
+from gdopt._optimizers.factory import check_optimizer, is_transformation
+from gdopt._optimizers.method import Method
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.diagnose import named_inputs
 from gdopt._problem.limits import LAST_STEP, Steps
@@ -243,7 +244,7 @@ def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tup
 
     def compile(data: PyTree) -> tuple[Any, Inputs]:
         limits = Limits(LAST_STEP, 0.0, None, -math.inf)
-        return loop.compile(task._replace(data=data), Rule(optimizer), rates, limits, keys, trial=True)
+        return loop.compile(task._replace(data=data), Method(optimizer, rates), limits, keys, trial=True)
 
     compiled, inputs = compile(task.data)
     assert isinstance(compiled, Compiled)  # InputError inside of a jit

@@ -13,7 +13,7 @@ from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._devices.processes import peers
 from gdopt._loop.state import Carry, Compiled, Inputs, State
 from gdopt._loop.while_loops import CAPACITY
-from gdopt._optimizers.rule import evaluation_params
+from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
 from gdopt._result import History, concatenated
 from gdopt._run.callback import Watcher

@@ -1,0 +1,202 @@
+"""An optimizer and its rate as the loop uses them: checked to fit together, and asked in one way whatever they are."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdopt import _error_notes, _trees
+from gdopt._errors import InputError
+from gdopt._optimizers.factory import identity_of, is_transformation
+from gdopt._optimizers.optax_state import apply, owned_rate, search
+from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
+from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
+from gdopt._types import Optimizer, PyTree, Schedule
+
+
+class Rates(enum.Enum):
+    """Who decided the rates of a run, which says what to try next."""
+
+    PLAIN = "given, and each step was x - lr * g"
+    GIVEN = "given to another optimizer"
+    OWNED = "the optimizer's own"
+    SEARCHED = "found by trial at each step"
+
+
+# A number, a schedule, or the rates of a range test one by one; None if the optimizer owns it.
+Rate = float | Schedule | np.ndarray | jax.Array | None
+
+
+class Method(NamedTuple):
+    """An optimizer with its rate, checked to fit together."""
+
+    optimizer: Any
+    rate: Rate = None
+    chosen: int | None = None  # the pairs of the `quasi_newton` that the caller left to be chosen
+
+    @property
+    def owns_rate(self) -> bool:
+        """Tell whether the optimizer is ready and has its own rate: see `rate_used`."""
+        return self.rate is None
+
+    def rates(self, state: PyTree) -> Rates:
+        """Tell who decides the rates, by the optimizer's state: one of its parts may search for them."""
+        if search(state) is not None:
+            return Rates.SEARCHED
+        if self.owns_rate:
+            return Rates.OWNED
+        return Rates.PLAIN if self.optimizer is gd or self.optimizer is optax.sgd else Rates.GIVEN
+
+    def rate_used(self, rate: Any, state: PyTree) -> Any:
+        """Return the rate of the last update, which was ``rate`` if the optimizer does not own it."""
+        return owned_rate(state) if self.owns_rate else rate
+
+    def with_rate(self, rate: Any) -> Any:
+        """The transformation for a rate, built inside the trace, so that no rate is ever compiled in."""
+        if self.owns_rate:
+            return self.optimizer
+        built = self.optimizer(rate)
+        if not is_transformation(built):
+            raise InputError(
+                f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate: a factory such "
+                "as optax.adam returns an optax transformation."
+            )
+        return built
+
+    def init(self, rate: Any, params: PyTree) -> PyTree:
+        """The optimizer's state before the first update."""
+        with self._told():
+            return self.with_rate(rate).init(params)
+
+    def update(self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, **extras: Any) -> tuple[PyTree, PyTree]:
+        """The optimizer's update at a rate; see `apply`."""
+        with self._told():
+            out = apply(self.with_rate(rate), updates, state, params, **extras)
+        if not (isinstance(out, tuple | list) and len(out) == 2):
+            raise InputError(
+                f"optimizer={self.optimizer!r} has an update that returned a {type(out).__name__}: return (updates, "
+                "state)."
+            )
+        for what, new, old in (("updates", out[0], params), ("a state", out[1], state)):
+            if not _fits(new, old):
+                raise InputError(
+                    f"optimizer={self.optimizer!r} returned {what} of another structure or other shapes than it was "
+                    f"given: {_trees.summary(new)} in place of {_trees.summary(old)}."
+                )
+        return tuple(out)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the optimizer, with its name: many functions that take one argument look like a factory."""
+        try:
+            yield
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"optimizer={self.optimizer!r} does not work as one: pass an optax transformation such as "
+                "optax.adam(1e-3), or a factory learning_rate -> transformation such as optax.adam; and see what it "
+                f"takes as params. ({type(error).__name__}: {error})"
+            ) from error
+        except Exception as error:
+            if not isinstance(error, InputError):
+                error.add_note(f"gdopt: raised by optimizer={self.optimizer!r}, as it was traced.")
+            raise
+
+    @property
+    def schedule(self) -> Any:
+        """The schedule, if the rate is one."""
+        return self.rate if callable(self.rate) else None
+
+    @property
+    def given(self) -> Any:
+        """The number, or the numbers, if the rate is no schedule."""
+        return None if callable(self.rate) else self.rate
+
+    def rate_at(self, step: jax.Array) -> Any:
+        """Return the schedule's rate of a step."""
+        schedule = self.schedule
+        try:
+            rate = schedule(step)
+        except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
+            hint = _error_notes.hint(error)
+            raise InputError(
+                f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced "
+                f"integer{hint and ': '}{hint}. ({error})"
+            ) from error
+        except Exception as error:
+            error.add_note(f"gdopt: raised by learning_rate={schedule!r}, called with the step, a traced integer.")
+            raise
+        if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
+            what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
+            other = " An optimizer is given as optimizer=." if is_transformation(rate) else ""
+            raise InputError(f"the schedule gave {what} for a step: return one number.{other}")
+        dtype = jnp.result_type(rate)
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise InputError(f"the schedule gave dtype {dtype} for a step: return one real number.")
+        return rate
+
+    @property
+    def name(self) -> str:
+        """The name for messages of an optimizer that gdopt chose; "" for others."""
+        if self.chosen is None:
+            return ""
+        fewer = "" if self.chosen == PAIRS else f"(memory={self.chosen}), as more pairs would take too much memory"
+        return f"gdopt.quasi_newton{fewer}"
+
+    @property
+    def may_project(self) -> bool:
+        """Tell whether the optimizer may hold params at a bound: one that is put together, or not known, may."""
+        return identity_of(self.optimizer) is None and self.identity is None
+
+    @property
+    def identity(self) -> Hashable | None:
+        """Equal only for optimizers that make the same updates; None where that shows in their trace alone."""
+        if not self.owns_rate:
+            return identity_of(self.optimizer)
+        both = identity_of(self.optimizer.init), identity_of(self.optimizer.update)
+        return None if None in both else both
+
+
+def _fits(new: PyTree, old: PyTree) -> bool:
+    """Tell whether the structures are one, and the shapes come to be the old ones by broadcasting."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return False
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    try:
+        return all(np.broadcast_shapes(np.shape(x), np.shape(y)) == np.shape(y) for x, y in pairs)
+    except ValueError:
+        return False
+
+
+def make_method(optimizer: Optimizer | None, learning_rate: Any, params: PyTree = None) -> Method:
+    """Check that one party decides the rate, the optimizer or the caller.
+
+    "auto" makes it `spectral`, and without an optimizer `quasi_newton`, with as many pairs as there is memory for.
+    """
+    if is_transformation(optimizer):
+        if not is_auto(learning_rate):
+            raise InputError(
+                f"learning_rate={learning_rate!r} was given with an optimizer that is ready and owns its rate: leave "
+                "learning_rate out, or pass the factory itself, such as optax.adam in place of optax.adam(1e-3)."
+            )
+        return Method(optimizer)
+    if is_auto(learning_rate):
+        if optimizer is not None:
+            return Method(spectral())
+        memory = affordable_memory(params)
+        return Method(quasi_newton(memory), chosen=memory)
+    if learning_rate is None:
+        raise InputError("learning_rate=None: leave it out to have it chosen, or pass a number or a schedule.")
+    checked = check_learning_rate(learning_rate)
+    return Method(optimizer, checked)
+
+
+def is_auto(learning_rate: Any) -> bool:
+    """Tell whether the rate is to be chosen."""
+    return isinstance(learning_rate, str) and learning_rate == "auto"

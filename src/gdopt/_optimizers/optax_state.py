@@ -1,0 +1,105 @@
+"""An optimizer's update and state, asked in one way whatever the optimizer is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import ScheduleFreeState, schedule_free_eval_params
+
+from gdopt import _trees
+from gdopt._optimizers.quasi_newton import QuasiNewtonState
+from gdopt._optimizers.trials import Trials
+from gdopt._types import PyTree
+
+
+def apply(
+    transformation: Any, updates: PyTree, state: PyTree, params: PyTree, /, **extras: Any
+) -> tuple[PyTree, PyTree]:
+    """``update`` with those of the extra arguments that it takes: some optimizers need them and others reject them.
+
+    What it takes cannot be read off: wrappers declare that they take everything, and hand it on to what does not.
+    """
+    while True:
+        try:
+            return transformation.update(updates, state, params, **extras)
+        except TypeError as error:
+            refused = re.search(r"(?:unexpected keyword argument|multiple values for argument) '(\w+)'", str(error))
+            if not refused or refused[1] not in extras:
+                raise
+            del extras[refused[1]]
+
+
+def extra_arguments(loss: Callable[[PyTree], jax.Array], value: jax.Array, grad: PyTree) -> dict[str, Any]:
+    """All that the update of an optimizer may ask for, under each of the names that optax has for it."""
+
+    # optax's line searches refuse extra arguments that nobody takes: these names are for other optimizers.
+    def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        return loss(params)
+
+    def grad_fn(params: PyTree, _: Any) -> PyTree:
+        return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
+
+    return {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+
+
+def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
+    """Return the optimizer's answer: the params, or the average that schedule-free methods keep."""
+    for averaged in _parts(state, ScheduleFreeState):
+
+        def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:
+            if isinstance(z, optax.MaskedNode):  # left to another optimizer
+                return y
+            return schedule_free_eval_params(averaged._replace(z=z), y).astype(y.dtype)
+
+        params = jax.tree.map(evaluate, averaged.z, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return params
+
+
+def owned_rate(state: PyTree) -> jax.Array:
+    """The rate of the last update of an optimizer that owns it, by optax's name for it; NaN where it does not tell."""
+    found = [leaf for _, leaf in optax.tree.get_all_with_path(state, "learning_rate") if _trees.is_array(leaf)]
+    rates = [rate for rate in found if jnp.ndim(rate) == 0]
+    return rates[0] if len(rates) == 1 else jnp.asarray(jnp.nan)
+
+
+def inject(state: PyTree, rate: jax.Array) -> PyTree:
+    """The state with this rate in it, where ``optax.inject_hyperparams`` keeps one: it would go on with its first."""
+    kept = [part for part in _parts(state, optax.InjectStatefulHyperparamsState) if "learning_rate" in part.hyperparams]
+    if len(kept) != 1:
+        return state
+
+    def replace(node: Any) -> Any:
+        if node is not kept[0]:
+            return node
+        old = node.hyperparams["learning_rate"]
+        return node._replace(hyperparams={**node.hyperparams, "learning_rate": rate.astype(old.dtype)})
+
+    return jax.tree.map(replace, state, is_leaf=lambda node: node is kept[0])
+
+
+def search(state: PyTree) -> Trials | None:
+    """The trials of an optimizer that takes bad points back, wherever they stand in its state; None for all others."""
+    return next(iter(_parts(state, Trials)), None)
+
+
+def restarted(state: PyTree) -> PyTree:
+    """The state of an optimizer that takes bad points back, in which the next one is where its search starts."""
+    fresh = lambda node: node._replace(rejected=node.rejected * 0, accepted=node.accepted * 0)
+    is_trials = lambda node: isinstance(node, Trials)
+    return jax.tree.map(lambda node: fresh(node) if is_trials(node) else node, state, is_leaf=is_trials)
+
+
+def learns_scales(state: PyTree) -> bool:
+    """Tell whether an optimizer of ours learns a scale for each entry of the params."""
+    return bool(_parts(state, QuasiNewtonState))
+
+
+def _parts(state: PyTree, kind: type) -> list[Any]:
+    """The states of this kind within an optimizer's."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
