@@ -1,4 +1,4 @@
-"""The package as others see it: its import, its public names, its wheel.
+"""The package as others see it: its import, its public names, its wheel, and the guide to its source.
 
 ``python tests/test_package.py`` writes public_surface.txt anew.
 """
@@ -9,6 +9,7 @@ import email
 import enum
 import importlib.metadata
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from gdopt import _jax
 
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = Path(__file__).with_name("public_surface.txt")
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 HEAVY = {"equinox", "flax", "matplotlib", "orbax", "scipy.optimize", "sklearn", "tqdm"}
 
 
@@ -251,6 +253,48 @@ def test_one_module_alone_imports_what_is_not_public_in_jax() -> None:
         assert set(used) <= ({"jax._src", "jax.extend", "jax.core"} if path.name == "_jax.py" else set()), path.name
     imports = re.findall(r"^\s*(?:import|from) .*", Path(_jax.__file__).read_text(), re.MULTILINE)
     assert not [line for line in imports if "_src" in line or "extend" in line]
+
+
+def paths(text: str) -> list[str]:
+    """The code spans of a page that are paths."""
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    path = re.compile(r"[\w.-]+(/[\w.-]+)+|[\w.-]+\.(md|py|toml|txt|yaml)")
+    return [span for span in spans if path.fullmatch(span)]
+
+
+def test_paths_in_the_guide_exist() -> None:
+    found = paths(CONTRIBUTING.read_text(encoding="utf-8"))
+    assert len(found) > 50
+    assert not [path for path in found if not (ROOT / path).exists()]
+
+
+def test_names_in_a_recipe_are_in_its_file() -> None:
+    """A point of a recipe begins with a file, and the names in it are names in that file."""
+    recipes = CONTRIBUTING.read_text(encoding="utf-8").partition("\n## Recipes\n")[2]
+    points = re.findall(r"^- `([^`]+)`: (.*(?:\n  .*)*)", recipes, re.MULTILINE)
+    named = {(path, name) for path, text in points for name in re.findall(r"`([A-Za-z_]\w*)`", text)}
+    assert len(named) > 40
+    known = {path: set(re.findall(r"\w+", (ROOT / path).read_text(encoding="utf-8"))) for path, _ in points}
+    assert not [f"{name} is not in {path}" for path, name in sorted(named) if name not in known[path]]
+
+
+def test_the_guide_lists_every_module_in_the_order_of_imports() -> None:
+    (table,) = re.findall(r"^\| module or room .*\n((?:\|.*\n)+)", CONTRIBUTING.read_text("utf-8"), re.MULTILINE)
+    listed = [Path(path).stem for row in table.splitlines() for path in paths(row.split("|")[1])]
+    package = ROOT / "src" / "gdopt"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert sorted(listed) == sorted(rooms | {path.stem for path in package.glob("*.py")} - {"__init__"})
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [layer.split(" : ") for layer in contracts["contracts"][0]["layers"]]
+    rest = iter(listed)
+    assert [{*itertools.islice(rest, len(layer))} for layer in layers] == [{*layer} for layer in layers]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_targets_on_a_page_are_targets_of_make(page: str) -> None:
+    named = set(re.findall(r"^make ([a-z][\w-]*)|`make ([a-z][\w-]*)", (ROOT / page).read_text("utf-8"), re.MULTILINE))
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {first or second for first, second in named} <= set(targets)
 
 
 if __name__ == "__main__":
