@@ -297,6 +297,16 @@ def test_targets_on_a_page_are_targets_of_make(page: str) -> None:
     assert {first or second for first, second in named} <= set(targets)
 
 
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    for name in ("RUN", "VENV"):  # the first one is made of the second
+        (value,) = re.findall(rf"^{name} *:= (.*)", makefile, re.MULTILINE)
+        recipe = recipe.replace(f"$({name})", value)
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"^ +entry: (.*)", hooks, re.MULTILINE) == re.findall(r"^\t(.*)", recipe, re.MULTILINE)
+
+
 if __name__ == "__main__":
     SURFACE.write_text(surface(), encoding="utf-8")
     print(f"wrote {SURFACE.relative_to(ROOT)}")
