@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import enum
 import importlib.metadata
@@ -253,6 +254,23 @@ def test_one_module_alone_imports_what_is_not_public_in_jax() -> None:
         assert set(used) <= ({"jax._src", "jax.extend", "jax.core"} if path.name == "_jax.py" else set()), path.name
     imports = re.findall(r"^\s*(?:import|from) .*", Path(_jax.__file__).read_text(), re.MULTILINE)
     assert not [line for line in imports if "_src" in line or "extend" in line]
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    """SECURITY.md promises that reading a checkpoint executes no code."""
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        names = {name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in names_in(node)}
+        assert names.isdisjoint({"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "eval", "exec"}), path
+
+
+def names_in(node: ast.AST) -> Iterator[str]:
+    """The names that a node of a program uses or imports itself."""
+    if isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, ast.ImportFrom):
+        yield (node.module or "").split(".")[0]
+    elif isinstance(node, ast.alias):
+        yield node.name.split(".")[0]
 
 
 def paths(text: str) -> list[str]:
