@@ -14,12 +14,13 @@ import itertools
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import types
 import zipfile
 from collections.abc import Iterator
 from email.message import Message
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -169,11 +170,15 @@ def test_public_names_are_documented(name: str, value: Any) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder]
+    return built("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def built(target: str, folder: Path) -> Path:
+    """The file that hatchling builds, a wheel or an sdist."""
+    build = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
     subprocess.run(build, cwd=ROOT, capture_output=True, timeout=120, check=True)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    (file,) = folder.glob("*.whl" if target == "wheel" else "*.tar.gz")
+    return file
 
 
 def test_wheel_holds_the_package(wheel: Path) -> None:
@@ -181,6 +186,16 @@ def test_wheel_holds_the_package(wheel: Path) -> None:
     sources = {path for path in (ROOT / "src" / "gdopt").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert "gdopt/py.typed" in files
     assert files == {path.relative_to(ROOT / "src").as_posix() for path in sources}
+
+
+def test_sdist_holds_what_its_tests_read(tmp_path: Path) -> None:
+    sdist = built("sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    held |= {str(folder) for name in held for folder in PurePosixPath(name).parents}
+    expected = {"LICENSE", "README.md", "SECURITY.md", ".pre-commit-config.yaml", "constraints-floor.txt", "Makefile"}
+    expected |= {*paths(CONTRIBUTING.read_text(encoding="utf-8"))}
+    assert expected <= held
 
 
 def metadata(wheel: Path) -> Message:
@@ -217,6 +232,12 @@ def test_the_changelog_of_the_metadata_exists(wheel: Path) -> None:
     page = urls(wheel)["Changelog"]
     assert page == f"{urls(wheel)['Source']}/blob/main/CHANGELOG.md"
     assert (ROOT / "CHANGELOG.md").exists()
+
+
+def make_variable(name: str) -> str:
+    """The value that the Makefile gives to a variable, as it stands there."""
+    (value,) = re.findall(rf"^{name} *[:?]= *(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return value
 
 
 def pins(name: str) -> dict[str, str]:
@@ -319,8 +340,7 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     for name in ("RUN", "VENV"):  # the first one is made of the second
-        (value,) = re.findall(rf"^{name} *:= (.*)", makefile, re.MULTILINE)
-        recipe = recipe.replace(f"$({name})", value)
+        recipe = recipe.replace(f"$({name})", make_variable(name))
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     assert re.findall(r"^ +entry: (.*)", hooks, re.MULTILINE) == re.findall(r"^\t(.*)", recipe, re.MULTILINE)
 
