@@ -234,6 +234,16 @@ def test_the_changelog_of_the_metadata_exists(wheel: Path) -> None:
     assert (ROOT / "CHANGELOG.md").exists()
 
 
+def test_the_classifiers_name_the_versions_of_python_that_are_tested(wheel: Path) -> None:
+    """``make test-floor`` takes the first of all versions that is found, ``make test-newest`` the last."""
+    classifiers = metadata(wheel).get_all("Classifier", [])
+    named = re.findall(r"^Programming Language :: Python :: (3\.\d+)$", "\n".join(classifiers), re.MULTILINE)
+    newest, floor = make_variable("NEWEST").split(), make_variable("FLOOR").split()
+    assert named == floor
+    assert newest == floor[:0:-1]
+    assert metadata(wheel)["Requires-Python"] == f">={floor[0]}"
+
+
 def make_variable(name: str) -> str:
     """The value that the Makefile gives to a variable, as it stands there."""
     (value,) = re.findall(rf"^{name} *[:?]= *(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
