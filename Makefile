@@ -17,7 +17,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures bench test test-slow test-newest test-floor wheel-check lint types format surface constraints clean
+.PHONY: help demo pictures bench test test-slow test-newest test-floor coverage wheel-check lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,13 @@ test-newest: .venv-newest/stamp ## run TESTS with the newest Python, JAX and Num
 test-floor: .venv-floor/stamp ## run TESTS with the oldest versions that are supported, in .venv-floor
 	@$(call versions,.venv-floor)
 	.venv-floor/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+coverage: $(VENV)/stamp-dev ## run the fast tests and report what they do not reach, in build/coverage/html as well
+	rm -rf build/coverage
+	$(RUN) coverage run -m pytest -n $(WORKERS)
+	$(RUN) coverage combine --quiet
+	$(RUN) coverage html --quiet --fail-under=0
+	$(RUN) coverage report
 
 wheel-check: $(VENV)/stamp-dev ## build the wheel, install it into a clean environment and run the README there
 	rm -rf build/wheel
