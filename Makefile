@@ -1,12 +1,13 @@
 # Needs make and python3 (3.11 or newer); everything else goes into .venv at the versions of constraints.txt.
-# `make test-newest`, `make test-floor` and `make wheel-check` look for another Python, and have environments of their own.
+# `make test-newest`, `make test-floor` and `make release` look for another Python, and have environments of their own.
 
 PYTHON  ?= python3
 WORKERS ?= 2
 # The versions of Python that the other environments may have, the first choice first.
 NEWEST  ?= 3.14 3.13 3.12
 FLOOR   ?= 3.11 3.12 3.13 3.14
-# What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests.
+# What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests,
+# as release does by itself.
 TESTS   ?= $(addprefix tests/test_,program.py stale.py diagnosis.py minimize.py transformations.py settings.py)
 # ci: the same examples in every run; default: random ones; thorough: many random ones (tests/conftest.py).
 export HYPOTHESIS_PROFILE ?= ci
@@ -17,7 +18,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures bench test test-slow test-newest test-floor coverage wheel-check lint types format surface constraints clean
+.PHONY: help demo pictures bench test test-slow test-newest test-floor coverage release lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,15 +53,17 @@ coverage: $(VENV)/stamp-dev ## run the fast tests and report what they do not re
 	$(RUN) coverage html --quiet --fail-under=0
 	$(RUN) coverage report
 
-wheel-check: $(VENV)/stamp-dev ## build the wheel, install it into a clean environment and run the README there
-	rm -rf build/wheel
-	$(RUN) build --outdir build/wheel
-	@$(call environment,build/wheel/venv,$(NEWEST))
-	$(call install,build/wheel/venv) build/wheel/*.whl
-	cd build/wheel && venv/bin/python -I -c 'import gdopt; print("gdopt", gdopt.__version__, "from", gdopt.__file__)'
-	$(call install,build/wheel/venv) "$$(echo build/wheel/*.whl)[examples]" hypothesis pytest
-	@$(call versions,build/wheel/venv)
-	build/wheel/venv/bin/python -m pytest tests/test_docs.py -k test_page
+release: TESTS = tests
+release: $(VENV)/stamp-dev ## build dist/, check its metadata and run the fast tests with the wheel; nothing is uploaded
+	rm -rf dist build/release
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+	@$(call environment,build/release,$(NEWEST))
+	$(call install,build/release) dist/*.whl
+	build/release/bin/python -I -c 'import gdopt; print("gdopt", gdopt.__version__, "from", gdopt.__file__)'
+	$(call install,build/release) "$$(echo dist/*.whl)[test]"
+	@$(call versions,build/release)
+	build/release/bin/python -m pytest -n $(WORKERS) --pyargs gdopt $(TESTS)
 
 lint: $(VENV)/stamp-dev ## check style, formatting and the direction of imports
 	$(RUN) ruff check

@@ -48,6 +48,13 @@ def test_version_is_the_installed_one() -> None:
     assert gdopt.__version__ == importlib.metadata.version("gdopt")
 
 
+def test_a_package_that_is_installed_is_the_one_that_is_tested() -> None:
+    """`make release` runs the tests with a wheel. An editable installation has no files of its own."""
+    files = importlib.metadata.files("gdopt") or []
+    installed = [Path(str(file.locate())) for file in files if file.as_posix() == "gdopt/__init__.py"]
+    assert all(path.samefile(gdopt.__file__) for path in installed)
+
+
 def test_the_face_shows_the_public_names_alone() -> None:
     assert set(dir(gdopt)) - {name for name in dir(gdopt) if re.fullmatch("__.*__", name)} == set(gdopt.__all__)
     assert {"__doc__", "__file__", "__name__", "__version__"} <= set(dir(gdopt))
