@@ -1,12 +1,13 @@
 # Needs make and python3 (3.11 or newer); everything else goes into .venv at the versions of constraints.txt.
-# `make test-newest`, `make test-floor` and `make wheel-check` look for another Python, and have environments of their own.
+# `make test-newest`, `make test-floor` and `make release` look for another Python, and have environments of their own.
 
 PYTHON  ?= python3
 WORKERS ?= 2
 # The versions of Python that the other environments may have, the first choice first.
 NEWEST  ?= 3.14 3.13 3.12
 FLOOR   ?= 3.11 3.12 3.13 3.14
-# What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests.
+# What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests,
+# as release does by itself.
 TESTS   ?= $(addprefix tests/,compile outcome/test_diagnosis.py test_minimize.py loop/test_transformations.py test_settings.py)
 # ci: the same examples in every run; default: random ones; thorough: many random ones (tests/conftest.py).
 export HYPOTHESIS_PROFILE ?= ci
@@ -17,7 +18,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures bench test test-slow test-newest test-floor wheel-check lint types format surface constraints clean
+.PHONY: help demo pictures bench test test-slow test-newest test-floor coverage release lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,23 +46,34 @@ test-floor: .venv-floor/stamp ## run TESTS with the oldest versions that are sup
 	@$(call versions,.venv-floor)
 	.venv-floor/bin/python -m pytest -n $(WORKERS) $(TESTS)
 
-wheel-check: $(VENV)/stamp-dev ## build the wheel, install it into a clean environment and run the README there
-	rm -rf build/wheel
-	$(RUN) build --outdir build/wheel
-	@$(call environment,build/wheel/venv,$(NEWEST))
-	$(call install,build/wheel/venv) build/wheel/*.whl
-	cd build/wheel && venv/bin/python -I -c 'import gdopt; print("gdopt", gdopt.__version__, "from", gdopt.__file__)'
-	$(call install,build/wheel/venv) "$$(echo build/wheel/*.whl)[examples]" hypothesis pytest
-	@$(call versions,build/wheel/venv)
-	build/wheel/venv/bin/python -m pytest tests/test_docs.py -k test_page
+coverage: $(VENV)/stamp-dev ## run the fast tests and report what they do not reach, in build/coverage/html as well
+	rm -rf build/coverage
+	$(RUN) coverage run -m pytest -n $(WORKERS)
+	$(RUN) coverage combine --quiet
+	$(RUN) coverage html --quiet --fail-under=0
+	$(RUN) coverage report
+
+release: TESTS = tests
+release: $(VENV)/stamp-dev ## build dist/, check its metadata and run the fast tests with the wheel; nothing is uploaded
+	rm -rf dist build/release
+	$(PIP) --no-build-isolation --editable '.[release]'
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+	@$(call environment,build/release,$(NEWEST))
+	$(call install,build/release) dist/*.whl
+	build/release/bin/python -I -c 'import gdopt; print("gdopt", gdopt.__version__, "from", gdopt.__file__)'
+	$(call install,build/release) "$$(echo dist/*.whl)[test]"
+	@$(call versions,build/release)
+	build/release/bin/python -m pytest -n $(WORKERS) --pyargs gdopt $(TESTS)
 
 lint: $(VENV)/stamp-dev ## check style, formatting and the direction of imports
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(VENV)/bin/lint-imports --no-logo
 
-types: $(VENV)/stamp-dev ## check types
+types: $(VENV)/stamp-dev ## check types, and that every public name has one
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(VENV)/bin/python
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(VENV)/bin/python --verifytypes gdopt --ignoreexternal
 
 format: $(VENV)/stamp-dev ## repair style and formatting where that can be done safely
 	$(RUN) ruff check --fix
@@ -72,7 +84,7 @@ surface: $(VENV)/stamp-dev ## write tests/public_surface.txt anew
 
 constraints: ## write constraints.txt anew, from the newest versions that fit together
 	$(PYTHON) -m venv --clear build/constraints
-	build/constraints/bin/python -m pip install --quiet --editable '.[dev]'
+	build/constraints/bin/python -m pip install --quiet --editable '.[dev,release]'
 	(sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --exclude-editable) > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 

@@ -1,23 +1,26 @@
-"""The package as others see it: its import, its public names, its wheel.
+"""The package as others see it: its import, its public names, its wheel, and the guide to its source.
 
 ``python tests/test_package.py`` writes public_surface.txt anew.
 """
 
 from __future__ import annotations
 
+import ast
 import email
 import enum
 import importlib.metadata
 import inspect
+import itertools
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import types
 import zipfile
 from collections.abc import Iterator
 from email.message import Message
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -28,6 +31,7 @@ from gdopt import _jax
 
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = Path(__file__).with_name("public_surface.txt")
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 HEAVY = {"equinox", "flax", "matplotlib", "orbax", "scipy.optimize", "sklearn", "tqdm"}
 
 
@@ -42,6 +46,13 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_version_is_the_installed_one() -> None:
     assert gdopt.__version__ == importlib.metadata.version("gdopt")
+
+
+def test_a_package_that_is_installed_is_the_one_that_is_tested() -> None:
+    """`make release` runs the tests with a wheel. An editable installation has no files of its own."""
+    files = importlib.metadata.files("gdopt") or []
+    installed = [Path(str(file.locate())) for file in files if file.as_posix() == "gdopt/__init__.py"]
+    assert all(path.samefile(gdopt.__file__) for path in installed)
 
 
 def test_the_face_shows_the_public_names_alone() -> None:
@@ -168,11 +179,15 @@ def test_public_names_are_documented(name: str, value: Any) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder]
+    return built("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def built(target: str, folder: Path) -> Path:
+    """The file that hatchling builds, a wheel or an sdist."""
+    build = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
     subprocess.run(build, cwd=ROOT, capture_output=True, timeout=120, check=True)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    (file,) = folder.glob("*.whl" if target == "wheel" else "*.tar.gz")
+    return file
 
 
 def test_wheel_holds_the_package(wheel: Path) -> None:
@@ -180,6 +195,16 @@ def test_wheel_holds_the_package(wheel: Path) -> None:
     sources = {path for path in (ROOT / "src" / "gdopt").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert "gdopt/py.typed" in files
     assert files == {path.relative_to(ROOT / "src").as_posix() for path in sources}
+
+
+def test_sdist_holds_what_its_tests_read(tmp_path: Path) -> None:
+    sdist = built("sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    held |= {str(folder) for name in held for folder in PurePosixPath(name).parents}
+    expected = {"LICENSE", "README.md", "SECURITY.md", ".pre-commit-config.yaml", "constraints-floor.txt", "Makefile"}
+    expected |= {*paths(CONTRIBUTING.read_text(encoding="utf-8"))}
+    assert expected <= held
 
 
 def metadata(wheel: Path) -> Message:
@@ -218,6 +243,22 @@ def test_the_changelog_of_the_metadata_exists(wheel: Path) -> None:
     assert (ROOT / "CHANGELOG.md").exists()
 
 
+def test_the_classifiers_name_the_versions_of_python_that_are_tested(wheel: Path) -> None:
+    """``make test-floor`` takes the first of all versions that is found, ``make test-newest`` the last."""
+    classifiers = metadata(wheel).get_all("Classifier", [])
+    named = re.findall(r"^Programming Language :: Python :: (3\.\d+)$", "\n".join(classifiers), re.MULTILINE)
+    newest, floor = make_variable("NEWEST").split(), make_variable("FLOOR").split()
+    assert named == floor
+    assert newest == floor[:0:-1]
+    assert metadata(wheel)["Requires-Python"] == f">={floor[0]}"
+
+
+def make_variable(name: str) -> str:
+    """The value that the Makefile gives to a variable, as it stands there."""
+    (value,) = re.findall(rf"^{name} *[:?]= *(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return value
+
+
 def pins(name: str) -> dict[str, str]:
     """The versions that a constraints file pins with ``==``, by package."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE))
@@ -253,6 +294,74 @@ def test_one_module_alone_imports_what_is_not_public_in_jax() -> None:
         assert set(used) <= ({"jax._src", "jax.extend", "jax.core"} if path.name == "_jax.py" else set()), path.name
     imports = re.findall(r"^\s*(?:import|from) .*", Path(_jax.__file__).read_text(), re.MULTILINE)
     assert not [line for line in imports if "_src" in line or "extend" in line]
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    """SECURITY.md promises that reading a checkpoint executes no code."""
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        names = {name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in names_in(node)}
+        assert names.isdisjoint({"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "eval", "exec"}), path
+
+
+def names_in(node: ast.AST) -> Iterator[str]:
+    """The names that a node of a program uses or imports itself."""
+    if isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, ast.ImportFrom):
+        yield (node.module or "").split(".")[0]
+    elif isinstance(node, ast.alias):
+        yield node.name.split(".")[0]
+
+
+def paths(text: str) -> list[str]:
+    """The code spans of a page that are paths."""
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    path = re.compile(r"[\w.-]+(/[\w.-]+)+|[\w.-]+\.(md|py|toml|txt|yaml)")
+    return [span for span in spans if path.fullmatch(span)]
+
+
+def test_paths_in_the_guide_exist() -> None:
+    found = paths(CONTRIBUTING.read_text(encoding="utf-8"))
+    assert len(found) > 50
+    assert not [path for path in found if not (ROOT / path).exists()]
+
+
+def test_names_in_a_recipe_are_in_its_file() -> None:
+    """A point of a recipe begins with a file, and the names in it are names in that file."""
+    recipes = CONTRIBUTING.read_text(encoding="utf-8").partition("\n## Recipes\n")[2]
+    points = re.findall(r"^- `([^`]+)`: (.*(?:\n  .*)*)", recipes, re.MULTILINE)
+    named = {(path, name) for path, text in points for name in re.findall(r"`([A-Za-z_]\w*)`", text)}
+    assert len(named) > 40
+    known = {path: set(re.findall(r"\w+", (ROOT / path).read_text(encoding="utf-8"))) for path, _ in points}
+    assert not [f"{name} is not in {path}" for path, name in sorted(named) if name not in known[path]]
+
+
+def test_the_guide_lists_every_module_in_the_order_of_imports() -> None:
+    (table,) = re.findall(r"^\| module or room .*\n((?:\|.*\n)+)", CONTRIBUTING.read_text("utf-8"), re.MULTILINE)
+    listed = [Path(path).stem for row in table.splitlines() for path in paths(row.split("|")[1])]
+    package = ROOT / "src" / "gdopt"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert sorted(listed) == sorted(rooms | {path.stem for path in package.glob("*.py")} - {"__init__"})
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [layer.split(" : ") for layer in contracts["contracts"][0]["layers"]]
+    rest = iter(listed)
+    assert [{*itertools.islice(rest, len(layer))} for layer in layers] == [{*layer} for layer in layers]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_targets_on_a_page_are_targets_of_make(page: str) -> None:
+    named = set(re.findall(r"^make ([a-z][\w-]*)|`make ([a-z][\w-]*)", (ROOT / page).read_text("utf-8"), re.MULTILINE))
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {first or second for first, second in named} <= set(targets)
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^lint: .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    for name in ("RUN", "VENV"):  # the first one is made of the second
+        recipe = recipe.replace(f"$({name})", make_variable(name))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"^ +entry: (.*)", hooks, re.MULTILINE) == re.findall(r"^\t(.*)", recipe, re.MULTILINE)
 
 
 if __name__ == "__main__":
