@@ -1,6 +1,4 @@
-"""Tests that test_sharding.py runs in a process with eight devices. They read shardings and collectives off the
-program.
-"""
+"""Tests for test_sharding.py to run in a process with eight devices; the shardings are read off programs."""
 
 from __future__ import annotations
 
@@ -134,7 +132,7 @@ def test_the_state_is_split_and_no_data_are_gathered(options) -> None:
 
 
 def test_the_data_stay_where_they_are_without_split_params() -> None:
-    """The common case has rows over the devices, a copy of the params on each, and one all-reduce of the gradient."""
+    """The common case: rows over the devices, a copy of the params on each. One all-reduce of the gradient."""
     _, text = compiled_chunk(gdopt.shard(START, MESH), gdopt.shard(ROWS, MESH, rows="data"), learning_rate=0.1)
     assert "all-reduce" in text
     assert not re.search("all-gather|all-to-all|collective-permute", text)
