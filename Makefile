@@ -1,13 +1,13 @@
 # Needs make and python3 (3.11 or newer); everything else goes into .venv at the versions of constraints.txt.
-# `make test-newest`, `make test-floor` and `make release` look for another Python, and have environments of their own.
+# `make test-newest`, `make test-floor` and `make release` look for another Python, and have their own environments.
 
 PYTHON  ?= python3
 WORKERS ?= 2
-# The versions of Python that the other environments may have, the first choice first.
+# The Python versions for the other environments, the first choice first.
 NEWEST  ?= 3.14 3.13 3.12
 FLOOR   ?= 3.11 3.12 3.13 3.14
-# What test-newest and test-floor run: the files that depend most on JAX's internals. TESTS=tests runs all fast tests,
-# as release does by itself.
+# test-newest and test-floor run the files that depend most on JAX's internals. TESTS=tests runs all fast tests, as
+# release does.
 TESTS   ?= $(addprefix tests/,compile outcome/test_diagnosis.py test_minimize.py loop/test_transformations.py test_settings.py)
 # ci: the same examples in every run; default: random ones; thorough: many random ones (tests/conftest.py).
 export HYPOTHESIS_PROFILE ?= ci
@@ -26,10 +26,10 @@ help: ## list the targets
 demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits and draw the descent
 	$(VENV)/bin/python examples/digits.py
 
-pictures: $(VENV)/stamp-demo ## draw the pictures of the README anew
+pictures: $(VENV)/stamp-demo ## redraw the pictures of the README
 	cd docs && for name in digits valley finder; do ../$(VENV)/bin/python ../examples/$$name.py || exit; done
 
-bench: $(VENV)/stamp-dev ## run the benchmarks and write benchmarks/RESULTS.md; QUICK=1 for half an hour, SCRIPTS="memory scaling" for some
+bench: $(VENV)/stamp-dev ## run the benchmarks and write benchmarks/RESULTS.md; QUICK=1 takes half an hour, SCRIPTS="memory scaling" runs some
 	$(VENV)/bin/python benchmarks/run_all.py $(if $(QUICK),--quick) $(SCRIPTS)
 
 test: lint types ## run every check: lint, types, tests, documentation and examples
@@ -38,11 +38,11 @@ test: lint types ## run every check: lint, types, tests, documentation and examp
 test-slow: $(VENV)/stamp-dev ## run the slow tests, which `make test` leaves out
 	$(RUN) pytest -n $(WORKERS) -m slow
 
-test-newest: .venv-newest/stamp ## run TESTS with the newest Python, JAX and NumPy that are found, in .venv-newest
+test-newest: .venv-newest/stamp ## run TESTS with the newest Python, JAX and NumPy available, in .venv-newest
 	@$(call versions,.venv-newest)
 	.venv-newest/bin/python -m pytest -n $(WORKERS) $(TESTS)
 
-test-floor: .venv-floor/stamp ## run TESTS with the oldest versions that are supported, in .venv-floor
+test-floor: .venv-floor/stamp ## run TESTS with the oldest supported versions, in .venv-floor
 	@$(call versions,.venv-floor)
 	.venv-floor/bin/python -m pytest -n $(WORKERS) $(TESTS)
 
@@ -75,14 +75,14 @@ types: $(VENV)/stamp-dev ## check types, and that every public name has one
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(VENV)/bin/python
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(VENV)/bin/python --verifytypes gdopt --ignoreexternal
 
-format: $(VENV)/stamp-dev ## repair style and formatting where that can be done safely
+format: $(VENV)/stamp-dev ## fix style and formatting if that is safe
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
 
-surface: $(VENV)/stamp-dev ## write tests/public_surface.txt anew
+surface: $(VENV)/stamp-dev ## rewrite tests/public_surface.txt
 	$(VENV)/bin/python tests/test_package.py
 
-constraints: ## write constraints.txt anew, from the newest versions that fit together
+constraints: ## rewrite constraints.txt with the newest versions that fit together
 	$(PYTHON) -m venv --clear build/constraints
 	build/constraints/bin/python -m pip install --quiet --editable '.[dev,release]'
 	(sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --exclude-editable) > build/constraints.txt
@@ -92,11 +92,11 @@ clean: ## remove the environments, caches and builds
 	rm -rf $(VENV) .venv-newest .venv-floor build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are what keeps a second run from installing again.
+# The stamps keep a second run from installing again.
 
 $(VENV)/stamp:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "gdopt needs Python 3.11 or newer, \
-	and $(PYTHON) is %d.%d. Name another one, as in: make test PYTHON=python3.12" % (v[0], v[1]))'
+	and $(PYTHON) is %d.%d. Pass another one (for example make test PYTHON=python3.12)." % (v[0], v[1]))'
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 

@@ -62,7 +62,7 @@ def measure(name: str, epochs: int, seed: int) -> dict[str, tuple[float, float, 
 
 
 def tables(names: list[str], epochs: tuple[int, ...], seeds: int) -> tuple[list[Row], list[Row]]:
-    """Rows: the schedules over all trainings, by epochs; and the automatic rate on each training of classes."""
+    """Rows of the schedules over all trainings, by epochs, and of the automatic rate on each classification."""
     jobs = [(name, many, seed) for name in names for many in epochs for seed in range(seeds)]
     with processes(os.cpu_count() or 1, x64=False) as pool:
         runs = dict(zip(jobs, pool.map(measure, *zip(*jobs, strict=True), chunksize=seeds), strict=True))

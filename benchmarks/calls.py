@@ -1,13 +1,13 @@
-"""How long does a call take that comes to the same loss, by gdopt.minimize and by optimistix's BFGS?
+"""How long does a call take that reaches the same loss, with gdopt.minimize and with optimistix's BFGS?
 
     python -m pip install -e '.[benchmarks]'
     python benchmarks/calls.py                      # some minutes; --quick: under 2; --markdown: for RESULTS.md
 
-Five problems in float64. BFGS is given just the steps that it needs to come as low as gdopt is asked to, ``best + 1e-5
-* (start - best)``, with the best of long runs of both and of SciPy's L-BFGS-B. The network has many minima, so there
-each is asked to come that near to the best of its own long run. Warm calls run in turn, round after round, and a ratio
-is taken within its round; first calls run each in a fresh process, and compile. optimistix finds its program by the
-function object, where gdopt traces the loss at each call.
+Five problems run in float64. gdopt has to reach ``best + 1e-5 * (start - best)``, with the best of long runs of both
+and of SciPy's L-BFGS-B. BFGS gets exactly the steps that it needs to come as low. The network has many minima, so there
+the best of each is that of its own long run. Warm calls run in turn, round after round, and a ratio is taken within its
+round. Each first call runs in a fresh process, and compiles. optimistix finds its program by the function object; gdopt
+traces the loss at each call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tables import Row, alone, arguments, interleaved, print_heading, print_tabl
 
 
 class Aims(NamedTuple):
-    """What the two are asked to do on one problem, and what it takes them."""
+    """The targets of both on one problem, and what each needs to reach its own."""
 
     target: float  # gdopt's
     steps: int  # that BFGS is given: the fewest to come to its own target
@@ -105,7 +105,7 @@ def call(library: str, loss: Loss, start: jax.Array, aims: Aims) -> float:
 
 
 def find_aims(name: str, budget: int) -> Aims:
-    """The targets from long runs, and what it takes to come to them."""
+    """The targets from long runs, and what it takes to reach them."""
     loss, start = CALLS[name]()
     ours = by_gdopt()(loss, start, budget, PATIENCE).losses
     theirs = recorded(optimistix_bfgs)(loss, start, SHORT, PATIENCE).losses
@@ -124,7 +124,7 @@ def find_aims(name: str, budget: int) -> Aims:
 
 
 def warm_seconds(name: str, budget: int, rounds: int) -> tuple[Aims, np.ndarray]:
-    """What to aim at, and the seconds of each round of warm calls: (round, library)."""
+    """The targets, and the seconds of each round of warm calls: (round, library)."""
     aims = find_aims(name, budget)
     loss, start = CALLS[name]()
     clocks = {library: functools.partial(call, library, loss, start, aims) for library in ("gdopt", "BFGS")}
@@ -132,14 +132,14 @@ def warm_seconds(name: str, budget: int, rounds: int) -> tuple[Aims, np.ndarray]
 
 
 def first_seconds(library: str, name: str, aims: Aims) -> float:
-    """The seconds of a first call. For a process in which nothing ran yet."""
+    """The seconds of a first call, for a process in which nothing ran yet."""
     loss, start = CALLS[name]()
     jax.block_until_ready(start + 1)  # JAX itself has started before
     return call(library, loss, start, aims)
 
 
 def call_table(budget: int, rounds: int, repeats: int) -> tuple[list[str], list[Row]]:
-    """One row for each of CALLS, which runs with nothing beside it. A first call is repeated in fresh processes."""
+    """One row for each of CALLS, which run alone. A first call is repeated in fresh processes."""
 
     rows = []
     for name in CALLS:

@@ -41,7 +41,7 @@ def read(path: Path) -> Rows:
 
 
 def start(seed: int) -> list[dict[str, jax.Array]]:
-    """Three convolutions and two dense layers."""
+    """Params of three convolutions and two dense layers."""
     shapes = [(side, side, i, o) for side, i, o in _FILTERS] + [(4 * 4 * 64, 64), (64, 10)]
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return [
@@ -79,7 +79,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 
 def accuracy(params: Any, rows: Rows, at_once: int = 1000) -> float:
-    """The share of rows put into their class."""
+    """The share of rows that are classified correctly."""
     images, labels = rows
     pieces = range(0, len(labels), at_once)
     return sum(int(_right(params, images[k : k + at_once], labels[k : k + at_once])) for k in pieces) / len(labels)
@@ -91,5 +91,5 @@ def _right(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def optimizer(learning_rate: Any) -> optax.GradientTransformation:
-    """The paper's: momentum 0.9, weight decay 0.004."""
+    """The optimizer of the paper: momentum 0.9, weight decay 0.004."""
     return optax.chain(optax.add_decayed_weights(0.004), optax.sgd(learning_rate, momentum=0.9))

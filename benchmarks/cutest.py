@@ -2,18 +2,19 @@
 
     python -m pip install -e '.[benchmarks]'
     python benchmarks/cutest.py              # under 30 minutes on 2 cores; --quick: 3; --markdown: for RESULTS.md
-    python benchmarks/cutest.py --picture docs/cutest.png     # and draws the share solved over the evaluations
+    python benchmarks/cutest.py --picture docs/cutest.png     # also draws the share solved over the evaluations
 
-The problems are the 94 of ``cutest.json``: CUTEst's unconstrained ones, by sif2jax, with the best value known of each.
-One is solved to tau once the loss is at most ``best + tau * (start - best)``. What counts is evaluations: of the loss
-with its gradient, or of the loss alone, the start's included. SciPy calls us for each; those inside of a compiled line
-search are seen by an ordered callback in the loss; gdopt, optimistix's BFGS and Adam make one in each step. All is in
-float64. A solver that raises, meets a NaN, stops by itself or runs out of time has solved what it solved until then.
+The problems are the 94 of ``cutest.json``: CUTEst's unconstrained ones, by sif2jax, with the best known value of each.
+A problem is solved to tau once the loss is at most ``best + tau * (start - best)``. The cost is counted in evaluations
+of the loss with its gradient, or of the loss alone, including that of the start. SciPy calls the script for each. An
+ordered callback in the loss counts those inside a compiled line search. gdopt, optimistix's BFGS and Adam make one in
+each step. Everything is in float64. A solver that raises, meets a NaN, stops by itself or runs out of time keeps what
+it solved until then.
 
-The first two tables compare the evaluations. The third has what ``gdopt.minimize`` says when it stops by itself: there,
-a CONVERGED is wrong where the loss, evaluated in float64 at the returned params, is further from the best known than
-ten times ``tol`` of the start's distance, as it is at another local minimum too; and the evaluations needed are those
-after which that distance was ``tol``.
+The first two tables compare the evaluations. The third has the status with which ``gdopt.minimize`` stops by itself. A
+CONVERGED is wrong if the loss, evaluated in float64 at the returned params, is further from the best known than ten
+times ``tol`` of the start's distance, also at another local minimum. The evaluations needed are those after which that
+distance was ``tol``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "jaxopt", "scipy", 
 
 
 class Effort(NamedTuple):
-    """How much to run."""
+    """The sizes of a full or a quick run."""
 
     every: int  # each problem, or each second, third ...
     budgets: Sequence[int]  # evaluations
@@ -77,7 +78,7 @@ class Case(NamedTuple):
 
 
 def load_cases(every: int) -> list[Case]:
-    """The problems of cutest.json, the largest first: as the last ones they would keep one core busy and no other."""
+    """The problems of cutest.json, the largest first: at the end they would keep one core busy and no other."""
     problems = json.loads(Path(__file__).with_name("cutest.json").read_text())["problems"]
     cases = [Case(name, entry["n"], entry["f0"], entry["fbest"]) for name, entry in problems.items()]
     return sorted(cases[::every], key=lambda case: -case.n)
@@ -85,7 +86,7 @@ def load_cases(every: int) -> list[Case]:
 
 @functools.cache
 def sif2jax_problems() -> types.ModuleType:
-    """The unconstrained ones alone: importing all of sif2jax takes half a minute and turns x64 on."""
+    """Only the unconstrained ones: importing all of sif2jax takes half a minute and turns x64 on."""
     spec = importlib.util.find_spec("sif2jax")
     folder = Path(getattr(spec, "origin", "sif2jax")).parent
     for name in ("sif2jax", "sif2jax.cutest"):
@@ -118,7 +119,7 @@ class Solved(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """How a run of gdopt ended by itself."""
+    """The end of a run of gdopt that stopped by itself."""
 
     status: str
     ratio: float  # the evaluations made over those needed to come within tol; NaN where it never came
@@ -128,7 +129,7 @@ class Stop(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """All that there is to say of one problem."""
+    """All measurements on one problem."""
 
     solved: dict[str, Solved]  # by solver
     stops: dict[str, list[Stop]]  # by dtype; one for each of TOLS
@@ -154,7 +155,7 @@ def measure(case: Case, effort: Effort, float32_stops: list[Stop]) -> Measured:
 
 
 def find_stops(case: Case) -> list[Stop]:
-    """How gdopt stops by itself, for each of TOLS, in the dtype of the process."""
+    """The stops of gdopt by itself, for each of TOLS, in the dtype of the process."""
     loss, start = build(case.name)
     stops = []
     for tol in TOLS:
@@ -234,13 +235,13 @@ def quality_cells(runs: Sequence[Stop], tol: float) -> list[str]:
 
 
 def failures(runs: Iterable[Stop | Solved]) -> list[str]:
-    """How many of gdopt's runs raised, and how many gave a NaN: there should be none."""
+    """Count gdopt's runs that raised, and those that gave a NaN: there should be none."""
     said = [run.remark for run in runs]
     return [str(sum(remark.startswith(kind) for remark in said)) for kind in ("exception", "NaN")]
 
 
 def remarks(cases: Sequence[Case], results: Sequence[Measured]) -> str:
-    """How many of gdopt's runs failed, and what else went wrong in which run."""
+    """Count gdopt's failed runs, and list what else went wrong in which run."""
     ours = [result.solved[name] for result in results for name in OURS]
     lines = ["gdopt: exceptions: {}, NaN results: {}".format(*failures(ours))]
     for case, result in zip(cases, results, strict=True):
@@ -249,7 +250,7 @@ def remarks(cases: Sequence[Case], results: Sequence[Measured]) -> str:
 
 
 def short(number: float) -> str:
-    """1e-5 and not 1e-05."""
+    """Write 1e-5 instead of 1e-05."""
     return np.format_float_scientific(number, trim="-", exp_digits=1) if number else "0"
 
 

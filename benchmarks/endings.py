@@ -4,21 +4,21 @@
     python benchmarks/endings.py             # under 25 minutes on 2 cores; --quick: 3; --markdown: for RESULTS.md
     python benchmarks/endings.py --only small schedules      # these groups of problems alone
 
-A run makes a claim if its result has ``success``. The table counts the claims that are wrong, the right answers without
-success, the evaluations made over those needed by the runs that claim, and the exceptions. Below it stands each wrong
-claim and each right answer without success. The problems are CUTEst's (cutest.py), those of raw_problems.py and of
-natural_units.py, and small inputs (ending_problems.py), each in float32 and in float64, with the default call and with
-``optimizer=gdopt.gd``. Some of them run with other optimizers as well, and with 700 schedules whose rate decays.
+A run makes a claim if its result has ``success``. The table counts the wrong claims, the right answers without success,
+the evaluations made over those needed by the runs that claim, and the exceptions. Below it, the script lists each wrong
+claim and each right answer without success. The problems are CUTEst's (cutest.py), those of raw_problems.py and
+natural_units.py, and small inputs (ending_problems.py). Each runs in float32 and in float64, with the default call and
+with ``optimizer=gdopt.gd``. Some also run with other optimizers, and with 700 schedules whose rate decays.
 
 Definitions:
 
 - Really left: the loss at the returned params, evaluated in float64, minus the loss of the local minimum that a careful
   polish reaches from there. Another local minimum is no fault. A point without a gradient is also polished from a
-  little beside it. A lower minimum that the polish of another run found stands for it if a straight line leads there:
-  20 points of the line, none of them above the returned loss. So does the best loss known of the problem if the run
-  is right by that already. The minima at kinks and at bounds and of losses without lower bound are known beforehand.
+  point near it. A lower minimum from the polish of another run replaces it if a straight line leads there: 20 points of
+  the line, none of them above the returned loss. So does the best known loss of the problem if it already shows that
+  the run is right. The minima at kinks and at bounds and of losses without lower bound are known beforehand.
 - Claimed left: ``Result.left``. If the result has none, CONVERGED claims ``tol * (first - returned loss)``, other
-  statuses claim 0, and TARGET_REACHED and runs on mini-batches claim nothing of what is left.
+  statuses claim 0, and TARGET_REACHED and mini-batch runs make no claim on what is left.
 - A claim is wrong if ``really left > 10 * max(claimed left, 10 * eps * |loss|, 1e-12 * (first - returned loss))``, if
   the returned loss is above the start's, or if the status is TARGET_REACHED and the loss is above the target.
 - A right answer without success has no success and did not end at max_steps, although
@@ -81,7 +81,7 @@ class Task(NamedTuple):
 
 
 class Run(NamedTuple):
-    """How a run ended."""
+    """The end of a run."""
 
     setting: str
     start: int
@@ -175,7 +175,7 @@ class Floor:
         return reached.loss if reached else self.polish(params)
 
     def leads_down(self, params: np.ndarray, to: np.ndarray) -> bool:
-        """Whether no point of a straight line is above its beginning."""
+        """Return whether no point of a straight line is above its beginning."""
         highest = self.value(params)
         highest += ROUNDING * float(np.finfo(float).eps) * abs(highest)
         weights = np.linspace(0, 1, POINTS + 2)[1:-1]
@@ -219,7 +219,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def beside(params: np.ndarray) -> np.ndarray:
-    """A point that differs in every entry, by a small part of its size."""
+    """A point near another one, with a small relative change of every entry."""
     sizes = np.abs(params)
     smallest = sizes[sizes > 0].min(initial=np.inf)
     sizes = np.where(sizes > 0, sizes, smallest if np.isfinite(smallest) else 1.0)
@@ -235,7 +235,7 @@ def flatten(params: Any) -> np.ndarray:
 
 
 class Verdict(NamedTuple):
-    """A run with what is to be said of it."""
+    """A run and the verdict on it."""
 
     task: Task
     run: Run
@@ -272,14 +272,14 @@ def measure(task: Task, float32_runs: list[Run]) -> Measured:
 
 
 def is_judged(run: Run) -> bool:
-    """Whether anything depends on what is left: the run claims success, or it could have."""
+    """Return whether the verdict depends on what is left: the run claims success, or it could have."""
     if run.params is None or not np.isfinite(run.params).all():
         return False
     return run.success or run.status != "MAX_STEPS"
 
 
 def judge(task: Task, run: Run, problem: Problem, floor: Floor) -> Verdict:
-    """The verdict on a run that came to finite params."""
+    """The verdict on a run that reached finite params."""
     first, loss = floor.value(flatten(problem.starts[run.start])), floor.value(run.params)
     noisy = problem.on_batches is not None
     claimed = claim(run, first - loss, noisy=noisy)
@@ -302,7 +302,7 @@ def judge(task: Task, run: Run, problem: Problem, floor: Floor) -> Verdict:
 
 
 def claim(run: Run, gain: float, *, noisy: bool) -> float:
-    """What a run says to be left at most; infinite if it says nothing of that."""
+    """The most that a run claims to be left; infinite without a claim."""
     if noisy or run.status == "TARGET_REACHED":
         return math.inf
     if not math.isnan(run.left):
@@ -381,7 +381,7 @@ def list_row(verdict: Verdict) -> Row:
 
 
 def print_list(title: str, verdicts: Sequence[Verdict], markdown: bool) -> None:
-    """A table of runs, or a word if there are none."""
+    """Print a table of runs, or a word if there are none."""
     if verdicts:
         listed = [list_row(verdict) for verdict in sorted(verdicts, key=order)]
         print_table(f"{title}: {len(verdicts)}", LIST_HEADER, listed, markdown)

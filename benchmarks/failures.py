@@ -1,14 +1,13 @@
-"""What does it take to be told of a mistake, to be saved, to be stopped, and to learn where a NaN comes from?
+"""How long does it take to report a mistake, to save, to stop, and to find the origin of a NaN?
 
     python -m pip install -e '.[benchmarks]'
     python benchmarks/failures.py                   # some 3 minutes; --quick: one; --markdown: for RESULTS.md
 
-A network of 50 layers whose loss is no scalar is refused; the yardstick is JAX's own trace, `jax.eval_shape`, in turn
-with it, round after round. A run with a state of 1, 10 and 100 MB (params and adam's moments) saves itself every half
-second: how long the loop stands still for it is the time of `Saver.save`, which copies; the copy is written in a thread
-beside the next chunks. A callback looks at the clock between these, and as many as there were saves, of the longest of
-its waits, are taken for those with one. Ctrl-C is sent to the process itself while it is in a run. The NaN comes up in
-the tenth layer.
+gdopt refuses a network of 50 layers whose loss is not a scalar. The yardstick is JAX's own trace, `jax.eval_shape`, in
+turn with it, round after round. A run with a state of 1, 10 and 100 MB (params and adam's moments) saves itself every
+half second. The loop stands still for the time of `Saver.save`, which copies; a thread writes the copy beside the next
+chunks. A callback reads the clock between chunks. Its longest waits, as many as there were saves, count as those with a
+save. Ctrl-C is sent to the process itself during a run. The NaN arises in the tenth layer.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ Params = list[dict[str, jax.Array]]
 
 
 def network() -> tuple[Params, jax.Array]:
-    """Params and inputs."""
+    """The params and inputs of a network."""
     random = np.random.default_rng(0)
     layers = [{"w": random.standard_normal((WIDTH, WIDTH)) / 8, "b": np.zeros(WIDTH)} for _ in range(LAYERS)]
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), layers), jnp.ones((32, WIDTH))
 
 
 def outputs(params: Params, x: jax.Array, *, broken: bool = False) -> jax.Array:
-    """Of all layers; the tenth may be broken."""
+    """The outputs of all layers; the tenth may be broken."""
     for number, layer in enumerate(params):
         x = jnp.tanh(x @ layer["w"] + layer["b"][None, :])
         if broken and number == 9:
@@ -55,7 +54,7 @@ def outputs(params: Params, x: jax.Array, *, broken: bool = False) -> jax.Array:
 
 
 def by_row(params: Params, x: jax.Array) -> jax.Array:
-    """A loss as it is often got wrong: one number for each row."""
+    """A loss with a common mistake: one number for each row."""
     return jnp.mean(outputs(params, x) ** 2, axis=1)
 
 
@@ -84,7 +83,7 @@ def told(rounds: int) -> list[Row]:
 
 
 def waits(megabytes: int, run_seconds: float, path: str | None) -> tuple[np.ndarray, list[float]]:
-    """The seconds between the callbacks of a run, and those that its saves held it up."""
+    """The seconds between the callbacks of a run, and those for which its saves stopped it."""
     times: list[float] = []
     copying: list[float] = []
 
@@ -149,7 +148,7 @@ def stopped(rounds: int) -> list[Row]:
 
 
 def diagnosed(rounds: int) -> list[Row]:
-    """Rows for the time that it takes to find where a NaN comes from."""
+    """Rows for the time that it takes to find the origin of a NaN."""
     params, x = network()
     loss = lambda params, x: jnp.mean(outputs(params, x, broken=True) ** 2)
     result = gdopt.minimize(loss, params, args=(x,), learning_rate=0.1)

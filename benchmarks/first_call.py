@@ -1,15 +1,15 @@
-"""What do the first call, the next ones and the import cost, and what compiles again?
+"""What do the first call, later calls and the import cost, and what is recompiled?
 
     python -m pip install -e '.[benchmarks]'
     python benchmarks/first_call.py                 # about 4 minutes; --quick: 1; --markdown: for RESULTS.md
 
 The first table has whole calls, in fresh processes that take turns: 1000 steps at a fixed rate on a logistic regression
-of 1000 x 50 whose data the loss closes over. The first call; the same function again; a fresh lambda over fresh data of
-the same shapes; the same at another rate. Beside each time stands what was compiled in that call. SciPy makes its own
-choice of steps, 100 iterations of L-BFGS-B at most, over a jitted value and gradient.
+of 1000 x 50 with the data in a closure. They are the first call, the same function again, a fresh lambda with fresh
+data of the same shapes, and the same at another rate. Each time has the number of programs compiled in that call. SciPy
+chooses its own steps, at most 100 iterations of L-BFGS-B over a jitted value and gradient.
 
-The second table is what a warm call costs that has next to nothing to do: 5 steps on three numbers, by a fresh lambda;
-beside it, what of that is JAX's own tracing of the loss. The third is the CPU time of the import, in fresh processes.
+The second table has the cost of a warm call with almost no work: 5 steps on three numbers, with a fresh lambda. Beside
+it is JAX's own tracing of the loss. The third is the CPU time of the import, in fresh processes.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def call_table(processes: int) -> tuple[list[str], list[Row], dict[str, np.ndarr
 
 
 def warm_table(rounds: int) -> tuple[list[str], list[Row]]:
-    """What a warm call costs that has next to nothing to do."""
+    """The cost of a warm call with almost no work."""
     import gdopt
 
     center = jnp.arange(3.0)

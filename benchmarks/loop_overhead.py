@@ -1,13 +1,13 @@
-"""What does gdopt's loop cost per step, against the loop that you would write by hand?
+"""What does a step of gdopt's loop cost, compared with the loop that you would write by hand?
 
     python -m pip install -e '.[benchmarks]'
     python benchmarks/loop_overhead.py              # about 4 minutes; --quick: under 2; --markdown: for RESULTS.md
 
 Every loop does the same: gradient descent at one fixed rate, in float32, without an early stop, on logistic regressions
 whose steps take some 0.5, 10 and 200 us. The yardstick is a hand-written ``lax.scan`` that keeps the losses. Before
-anything is timed, each loop must have come to the same loss in the same number of steps. The loops run in turn, round
-after round; a ratio is taken within its round, and the table gives the median over the rounds and the quartiles. Python
-loops make fewer steps, and are compared by the step.
+anything is timed, each loop must reach the same loss in the same number of steps. The loops run in turn, round after
+round. A ratio is taken within its round, and the table gives the median over the rounds and the quartiles. Python loops
+make fewer steps, and are compared by the step.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ PACKAGES = ("gdopt", "jax", "optax", "scikit-learn")
 
 
 class Curve(NamedTuple):
-    """What a finder saw: its rates and, from each rule's own training, the raw losses."""
+    """The measurements of a finder: its rates and, from each rule's own training, the raw losses."""
 
     rates: np.ndarray
     losses: np.ndarray

@@ -3,16 +3,16 @@
     python -m pip install -e '.[benchmarks]'
     python benchmarks/many_fits.py                  # about 2 minutes; --quick: under 1, a hundred fits
 
-Logistic regressions of 40 rows by 4 columns with a small penalty, each on data of its own, from zeros. In a loop each
-library is called once per fit, as a user would, with its own defaults for when to stop; all at once are
-``gdopt.minimize`` under ``jax.vmap`` (a fit that has converged is left as it is), a hand-written ``while_loop`` around
+The fits are logistic regressions of 40 rows by 4 columns with a small penalty, each on other data, from zeros. In a
+loop each library is called once per fit, as a user would, with its own stopping defaults. These run all at once:
+``gdopt.minimize`` under ``jax.vmap`` (which leaves a converged fit alone), a hand-written ``while_loop`` around
 ``gdopt.spectral()``, optimistix under ``jax.vmap``, and one call of ``gdopt.minimize`` on the sum of all losses, which
-it sees as one problem. The worst gap is the largest distance of a final loss to the best that any of them found for
+it sees as one problem. The worst gap is the largest distance of a final loss from the best that any of them found for
 that fit.
 
-Then sweeps: one fit from as many starts, and with as many learning rates, by one ``jax.vmap``. The slowest decides how
-long the others are kept, so their answers are compared, bit for bit, with those of a sweep in which the slowest half is
-replaced by a fast one.
+Then one fit is swept over as many starts, and over as many learning rates, by one ``jax.vmap``. The others wait for the
+slowest, so their answers are compared, bit for bit, with those of a sweep in which a fast run replaces the slowest
+half.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     python -m pip install -e '.[benchmarks]'
     python benchmarks/memory.py                     # about 5 minutes; --quick: under 1, smaller
 
-The first table: 190 MB of data that the loss closes over, against the same data passed as an argument. Peak memory of
-the whole process, fresh for each row, after 10 steps of a logistic regression. What is closed over is baked into the
-program by ``jax.jit``, and copied as the compiler likes.
+The first table compares 190 MB of data in a closure with the same data as an argument: the peak memory of a fresh
+process for each row, after 10 steps of a logistic regression. ``jax.jit`` bakes the closure's arrays into the program,
+and the compiler copies them at will.
 
-The second: a linear layer whose weights take 1 GB, 5 steps. The peak less what was in use before the call, in sizes of
-the params; the caller's own params are counted as the first of them. By the device's own count on a GPU, by the process
-on a CPU.
+The second has 5 steps of a linear layer whose weights take 1 GB: the peak less what was in use before the call, in
+sizes of the params. The caller's own params count as the first of them. The device counts on a GPU, the process on a
+CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS, RATE = 10, 0.1
 
 
 def megabytes_in_use() -> float:
-    """Of the device where it counts, else of the process."""
+    """The memory in use by the device if it counts that, else by the process."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["bytes_in_use"] / 2**20

@@ -1,4 +1,4 @@
-"""Small trainings on scikit-learn's data sets, for what is about mini-batches: who needs which learning rate."""
+"""Small trainings on scikit-learn's data sets, for benchmarks of mini-batches and learning rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Data = tuple[Any, Any]
 
 
 class Training(NamedTuple):
-    """What to train: rows, a network, a loss, an optimizer."""
+    """A training: rows, a network, a loss, an optimizer."""
 
     rows: Callable[[], tuple[Data, Data]]  # for training, held out
     batch_size: int
@@ -29,7 +29,7 @@ class Training(NamedTuple):
 
     @property
     def classes(self) -> bool:
-        """Whether its outputs are for classes."""
+        """Whether the targets are classes."""
         return self.error in (cross_entropy, logistic)
 
     def start(self, seed: int) -> list[dict[str, jax.Array]]:
@@ -48,7 +48,7 @@ class Training(NamedTuple):
         return solve(self.loss, self.start(seed), **own, **options)
 
     def outputs(self, params: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-        """What the network says of each row."""
+        """The outputs of the network for each row."""
         *hidden, last = params
         for layer in hidden:
             x = self.activation(x @ layer["w"] + layer["b"])
@@ -61,7 +61,7 @@ class Training(NamedTuple):
 
 
 def accuracy(training: Training, params: Any, rows: Data) -> float:
-    """The share of the rows that is put into its class; minus the loss where there are none."""
+    """The share of rows that are classified correctly; without classes, minus the loss."""
     outputs, labels = training.outputs(params, rows[0]), rows[1]
     if not training.classes:
         return -float(training.loss(params, rows))
@@ -70,12 +70,12 @@ def accuracy(training: Training, params: Any, rows: Data) -> float:
 
 
 def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of classes, from logits."""
+    """The loss of classes, from logits."""
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
 def logistic(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Of two classes, from one logit."""
+    """The loss of two classes, from one logit."""
     return optax.sigmoid_binary_cross_entropy(outputs[:, 0], labels)
 
 

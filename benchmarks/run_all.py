@@ -1,10 +1,10 @@
 """Runs the benchmarks and writes RESULTS.md.
 
-    python benchmarks/run_all.py                    # all of them: two hours and a half
+    python benchmarks/run_all.py                    # all of them: two and a half hours
     python benchmarks/run_all.py --quick            # all of them, in half an hour
     python benchmarks/run_all.py memory scaling     # these
 
-Each script prints a section of RESULTS.md with ``--markdown``; what stands below a section's end mark is kept.
+Each script prints a section of RESULTS.md with ``--markdown``. Text below a section's end mark stays.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PICTURES = {
 
 
 def replaced(results: str, name: str, printed: str) -> str:
-    """The results with this script's section as it is printed now; a new section goes to the end."""
+    """The results with the newly printed section of this script; a new section goes to the end."""
     section = f"{printed.strip()}\n\n{END}\n"
     old = re.search(rf"^## {name}\n.*?(?:{re.escape(END)}\n|(?=^## )|\Z)", results, re.DOTALL | re.MULTILINE)
     if old is None:
@@ -49,7 +49,7 @@ def replaced(results: str, name: str, printed: str) -> str:
 
 
 def main() -> None:
-    """Runs the scripts one after the other, each in a process of its own."""
+    """Run the scripts one after the other, each in a process of its own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
     parser.add_argument("scripts", nargs="*", metavar="script", help=f"one of {', '.join(PICTURES)}; all by default")

@@ -4,9 +4,9 @@
     python benchmarks/scales.py              # about 10 minutes on 2 cores; --quick: 1; --markdown: for RESULTS.md
 
 The problems are those of raw_problems.py, in float64. A run has solved one if it comes within 1e-5 of the gain from the
-start to the best loss that any run on that problem reached, in at most 2000 evaluations. The best loss is looked for
-by 10,000 evaluations of `quasi_newton` and SciPy's BFGS, with and without scales. The products of the Hessian that
-the scale takes are not counted among the evaluations: one for each of up to 64 params, or ten.
+start to the best loss that any run on that problem reached, in at most 2000 evaluations. 10,000 evaluations of
+`quasi_newton` and SciPy's BFGS, with and without scales, search for the best loss. The evaluations do not include the
+Hessian products that the scale takes: one for each of up to 64 params, or ten.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""How does the time of a step grow with the params and with the rows, and how near is it to what memory allows?
+"""How does the time of a step grow with the params and with the rows, and how close is it to the memory bandwidth?
 
     python -m pip install -e '.[benchmarks]'
     python benchmarks/scaling.py                    # about 5 minutes; --quick: 1, up to 1e7 params
 
-The first table: gradient descent on a parabola with its own curvature for each of n params, 1e2 to 1e8 of them, which
-is all memory traffic. ``gdopt.minimize`` at a fixed rate, with and without the best point, and with its own rate, over
-a hand-written ``lax.scan`` with the losses kept.
+The first table has gradient descent on a parabola with its own curvature for each of n params, 1e2 to 1e8 of them,
+which is all memory traffic. ``gdopt.minimize`` runs at a fixed rate, with and without the best point, and with its own
+rate. The yardstick is a hand-written ``lax.scan`` that keeps the losses.
 
-The second: the update alone, ``optax.apply_updates`` of ``gdopt.gd``'s, jitted, with the params donated, up to 1e8
-params, and 1e9 on a GPU. It must read the params and the gradient and write the params; the time of that at the
-bandwidth of a copy is the yardstick. The copy writes into a buffer that is there, and of two ways to write it the
-faster counts. A CPU reads what it is to overwrite, which costs the copy a third pass, and the update, which needs it
-anyway, none: there the ideal is 0.67.
+The second has the update alone, ``optax.apply_updates`` of ``gdopt.gd``'s, jitted, with the params donated, up to 1e8
+params, and 1e9 on a GPU. It must read the params and the gradient and write the params. The yardstick is the time of
+that at the bandwidth of a copy. The copy writes into an existing buffer, and the faster of two ways to write it counts.
+A CPU reads what it overwrites. That costs the copy a third pass, but not the update, which reads it anyway, so there
+the ideal is 0.67.
 
-The third: a logistic regression with 50 columns as its rows grow.
+The third has a logistic regression with 50 columns as its rows grow.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def by_gdopt(**options: Any) -> Solver:
 
 
 def is_finite(result: gdopt.Result) -> bool:
-    """Whether loss and params of a result are."""
+    """Return whether loss and params of a result are finite."""
     return math.isfinite(result.loss) and bool(np.isfinite(np.asarray(result.params)).all())
 
 

@@ -1,13 +1,13 @@
-"""What does a step on a batch of a stream cost, against the Python loop that you would write by hand?
+"""What does a step on a batch of a stream cost, compared with the Python loop that you would write by hand?
 
     python -m pip install -e '.[benchmarks]'
     python benchmarks/streams.py                    # about 7 minutes; --quick: two; --markdown: for RESULTS.md
 
 Networks of three sizes, whose steps take some 0.1, 1 and 10 ms, are trained at one fixed rate, in float32, on the same
-batches in NumPy's memory. The yardstick is a hand-written loop over a jitted step that puts each batch on the device
-while the step before is computed, and keeps the losses unread. Before anything is timed, all loops must have come to
-the same loss. They run in turn, round after round; a ratio is taken within its round, and the table gives the median
-over the rounds and the quartiles. The second table is of a loader that waits for each batch as long as for its disk.
+batches of NumPy arrays. The yardstick is a hand-written loop over a jitted step that puts each batch on the device
+while the step before is computed, and leaves the losses unread. Before anything is timed, all loops must reach the same
+loss. They run in turn, round after round. A ratio is taken within its round, and the table gives the median over the
+rounds and the quartiles. The second table has a loader that waits for each batch, like one that reads from a disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, fresh processes to run in, and how their tables are printed."""
+"""Shared parts of the benchmarks: clocks, fresh processes, and the printing of tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def render(header: Sequence[str], rows: Sequence[Row], markdown: bool) -> str:
 
 
 def plain(text: str) -> str:
-    """Without Markdown's backticks."""
+    """The text without Markdown's backticks."""
     return text.replace("`", "")
 
 
@@ -63,7 +63,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Row], markdown
 
 
 def processes(count: int, x64: bool) -> ProcessPoolExecutor:
-    """Fresh ones, in which JAX's default dtype is float64 or float32."""
+    """Fresh processes, in which JAX's default dtype is float64 or float32."""
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _set_x64, (x64,))
 
 
@@ -72,7 +72,7 @@ def _set_x64(x64: bool) -> None:
 
 
 def arguments(doc: str | None, quick: str, picture: str | None = None, only: Sequence[str] = ()) -> argparse.Namespace:
-    """The options of a script, with what is said of them, and as ``flags`` what repeats its run."""
+    """The options of a script with their help, and as ``flags`` those that repeat its run."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--markdown", action="store_true", help="print what RESULTS.md has for this script")
@@ -90,7 +90,7 @@ def arguments(doc: str | None, quick: str, picture: str | None = None, only: Seq
 
 
 def installed(packages: Iterable[str]) -> list[str]:
-    """Those of the packages that are there; not all peers are dependencies of the benchmarks."""
+    """The packages that are installed; not all peers are dependencies of the benchmarks."""
     return [package for package in packages if importlib.util.find_spec(package.replace("-", "_"))]
 
 
@@ -102,7 +102,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def interleaved(clocks: Mapping[str, Callable[[], float]], rounds: int) -> np.ndarray:
-    """Every clock once in each round, in turn: (round, clock)."""
+    """Run every clock once in each round, in turn: (round, clock)."""
     return np.array([[clock() for clock in clocks.values()] for _ in range(rounds)])
 
 
@@ -113,7 +113,7 @@ def ratios(times: np.ndarray) -> list[str]:
 
 
 def alone(function: Callable[..., Any], *arguments: Any, x64: bool = False) -> Any:
-    """What the function returns in a fresh process in which nothing ran yet."""
+    """Return what the function returns in a fresh process in which nothing ran yet."""
     with processes(1, x64) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -1,4 +1,4 @@
-"""Nobody guesses the rate: `gdopt.spectral` in a loop of your own, beside rates that were guessed."""
+"""`gdopt.spectral` finds the rate in your own loop, and is compared with guessed rates."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def loss(params):
 
 
 def descend(optimizer, params, steps):
-    """The loop of optax's documentation; the one thing that `spectral` needs and others do not mind is `value=`."""
+    """The loop of optax's documentation, with `value=`, which `spectral` needs and other optimizers ignore."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(carry, _):
@@ -35,13 +35,13 @@ start = {"weights": jnp.zeros(X.shape[1]), "offset": 0.0}
 plugins = {f"gdopt.gd({rate:g})": gdopt.gd(rate) for rate in (0.01, 0.1, 1.0, 10.0)}
 plugins |= {"optax.adam(0.1)": optax.adam(0.1), "gdopt.spectral()": gdopt.spectral()}
 
-print(f"{'the lowest loss of so many steps':34}{50:>10}{200:>10}{1000:>10}")
+print(f"{'lowest loss within so many steps':34}{50:>10}{200:>10}{1000:>10}")
 for name, optimizer in plugins.items():
     losses, _ = descend(optimizer, start, 1000)
     print(f"{name:34}" + "".join(f"{jnp.min(losses[:n]):10.6f}" for n in (50, 200, 1000)))
 
-# The last trial point of `spectral` may be a bad one; its state has the last accepted point.
+# The last trial point of `spectral` may be bad, but its state has the last accepted point.
 _, state = descend(gdopt.spectral(), start, 50)
 point = optax.tree.get(state, "params")
-print(f"\n50 steps of spectral end at a loss of {loss(point):.6f}. The same, with a test when to stop:\n")
+print(f"\n50 steps of spectral end at a loss of {loss(point):.6f}. gdopt.minimize also tests when to stop:\n")
 print(gdopt.minimize(loss, start))

@@ -9,11 +9,11 @@ from sklearn.model_selection import train_test_split
 
 import gdopt
 
-# 1797 pictures of 8 x 8 pixels; a quarter of them is held out.
+# 1797 pictures of 8 x 8 pixels; a quarter is held out.
 X, y = load_digits(return_X_y=True)
 X, X_test, y, y_test = train_test_split(X / 16, y, test_size=0.25, stratify=y, random_state=0)
 
-# Parameters are any pytree, the network and its loss any function of it.
+# The parameters can be any pytree, and the network and its loss any functions of it.
 key1, key2 = jax.random.split(jax.random.key(0))
 params = {
     "w1": jax.random.normal(key1, (64, 128)) * jnp.sqrt(2 / 64),
@@ -47,7 +47,7 @@ accuracy = jnp.mean(predict(result.params, X_test).argmax(axis=1) == y_test)
 print(f"It reads {accuracy:.1%} of the {len(y_test)} held-out digits correctly.")
 
 gdopt.plot.descent(result).savefig("digits.png", dpi=150)
-print("Its descent is drawn in digits.png")
+print("digits.png shows its descent.")
 
 if accuracy < 0.95:
     sys.exit("Error: 95 % should be within reach; something is wrong.")

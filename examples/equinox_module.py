@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 
 import gdopt
 
-# 1797 pictures of 8 x 8 pixels; a quarter of them is held out.
+# 1797 pictures of 8 x 8 pixels; a quarter is held out.
 X, y = load_digits(return_X_y=True)
 X = (X / 16).astype(np.float32)
 X, X_test, y, y_test = train_test_split(X, y, test_size=0.25, stratify=y, random_state=0)
@@ -36,15 +36,15 @@ def loss(model, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-# The module goes in as it is: its float arrays are optimised; functions like relu, and numbers like the rate of a
-# dropout, are carried along. The mean is an array, too, but not one to be learned: a mask of bools says so.
+# Pass the module itself. Its float arrays are optimised; functions (relu) and numbers (the rate of a dropout) are
+# carried along. The mean is an array, too, but it is not to be learned, so a mask of bools leaves it out.
 trainable = eqx.tree_at(lambda model: model.mean, jax.tree.map(lambda _: True, model), replace=False)
 
 # Without a learning rate, a range test finds one first.
 result = gdopt.minimize(loss, model, data=(X, y), batch_size=64, epochs=20, trainable=trainable)
 print(result.message)
 
-# And a module comes out; the one that went in is as it was.
+# The result holds a new module. The original is unchanged.
 before, after = (jnp.mean(jax.vmap(net)(X_test).argmax(axis=1) == y_test) for net in (model, result.params))
 print(f"It reads {after:.1%} of the {len(y_test)} held-out digits correctly; at the start it was {before:.1%}.")
 

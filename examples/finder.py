@@ -1,4 +1,4 @@
-"""Finds learning rates: a range test for the digits network, what it suggests, and a training without a rate."""
+"""Finds learning rates: a range test for the digits network, its suggestion, and a training without a rate."""
 
 import sys
 
@@ -32,17 +32,17 @@ def loss(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(predict(params, x), labels).mean()
 
 
-# A short training whose rate climbs until the loss blows up, three times side by side with other shuffles.
+# A short training with a rising rate until the loss blows up, three times side by side, each shuffled differently.
 test = gdopt.lr_find(loss, params, data=(X, y), batch_size=64, repeats=3)
 print(test)
 gdopt.plot.lr_find(test).savefig("finder.png", dpi=150)
-print("The test is drawn in finder.png")
+print("finder.png shows the test.")
 
-# Any optimizer that takes a learning rate has a test of its own.
+# The test works for any optimizer that takes a learning rate.
 found = gdopt.lr_find(loss, params, data=(X, y), batch_size=64, optimizer=optax.adam)
 print(f"The suggestion for Adam is {found.suggestion:.2g}.")
 
-# Without a rate, minimize does it all: a range test, then a schedule up to what it suggests.
+# Without a rate, minimize runs a range test first, and then a schedule based on its suggestion.
 result = gdopt.minimize(loss, params, data=(X, y), batch_size=64, epochs=30)
 print(result.message)
 accuracy = jnp.mean(predict(result.params, X_test).argmax(axis=1) == y_test)

@@ -1,4 +1,4 @@
-"""A module of Flax's nnx as params: batch normalisation and dropout, and digits to read. `pip install flax` first."""
+"""A Flax nnx module as params, with batch normalisation and dropout, reads digits. `pip install flax` first."""
 
 import sys
 
@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 
 import gdopt
 
-# 1797 pictures of 8 x 8 pixels; a quarter of them is held out.
+# 1797 pictures of 8 x 8 pixels; a quarter is held out.
 X, y = load_digits(return_X_y=True)
 X = (X / 16).astype(np.float32)
 X, X_test, y, y_test = train_test_split(X, y, test_size=0.25, stratify=y, random_state=0)
@@ -31,14 +31,14 @@ class Network(nnx.Module):
 
 def loss(model, batch, key):
     x, labels = batch
-    # In training each pass writes to the batch statistics. Nothing that a loss writes outlasts its step, and gdopt does
-    # not let that happen unnoticed: a copy may be written to.
+    # Each training pass writes to the batch statistics. Writes of a loss do not outlast its step, so gdopt raises an
+    # error for them. A copy may be written to.
     logits = nnx.clone(model)(x, rngs=nnx.Rngs(key))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-# The module goes in as it is. As by nnx.Optimizer(model, optax.adam(0.003), wrt=nnx.Param), each Param is optimised and
-# all other variables are left alone. with_key: a fresh random key at each step, for the dropout.
+# Pass the module itself. Each Param is optimised, as by nnx.Optimizer(model, optax.adam(0.003), wrt=nnx.Param), and all
+# other variables are left alone. with_key gives the loss a fresh random key at each step, for the dropout.
 result = gdopt.minimize(
     loss,
     Network(nnx.Rngs(0)),
@@ -51,7 +51,7 @@ result = gdopt.minimize(
 )
 print(result.message)
 
-# And a module comes out. One more pass gives it its statistics, of all pictures at once.
+# The result holds a module. One more pass sets its statistics to those of all pictures.
 model = result.params
 model(X, rngs=nnx.Rngs(0))
 model.eval()  # without dropout, and with these statistics

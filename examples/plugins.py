@@ -1,4 +1,4 @@
-"""Plugging in: one regression, minimised by gdopt's optimizer, by optax's, and by one of your own."""
+"""Plugging in: one regression, minimised with gdopt's optimizer, with optax's, and with your own."""
 
 import functools
 
@@ -17,21 +17,21 @@ def loss(params):
     return jnp.mean((X @ params["slopes"] + params["offset"] - y) ** 2)
 
 
-# An optimizer of your own is an optax transformation, or a function that makes one for a learning rate.
+# Your own optimizer is an optax transformation, or a function that makes one for a learning rate.
 def heavy_ball(learning_rate, friction=0.1):
-    """A ball that rolls: the gradient changes its velocity, and the velocity its place."""
+    """A ball that rolls: the gradient changes its velocity, and the velocity its position."""
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
 
     def update(updates, state, params=None):  # updates: the gradient; state: the velocity
         velocity = jax.tree.map(lambda v, g: (1 - friction) * v - learning_rate * g, state, updates)
-        return velocity, velocity  # what is added to the parameters, and what is remembered
+        return velocity, velocity  # the update of the parameters, and the new state
 
     return optax.GradientTransformation(init, update)
 
 
-# With its other arguments fixed, one of optax's is such a function too.
+# An optax optimizer with its other arguments fixed is such a function, too.
 nesterov = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
 
 # A learning rate is a number or any function of the step: one of gdopt's or optax's schedules, or your own.
@@ -50,6 +50,6 @@ plugins = {
 start = {"slopes": jnp.zeros(X.shape[1]), "offset": 0.0}
 print(f"{'optimizer':26}{'status':12}{'steps':>6}{'loss':>10}")
 for name, plugin in plugins.items():
-    # tol: all but a thousandth of what there is to gain is enough.
+    # tol=1e-3: stop once at most a thousandth of the gain is left.
     result = gdopt.minimize(loss, start, tol=1e-3, **plugin)
     print(f"{name:26}{result.status.name:12}{result.steps:6}{result.loss:10.5f}")

@@ -1,11 +1,11 @@
-"""The ball in the valley: one weight, one loss curve, and three learning rates."""
+"""A ball in a valley: one weight, one loss curve, and three learning rates."""
 
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 import gdopt
 
-# Five points near the line y = 2 x, and the one weight of a model that has to find the 2.
+# Five points near the line y = 2 x. The model has one weight, which has to find the 2.
 x = jnp.array([0.5, 1.0, 1.5, 2.0, 2.5])
 y = jnp.array([1.1, 1.9, 3.0, 4.1, 4.9])
 start = -1.0
@@ -16,7 +16,7 @@ def loss(w, x, y):
 
 
 def walk(w, rate, steps=8):
-    """The points (w, loss) that so many vanilla steps w - rate * gradient pass."""
+    """The points (w, loss) of so many vanilla steps w - rate * gradient."""
     points = []
     for _ in range(steps + 1):
         new_w, value = gdopt.gd_step(loss, w, rate, x, y)  # the loss is that of w, before the step
@@ -44,4 +44,4 @@ for panel, rate in zip(panels, [0.07, 0.33, 0.375], strict=True):
 panels[0].set_ylabel("loss")
 panels[0].legend(loc="upper center")
 figure.savefig("valley.png", dpi=150)
-print("The first eight steps of each are drawn in valley.png")
+print("valley.png shows the first eight steps of each.")

@@ -1,4 +1,4 @@
-"""Settings of all tests: stricter than what users run with."""
+"""Settings for all tests, stricter than those of users."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What more than one test file needs."""
+"""Helpers that more than one test file uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gdopt._compile import program
 
 @dataclass
 class Compilations:
-    """The XLA compilations seen so far; ``names`` says of which functions."""
+    """The XLA compilations so far; ``names`` lists the compiled functions."""
 
     names: list[str] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ def count_compilations() -> Iterator[Compilations]:
 
 
 def evaluate(loss: Callable, *args: Any) -> tuple:
-    """Loss and gradient, traced, differentiated, replayed and shared as in ``minimize``, without its loop around."""
+    """Return loss and gradient, traced, differentiated, replayed and shared as in ``minimize``, without its loop."""
     value = program.trace(loss, *args, rules=True)
     both = jax.value_and_grad(lambda params, constants, *args: value.replay(constants, params, *args))
     traced = program.trace(both, args[0], value.constants, *args[1:])
@@ -67,12 +67,12 @@ def evaluate(loss: Callable, *args: Any) -> tuple:
 
 
 def some_of(names: Iterable[str], usual: Container[str]) -> list[Any]:
-    """All names as parameters of a test; the ones that are not usual are slow."""
+    """Return all names as parameters of a test. Unusual ones are marked slow."""
     return [pytest.param(name, marks=[] if name in usual else pytest.mark.slow) for name in names]
 
 
 def shared_traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The traces of what ``program`` shares from here on, filled as it does."""
+    """Return the list of traces that ``program`` shares from here on. It grows with them."""
     share, traces = program.share, []
 
     def spy(function: Callable, *args: Any, **options: Any) -> program.Shared:

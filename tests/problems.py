@@ -1,7 +1,7 @@
 """Small losses with known minima, as data.
 
-Starts are float32 (or complex64), so that they go into ``minimize`` as they are; ``problem.at(dtype)`` has another.
-The losses are computed in the dtype of their params. Minima and values are float64, to compare with.
+Starts are float32 (or complex64), so that ``minimize`` takes them directly; ``problem.at(dtype)`` has another dtype.
+The losses are computed in the dtype of their params. Minima and values are float64, for comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Problem(NamedTuple):
-    """A loss, where to start, and what is to be found."""
+    """A loss, its start and its minimum."""
 
     name: str
     loss: Callable[[Any], jax.Array]  # of the params alone
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     convex: bool = False
 
     def at(self, dtype: Any) -> Problem:
-        """The same with the start in another dtype (complex leaves: in the complex dtype of that precision)."""
+        """The same problem with the start in another dtype (complex leaves: in the complex dtype of that precision)."""
 
         def cast(leaf: np.ndarray) -> jax.Array:
             return jnp.asarray(leaf, jnp.result_type(dtype, jnp.complex64) if np.iscomplexobj(leaf) else dtype)
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
         return self._replace(start=jax.tree.map(cast, self.start))
 
     def gap(self, params: Any) -> float:
-        """What is left to gain at these params, as a share of what there was: 1 at the start, 0 at the minimum."""
+        """The gain that is left at these params, as a share of the whole: 1 at the start, 0 at the minimum."""
         with jax.enable_x64(True):
             loss = jax.jit(self.loss)
             there, start = (float(loss(jax.tree.map(_wide, tree))) for tree in (params, self.start))

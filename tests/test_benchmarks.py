@@ -1,4 +1,4 @@
-"""What the benchmarks read and report: CIFAR-10's file format, on files made here, and the rules of other libraries."""
+"""The benchmarks: CIFAR-10's file format, on files made here, the rules of other libraries, and their reports."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_cifar10_files_are_read(directory: Path) -> None:
     assert images[13, row, column, channel] == raw[3073 + 1 + 1024 * channel + 32 * row + column]
 
 
-def test_a_broken_file_is_named(directory: Path) -> None:
+def test_the_error_names_a_broken_file(directory: Path) -> None:
     (directory / "data_batch_3.bin").write_bytes(b"\x00" * 3074)
     with pytest.raises(ValueError, match=r"data_batch_3.bin has 3074 bytes, which are not records of 3073"):
         cifar10.load(directory)
 
 
 @pytest.mark.slow
-def test_the_papers_setting_runs(directory: Path) -> None:
+def test_the_setting_of_the_paper_runs(directory: Path) -> None:
     import cyclical
 
     table = cyclical.smith(str(directory), scale=1e-4)
@@ -57,13 +57,13 @@ def test_the_papers_setting_runs(directory: Path) -> None:
 
 
 def curve(rates: np.ndarray) -> lr_finders.Curve:
-    """A loss that falls about 0.01 and blows up beyond 1."""
+    """A loss that decreases at about 0.01 and blows up beyond 1."""
     x = np.log10(rates)
     return lr_finders.Curve(rates, 0.3 + 2 / (1 + 10 ** (2 * (x + 2))) + 10.0 ** (6 * x))
 
 
 @pytest.mark.parametrize("name", ["fastai", "lightning", "ignite", "torch_lr_finder"])
-def test_the_rules_of_others_make_sense_of_a_clear_curve(name: str) -> None:
+def test_rules_of_other_libraries_handle_a_clear_curve(name: str) -> None:
     rule = getattr(lr_finders, name)
     rule = functools.partial(rule, "valley") if name == "fastai" else rule
     assert 1e-4 < rule(curve) < 1
@@ -81,7 +81,7 @@ def test_a_run_replaces_its_own_section_and_keeps_the_remarks() -> None:
     assert run_all.replaced(twice, "four", "## four\n\nnew\n").endswith(f"## four\n\nnew\n\n{run_all.END}\n")
 
 
-def test_every_section_of_the_results_is_of_a_script() -> None:
+def test_every_section_of_the_results_has_a_script() -> None:
     results = run_all.RESULTS.read_text()
     sections = [line.removeprefix("## ") for line in results.splitlines() if line.startswith("## ")]
     assert sorted(sections) == sorted(run_all.PICTURES)
@@ -91,7 +91,7 @@ def test_every_section_of_the_results_is_of_a_script() -> None:
 
 @pytest.fixture
 def endings() -> Iterator[ModuleType]:
-    """The script, in float64 as its verdicts need it; importing it takes seconds."""
+    """The script in float64, as its verdicts need. Importing it takes seconds."""
     with jax.enable_x64(True):
         yield importlib.import_module("endings")
 
@@ -115,7 +115,7 @@ def ended(endings: ModuleType, status: str, x: float, loss: float, **fields: Any
         ("PRECISION_LIMIT", 1.0, {}, False, False),
     ],
 )
-def test_a_claim_is_held_against_what_is_left(
+def test_a_claim_is_compared_with_what_is_left(
     endings: ModuleType, status: str, x: float, fields: dict[str, Any], wrong: bool, missed: bool
 ) -> None:
     problem = endings.Problem(lambda p: p[0] ** 2, [np.array([4.0])])
@@ -126,7 +126,7 @@ def test_a_claim_is_held_against_what_is_left(
 
 
 @pytest.mark.slow
-def test_a_maximum_is_no_minimum_and_another_basin_is_no_fault(endings: ModuleType) -> None:
+def test_a_maximum_is_wrong_and_another_basin_is_not(endings: ModuleType) -> None:
     floor = endings.Floor(endings.Problem(lambda p: (p[0] ** 2 - 1) ** 2 + 0.1 * p[0], [np.array([0.0])]))
     left, right = floor.below(np.array([-0.9]), 0.0), floor.below(np.array([0.9]), 0.0)
     assert left < 0 < right
@@ -135,7 +135,7 @@ def test_a_maximum_is_no_minimum_and_another_basin_is_no_fault(endings: ModuleTy
 
 
 @pytest.mark.slow
-def test_evaluations_are_counted_up_to_the_first_loss_that_is_near(endings: ModuleType) -> None:
+def test_evaluations_are_counted_up_to_the_first_near_loss(endings: ModuleType) -> None:
     losses = np.array([16.0, 1.0, 1e-3, 1e-8, 1e-9, 1e-9])
     assert endings.made_over_needed(losses, 16.0, 0.0, 1e-4) == 2
     assert endings.made_over_needed(losses, 16.0, 0.0, 1e-6) == 1.5

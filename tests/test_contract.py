@@ -1,4 +1,4 @@
-"""The contract of everything that plugs in: one line in a list below, and all of this is checked for it."""
+"""The contract of all plug-ins: one line in a list below is checked by all of these tests."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
 
 
 def stuck_optimizers() -> dict[str, tuple[Any, Any]]:
-    """Likewise, but optimizers that do not reach the minimum in `_LONG` steps, and must not be said to."""
+    """Return optimizers that do not reach the minimum in `_LONG` steps, and must not claim to."""
     half = {"w": "s", "b": "zero"}
     return {
         "tiny_rate": (gdopt.gd, 1e-5),
@@ -100,7 +100,7 @@ def stuck_optimizers() -> dict[str, tuple[Any, Any]]:
 
 
 def all_schedules() -> dict[str, Any]:
-    """Name -> schedule; with their turning points within `_RATES` steps."""
+    """Return name -> schedule, with turning points within `_RATES` steps."""
     return {
         "constant": schedules.constant(0.1),
         "range_test": schedules.range_test(1e-3, 0.5, 10),
@@ -168,7 +168,7 @@ _ROWS, _BATCH = 12, 4
 
 
 class Regression:
-    """A linear regression with an exact fit: fresh functions over fresh data, and a count of how often they are run."""
+    """A linear regression with an exact fit. It has fresh functions over fresh data, and counts their calls."""
 
     def __init__(self, seed: int = 0):
         random = np.random.default_rng(seed)
@@ -189,7 +189,7 @@ class Regression:
         return jnp.sum((X @ params["w"] + params["b"][None] - Y) ** 2) / (2 * len(X))
 
     def _coded(self, params: Any, X: Any, Y: Any, bits: Any) -> jax.Array:
-        """The regression's gradient, but a value that tells which rows were seen: a sum of powers of two."""
+        """The regression's gradient, with a value that tells which rows were seen: a sum of powers of two."""
         value = self._half_mean_square(params, X, Y)
         return value - jax.lax.stop_gradient(value) + jnp.sum(bits)
 
@@ -199,7 +199,7 @@ def rows_seen(coded_loss: float) -> set[int]:
 
 
 class Fit(NamedTuple):
-    """One call of minimize, and what it took."""
+    """One call of minimize, and its costs."""
 
     result: gdopt.Result
     problem: Regression
@@ -208,7 +208,7 @@ class Fit(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """What is left to gain, as a share of what was gained; the minimum is 0."""
+        """The gain that is left, as a share of the gain so far; the minimum is 0."""
         gained = self.result.history.loss[0] - self.result.loss
         return self.result.loss / gained if gained > 0 else np.inf
 
@@ -232,7 +232,7 @@ def _fit(problem: Regression, loss: str, optimizer: Any, rate: Any, start: Any, 
 
 
 def single_steps(patch: pytest.MonkeyPatch) -> None:
-    """Makes each chunk one step long, without any change to the compiled program."""
+    """Make each chunk one step long, without changing the compiled program."""
     patch.setattr(host_loop, "_FIRST_CHUNK", 1)
     patch.setattr(host_loop, "_CHUNK_SECONDS", 0.0)
 
@@ -323,7 +323,7 @@ def test_structure_and_dtypes_are_kept(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 def test_loss_is_traced_once(case: Case) -> None:
-    """And not once per chunk."""
+    """It is not traced once per chunk."""
     traces = {run.traces for run in (case.long, case.short, case.stepwise, case.anew)}
     assert traces == {TRACES.get(case.name, 1)}
     assert case.chunk_ends[:3] == [1, 2, 3]
@@ -354,11 +354,11 @@ def test_history_has_the_rates(case: Case) -> None:
         assert set(rates) == {np.float32(case.rate)}
 
 
-def test_same_as_a_loop_by_hand(case: Case) -> None:
-    """A loop as in optax's documentation, without anything of gdopt's, has the same losses.
+def test_equals_a_hand_written_loop(case: Case) -> None:
+    """A loop as in optax's documentation, without anything from gdopt, has the same losses.
 
-    The same bits for EXACT. In one of the two programs XLA may contract a * b + c into one rounding and not in the
-    other, and where optimizers feed small differences back (prodigy), a few bits become several.
+    They are equal bit for bit for EXACT. XLA may contract a * b + c into one rounding in only one of the two programs.
+    If an optimizer feeds small differences back (prodigy), a few bits become several.
     """
     optimizer, rate, loss = case.optimizer, case.rate, case.short.problem.loss
 
@@ -388,7 +388,7 @@ def test_same_as_a_loop_by_hand(case: Case) -> None:
     np.testing.assert_allclose(history, np.array(losses), **tolerance)
 
 
-def test_first_update_moves(case: Case) -> None:
+def test_the_first_update_changes_the_loss(case: Case) -> None:
     losses, first = case.short.result.history.loss, FIRST_MOVE.get(case.name, 1)
     assert (losses[:first] == losses[0]).all()
     assert losses[first] != losses[0]
@@ -396,7 +396,9 @@ def test_first_update_moves(case: Case) -> None:
 
 @pytest.mark.parametrize("name", some_of([n for n in OPTIMIZERS if n not in FULL_BATCH], ON_BATCHES))
 def test_mini_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row once per epoch, the first batch first; and float64 kept, the loss traced once, no bit due to chunks."""
+    """Each row is used once per epoch, the first batch first. float64 is kept, the loss traced once, chunks change no
+    bit.
+    """
     per_epoch, first = _ROWS // _BATCH, FIRST_MOVE.get(name, 1)
     with jax.enable_x64(True):
         start = Regression.start(float)
@@ -419,7 +421,7 @@ def test_mini_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", STUCK)
-def test_stuck_is_no_success(name: str) -> None:
+def test_a_stuck_optimizer_is_no_success(name: str) -> None:
     run = fit(*STUCK[name], max_steps=_LONG)
     assert run.gap > 10 * _TOL
     assert not run.result.success, run.result
@@ -429,7 +431,7 @@ def test_stuck_is_no_success(name: str) -> None:
 
 
 def assert_rates_equal(rates: Any, expected: np.ndarray) -> None:
-    """Up to a few roundings of the highest rate: XLA fuses formulas such as a cosine's differently in each program."""
+    """Allow a few roundings of the highest rate: XLA fuses formulas such as a cosine differently in each program."""
     np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=1e-7 * expected.max())
 
 
@@ -502,7 +504,7 @@ def test_schedule_in_jit_vmap_and_sgd(name: str) -> None:
 
 @pytest.mark.parametrize("capacity", [1, 7])
 def test_capacity_of_a_chunk_changes_no_bit(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another program, so this is not in the runs of each optimizer."""
+    """This compiles another program, so it is not among the runs of each optimizer."""
     expected = fit(optax.adam, 0.1, max_steps=50, tol=0).result
     monkeypatch.setattr(loop, "CAPACITY", capacity)
     monkeypatch.setattr(host_loop, "_FIRST_CHUNK", 1)
@@ -513,7 +515,7 @@ def test_capacity_of_a_chunk_changes_no_bit(capacity: int, monkeypatch: pytest.M
 
 
 def test_each_row_gets_one_update_per_epoch() -> None:
-    """The first batch's too: the gradient of the sum of a batch's entries is 1 at each of its rows."""
+    """This includes the first batch. The gradient of the sum of a batch's entries is 1 at each of its rows."""
     loss = lambda x, batch: jnp.sum(x[batch])
     for epochs in (1, 3):
         result = gdopt.minimize(
@@ -523,7 +525,7 @@ def test_each_row_gets_one_update_per_epoch() -> None:
 
 
 def test_extra_arguments_belong_to_the_step() -> None:
-    """``value_fn``, ``obj_fn`` and ``grad_fn`` see the batch and the key that value and gradient were computed with."""
+    """``value_fn``, ``obj_fn`` and ``grad_fn`` see the batch and the key of the value and the gradient."""
 
     def update(updates: Any, state: Any, params: Any, *, value, grad, grad_fn, value_fn, obj_fn) -> Any:
         same = (value == value_fn(params)) & (value == obj_fn(params)) & (updates == grad)

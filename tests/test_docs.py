@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens: README.md and docs/*.md block by block, and each example."""
+"""The documentation shows what happens: README.md and docs/*.md block by block, and each example."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def python_blocks(text: str) -> Iterator[Block]:
 
 
 def same_output(want: str, got: str) -> bool:
-    """Equal up to trailing white space; ``...`` stands for anything."""
+    """Compare up to trailing whitespace; ``...`` stands for anything."""
     want, got = ("\n".join(line.rstrip() for line in text.rstrip().splitlines()) + "\n" for text in (want, got))
     return doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS | doctest.DONT_ACCEPT_BLANKLINE)
 
@@ -134,14 +134,14 @@ def test_a_page_without_code_has_no_blocks() -> None:
     assert list(python_blocks("# Title\n\nWords, and `code` within a line.\n")) == []
 
 
-def test_a_page_that_is_right_passes(tmp_path: Path) -> None:
+def test_a_correct_page_passes(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     run_page(page, {})
 
 
 @pytest.mark.parametrize(("old", "new"), [("\n1 2", "\n1 3"), ("0.125 ...", "0.5 ..."), ("\n1 2", "\n1 2\n3")])
-def test_a_page_that_is_wrong_fails(old: str, new: str, tmp_path: Path) -> None:
+def test_a_wrong_page_fails(old: str, new: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.replace(old, new))
     with pytest.raises(pytest.fail.Exception, match="and the page says"):

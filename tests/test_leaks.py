@@ -1,4 +1,4 @@
-"""Call after call of fresh functions and fresh data: nothing is left of them."""
+"""Call after call of fresh functions and fresh data leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("scripts") / "many_calls.py"
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="what a process holds is read from /proc")
 @pytest.mark.parametrize("calls", [140, pytest.param(1000, marks=pytest.mark.slow)])
-def test_nothing_is_left_of_many_calls(calls: int) -> None:
+def test_many_calls_leave_nothing_behind(calls: int) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(SCRIPT), str(calls)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

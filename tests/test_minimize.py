@@ -1,4 +1,4 @@
-"""``minimize``: what its numbers belong to, what it is given, what it carries along."""
+"""``minimize``: its numbers, its arguments, and what it carries along."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quadratic(x):
 
 
 def hand_written(loss, x, args, factory, rates):
-    """The loop that people write around optax: a jitted step, called from Python.
+    """The usual loop around optax: a jitted step, called from Python.
 
     Rates and data are its arguments: XLA folds constants into the arithmetic, which changes last bits.
     """
@@ -126,7 +126,7 @@ def test_loss_and_gradient_norm_belong_to_the_returned_params():
     assert result.grad_norm == pytest.approx(float(jnp.linalg.norm(grad)), rel=1e-6)
 
 
-def test_params_keep_structure_dtypes_and_what_is_no_array():
+def test_params_keep_structure_dtypes_and_leaves_that_are_not_arrays():
     class Point(NamedTuple):
         x: jax.Array
         y: jax.Array
@@ -154,7 +154,7 @@ def test_params_keep_structure_dtypes_and_what_is_no_array():
     assert result.success
 
 
-def test_scalars_come_back_as_arrays():
+def test_scalars_are_returned_as_arrays():
     result = gdopt.minimize(lambda p: (p["a"] ** 2 + p["b"] ** 2, {"n": p["a"]}), {"a": 1.0, "b": 2.0}, has_aux=True)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((result.params, result.aux)))
 
@@ -244,7 +244,7 @@ def test_every_row_is_used_once_in_every_epoch(rows, batch_size):
         np.testing.assert_array_equal(visits, epochs)
 
 
-def test_rows_that_fill_no_batch_sit_out_and_others_the_next_time():
+def test_rows_that_fill_no_batch_sit_out_and_differ_by_epoch():
     _, once = count_visits(10, 4, epochs=1)
     assert sorted(once) == [0, 0] + [1] * 8
     _, often = count_visits(10, 4, epochs=50)
@@ -278,13 +278,13 @@ def test_all_rows_at_once_are_not_shuffled_and_can_converge():
     assert float(whole.params) == pytest.approx(2.5, abs=0.01)
 
 
-def test_steps_and_epochs_whichever_comes_first():
+def test_steps_or_epochs_end_a_run_whichever_comes_first():
     assert count_visits(12, 4, epochs=2, max_steps=5)[0].steps == 5
     assert count_visits(12, 4, epochs=1, max_steps=5)[0].steps == 3
     assert gdopt.minimize(lambda x: -x, 0.0, learning_rate=0.1).steps == 10_000
 
 
-def test_callback_sees_pairs_and_may_keep_them():
+def test_callback_gets_matching_loss_and_params_and_may_keep_them():
     reports = []
     result = gdopt.minimize(quadratic, jnp.zeros(3), learning_rate=1e-5, max_steps=9000, tol=0, callback=reports.append)
     assert result.status == Status.MAX_STEPS
@@ -312,7 +312,7 @@ def test_callback_comes_at_the_end_of_each_epoch_and_can_stop():
 
 @pytest.mark.slow
 def test_schedule_free_returns_its_average():
-    """At mini-batches the average is what the method is for; its loss is that of the returned point."""
+    """For mini-batches the average is the aim of the method. Its loss is that of the returned point."""
     random = np.random.default_rng(0)
     X = random.normal(size=(64, 4)).astype(np.float32)
     Y = (X @ np.ones(4) + random.normal(size=64)).astype(np.float32)
@@ -328,7 +328,7 @@ def test_schedule_free_returns_its_average():
     assert full.loss == pytest.approx(float(loss(full.params, (X, Y))), rel=1e-5)
 
 
-def test_two_leaves_may_be_one_array_and_nobody_loses_theirs():
+def test_two_leaves_may_share_one_array_which_stays_intact():
     x = jnp.ones(3)
     result = gdopt.minimize(lambda p: quadratic(p[0]) + quadratic(p[1]), (x, x), args=(), learning_rate=0.05)
     assert result.success
@@ -361,7 +361,7 @@ ZIGZAG = {"learning_rate": 0.3, "max_steps": 12, "tol": 0}  # on |x|: the last p
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["best", "last"])
-def test_without_the_best_the_last_point_is_returned(last):
+def test_without_keep_best_the_last_point_is_returned(last):
     seen = []
     loss = lambda x: (jnp.abs(x - 0.1), {"x": x})
     callback = lambda report: seen.append((report.loss, report.params))
@@ -374,7 +374,7 @@ def test_without_the_best_the_last_point_is_returned(last):
     assert seen[-1] == (result.loss, result.params)
 
 
-def test_without_the_best_a_failure_is_returned_as_it_is():
+def test_without_keep_best_a_failed_point_is_returned():
     run = functools.partial(gdopt.minimize, lambda x: x - jnp.log(x), 0.1, learning_rate=9.0)
     result = run(keep_best=False)
     assert result.status is Status.NON_FINITE
@@ -383,7 +383,7 @@ def test_without_the_best_a_failure_is_returned_as_it_is():
     assert np.isfinite(run().loss)
 
 
-def test_without_the_best_an_average_is_still_returned():
+def test_without_keep_best_an_average_is_still_returned():
     optimizer = optax.contrib.schedule_free_sgd(0.05)
     result = gdopt.minimize(quadratic, jnp.full(3, 3.0), optimizer=optimizer, max_steps=30, tol=0, keep_best=False)
     assert result.loss != result.history.loss[-1]

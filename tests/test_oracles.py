@@ -1,4 +1,4 @@
-"""Real data, and answers from elsewhere: scikit-learn's logistic regression, least squares in closed form."""
+"""Real data, and independent answers: scikit-learn's logistic regression, least squares in closed form."""
 
 from __future__ import annotations
 

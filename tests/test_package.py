@@ -1,6 +1,6 @@
-"""The package as others see it: its import, its public names, its wheel, and the guide to its source.
+"""The package from outside: its import, its public names, its wheel, and the guide to its source.
 
-``python tests/test_package.py`` writes public_surface.txt anew.
+``python tests/test_package.py`` rewrites public_surface.txt.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HEAVY = {"equinox", "flax", "matplotlib", "orbax", "scipy.optimize", "sklearn", 
 
 
 def test_import_loads_nothing_heavy() -> None:
-    """Beyond what jax and optax load by themselves."""
+    """Beyond the modules that jax and optax load by themselves."""
     program = "import sys, jax, optax; before = {*sys.modules}; import gdopt; print(*{*sys.modules} - before)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     loaded = set(run.stdout.split())
@@ -55,7 +55,7 @@ def test_a_package_that_is_installed_is_the_one_that_is_tested() -> None:
     assert all(path.samefile(gdopt.__file__) for path in installed)
 
 
-def test_the_face_shows_the_public_names_alone() -> None:
+def test_dir_shows_only_the_public_names() -> None:
     assert set(dir(gdopt)) - {name for name in dir(gdopt) if re.fullmatch("__.*__", name)} == set(gdopt.__all__)
     assert {"__doc__", "__file__", "__name__", "__version__"} <= set(dir(gdopt))
     assert all(hasattr(gdopt, name) for name in dir(gdopt))
@@ -76,7 +76,7 @@ def public_names(module: types.ModuleType) -> list[str]:
 
 
 def public_members(cls: type) -> dict[str, Any]:
-    """Name and value of what gdopt itself gives the class; a field without a default stands as ``Parameter.empty``."""
+    """Return the members that gdopt itself gives the class. A field without a default is ``Parameter.empty``."""
     members: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if base.__module__.split(".")[0] == "gdopt":
@@ -86,7 +86,7 @@ def public_members(cls: type) -> dict[str, Any]:
 
 
 def signature(function: Any) -> str:
-    """Names, kinds and defaults; no annotations, and functions by their names, so that it reads the same everywhere."""
+    """Return names, kinds and defaults, with functions by their names, so that it reads the same everywhere."""
 
     class Name(str):
         __repr__ = str.__str__
@@ -133,7 +133,7 @@ def describe_member(name: str, member: Any) -> Iterator[str]:
 
 
 def surface() -> str:
-    """The text of public_surface.txt as it should be now."""
+    """Return the current text of public_surface.txt."""
     names = public_names(gdopt)
     return "".join(f"{line}\n" for name in names for line in describe(f"gdopt.{name}", getattr(gdopt, name)))
 
@@ -153,7 +153,7 @@ def test_public_surface_is_the_recorded_one() -> None:
 
 
 def documented() -> Iterator[tuple[str, Any]]:
-    """Each public name that should have a docstring, with what it stands for."""
+    """Return each public name that should have a docstring, with its object."""
     for name in public_names(gdopt):
         value = getattr(gdopt, name)
         if isinstance(value, types.ModuleType):
@@ -281,13 +281,13 @@ def test_constraints_floor_pins_the_floors() -> None:
 @pytest.mark.parametrize(
     ("row", "file"), [("oldest", "constraints-floor.txt"), ("pinned", "constraints.txt")], ids=["oldest", "pinned"]
 )
-def test_the_readme_names_the_versions_that_are_run(row: str, file: str) -> None:
+def test_the_readme_names_the_tested_versions(row: str, file: str) -> None:
     (line,) = re.findall(rf"^\| {row} \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2:5] == [pins(file)[package] for package in ("jax", "numpy", "optax")]
 
 
-def test_one_module_alone_imports_what_is_not_public_in_jax() -> None:
+def test_only_one_module_imports_private_parts_of_jax() -> None:
     for path in sorted(Path(gdopt.__file__).parent.rglob("*.py")):
         text = path.read_text()
         used = re.findall(r"jax\._src|jax\.extend|jax\.core\b|jax\.interpreters|from jax import core", text)

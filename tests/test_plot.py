@@ -1,4 +1,4 @@
-"""The pictures hold what the results hold, however a run ended, and can be saved."""
+"""The pictures show what the results hold, however a run ended, and can be saved."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_it_can_be_saved(name):
         ("a rate that is NaN", [[4], [4], [3]]),
     ],
 )
-def test_crosses_stand_where_values_are_not_finite(name, crosses):
+def test_crosses_mark_values_that_are_not_finite(name, crosses):
     figure = gdopt.plot.descent(run(name))
     found = [[x for line in axes.lines if line.get_marker() == "x" for x in line.get_xdata()] for axes in figure.axes]
     assert found == crosses
@@ -134,7 +134,7 @@ def test_crosses_stand_where_values_are_not_finite(name, crosses):
         ("mini-batches", ["log", "linear", "linear"]),  # triangles stay triangles, though they start near zero
     ],
 )
-def test_axes_are_logarithmic_where_that_shows_more(name, scales):
+def test_axes_are_logarithmic_if_that_shows_more(name, scales):
     assert [axes.get_yscale() for axes in gdopt.plot.descent(run(name)).axes] == scales
 
 
@@ -144,7 +144,7 @@ def test_a_ladder_of_rates_is_drawn_on_a_logarithmic_axis():
     assert gdopt.plot.descent(result).axes[2].get_yscale() == "log"
 
 
-def test_noise_gets_a_line_of_means_through_it():
+def test_noise_gets_a_line_of_means():
     result = run("mini-batches")
     for axes, values in zip(gdopt.plot.descent(result).axes[:2], result.history, strict=False):
         _, means = axes.lines
@@ -155,7 +155,7 @@ def test_noise_gets_a_line_of_means_through_it():
 
 
 @pytest.mark.parametrize("name", ["converged", "diverged", "one evaluation"])
-def test_a_line_without_noise_stands_alone(name):
+def test_a_line_without_noise_gets_no_line_of_means(name):
     assert all(len(axes.lines) == 1 for axes in gdopt.plot.descent(run(name)).axes)
 
 
@@ -194,7 +194,7 @@ range_test = functools.cache(lambda name: TESTS[name]())
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_a_range_test_is_drawn_as_it_was(name):
+def test_a_range_test_is_drawn(name):
     test = range_test(name)
     figure = gdopt.plot.lr_find(test)
     loss, rate = figure.axes
@@ -210,7 +210,7 @@ def test_a_range_test_is_drawn_as_it_was(name):
     assert file.getvalue().startswith(b"\x89PNG")
 
 
-def test_the_blow_up_leaves_the_picture():
+def test_the_blow_up_is_outside_of_the_picture():
     test = range_test("blown up")
     low, high = gdopt.plot.lr_find(test).axes[0].get_ylim()
     start, best = test.smoothed_loss[:20].max(), np.nanmin(test.smoothed_loss)
@@ -239,7 +239,7 @@ def test_a_schedule_is_drawn_step_by_step():
         lambda ax: gdopt.plot.schedule(lambda k: 0.1, 9, ax=ax),
     ],
 )
-def test_axes_of_ones_own_are_drawn_into(draw):
+def test_it_draws_into_given_axes(draw):
     from matplotlib.figure import Figure
 
     axes = Figure().subplots(1, 2)

@@ -30,7 +30,7 @@ def run(scale: Any = 1.0, **options: Any) -> gdopt.Result:
 
 
 def stacked(*results: gdopt.Result) -> gdopt.Result:
-    """Runs side by side; their histories may differ in length."""
+    """Stack the results of several runs, whose histories may differ in length."""
     short = [dataclasses.replace(result, history=None) for result in results]
     return jax.tree.map(lambda *leaves: jnp.stack(list(map(jnp.asarray, leaves))), *short)
 
@@ -109,7 +109,7 @@ def test_the_numbers_of_a_failed_run_may_be_nan() -> None:
     assert jax.device_get(result).message == result.message
 
 
-def test_it_is_raised_and_diagnosed_wherever_it_was() -> None:
+def test_a_result_from_a_jit_can_be_raised_and_diagnosed() -> None:
     moved = jax.jit(lambda result: result)(run())
     with pytest.raises(gdopt.NotConvergedError, match=f"^MAX_STEPS: {LOST}"):
         moved.raise_for_status()

@@ -1,4 +1,4 @@
-"""Schedules: torch's ladders point by point, exact fractions, theorems, and what plugging in asks for."""
+"""Schedules: torch's ladders point by point, exact fractions, theorems, and use with optax."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def made(case: dict[str, Any]) -> Callable[[Any], jax.Array]:
-    """gdopt's schedule with the arguments of a torch ladder."""
+    """Make gdopt's schedule with the arguments of a torch ladder."""
     arguments = dict(case["arguments"])
     if "scale_fn" in arguments:
         arguments["scale_fn"] = eval(f"lambda x: {arguments['scale_fn']}")
@@ -366,7 +366,7 @@ def test_silver_beats_the_constant_rate(m: int) -> None:
 # --- plugging in ---
 
 
-def test_each_schedule_is_here() -> None:
+def test_each_schedule_is_tested() -> None:
     assert set(MADE) == set(schedules.__all__)
 
 
@@ -414,7 +414,7 @@ def test_a_schedule_made_before_x64_follows_it(lr: Callable[[Any], jax.Array]) -
 
 
 @each_schedule
-def test_neither_nan_nor_infinity_on_the_way(lr: Callable[[Any], jax.Array]) -> None:
+def test_no_nan_or_infinity_in_between(lr: Callable[[Any], jax.Array]) -> None:
     with jax.debug_nans(True), jax.debug_infs(True):
         jax.jit(lr)(np.array([-(2**31), -1, 0, 2**31 - 1]))
         assert lr(-5) == lr(0)
@@ -530,7 +530,7 @@ def test_unusable_step_size_down() -> None:  # None stands for the step size up
         (lambda: jax.jit(lambda n: schedules.one_cycle(0.1, n)(0))(10), ["total_steps is traced", "outside of jit"]),
     ],
 )
-def test_errors_name_the_argument_and_the_cure(make: Callable[[], Any], fragments: list[str]) -> None:
+def test_errors_name_the_argument_and_the_fix(make: Callable[[], Any], fragments: list[str]) -> None:
     with pytest.raises(InputError) as error:
         make()
     assert [fragment for fragment in fragments if fragment not in str(error.value)] == []

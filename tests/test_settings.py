@@ -1,4 +1,4 @@
-"""JAX's settings: whatever a plain optax loop survives, every kind of call survives as well, with the same numbers."""
+"""JAX's settings: every kind of call survives what a plain optax loop survives, with the same numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = jax.devices("cpu")[0]
 
 
 class Setting(NamedTuple):
-    """Values of ``jax.config``; and what of the numbers they may change."""
+    """Values of ``jax.config``, and which numbers they may change."""
 
     values: dict[str, Any]
     arithmetic: bool = False  # last bits of what is computed
@@ -76,7 +76,7 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def under(values: dict[str, Any]) -> Iterator[None]:
-    """In the whole process, and so in its threads, as a user has it."""
+    """Set them in the whole process, and so in its threads, as a user does."""
     before = {name: jax.config.values[name] for name in values}
     try:
         for name, value in values.items():
@@ -121,7 +121,7 @@ def mixed(params):
 
 
 def falls_out(x):
-    """Down to where it is not defined."""
+    """A slope down to where the loss is not defined."""
     return jnp.sum(x - jnp.log(x))
 
 
@@ -130,7 +130,7 @@ def overflows(x):
 
 
 def facts(result: gdopt.Result) -> dict[str, Any]:
-    """All that a result tells but the times."""
+    """Return everything that a result tells, except for the times."""
     numbers = result.loss, result.grad_norm, result.steps, result.status, result.success
     return {"params": result.params, "numbers": numbers, "aux": result.aux, "history": result.history}
 
@@ -155,7 +155,7 @@ def solution(scale: Any) -> Any:
 
 
 def own_loop(factory: Callable, loss: Callable = fit, start: Any = START, batches: Any = ((THERE,),)) -> Any:
-    """The loop that people write around optax."""
+    """The usual loop around optax."""
     optimizer = optax.with_extra_args_support(factory(0.1))
 
     @jax.jit
@@ -261,7 +261,7 @@ COVERED |= {("all strict", call) for call in ("diagnose", "checkpoint", "stream"
 
 
 def call(name: str, path: Path) -> Any:
-    """What a call gives, as NumPy's arrays and texts."""
+    """Return the results of a call, as NumPy arrays and texts."""
     function = CALLS[name]
     if not name.startswith("checkpoint"):
         return function()
@@ -281,7 +281,7 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def answer(outcome: Any) -> list[Any]:
-    """What little depends on last bits: the params, without the steps on the way to them."""
+    """Return what hardly depends on last bits: the params, without the steps on the way to them."""
     if isinstance(outcome, tuple):
         return leaves(outcome[0])
     return leaves(outcome.get("params", outcome) if isinstance(outcome, dict) else outcome)
@@ -335,7 +335,7 @@ def test_a_plain_loop_survives_it(setting: str) -> None:
 
 
 def test_the_first_call_of_a_process_survives_them_all() -> None:
-    """What gdopt does once in a process is done under the settings, too."""
+    """The settings also apply to what gdopt does once in a process."""
     values = {"jax_numpy_rank_promotion": "raise", **STRICT}
     environment = {**os.environ, **{name.upper(): str(value) for name, value in values.items()}}
     run = subprocess.run(
@@ -391,7 +391,7 @@ def test_a_stream_is_read_under_the_settings_of_its_user() -> None:
         run(data=batches, learning_rate=0.1)
 
 
-def test_a_step_whose_numbers_nobody_judges_is_checked_as_its_user_says() -> None:
+def test_gd_step_obeys_the_checks_of_its_user() -> None:
     with under({"jax_debug_nans": True}), pytest.raises(FloatingPointError):
         gdopt.gd_step(lambda x: jnp.sum(jnp.log(-x)), TWOS, 0.1)
 
@@ -400,7 +400,7 @@ def test_a_step_whose_numbers_nobody_judges_is_checked_as_its_user_says() -> Non
 
 
 class Watched:
-    """NumPy as gdopt's modules see it: on a CPU no guard watches the implicit way from the device to the host."""
+    """NumPy as gdopt's modules see it. On a CPU no guard watches implicit transfers from the device to the host."""
 
     def __init__(self, check: Callable[[str], None]):
         self._check = check
@@ -428,8 +428,8 @@ class Watched:
         if "plot" not in name
     ],
 )
-def test_what_the_host_reads_is_asked_for(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`jax.device_get` reads it, or gdopt's own work that allows itself every way."""
+def test_the_host_reads_only_explicitly(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`jax.device_get` reads it, or gdopt's own work, which allows itself all transfers."""
     asked, get, kind = threading.local(), jax.device_get, type(THERE)
 
     def check(way: str) -> None:

@@ -1,4 +1,4 @@
-"""Saves: what is read is what was written or an error, whatever befalls the file, its writer or the disk."""
+"""Checkpoint files: reading returns what was written or raises an error, whatever happens to file, writer or disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAME = "run.{:012d}.gdopt"
 
 
 def forge(header: Any, body: bytes = b"", /, **wrong: int) -> bytes:
-    """A file by the format's description, with all checksums right."""
+    """Return a file in the documented format, with all checksums right."""
     text = header if isinstance(header, bytes) else json.dumps(header, sort_keys=True).encode()
     fields = {"version": 1, "header": len(text), "length": 36 + len(text) + len(body), "crc": zlib.crc32(text)} | wrong
     prefix = struct.pack("<8sIQQI", b"\x89gdopt\r\n", *fields.values())
@@ -52,14 +52,14 @@ def forge(header: Any, body: bytes = b"", /, **wrong: int) -> bytes:
 
 
 def entry(**changed: Any) -> dict[str, Any]:
-    """That of four bytes of zeros."""
+    """Return the entry of four bytes of zeros."""
     good = {"name": "x", "shape": [4], "dtype": "int8", "offset": 0, "nbytes": 4, "crc32": zlib.crc32(bytes(4))}
     return good | changed
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a file that the examples of a test write in turn."""
+    """The path of a file that the examples of a test write in turn."""
     return tmp_path_factory.mktemp("checkpoint") / "file"
 
 
@@ -70,7 +70,7 @@ def good(place: Path) -> bytes:
 
 
 def outcome(place: Path, data: bytes) -> Any:
-    """What reading gives, or the CheckpointError; no other exception passes."""
+    """Return the content, or the CheckpointError. Other exceptions propagate."""
     place.touch()
     with open(place, "r+b") as stream:  # a disk takes longer over a file that was emptied first
         stream.write(data)
@@ -92,13 +92,13 @@ def refused(place: Path, data: bytes) -> str:
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """To the last bit."""
+    """Compare arrays bit for bit."""
     kinds = [{name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()} for arrays in (a, b)]
     return kinds[0] == kinds[1]
 
 
-def test_every_dtype_comes_back_to_the_last_bit(tmp_path: Path):
-    """Random bytes are NaNs with payloads, too."""
+def test_every_dtype_round_trips_bit_for_bit(tmp_path: Path):
+    """Random bytes include NaNs with payloads."""
     draw = np.random.default_rng(0)
     arrays = {}
     assert {"bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool", "int4", "uint64"} < set(file._DTYPES)
@@ -113,7 +113,7 @@ def test_every_dtype_comes_back_to_the_last_bit(tmp_path: Path):
     assert all(array.flags.writeable and array.flags.c_contiguous for array in back.values())
 
 
-def test_other_layouts_of_memory(tmp_path: Path):
+def test_arrays_of_other_memory_layouts(tmp_path: Path):
     payload = np.array([0x7FA12345, 0xFFC00001, 0x7F800001], np.uint32).view(np.float32)  # quiet and signalling NaNs
     wide = np.arange(24.0).reshape(4, 6)
     arrays = {
@@ -134,7 +134,7 @@ def test_other_layouts_of_memory(tmp_path: Path):
     assert meta == META
 
 
-def test_a_file_is_what_its_description_says(good: bytes):
+def test_a_file_matches_the_documented_format(good: bytes):
     parts = {name: ARRAYS[name].tobytes() for name in "xyz"}
     begins = itertools.accumulate(map(len, parts.values()), initial=0)
     entries = [
@@ -154,7 +154,7 @@ def test_a_file_is_what_its_description_says(good: bytes):
 @pytest.mark.parametrize(
     "array", [np.array([object()]), np.array(["a"]), np.zeros(1, "f4,i4"), np.zeros(1, "M8[s]"), np.zeros(1, "V3")]
 )
-def test_what_is_no_number_is_not_written(tmp_path: Path, array: np.ndarray):
+def test_arrays_that_are_not_numbers_are_refused(tmp_path: Path, array: np.ndarray):
     with pytest.raises(CheckpointError, match=r"'odd' is of .*cannot be saved"):
         write(str(tmp_path / "file"), {"odd": array}, {})
     with pytest.raises(TypeError, match="JSON"):
@@ -174,7 +174,7 @@ def test_every_flipped_bit_is_noticed(place: Path, good: bytes):
             refused(place, good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
 
 
-def test_every_truncation_is_noticed_and_what_is_appended_or_missing(place: Path, good: bytes):
+def test_missing_and_added_bytes_are_noticed(place: Path, good: bytes):
     for at in range(len(good)):
         refused(place, good[:at])
         refused(place, good[:at] + good[at + 1 :])
@@ -184,8 +184,8 @@ def test_every_truncation_is_noticed_and_what_is_appended_or_missing(place: Path
 
 
 @given(st.data())
-def test_any_other_bytes_are_noticed(place: Path, good: bytes, data: st.DataObject):
-    """Several places changed, pieces moved about or put from elsewhere."""
+def test_any_changed_bytes_are_noticed(place: Path, good: bytes, data: st.DataObject):
+    """Bytes change in several places, and pieces are moved or come from elsewhere."""
     begin = data.draw(st.integers(0, len(good)), "begin")
     end = data.draw(st.integers(begin, len(good)), "end")
     changed = good[:begin] + data.draw(st.binary(max_size=64) | st.just(good[begin:end][::-1]), "piece") + good[end:]
@@ -206,12 +206,12 @@ JSON = st.recursive(
 
 
 @given(JSON, st.binary(max_size=8))
-def test_a_header_of_anything_raises_nothing_else(place: Path, header: Any, body: bytes):
+def test_any_header_raises_only_checkpoint_errors(place: Path, header: Any, body: bytes):
     outcome(place, forge(header, body))
 
 
 @given(st.data())
-def test_an_entry_of_anything_raises_nothing_else(place: Path, data: st.DataObject):
+def test_any_entry_raises_only_checkpoint_errors(place: Path, data: st.DataObject):
     fields = st.sampled_from(sorted(entry()))
     numbers = st.sampled_from([-1, 0, 1, 4, 8, 2**31, 2**63, 2**64, 10**400, True, 4.0])
     changed = data.draw(st.dictionaries(fields, JSON | numbers | st.lists(numbers, max_size=70), min_size=1))
@@ -247,7 +247,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_header_is_not_believed(place: Path, name: str):
+def test_headers_are_verified(place: Path, name: str):
     entries, why = HEADERS[name]
     got = outcome(place, forge({"arrays": entries, "meta": {}}, bytes(4)))
     assert (why in str(got)) if why else not isinstance(got, CheckpointError)
@@ -273,12 +273,12 @@ def test_a_header_is_not_believed(place: Path, name: str):
     ],
     ids=range(14),
 )
-def test_files_from_elsewhere(place: Path, data: bytes, why: str):
+def test_foreign_and_forged_files_are_refused(place: Path, data: bytes, why: str):
     assert why in refused(place, data)
 
 
-def test_a_file_from_nobodys_hand_costs_no_memory(tmp_path: Path):
-    """Of a terabyte on a disk that keeps no zeros; also where the first bytes ask for it in good form."""
+def test_a_huge_forged_file_costs_no_memory(tmp_path: Path):
+    """A sparse file has a terabyte. In some cases its first bytes ask for that in the right format."""
     file, size = tmp_path / "file", 2**40
     big = entry(shape=[size], nbytes=size)
     heads = [b"", bytes(36), forge({}, header=size - 36, length=size), random.Random(0).randbytes(10**5)]
@@ -297,7 +297,7 @@ def test_a_file_from_nobodys_hand_costs_no_memory(tmp_path: Path):
         tracemalloc.stop()
 
 
-def test_what_is_no_file(tmp_path: Path):
+def test_paths_that_are_not_regular_files(tmp_path: Path):
     with pytest.raises(CheckpointError, match="No such file"):
         read(str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match="not a regular file"):
@@ -317,7 +317,7 @@ def damage(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_the_newest_good_one_is_taken_and_the_skipped_are_named(tmp_path: Path):
+def test_the_newest_good_file_is_taken_and_skipped_ones_are_named(tmp_path: Path):
     place = Checkpoint(tmp_path / "run")
     assert newest(place) is None
     for step in (9, 80, 700):
@@ -347,8 +347,8 @@ def test_the_newest_good_one_is_taken_and_the_skipped_are_named(tmp_path: Path):
         newest(place)
 
 
-def test_files_of_other_names_are_no_saves(tmp_path: Path):
-    """Nor is any of them removed; a path may hold what a pattern would take for its own."""
+def test_files_with_other_names_are_ignored(tmp_path: Path):
+    """None of them is removed, and a path may contain the wildcards of a pattern."""
     place = Checkpoint(str(tmp_path / "run[1]*.x"), every_seconds=0, keep=1)
     save = "run[1]*.x.000000000001.gdopt"
     others = ["run1y.x.000000000002.gdopt", "run[1]*.x.2.gdopt", "run[1]*.x.000000000002", "run[1]*.x", f"{save}.tmp"]
@@ -394,7 +394,7 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument
         Checkpoint(**arguments)
 
 
-def test_arguments_are_taken_as_pythons_own(tmp_path: Path):
+def test_arguments_become_python_types(tmp_path: Path):
     of_numpy: Any = np.float32(2), np.int64(4)
     place = Checkpoint(tmp_path / "run", *of_numpy)
     assert place == Checkpoint(str(tmp_path / "run"), 2.0, 4)
@@ -402,7 +402,7 @@ def test_arguments_are_taken_as_pythons_own(tmp_path: Path):
     assert gdopt.Checkpoint("run").every_seconds == 60
 
 
-def test_a_directory_that_went_away(tmp_path: Path):
+def test_a_directory_that_was_removed(tmp_path: Path):
     (tmp_path / "directory").mkdir()
     place = Checkpoint(tmp_path / "directory" / "run")
     (tmp_path / "directory").rmdir()
@@ -426,14 +426,14 @@ def base(tmp_path: Path) -> Path:
 
 
 def steps(base: Path) -> list[int]:
-    """Of the saves that are there; nothing else is."""
+    """Return the steps of the saves, and check that there are no other files."""
     names = sorted(path.name for path in base.parent.iterdir())
     assert all(re.fullmatch(r"run\.\d{12}\.gdopt|run\.lock", name) for name in names), names
     return [int(name.split(".")[1]) for name in names if name != "run.lock"]
 
 
 def settle(saver: Saver) -> None:
-    """Waits until nothing is being written."""
+    """Wait until nothing is being written."""
     while saver._busy():
         time.sleep(0.001)
 
@@ -457,7 +457,7 @@ def test_saves_and_keeps_the_newest(base: Path):
     assert descriptors() == opened
 
 
-def test_due_by_the_clock(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_saves_are_due_by_the_clock(base: Path, monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Saver(Checkpoint(base, every_seconds=60)) as saver:
@@ -475,7 +475,7 @@ def test_due_by_the_clock(base: Path, monkeypatch: pytest.MonkeyPatch):
 
 @contextlib.contextmanager
 def held(monkeypatch: pytest.MonkeyPatch, saver: Saver) -> Iterator[None]:
-    """A disk that lets nothing pass until the block ends."""
+    """Block the disk until the block ends."""
     passes = threading.Event()
     usual = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: passes.wait(20) and usual(descriptor))
@@ -484,7 +484,7 @@ def held(monkeypatch: pytest.MonkeyPatch, saver: Saver) -> Iterator[None]:
     settle(saver)
 
 
-def test_the_caller_waits_for_no_disk_and_one_save_is_on_its_way(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_caller_does_not_wait_for_the_disk_and_one_save_is_pending(base: Path, monkeypatch: pytest.MonkeyPatch):
     with Saver(Checkpoint(base, every_seconds=0)) as saver:
         with held(monkeypatch, saver):
             assert saver.save(1, ARRAYS, META)
@@ -495,7 +495,7 @@ def test_the_caller_waits_for_no_disk_and_one_save_is_on_its_way(base: Path, mon
         assert steps(base) == [1]
 
 
-def test_the_arrays_are_the_callers_again_at_once(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_caller_may_change_the_arrays_at_once(base: Path, monkeypatch: pytest.MonkeyPatch):
     twice = jax.jit(lambda x: 2 * x, donate_argnums=0)
     device, host, meta = twice(jnp.arange(3.0)), np.arange(3), {"list": [1]}
     usual, go = np.asarray, threading.Event()
@@ -521,7 +521,7 @@ def test_the_arrays_are_the_callers_again_at_once(base: Path, monkeypatch: pytes
     assert meta == {"list": [1]}
 
 
-def test_copies_are_written_over_by_the_next_ones_and_stay_apart(base: Path):
+def test_later_copies_reuse_the_memory_of_earlier_ones(base: Path):
     twice = jax.jit(lambda x: 2 * x, donate_argnums=0)
     device, kept = twice(jnp.arange(3.0)), []
     with Saver(Checkpoint(base, every_seconds=0, keep=9)) as saver:
@@ -565,8 +565,8 @@ def test_a_full_disk_is_a_warning_for_each_save(base: Path, monkeypatch: pytest.
         assert steps(base) == [5]
 
 
-def test_the_last_save_fails(base: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also under warnings that are errors the lock is given back."""
+def test_a_failed_last_save_releases_the_lock(base: Path, monkeypatch: pytest.MonkeyPatch):
+    """This also holds if warnings are errors."""
     monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
     saver = Saver(Checkpoint(base)).__enter__()
     with pytest.raises(UserWarning, match="step 3 was not saved: ZeroDivisionError"):
@@ -574,7 +574,7 @@ def test_the_last_save_fails(base: Path, monkeypatch: pytest.MonkeyPatch):
     assert not list(base.parent.iterdir())
 
 
-def test_what_cannot_begin_or_be_saved_is_a_warning(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_save_that_cannot_begin_or_be_written_is_a_warning(base: Path, monkeypatch: pytest.MonkeyPatch):
     gone = jnp.ones(3)
     gone.delete()
     with Saver(Checkpoint(base, every_seconds=0)) as saver:
@@ -595,7 +595,7 @@ def test_what_cannot_begin_or_be_saved_is_a_warning(base: Path, monkeypatch: pyt
     assert steps(base) == []
 
 
-def test_a_later_save_that_is_damaged_displaces_no_good_one(base: Path):
+def test_a_damaged_later_save_displaces_no_good_one(base: Path):
     for step in (10, 20, 30):
         write(f"{base}.{step:012d}.gdopt", ARRAYS, {"step": step})
     damage(Path(f"{base}.{30:012d}.gdopt"))
@@ -621,7 +621,7 @@ def test_a_change_of_directory_changes_nothing(base: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
-def test_directories_that_cannot_be_made_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+def test_directories_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
     usual, calls = os.fsync, []
 
     def second(descriptor: int) -> None:
@@ -640,7 +640,7 @@ def test_directories_that_cannot_be_made_last(tmp_path: Path, monkeypatch: pytes
 # ------------------------------------------------------------------------------------------------------------ the lock
 
 
-def test_one_run_at_a_path(base: Path):
+def test_only_one_run_may_use_a_path(base: Path):
     place = Checkpoint(base)
     with Saver(place), Saver(Checkpoint(f"{base}2")):
         with pytest.raises(InputError, match=rf"in use by a live run \(process {os.getpid()} on .*wait for its end"):
@@ -652,8 +652,8 @@ def test_one_run_at_a_path(base: Path):
     assert not list(base.parent.iterdir())
 
 
-def test_a_lock_that_is_removed_as_another_run_opens_it(base: Path, monkeypatch: pytest.MonkeyPatch):
-    """Between opening and locking: the first run ends and takes its file away, and a third one makes a new one."""
+def test_a_lock_that_is_removed_while_another_run_opens_it(base: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between opening and locking, the first run ends and removes its file, and a third one makes a new one."""
     pytest.importorskip("fcntl")
     place, usual = Checkpoint(base), lock._flock
     first, third = Saver(place).__enter__(), Saver(place)
@@ -672,7 +672,7 @@ def test_a_lock_that_is_removed_as_another_run_opens_it(base: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["no fcntl", "no locks"])
-def test_where_there_are_no_locks(base: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+def test_saving_works_without_file_locks(base: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
     def refuses(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
@@ -710,7 +710,7 @@ for line in sys.stdin:
 
 
 class Nursery:
-    """Processes that need not import anything: forks of one that did, one at a time."""
+    """Processes that need no imports: forks, one at a time, of a process that did them."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-W", "ignore", "-c", NURSERY]
@@ -732,7 +732,7 @@ class Nursery:
             pass
 
     def run(self, program: str) -> list[str]:
-        """What it prints."""
+        """Return what the program prints."""
         self.start(program)
         return list(iter(self.line, "ended"))
 
@@ -760,7 +760,7 @@ with Saver(place) as saver:
 """
 
 
-def test_killed_in_the_midst_of_saves(base: Path, nursery: Nursery):
+def test_killed_during_saves(base: Path, nursery: Nursery):
     place, last, draw = Checkpoint(base), 0, random.Random(0)
     for _ in range(12):
         pid = nursery.start(SAVES.format(path=str(base)))
@@ -781,7 +781,7 @@ def test_killed_in_the_midst_of_saves(base: Path, nursery: Nursery):
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "os.replace", "os.unlink"])
-def test_killed_at_a_moment(base: Path, nursery: Nursery, moment: str):
+def test_killed_at_a_system_call(base: Path, nursery: Nursery, moment: str):
     write(f"{base}.{1:012d}.gdopt", ARRAYS, {"step": 1})
     pid = nursery.start(
         f"""
@@ -806,7 +806,7 @@ time.sleep(60)
 
 
 def test_the_lock_ends_with_its_process(base: Path, nursery: Nursery):
-    """However that ends, and whoever is forked from it."""
+    """This holds however the process ends, and whoever is forked from it."""
     pid = nursery.start(
         f"""
 with Saver(Checkpoint({str(base)!r})) as saver:
@@ -832,8 +832,8 @@ with Saver(Checkpoint({str(base)!r})) as saver:
     assert not list(base.parent.iterdir())
 
 
-def test_files_that_may_grow_no_further(base: Path, nursery: Nursery):
-    """A disk that refuses in the midst of a file."""
+def test_a_file_that_cannot_grow(base: Path, nursery: Nursery):
+    """The disk refuses in the middle of a file."""
     pytest.importorskip("resource")
     printed = nursery.run(
         f"""
@@ -857,7 +857,7 @@ with Saver(place) as saver, warnings.catch_warnings(record=True) as caught:
     assert re.fullmatch(r"the checkpoint of step 2 was not saved: OSError: .*File too large\. Older.*", printed[3])
 
 
-def test_a_directory_that_is_not_to_be_written_in(nursery: Nursery):
+def test_a_directory_without_write_permission(nursery: Nursery):
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o555)
         path = os.path.join(directory, "run")
@@ -865,7 +865,7 @@ def test_a_directory_that_is_not_to_be_written_in(nursery: Nursery):
     assert printed.startswith(f"InputError checkpoint path={path!r} is in {directory!r}, where this process may not")
 
 
-def test_leaves_nothing_of_a_lock_by_another_user(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_lock_of_another_user_is_an_error(base: Path, monkeypatch: pytest.MonkeyPatch):
     usual: Callable[..., int] = os.open
 
     def denied(path: str, *args: Any, **options: Any) -> int:

@@ -1,6 +1,6 @@
-"""Arrays in a directory of orbax's, of one process: what orbax takes without a word is noticed.
+"""Arrays of one process in an orbax directory: damage that orbax accepts silently is noticed.
 
-What several processes do together is in test_processes.py.
+test_processes.py tests what several processes do together.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def files(base: Path, step: int) -> list[Path]:
     return [path for path in base.parent.glob(f"run.{step:012d}.*.orbax/**/*") if path.is_file()]
 
 
-def test_every_array_comes_back_to_the_last_bit(base: Path) -> None:
+def test_every_array_round_trips_bit_for_bit(base: Path) -> None:
     place = Checkpoint(base, every_seconds=0)
     with Saver(place) as saver:
         save(saver, base, 5)
@@ -77,7 +77,7 @@ def test_every_array_comes_back_to_the_last_bit(base: Path) -> None:
 
 
 def test_every_byte_is_under_a_checksum(base: Path) -> None:
-    """One bit of each file is flipped, or its end cut off, or it is gone: the save before it is taken."""
+    """One bit of each file is flipped, or its end cut off, or the file removed. The save before it is taken."""
     place = Checkpoint(base, every_seconds=0)
     with Saver(place) as saver:
         save(saver, base, 5)
@@ -102,8 +102,8 @@ def test_every_byte_is_under_a_checksum(base: Path) -> None:
     assert found.meta["step"] == 6
 
 
-def test_what_belongs_to_no_save_is_not_taken_and_removed(base: Path) -> None:
-    """As a run leaves it that was killed as it wrote, or removed; also where it was to replace a save of its step."""
+def test_directories_without_a_save_are_ignored_and_removed(base: Path) -> None:
+    """A run leaves them if it is killed while it writes or removes, or replaces a save of the same step."""
     place = Checkpoint(base, every_seconds=0, keep=1)
     with Saver(place) as saver:
         save(saver, base, 5)
@@ -127,7 +127,7 @@ def test_what_belongs_to_no_save_is_not_taken_and_removed(base: Path) -> None:
 
 
 def test_a_save_that_fails_leaves_nothing_and_the_next_one_is_made(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether orbax's disk is full or the one after it."""
+    """The disk is full for orbax, or for the file after it."""
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -162,7 +162,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_one_is_made(base: Path, m
     ],
     ids=range(10),
 )
-def test_a_list_from_nobodys_hand(base: Path, change: dict[str, Any], why: str) -> None:
+def test_forged_listings_are_refused(base: Path, change: dict[str, Any], why: str) -> None:
     directory = sharded.directory_name(str(base), 5, "0123abcd")
     os.mkdir(directory)
     os.mkfifo(os.path.join(directory, "pipe"))
@@ -172,7 +172,7 @@ def test_a_list_from_nobodys_hand(base: Path, change: dict[str, Any], why: str) 
         newest(Checkpoint(base))
 
 
-def test_where_orbax_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_orbax_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     sharded.check_installed({"w": jnp.ones(3)})  # is not needed
     monkeypatch.setattr(sharded, "is_spread", lambda leaf: True)
@@ -181,7 +181,7 @@ def test_where_orbax_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def apart(file: Path, dtype: Any = None) -> None:
-    """Puts the params of a save in a directory beside it, as several processes would."""
+    """Put the params of a save into a directory beside it, as several processes would."""
     arrays, meta = read(str(file))
     spread = {name: jnp.asarray(arrays.pop(name), dtype) for name in sorted(arrays) if "params" in name}
     assert spread
@@ -190,8 +190,8 @@ def apart(file: Path, dtype: Any = None) -> None:
     write(str(file), arrays, {**meta, SPREAD: sharded.complete(directory, spread)})
 
 
-def test_one_process_goes_on_from_what_several_saved(base: Path) -> None:
-    """And where the dtype is another one, to which orbax would convert it, the run is another one."""
+def test_one_process_resumes_what_several_saved(base: Path) -> None:
+    """If the dtype is another one, to which orbax would convert it, the run counts as another one."""
     fit = lambda steps, place: gdopt.minimize(
         lambda w, x: jnp.mean((x @ w["w"] - 1) ** 2),
         {"w": jnp.zeros(3)},

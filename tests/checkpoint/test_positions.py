@@ -1,4 +1,4 @@
-"""A stream that tells where it is goes on from there: what came before is not read again, and the bits are the same."""
+"""A stream with positions resumes there: earlier batches are not read again, and the result is bit-for-bit the same."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def path(tmp_path):
 
 
 class Source:
-    """Knows which rows it was asked for."""
+    """Rows that record which of them were read."""
 
     def __init__(self):
         self.asked: list[int] = []
@@ -81,7 +81,7 @@ def grain_dataset() -> Callable:
 
 
 class ByHand:
-    """An iterable whose iterators have positions, as dicts that they change later, or as what ``shown`` makes of it."""
+    """An iterable whose iterators have positions: dicts that they change later, or what ``shown`` makes of these."""
 
     def __init__(self, shown: Callable = lambda state: state, batches: int = PER_EPOCH):
         self.shown, self.batches = shown, batches
@@ -134,14 +134,14 @@ STREAMS = {
 
 @pytest.mark.parametrize("steps", [2, PER_EPOCH, 2 * PER_EPOCH + 3, 3 * PER_EPOCH])
 @pytest.mark.parametrize("name", STREAMS)
-def test_it_goes_on_bit_for_bit(name: str, steps: int, path) -> None:
+def test_it_resumes_bit_for_bit(name: str, steps: int, path) -> None:
     minimize(STREAMS[name](), path, max_steps=steps)
     resumed = minimize(STREAMS[name](), path)
     check_same(resumed, minimize(STREAMS[name]()))
     assert resumed.message.endswith(f" It went on from step {steps}, saved in 'run.{steps:012d}.gdopt'.")
 
 
-def test_nothing_before_is_read_again(path) -> None:
+def test_earlier_batches_are_not_read_again(path) -> None:
     minimize(grain_loader(), path, max_steps=2 * PER_EPOCH + 4)
     source = Source()
     minimize(grain_loader(source), path)
@@ -149,15 +149,15 @@ def test_nothing_before_is_read_again(path) -> None:
     assert source.asked == [*looked_at, *used_last, *range(4 * SIZE, 5 * SIZE), *range(5 * SIZE)]
 
 
-def test_the_end_of_a_pass_is_no_other_place(path) -> None:
+def test_a_run_resumes_at_the_end_of_a_pass(path) -> None:
     minimize(ByHand(), path, max_steps=PER_EPOCH)
     again = ByHand()
     minimize(again, path, epochs=2)
     assert again.pulled == [0, PER_EPOCH - 1, *range(PER_EPOCH)]
 
 
-def test_saves_between_two_steps_have_the_place_of_that_step(path, monkeypatch) -> None:
-    """Though the stream is ahead of them: of each save, not only of the last one."""
+def test_saves_between_two_steps_have_the_position_of_that_step(path, monkeypatch) -> None:
+    """The stream is ahead of each save, not only of the last one."""
     monkeypatch.setattr("gdopt._run.host_loop._FIRST_CHUNK", 1)
     monkeypatch.setattr("gdopt._run.host_loop._CHUNK_SECONDS", 1e-9)
 
@@ -198,7 +198,7 @@ def test_a_loaders_iterator_ends_where_it_would_have(path) -> None:
 
 @pytest.mark.parametrize("optimizer", [gdopt.gd, optax.contrib.schedule_free_sgd(0.05)], ids=["gd", "averaged"])
 @pytest.mark.parametrize("stream", [ByHand, lambda: lambda: iter(list(ByHand()))], ids=["positions", "none"])
-def test_what_ended_by_itself_is_the_same_again(stream, optimizer, path) -> None:
+def test_a_run_that_ended_gives_the_same_result_again(stream, optimizer, path) -> None:
     options: dict[str, Any] = {"optimizer": optimizer} | ({} if optimizer is gdopt.gd else {"learning_rate": "auto"})
     target = minimize(stream(), **options).history.loss[5:10].mean() * 1.0001
     first = minimize(stream(), path, target=target, **options)
@@ -208,7 +208,7 @@ def test_what_ended_by_itself_is_the_same_again(stream, optimizer, path) -> None
 
 
 @pytest.mark.parametrize("stream", [ByHand, lambda: lambda: iter(list(ByHand()))], ids=["positions", "none"])
-def test_fewer_steps_than_were_made_make_none(stream, path) -> None:
+def test_a_limit_below_the_steps_made_adds_none(stream, path) -> None:
     whole = minimize(stream(), path, max_steps=13)
     for fewer in ({"max_steps": 7}, {"epochs": 1}, {"epochs": 2, "max_steps": 3}):
         result = minimize(stream(), path, **fewer)
@@ -223,7 +223,7 @@ def test_fewer_steps_than_were_made_make_none(stream, path) -> None:
     [lambda state: {"next": np.array(state["next"])}, lambda state: {0: state["next"]}, lambda state: (state["next"],)],
     ids=["an array", "keys that are numbers", "a tuple"],
 )
-def test_a_state_that_json_does_not_keep_is_not_used(shown, path) -> None:
+def test_a_state_that_json_cannot_hold_is_not_used(shown, path) -> None:
     minimize(ByHand(shown), path, max_steps=PER_EPOCH + 2)
     again = ByHand(shown)
     resumed = minimize(again, path)
@@ -236,7 +236,7 @@ def test_a_state_that_json_does_not_keep_is_not_used(shown, path) -> None:
     )
 
 
-def test_a_state_that_cannot_be_told_ends_no_run(path) -> None:
+def test_a_get_state_that_raises_ends_no_run(path) -> None:
     def broken(state: dict) -> dict:
         raise NotImplementedError
 
@@ -246,7 +246,7 @@ def test_a_state_that_cannot_be_told_ends_no_run(path) -> None:
     assert resumed.message.endswith("and the batch before it was gone through again.")
 
 
-def test_saves_of_old_and_streams_without_positions_are_gone_through(path) -> None:
+def test_old_saves_and_streams_without_positions_are_replayed(path) -> None:
     minimize(ByHand(), path, max_steps=7)
     without = lambda: iter(list(ByHand()))
     check_same(minimize(without, path, epochs=2), minimize(ByHand(), epochs=2))
@@ -260,7 +260,7 @@ def test_saves_of_old_and_streams_without_positions_are_gone_through(path) -> No
     assert again.pulled == [*range(PER_EPOCH)] * EPOCHS
 
 
-def test_positions_are_asked_for_with_a_checkpoint_only(path) -> None:
+def test_positions_are_requested_only_with_a_checkpoint(path) -> None:
     stream = ByHand()
     minimize(stream)
     assert stream.shows == 0

@@ -1,4 +1,4 @@
-"""A run that was killed, interrupted or at its end goes on from its newest save, and comes to the same bits."""
+"""A run that was killed, interrupted or at its end resumes from its newest checkpoint, bit for bit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bits(result):
 
 
 def went_on(step: int, path: Any, behind: str = ".") -> str:
-    """What a message ends with."""
+    """Return the end of the message of a resumed run."""
     return f" It went on from step {step}, saved in '{path.name}.{step:012d}.gdopt'{behind}"
 
 
@@ -83,7 +83,7 @@ def finished(process: subprocess.Popen) -> str:
         ),
     ],
 )
-def test_killed_at_any_moment_it_comes_to_the_same_bits(kind: str, kills: int, path) -> None:
+def test_killed_at_any_moment_it_resumes_bit_for_bit(kind: str, kills: int, path) -> None:
     if kind == "grain":
         pytest.importorskip("grain")
     chance = random.Random(kills)
@@ -119,7 +119,7 @@ def test_sigterm_ends_with_a_save_and_a_result(path) -> None:
 # ------------------------------------------------------------------------------------------ one call after another
 
 
-def test_a_call_with_more_steps_goes_on(path) -> None:
+def test_a_call_with_more_steps_resumes(path) -> None:
     first = minimize(path, max_steps=25)
     assert first.steps == 25
     whole = minimize(path, max_steps=60)
@@ -167,7 +167,7 @@ def test_another_target_counts_no_batch_twice(path) -> None:
     assert bits(run(-1.1, path)) == bits(run(-1.1))
 
 
-def test_the_end_of_a_failed_run_says_so(path) -> None:
+def test_resuming_a_failed_run_says_that_it_ended(path) -> None:
     run = lambda rate: gdopt.minimize(quartic, jnp.zeros(6), learning_rate=rate, checkpoint=path)
     assert "That was the end" not in run(1e9).message
     assert run(1e-4).message.endswith(
@@ -199,7 +199,7 @@ def test_ctrl_c_in_the_last_save_loses_nothing(path, monkeypatch) -> None:
 
 
 def test_sets_of_strings_have_no_order(tmp_path) -> None:
-    """That of a set is another in each process, and so is the text of a trace that holds one."""
+    """The order of a set differs between processes, and so does the text of a trace that holds one."""
     code = (
         "import functools, jax, jax.numpy as jnp, optax\n"
         "from gdopt._loop import loop\n"
@@ -224,7 +224,7 @@ def test_sets_of_strings_have_no_order(tmp_path) -> None:
     assert run("1") == run("2")
 
 
-def test_the_same_call_again_makes_no_step(path, monkeypatch) -> None:
+def test_the_same_call_adds_no_step_to_a_run_that_ended(path, monkeypatch) -> None:
     first = minimize(path)
     evaluated = []
     monkeypatch.setattr(host_loop, "_history", lambda *a, _f=host_loop._history: evaluated.append(a[1]) or _f(*a))
@@ -238,7 +238,7 @@ def test_the_same_call_again_makes_no_step(path, monkeypatch) -> None:
     assert (bits(again), evaluated) == (bits(converged), [])
 
 
-def test_a_smaller_tol_goes_on_from_the_end(path) -> None:
+def test_a_smaller_tol_resumes_from_the_end(path) -> None:
     gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path)
     more = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path, tol=1e-7)
     whole = gdopt.minimize(quartic, jnp.zeros(6), tol=1e-7)
@@ -257,7 +257,7 @@ def test_a_smaller_tol_goes_on_from_the_end(path) -> None:
     ],
     ids=["averaged", "auto", "stream", "no best"],
 )
-def test_what_a_callback_stopped_goes_on(options: dict[str, Any], path) -> None:
+def test_a_run_that_a_callback_stopped_resumes(options: dict[str, Any], path) -> None:
     whole = minimize(**options)
     stopped = minimize(path, callback=lambda report: report.step >= 20, **options)
     assert (stopped.status, stopped.steps < whole.steps) == (Status.STOPPED, True)
@@ -268,7 +268,7 @@ def test_what_a_callback_stopped_goes_on(options: dict[str, Any], path) -> None:
     assert resumed.message == whole.message + went_on(stopped.steps, path, behind)
 
 
-def test_from_a_thread_all_is_the_same(path) -> None:
+def test_a_run_in_a_thread_is_the_same(path) -> None:
     results = []
     thread = threading.Thread(target=lambda: results.append(minimize(path)))
     thread.start()
@@ -282,7 +282,7 @@ def test_saves_do_not_change_a_run_and_do_not_pile_up(path) -> None:
     assert len(list(path.parent.iterdir())) == 2
 
 
-def test_a_disk_that_is_full_is_a_warning(path, monkeypatch) -> None:
+def test_a_full_disk_is_a_warning(path, monkeypatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -335,7 +335,7 @@ def test_other_params_and_x64_are_errors(path) -> None:
     ],
 )
 def test_other_numbers_in_an_optimizer_are_an_error(first, then, path) -> None:
-    """Their reprs are the same: it is told by what they compute."""
+    """Their reprs are the same, so only what they compute tells them apart."""
     rate = {} if hasattr(first, "init") else {"learning_rate": 0.01}
     run = lambda optimizer, steps: gdopt.minimize(
         loss, jnp.zeros(3), data=ROWS, batch_size=7, optimizer=optimizer, max_steps=steps, checkpoint=path, **rate
@@ -346,14 +346,14 @@ def test_other_numbers_in_an_optimizer_are_an_error(first, then, path) -> None:
     assert run(first, 20).steps == 20
 
 
-def test_a_rate_for_one_that_was_found_is_an_error(path) -> None:
+def test_a_rate_instead_of_the_default_is_an_error(path) -> None:
     gdopt.minimize(quartic, jnp.zeros(6), max_steps=3, checkpoint=path)
     with pytest.raises(gdopt.InputError, match="of another run: its optimizer is "):
         gdopt.minimize(quartic, jnp.zeros(6), max_steps=5, learning_rate=1e-3, checkpoint=path)
 
 
-def test_an_aux_that_is_gone_is_an_error(path) -> None:
-    """A save that has more than there is room for, too."""
+def test_a_missing_aux_is_an_error(path) -> None:
+    """The save has more than there is room for."""
     both = lambda w, rows: (loss(w, rows), {"a": w[0], "b": w})
     one = lambda w, rows: (loss(w, rows), {"a": w[0]})
     run = lambda loss, steps: gdopt.minimize(
@@ -368,7 +368,7 @@ def test_an_aux_that_is_gone_is_an_error(path) -> None:
 
 
 def test_other_args_and_held_params_are_errors(path) -> None:
-    """A run that has converged would come back with its answer, whatever it is asked now."""
+    """Otherwise a converged run would return its old answer to any new question."""
     near = lambda x, a: (x["free"] - x["held"] - a) ** 2
     run = lambda held, a: gdopt.minimize(
         near,
@@ -394,8 +394,8 @@ def test_another_start_is_a_warning(path) -> None:
     assert bits(result) == bits(minimize())
 
 
-def test_what_a_loss_closes_over_is_a_part_of_it(path) -> None:
-    """The answer of before is looked at anew: what is reported is of the loss at hand."""
+def test_the_closure_is_a_part_of_the_loss(path) -> None:
+    """The old answer is evaluated again: the report is on the present loss."""
 
     def run(number: float, steps: int = 10_000) -> gdopt.Result:
         goal = jnp.full(3, number)
@@ -411,7 +411,7 @@ def test_what_a_loss_closes_over_is_a_part_of_it(path) -> None:
     "options", [{}, {"optimizer": optax.adam, "learning_rate": 0.1, "max_steps": 20}], ids=["searched", "given"]
 )
 def test_a_changed_loss_is_not_measured_by_the_old_one(options, path) -> None:
-    """Its values are larger than any before: that is no divergence, and no step that is to be taken back."""
+    """Its values are larger than any before, which is no divergence and no step to undo."""
     gdopt.minimize(lambda x: jnp.sum((x - 1.0) ** 2), jnp.zeros(2), checkpoint=path, **options)
     other = lambda x: 1e6 * jnp.sum((x - 2.0) ** 2) + 1e8
     with pytest.warns(UserWarning, match="the loss is no longer that of the checkpoint"):

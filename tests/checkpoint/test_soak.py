@@ -1,7 +1,7 @@
-"""Ten minutes of being killed, at random: every run comes to the bits of the run that nobody disturbed.
+"""Ten minutes of random kills: every run ends with the bits of an undisturbed run.
 
-With GDOPT_SOAK_SEED a failure's seed can be given again: the moments, signals, sizes and damages are then the same, as
-far as the machine takes the same time for everything.
+Set GDOPT_SOAK_SEED to repeat a failure. The moments, signals, sizes and damages are then the same, as far as the
+machine takes the same time for everything.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 @dataclasses.dataclass
 class Ended:
-    """What a process said before it ended."""
+    """The output of a process before it ended."""
 
     code: int
     out: str
@@ -77,7 +77,7 @@ def saves_in(directory: Path) -> list[Path]:
 
 
 def identities(directory: Path) -> set[tuple[str, int]]:
-    """A save that is made again has the name of the one before, not its inode."""
+    """A repeated save has the name of the one before, but another inode."""
     found = set()
     for file in saves_in(directory):
         try:
@@ -99,7 +99,7 @@ def damage(file: Path, chance: random.Random) -> str:
 
 
 class Soak:
-    """One disturbed run after the other, and what happened in them."""
+    """Disturbed runs, one after the other, and what happened in them."""
 
     def __init__(self, seed: int, directory: Path):
         self.chance = random.Random(seed)
@@ -168,7 +168,7 @@ class Soak:
 
 
 @pytest.mark.slow
-def test_whatever_happens_a_run_comes_to_the_same_bits(tmp_path: Path) -> None:
+def test_whatever_happens_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     until = time.monotonic() + SECONDS
     seed = int(os.environ.get("GDOPT_SOAK_SEED") or random.randrange(2**32))
     try:

@@ -1,4 +1,4 @@
-"""``program``: what may share an executable does, what may not never does, and nothing of the caller's is kept.
+"""``program``: equal programs share an executable, others never do, and no array of the caller is kept.
 
 A wrong key would mean silently wrong answers, so the oracle is always a run that shares nothing.
 """
@@ -50,7 +50,7 @@ def minimize(loss: Callable, params: Any = X, *, max_steps: int = 3, **options: 
 
 
 def bits(tree: Any) -> list:
-    """Equal for trees that are equal to the last bit: 0.0 is not -0.0, and nan is nan."""
+    """Return what is equal only for trees that are equal to the last bit: 0.0 is not -0.0, and nan is nan."""
     return [(np.asarray(leaf).dtype, np.shape(leaf), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
 
 
@@ -74,7 +74,7 @@ def jit_inside(c: Any) -> Callable:
 
 
 def looped(make: Callable) -> Callable:
-    """In a loop that does not see x: where it does, derivatives take the loop apart, and little is left inside."""
+    """Add a loop that does not see x. Otherwise derivatives would take it apart and leave little inside."""
     return lambda c: lambda x: jnp.sum(x) * lax.while_loop(lambda s: s < 50, lambda s: s + 1 + make(c)(s), 0.0)
 
 
@@ -95,7 +95,7 @@ def rule_vjp(factor: Any) -> Callable:
 
 
 def rule_beside(c: Any) -> Callable:
-    """Another primal under the same rule, and not differentiated: so the call stays in the program."""
+    """Another primal under the same rule, not differentiated, so that the call stays in the program."""
     squares = jax.custom_jvp(square(c))
     squares.defjvp(lambda primals, tangents: (squares(*primals), jnp.sum(tangents[0])))
     return lambda x: jnp.sum(x * lax.stop_gradient(squares(x)))
@@ -124,7 +124,7 @@ class Counted:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Sign:
-    """Equal by value, though 0.0 == -0.0, and though ``by`` differs, and it may change later."""
+    """Equal by value, although 0.0 == -0.0 and ``by`` differs, and may change later."""
 
     of: float
     by: float = dataclasses.field(default=1.0, compare=False)
@@ -299,7 +299,7 @@ def test_different_losses_have_different_answers(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(jax.config, FLAG), reason="this JAX has no such flag")
 @pytest.mark.skipif(ARRAYS_ARE_LITERALS, reason="this is the other process")
-def test_where_arrays_are_literals() -> None:
+def test_with_arrays_as_literals() -> None:
     arrays = "different_losses and (inner or loop or key and not sort)"
     arrays += " or no_array_is_kept and jitted or changed_in_place and kept"
     tests = subprocess.run(
@@ -314,7 +314,7 @@ def test_where_arrays_are_literals() -> None:
 _goal: Any = 1.0
 
 
-def test_the_same_function_is_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_function_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = lambda x: _goal * jnp.sum(x)
     run = lambda: float(evaluate(loss, X)[0])
     first = run()
@@ -330,7 +330,7 @@ def test_a_rebound_global_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make", [square, jit_inside, lambda c: jax.jit(square(c))], ids=["bare", "jit", "jitted"])
-def test_changed_in_place_is_seen(make: Callable) -> None:
+def test_an_array_changed_in_place_is_seen(make: Callable) -> None:
     array = raw(1, 1, 1)
     loss = make(array)
     for number in (1, 2):
@@ -339,8 +339,8 @@ def test_changed_in_place_is_seen(make: Callable) -> None:
 
 
 @pytest.mark.parametrize("make", [square, jit_inside, looped(jit_inside)], ids=["bare", "jit", "loop"])
-def test_changed_in_place_does_not_change_what_is_kept(make: Callable) -> None:
-    """Under another setting JAX compiles a kept program again, which must not read the caller's array as it is then."""
+def test_an_array_changed_in_place_does_not_change_the_kept_program(make: Callable) -> None:
+    """Under another setting JAX recompiles a kept program, which must not read the changed array."""
     gdopt.clear_cache()
     array = raw(1, 1, 1)
     evaluate(make(array), X)
@@ -376,7 +376,7 @@ ASKS = [(evaluate, name) for name in SETTINGS] + [
 
 
 @pytest.mark.parametrize(("ask", "name"), ASKS)
-def test_settings_are_seen(ask: Callable, name: str) -> None:
+def test_changed_settings_are_seen(ask: Callable, name: str) -> None:
     def at(on):
         with SETTINGS[name](on):
             return bits(ask(lambda x: jnp.sum((x @ x - jax.random.uniform(KEY(0), (3,)) / 3) ** 2), jnp.ones(3)))
@@ -422,7 +422,7 @@ def jitted_optimizer(factors: jax.Array) -> optax.GradientTransformation:
 
 
 def _descend_alone(_: Any, state: Any, params: Any, *, value_fn: Callable, **others: Any) -> tuple:
-    """As line searches do: it differentiates the loss in a loop of its own. They take ten times as long to compile."""
+    """Differentiate the loss in a separate loop, as line searches do. These take ten times as long to compile."""
     there = lax.fori_loop(0, 3, lambda _, x: x - 0.01 * jax.grad(value_fn)(x), params)
     return there - params, state
 
@@ -556,7 +556,7 @@ EXPRESSIONS = st.recursive(
 
 
 def build(expression: tuple, values: list, held: list[np.ndarray]) -> Callable:
-    """A function of x made of new objects; ``held`` are the values as arrays that are changed in place."""
+    """Return a function of x made of new objects; ``held`` are the values as arrays that are changed in place."""
     kind, *parts = expression
     if kind == "x":
         return lambda x: x
@@ -594,7 +594,7 @@ def build(expression: tuple, values: list, held: list[np.ndarray]) -> Callable:
 # Of three examples one is of minimize, which takes three times as long, but does with the loss what evaluate does.
 @given(st.sampled_from([evaluate, evaluate, minimize]), EXPRESSIONS, VALUES, VALUES)
 @settings(max_examples=max(1, settings().max_examples // 4))
-def test_random_expressions_answer_as_if_alone(ask: Callable, expression: tuple, first: list, second: list) -> None:
+def test_random_expressions_answer_as_if_unshared(ask: Callable, expression: tuple, first: list, second: list) -> None:
     held = [np.zeros(3, np.float32) for _ in range(3)]
 
     def run(values):
@@ -851,7 +851,7 @@ WARM = {
 
 
 @pytest.mark.parametrize("make", WARM.values(), ids=WARM)
-def test_a_warm_call_traces_its_loss_alone(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_call_traces_only_its_loss(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     made, original = [], loop._make
     monkeypatch.setattr(loop, "_make", lambda *args: made.append(1) or original(*args))
 
@@ -879,7 +879,7 @@ def test_a_warm_call_traces_its_loss_alone(make: Callable, monkeypatch: pytest.M
         assert warm == run(0.2)
 
 
-def test_other_settings_are_other_places() -> None:
+def test_other_settings_have_other_places() -> None:
     place = lambda: program.place_for("loss", X)
     here = place()
     with jax.enable_x64(True):
@@ -890,7 +890,7 @@ def test_other_settings_are_other_places() -> None:
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 0.1}, {"learning_rate": "auto"}], ids=["gd", "spectral"])
-def test_the_loss_is_compiled_at_one_place(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_compiled_once(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = shared_traces(monkeypatch)
     gdopt.clear_cache()
     minimize(lambda x: jnp.sum(lax.erf_inv(x / 9)) ** 2, **options)
@@ -898,7 +898,7 @@ def test_the_loss_is_compiled_at_one_place(options: dict, monkeypatch: pytest.Mo
 
 
 def test_equal_trees_are_not_always_the_same() -> None:
-    """As keys of a dict 1 == True; and the containers of an answer are those of the question."""
+    """As keys of a dict 1 == True, but the containers of an answer are those of the question."""
 
     def keys(params):
         result = minimize(lambda p: sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(p)), params)[0]
@@ -908,7 +908,7 @@ def test_equal_trees_are_not_always_the_same() -> None:
     assert [keys({1: X}), keys({True: X}), keys({1: X})] == [[int], [bool], [int]]
 
 
-def test_a_cleared_cache_compiles_anew() -> None:
+def test_a_cleared_cache_recompiles() -> None:
     minimize(square(1))
     for clear, compiles in ((lambda: None, False), (gdopt.clear_cache, True)):
         clear()
@@ -925,7 +925,7 @@ FREE = optax.contrib.schedule_free_sgd(0.1)  # the last chunk starts from its av
 @pytest.mark.parametrize(
     "options", [{"learning_rate": 0.01}, {"optimizer": FREE, "batch_size": 4}], ids=["gd", "schedule free, batches"]
 )
-def test_nothing_of_the_callers_is_deleted_or_changed(options: dict) -> None:
+def test_no_array_of_the_caller_is_deleted_or_changed(options: dict) -> None:
     twice, closed, key = X + 1, X + 2, KEY(3)
     params = {"a": twice, "b": twice, "n": raw(1, 2, 3)}
     data = (jnp.ones((8, 3)), np.ones((8, 3), np.float32))
@@ -969,7 +969,7 @@ def test_an_array_that_the_optimizer_holds_is_not_donated() -> None:
     assert not held.is_deleted()
 
 
-def test_share_donates_the_first_argument_only_where_asked() -> None:
+def test_share_donates_the_first_argument_only_if_asked() -> None:
     function = lambda a, b: (a + b, a * b)
     a, b = ONES + 0, TWOS + 0
     kept = program.share(function, a, b).call
@@ -1080,8 +1080,8 @@ def test_threads_get_their_own_answers() -> None:
 # --------------------------------------------------------------------------------------------------- JAX as it is today
 
 
-def test_the_parts_of_jax_that_are_not_public_are_as_they_were() -> None:
-    """Fails when a new JAX changes what `_jax` and `_replay` build on, before the self-check turns sharing off."""
+def test_the_private_parts_of_jax_are_unchanged() -> None:
+    """Fails if a new JAX changes what `_jax` and `replays` build on, before the self-check turns sharing off."""
     held = jnp.arange(3.0)
 
     def function(x, y):
@@ -1134,7 +1134,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_what_a_replay_makes_anew_is_known(name: str) -> None:
+def test_a_replay_knows_the_operations_that_it_rebuilds(name: str) -> None:
     found = {eqn.primitive.name: eqn for eqn in _jax.opened(jax.make_jaxpr(OPERATIONS[name])(X)).eqns}
     (eqn,) = (eqn for known, eqn in found.items() if known in replays._BUILDERS)
     builder = replays._BUILDERS[eqn.primitive.name]

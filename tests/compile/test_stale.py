@@ -1,4 +1,4 @@
-"""No stale answer: whatever carries a value into a trace, wherever that keeps it, whatever happens between calls.
+"""No stale answers: however a value enters a trace, wherever it is kept, and whatever happens between calls.
 
 The oracle is the closed form of the loss. Each weakening of the fingerprint has to show as a wrong answer.
 """
@@ -82,7 +82,7 @@ def of_rule(c: Any) -> Callable:
 
 
 def unseen(make: Callable) -> Callable:
-    """Not differentiated, so that the operation stays in the program as it is."""
+    """Not differentiated, so that the operation stays in the program."""
     return lambda c: lambda x: x + lax.stop_gradient(make(c)(lax.stop_gradient(x)) - x)
 
 
@@ -104,12 +104,12 @@ def repeated(c: Any) -> Callable:
 
 
 def counted(c: Any) -> Callable:
-    """x - k for the number of rounds k that the condition of a loop allows, which are c."""
+    """x - k for the number of rounds k that the condition of a loop allows, which is c."""
     return lambda x: x - lax.while_loop(lambda k: jitted(c)(k * jnp.ones(3))[0] < 0, lambda k: k + 1.0, 0.0)
 
 
 def rounds_by_vmap(c: Any) -> Callable:
-    """Under vmap the condition has an axis, and the loop cannot be made anew."""
+    """Under vmap the condition has an axis, and the loop cannot be rebuilt."""
     rounds = lambda x, n: lax.while_loop(lambda s: s[1] < n, lambda s: (jitted(c)(s[0]), s[1] + 1), (x, 0))[0]
     return lambda x: jax.vmap(rounds, (None, 0))(x, jnp.array([1, 2]))[0]
 
@@ -162,7 +162,7 @@ WRAPPERS: dict[str, Callable[[Any], Callable]] = {
 
 @contextlib.contextmanager
 def cleared() -> Any:
-    """JAX forgets its traces and compiled programs, and makes those that gdopt keeps anew."""
+    """Make JAX forget its traces and compiled programs, and rebuild those that gdopt keeps."""
     jax.clear_caches()
     yield
 
@@ -176,13 +176,13 @@ EVENTS: dict[str, Callable] = {
 
 
 def change(value: Any) -> None:
-    """In place, where that can be done."""
+    """Change it in place, if possible."""
     if isinstance(value, np.ndarray):
         value[...] = 50
 
 
 def stale_answers(wrapper: str, carrier: str, events: Any = EVENTS) -> list[str]:
-    """After which events an answer is not that of its own value."""
+    """Return the events after which an answer is not that of its own value."""
 
     def is_right(number: float, value: Any, x: Any) -> bool:
         loss = lambda x: jnp.sum(WRAPPERS[wrapper](value)(x) ** 2)
@@ -279,7 +279,7 @@ def test_nested_wrappers_at_random(names: list[str], carrier: str, events: list[
 
 
 def masked(mask: Any) -> optax.GradientTransformation:
-    """Plain descent at a rate of 0.1, of which a jitted function takes the masked part."""
+    """Plain descent at a rate of 0.1, with a jitted function for the masked part."""
     part = jax.jit(lambda g: jax.tree.map(lambda x: -0.1 * x * (mask[0] if np.ndim(mask) == 2 else mask), g))
     return optax.stateless(lambda updates, _: part(updates))
 
@@ -369,7 +369,7 @@ def test_minimize_sees_what_changed() -> None:
 
 
 def _without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on JAX 0.11, where one class is both: the arrays of nested traces are overlooked."""
+    """Overlook the arrays of nested traces, as on JAX 0.11, where one class is both."""
     monkeypatch.setattr(fingerprints, "_array", lambda array: (array.shape, array.dtype))
 
 
@@ -378,7 +378,7 @@ def _without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _without_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays that would be arguments stay in the kept program, and count for nothing."""
+    """Keep arrays that would be arguments in the program, and ignore them."""
     monkeypatch.setattr(fingerprints._Copier, "_hole", lambda self, array: array)
     monkeypatch.setattr(fingerprints, "_value", _blind(fingerprints._value, lambda value: isinstance(value, jax.Array)))
 
@@ -397,7 +397,7 @@ def _without_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _without_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program goes on to call the functions of its first run."""
+    """Let the program call the functions of its first run."""
     monkeypatch.setattr(program._Executable, "lease", lambda self, callbacks: True)
     monkeypatch.setattr(program._Executable, "release", lambda self: None)
 
@@ -446,7 +446,7 @@ def test_each_part_of_the_fingerprint_is_needed(name: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", ["arrays", "copies", "holes", "literals", "bodies", "parameters"])
-def test_the_self_check_tells(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_check_notices_a_weakened_fingerprint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check = fingerprints.is_reliable.__wrapped__
     assert check()
     WEAKENED[name][0](monkeypatch)
@@ -459,7 +459,7 @@ def _missing(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("part", ["opened", "consts", "bind", "inner_jaxprs", "is_jaxpr"])
-def test_where_traces_cannot_be_read_nothing_is_shared(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_shared_if_traces_cannot_be_read(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gdopt.clear_cache()
     monkeypatch.setattr(_jax, part, _missing)
     fingerprints.is_reliable.cache_clear()
@@ -493,7 +493,7 @@ def test_where_traces_cannot_be_read_nothing_is_shared(part: str, monkeypatch: p
 
 
 class Unknown:
-    """A parameter of an operation that nothing is known of, and that compares equal to all of its kind."""
+    """A parameter of an operation that gdopt knows nothing of, and that equals all of its kind."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -533,8 +533,8 @@ def test_the_aux_has_its_own_structure() -> None:
 
 
 @pytest.mark.parametrize("within", ["bare", "jit", "cond", "switch"])
-def test_what_a_kept_rule_reads_may_change(within: str) -> None:
-    """JAX keeps the trace of a branch, and calls the rule in it anew."""
+def test_a_kept_rule_may_read_what_changes(within: str) -> None:
+    """JAX keeps the trace of a branch, but calls the rule in it again."""
     scale = np.array(1.0, np.float32)
     scaled = jax.custom_vjp(lambda x: x * 1.0)
     scaled.defvjp(lambda x: (x * 1.0, None), lambda _, g: (g * scale,))
@@ -555,7 +555,7 @@ def test_what_a_kept_rule_reads_may_change(within: str) -> None:
 
 
 class Policy:
-    """Compares equal to others of another rate."""
+    """Compares equal to others with another rate."""
 
     def __init__(self, rate: float):
         self.rate = rate
@@ -569,7 +569,7 @@ class Policy:
         return (self.rate * g,)
 
 
-def test_rules_are_told_apart_by_themselves() -> None:
+def test_rules_are_distinguished_by_identity() -> None:
     def step(rate: float) -> Any:
         function = jax.custom_vjp(lambda x: x)
         function.defvjp(lambda x: (x, None), Policy(rate))
@@ -592,7 +592,7 @@ def test_functions_without_a_module_get_no_fingerprint() -> None:
         np.testing.assert_allclose(result.history.loss[0], loss(X), rtol=1e-6)
 
 
-def test_the_self_check_is_quick_and_made_once() -> None:
+def test_the_self_check_is_quick_and_runs_once() -> None:
     script = """
         import time, jax, numpy as np, gdopt
         from gdopt._compile import fingerprints
@@ -619,7 +619,7 @@ def test_the_self_check_is_quick_and_made_once() -> None:
     ),
 )
 @pytest.mark.parametrize("carrier", ["NumPy array", "JAX array", "large NumPy array", "large JAX array"])
-def test_no_array_of_the_callers_is_kept(wrapper: str, carrier: str) -> None:
+def test_no_array_of_the_caller_is_kept(wrapper: str, carrier: str) -> None:
     gdopt.clear_cache()
     array = CARRIERS[carrier](2.0)
     ref = weakref.ref(array)
@@ -629,6 +629,6 @@ def test_no_array_of_the_callers_is_kept(wrapper: str, carrier: str) -> None:
     assert ref() is None
 
 
-def test_a_kept_trace_is_another_object_only_where_it_has_to_be() -> None:
+def test_a_trace_is_copied_only_if_necessary() -> None:
     closed, _ = replays.trace(lambda x: lax.scan(lambda s, _: (jnp.sin(s), None), x, None, length=2)[0], X)
     assert fingerprints.copy(closed, replays.Mode.PROGRAM).jaxpr is _jax.opened(closed)

@@ -1,4 +1,4 @@
-"""Two real processes over gloo on loopback: the same result as one, one bar, and both end where one fails."""
+"""Two real processes over gloo on loopback: the same result as one, one bar, and both end if one fails."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(script: Path, processes: tuple[int, ...], *arguments: str) -> list[sub
 
 
 def run(case: str, processes: tuple[int, ...] = (0, 1)) -> list[tuple[int, str, str, float]]:
-    """Of each process its code, what it wrote, and when it ended."""
+    """Run both, and return the code, the output and the end of each."""
     return ended(start(SCRIPT, processes, case))
 
 
@@ -52,8 +52,8 @@ def ended(started: list[subprocess.Popen]) -> list[tuple[int, str, str, float]]:
             process.kill()
 
 
-def test_two_processes_come_to_what_one_comes_to() -> None:
-    """One test, as it takes half a minute to start and compile: see two_processes.py for the runs."""
+def test_two_processes_give_the_result_of_one() -> None:
+    """This is one test, because it takes half a minute to start and compile; two_processes.py has the runs."""
     alone, ran = run("same", processes=(-1,)), run("same")
     for code, _, errors, _ in alone + ran:
         assert code == 0, errors[-3000:]
@@ -113,8 +113,8 @@ def test_an_error_in_one_ends_both_with_its_message(case: str, messages: list[st
         pytest.param(1, "copied", marks=pytest.mark.slow),  # to each process, so that none has to write for another
     ],
 )
-def test_killed_at_any_moment_they_come_to_the_same_bits(kills: int, case: str, tmp_path: Path) -> None:
-    """And where the disk of one process refuses a save, both go on, and the next one is made."""
+def test_killed_at_any_moment_they_resume_bit_for_bit(kills: int, case: str, tmp_path: Path) -> None:
+    """If the disk of one process refuses a save, both continue, and the next save is made."""
     chance = random.Random(kills)
     saves = lambda: set(tmp_path.glob("run.*.gdopt"))
     for _ in range(kills):
@@ -146,7 +146,7 @@ def test_killed_at_any_moment_they_come_to_the_same_bits(kills: int, case: str, 
 
 
 @pytest.mark.slow
-def test_a_path_that_is_not_the_same_for_all(tmp_path: Path) -> None:
+def test_a_path_that_differs_between_processes(tmp_path: Path) -> None:
     for process in (0, 1):
         (tmp_path / str(process)).mkdir()
     answers = ended(start(KILLED, (0, 1), "elsewhere", str(tmp_path / "run")))

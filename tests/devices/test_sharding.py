@@ -1,4 +1,4 @@
-"""Params and data on many devices: see eight_devices.py, which needs a process of its own."""
+"""Params and data on many devices; eight_devices.py has the tests that need a process of their own."""
 
 from __future__ import annotations
 

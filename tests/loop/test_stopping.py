@@ -1,4 +1,4 @@
-"""The honest end: each status means what it says, has its sentence, and no bad update is ever returned."""
+"""Honest endings: each status means what it says, has its sentence, and no bad update is ever returned."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_convergence_has_no_zero_of_the_loss():
     ids=["warm-up", "tiny rates", "MultiSteps", "apply_every", "prodigy", "dog"],
 )
 def test_small_steps_are_not_taken_for_the_end(optimizer):
-    """Tests of the step size call all of these converged within a few steps."""
+    """Tests of the step size would call all of these converged within a few steps."""
     result = gdopt.minimize(quadratic, jnp.zeros(2), optimizer=optimizer)
     assert result.status == Status.CONVERGED
     assert result.loss < 1e-3 * 5.5
 
 
 @pytest.mark.filterwarnings("ignore:the gradient is exactly zero everywhere")
-def test_gradient_of_zero_is_converged_where_there_is_nothing_to_gain():
+def test_a_zero_gradient_is_converged_if_nothing_is_left_to_gain():
     for loss in (lambda x: jnp.sum((x - 1) ** 2), lambda x: 3.0 + 0 * jnp.sum(x)):
         result = minimize(loss, jnp.ones(2))
         assert (result.status, result.steps) == (Status.CONVERGED, 0)
@@ -129,14 +129,14 @@ def test_target_with_batches_is_the_mean_of_an_epoch():
 # MAX_STEPS
 
 
-def test_max_steps_is_a_failure_where_convergence_was_the_aim():
+def test_max_steps_is_a_failure_if_convergence_was_the_aim():
     result = minimize(max_steps=3)
     assert (result.status, result.steps, result.success) == (Status.MAX_STEPS, 3, False)
     assert result.message.startswith("stopped at max_steps=3 before it converged: the loss fell from 5.5 to ")
     assert "Raise max_steps" in result.message
 
 
-def test_max_steps_is_what_was_asked_where_the_loss_is_noisy():
+def test_max_steps_is_a_success_for_a_noisy_loss():
     loss = lambda x, row: jnp.mean((row - x) ** 2)
     run = lambda **more: gdopt.minimize(
         loss, 0.0, data=np.arange(8.0, dtype=np.float32), batch_size=2, learning_rate=0.01, **more
@@ -147,7 +147,7 @@ def test_max_steps_is_what_was_asked_where_the_loss_is_noisy():
     assert run(epochs=2, target=0.0).status == Status.MAX_STEPS
 
 
-def test_a_loss_that_never_fell_is_said():
+def test_the_message_says_that_the_loss_never_decreased():
     result = minimize(lambda x: jnp.sum(jnp.abs(x)), jnp.full(2, 0.3), learning_rate=1.0, max_steps=10)
     assert "the loss never fell below its start" in result.message
     assert "learning_rate" in result.message
@@ -157,7 +157,7 @@ def test_a_loss_that_never_fell_is_said():
 # PRECISION_LIMIT
 
 
-def test_precision_limit_ends_what_cannot_improve():
+def test_precision_limit_ends_runs_that_cannot_improve():
     result = minimize(lambda x: 1000 + quadratic(x), tol=0)  # rounding hides the rest of the gain
     assert (result.status, result.success) == (Status.PRECISION_LIMIT, True)
     assert result.steps < 5000
@@ -181,7 +181,7 @@ def test_restart_at_the_answer_ends_at_once_and_is_no_worse():
 
 
 def test_swinging_is_no_precision_limit():
-    """Momentum overshoots for hundreds of steps without a new best, and is on its way all the same."""
+    """Momentum overshoots for hundreds of steps without a new best, but still makes progress."""
     heavy = lambda rate: optax.sgd(rate, momentum=0.999)
     result = gdopt.minimize(lambda x: jnp.sum(x**2), jnp.ones(1), optimizer=heavy, learning_rate=1e-5, max_steps=10_000)
     assert result.status in (Status.CONVERGED, Status.MAX_STEPS)
@@ -193,7 +193,7 @@ def test_swinging_is_no_precision_limit():
 
 @given(st.floats(2.2, 50.0), st.floats(0.01, 100.0), st.floats(-1e3, 1e3))
 @settings(max_examples=12)
-def test_divergence_is_told_and_its_advice_helps(times, curvature, offset):
+def test_divergence_is_reported_and_its_advice_helps(times, curvature, offset):
     loss = lambda x, curvature, offset: 0.5 * curvature * jnp.sum(x**2) + offset
     options = {"args": (curvature, offset), "max_steps": 3000, "tol": 1e-2}
     run = lambda rate: gdopt.minimize(loss, jnp.full(2, 3.0), learning_rate=rate, **options)
@@ -239,7 +239,7 @@ def test_overshoot_that_recovers_is_no_divergence():
 
 
 @pytest.mark.parametrize("with_batches", [False, True])
-def test_a_nan_never_comes_back(with_batches):
+def test_a_nan_is_never_returned(with_batches):
     """The square root ends at 0; a step beyond it is NaN."""
     loss = lambda x, *_: jnp.sum(jnp.sqrt(x)) + jnp.sum(x)
     data = {"data": np.zeros(4, np.float32), "batch_size": 2} if with_batches else {}
@@ -260,21 +260,21 @@ def test_nan_is_not_taken_for_convergence():
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
-def test_an_infinite_loss_with_a_finite_gradient_is_said_and_nothing_else(value):
-    """The difference of two infinities would be another warning, of NumPy's: an error here."""
+def test_an_infinite_loss_with_a_finite_gradient_is_reported_without_a_warning(value):
+    """The difference of two infinities would be a warning of NumPy's, which is an error here."""
     result = minimize(lambda x, value: value + jnp.sum(x**2), jnp.ones(2), args=(value,))
     assert (result.status, result.steps, result.loss) == (Status.NON_FINITE, 0, value)
     assert f"the loss is {value} at the start" in result.message
 
 
-def test_a_loss_that_is_not_finite_at_the_start_is_said():
+def test_a_loss_that_is_not_finite_at_the_start_is_reported():
     result = minimize(lambda x: jnp.sum(jnp.log(x)))
     assert (result.status, result.steps) == (Status.NON_FINITE, 0)
     assert result.message.startswith("the loss is -inf at the start")
     np.testing.assert_array_equal(result.params, np.zeros(2))
 
 
-def test_a_gradient_that_is_not_finite_is_said():
+def test_a_gradient_that_is_not_finite_is_reported():
     result = minimize(lambda x: jnp.sum(jnp.sqrt(x)))
     assert result.status == Status.NON_FINITE
     assert result.message.startswith("the gradient norm is inf at the start")
@@ -294,8 +294,8 @@ def test_a_schedule_that_gives_nan_is_named():
 
 
 @pytest.mark.parametrize("rate", [5.0, 1.5])
-def test_after_a_blow_up_of_no_quadratic_the_curvature_tells_a_rate(rate):
-    """The gradient grows 1e22-fold in a step: by the formula for quadratics, a rate of 1e-23 would be wanted."""
+def test_after_a_blow_up_the_curvature_suggests_a_rate(rate):
+    """The gradient grows 1e22-fold in a step, so the formula for quadratics would suggest a rate of 1e-23."""
     loss = lambda x: jnp.sum(jnp.exp(x**2))
     message = minimize(loss, jnp.ones(2), learning_rate=rate).message
     assert message.endswith("Try a learning_rate below 0.12.")  # 2 / L with L = 6e at 1
@@ -303,14 +303,14 @@ def test_after_a_blow_up_of_no_quadratic_the_curvature_tells_a_rate(rate):
 
 
 @pytest.mark.parametrize("options", [{"optimizer": optax.adam}, {}])
-def test_a_rate_of_zero_and_one_that_changes_nothing_are_told_from_a_large_one(options):
+def test_zero_and_tiny_rates_get_their_own_advice(options):
     still = minimize(learning_rate=lambda step: 0.0, max_steps=4, **options)
     assert still.message.endswith("The learning rate was 0 at each step. With one above 0 the loss can fall.")
     tiny = minimize(params=jnp.full(2, 2.0), learning_rate=1e-30, max_steps=4, **options)
     assert tiny.message.endswith("It has not changed at all: raise max_steps, or try a larger learning_rate.")
 
 
-def test_an_optimizer_that_ascends_is_told_what_it_may_lack():
+def test_the_message_says_what_an_ascending_optimizer_may_lack():
     result = gdopt.minimize(quadratic, jnp.zeros(2), optimizer=optax.scale_by_adam(), max_steps=50)
     assert "needs optax.scale_by_learning_rate(...) as its last" in result.message
 
@@ -344,7 +344,7 @@ def test_throw_and_raise_for_status_carry_the_result():
     assert good.raise_for_status() is good
 
 
-def test_the_message_of_mini_batches_tells_the_means_of_whole_epochs() -> None:
+def test_the_message_of_mini_batches_has_the_means_of_whole_epochs() -> None:
     loss = lambda x, row: jnp.mean((row - x) ** 2)
     rows = np.arange(8.0, dtype=np.float32)
     run = lambda epochs: gdopt.minimize(loss, 0.0, data=rows, batch_size=2, learning_rate=0.01, epochs=epochs)

@@ -1,4 +1,4 @@
-"""Inside of jit, vmap and grad a run is one while_loop with the same numbers, and its minimum has derivatives."""
+"""Inside jit, vmap and grad a run is one while_loop with the same numbers, and its minimum has derivatives."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FAST = ("spectral", "batches, keys", "averaged, no best")  # of each kind; the o
 @pytest.mark.parametrize(
     "options", [pytest.param(CALLS[name], id=name, marks=() if name in FAST else pytest.mark.slow) for name in CALLS]
 )
-def test_inside_jit_it_comes_to_the_same(options: dict[str, Any]) -> None:
+def test_inside_jit_the_result_is_the_same(options: dict[str, Any]) -> None:
     options = {"max_steps": 40, **options}
     loss = options.pop("loss", fit)
     outside = gdopt.minimize(loss, START, **options)
@@ -79,7 +79,7 @@ def test_inside_jit_it_comes_to_the_same(options: dict[str, Any]) -> None:
     assert inside.history is None
 
 
-def test_it_is_one_loop_without_host_visits() -> None:
+def test_it_is_one_loop_without_host_callbacks() -> None:
     jaxpr = str(jax.make_jaxpr(lambda x: gdopt.minimize(quadratic, x).params)(jnp.zeros(3)))
     assert (
         jaxpr.count("while[") == 3
@@ -138,7 +138,7 @@ def test_a_vmap_equals_one_run_after_the_other() -> None:
         np.testing.assert_allclose(many.params[k], one.params, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_that_has_ended_does_not_change_while_the_slowest_goes_on() -> None:
+def test_a_run_that_has_ended_does_not_change_while_the_slowest_continues() -> None:
     rates = jnp.array([0.2, 0.1, 1e-3, 30.0])
     sweep = jax.jit(jax.vmap(lambda rate: gdopt.minimize(quadratic, jnp.zeros(3), learning_rate=rate, max_steps=500)))
     together = sweep(rates)
@@ -184,7 +184,7 @@ def x64():
 
 @pytest.fixture
 def ridge(x64):
-    """The data, minimize's solution by penalty and data, and the closed form."""
+    """Return the data, minimize's solution by penalty and data, and the closed form."""
     X, y = load_diabetes(return_X_y=True)
     X, y = jnp.asarray(X / X.std(0)), jnp.asarray((y - y.mean()) / y.std())
 
@@ -287,7 +287,7 @@ def test_params_that_the_loss_ignores_do_no_harm(x64) -> None:
 
 
 def test_the_minimum_moves_with_params_that_are_held(x64) -> None:
-    """Those that ``trainable`` leaves out are what the loss depends on, like its args."""
+    """The loss depends on the params that ``trainable`` leaves out, as on its args."""
 
     def run(held):
         loss = lambda p: (p["x"] - 3 * p["held"]) ** 2
@@ -298,7 +298,7 @@ def test_the_minimum_moves_with_params_that_are_held(x64) -> None:
 
 
 def decayed(rate: Any, x: Any) -> jax.Array:
-    """x e^-rate, by an integration whose derivative rule is one for reverse mode alone."""
+    """x e^-rate, by an integration whose derivative rule is for reverse mode alone."""
     return odeint(lambda y, _, rate: -rate * y, x, jnp.array([0.0, 1.0], x.dtype), rate, rtol=1e-7, atol=1e-7)[-1]
 
 
@@ -320,8 +320,8 @@ def test_losses_with_rules_for_reverse_mode_alone_have_derivatives(x64) -> None:
     np.testing.assert_allclose(backward, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_constants_of_the_loss_are_not_differentiated_by() -> None:
-    """A rule that closes over one would not allow it."""
+def test_constants_of_the_loss_are_not_differentiated() -> None:
+    """A rule that closes over a constant would not allow that."""
     scale = jnp.array([1.0, 2.0])
     scaled = jax.custom_vjp(lambda x: scale * x)
     scaled.defvjp(lambda x: (scale * x, None), lambda _, g: (scale * g,))
@@ -330,7 +330,7 @@ def test_constants_of_the_loss_are_not_differentiated_by() -> None:
 
 
 def rule_of_a_computed_value(kind: Any) -> Any:
-    """A loss with a derivative rule that closes over a value which the loss computes."""
+    """Return a loss with a derivative rule that closes over a value which the loss computes."""
 
     def loss(x: Any, data: Any) -> Any:
         size = 2 * jnp.mean(data)
@@ -362,7 +362,7 @@ def test_rules_may_close_over_what_the_loss_computes(kind: Any) -> None:
     np.testing.assert_allclose(jax.grad(minimum)(0.5), 1, rtol=1e-3)
 
 
-def test_no_derivative_where_there_is_none() -> None:
+def test_failed_runs_and_infinite_derivatives_give_nan() -> None:
     unfinished = lambda a: gdopt.minimize(quadratic, jnp.zeros(3), args=(a,), learning_rate=1e-3, max_steps=3)
     assert not jax.jit(unfinished)(1.0).success
     assert np.isnan(jax.jit(jax.jacrev(lambda a: unfinished(a).params))(1.0)).all()
@@ -374,8 +374,8 @@ def test_no_derivative_where_there_is_none() -> None:
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
-def test_of_more_params_than_rows_the_derivative_has_least_norm(derivative, x64: bool) -> None:
-    """That of (5, 12) rows by their results is the pseudo-inverse; by the rows, the least dw with A dw = -dA w."""
+def test_with_more_params_than_rows_the_derivative_has_least_norm(derivative, x64: bool) -> None:
+    """By the results of (5, 12) rows it is the pseudo-inverse; by the rows, the least dw with A dw = -dA w."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(x64):
         rows, results, way = (jnp.asarray(rng.normal(size=shape), float) for shape in ((5, 12), 5, (5, 12)))
@@ -390,8 +390,8 @@ def test_of_more_params_than_rows_the_derivative_has_least_norm(derivative, x64:
 
 
 @pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
-def test_of_a_minimum_that_jumps_there_is_no_derivative(derivative) -> None:
-    """Of two equal columns either may have all of the weight as soon as they differ; the results move none of this."""
+def test_a_minimum_that_jumps_has_no_derivative(derivative) -> None:
+    """Either of two equal columns may get all of the weight once they differ. The results move none of this."""
     rng = np.random.default_rng(0)
     column, results = rng.normal(size=5).astype("f4"), rng.normal(size=5).astype("f4")
     rows, way = np.stack([column, column], 1), np.stack([results, np.ones(5, "f4")], 1)
@@ -403,7 +403,7 @@ def test_of_a_minimum_that_jumps_there_is_no_derivative(derivative) -> None:
 
 @pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("options", ["batches", pytest.param("batches, keys", marks=pytest.mark.slow)])
-def test_through_mini_batches_there_is_no_derivative(derivative, options: str) -> None:
+def test_mini_batch_runs_have_no_derivative(derivative, options: str) -> None:
     call = {"max_steps": 3, **CALLS[options]}
     loss = call.pop("loss", fit)
     run = lambda b: gdopt.minimize(loss, {**START, "b": b}, **call).params["b"]
@@ -416,7 +416,7 @@ def test_through_mini_batches_there_is_no_derivative(derivative, options: str) -
 # ------------------------------------------------------------------------------------------------------- the result
 
 
-def test_a_result_comes_out_of_a_jit() -> None:
+def test_a_jit_may_return_a_result() -> None:
     result = jax.jit(lambda x: gdopt.minimize(quadratic, x))(jnp.zeros(3))
     assert result.raise_for_status() is result
     assert repr(result).startswith("gdopt.Result")
@@ -435,7 +435,7 @@ def test_many_results_are_raised_as_one() -> None:
     assert "float32[4, 3]" in repr(results)
 
 
-def test_a_traced_result_cannot_be_raised_but_printed() -> None:
+def test_a_traced_result_can_be_printed_but_not_raised() -> None:
     def run(x):
         result = gdopt.minimize(quadratic, x)
         assert "float32[3]" in repr(result)
@@ -455,14 +455,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_needs_the_host_is_refused(options: dict[str, Any], message: str) -> None:
+def test_arguments_that_need_the_host_are_refused(options: dict[str, Any], message: str) -> None:
     options = {"args": (ROWS,)} | options if "data" not in options else options
     with pytest.raises(gdopt.InputError, match=message):
         jax.jit(lambda b: gdopt.minimize(fit, {**START, "b": b}, **options).params)(0.5)
 
 
 @pytest.mark.parametrize("how", [jax.grad, jax.jacfwd])
-def test_derivatives_by_what_moves_the_gradient_of_one_leaf_alone(how: Any) -> None:
+def test_derivatives_by_a_value_that_moves_the_gradient_of_one_leaf(how: Any) -> None:
     def solution(target: Any) -> jax.Array:
         loss = lambda p: (p["a"] - target) ** 2 + 2 * (p["b"] - p["a"]) ** 2 + jnp.sum(p["c"] ** 2)
         return gdopt.minimize(loss, {"a": 0.0, "b": 0.0, "c": jnp.ones(2)}, tol=1e-8).params["b"]

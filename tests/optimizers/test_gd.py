@@ -87,7 +87,7 @@ def test_each_step_descends_for_every_rate_up_to_one_over_L(family, seed, n, fra
 
 @pytest.mark.parametrize("family", [quadratic, huber])
 def test_the_descent_property_can_fail(family):
-    """Beyond 2/L it does, so the property above is no tautology."""
+    """Beyond 2/L it fails, so the property above is no tautology."""
     with jax.enable_x64(True):
         loss, n, smoothness = family(0, 2)
         x = jnp.asarray([30.0, -20.0]) if family is quadratic else jnp.zeros(n)
@@ -183,7 +183,7 @@ def test_step_inside_jit_scan_and_vmap():
     assert losses.shape == (4, 100)
 
 
-def test_step_carries_what_is_no_array():
+def test_step_carries_leaves_that_are_not_arrays():
     model = eqx.nn.MLP(2, "scalar", 4, 1, activation=jnp.tanh, key=jax.random.key(0))
     new, value = gdopt.gd_step(lambda model, x: model(x) ** 2, model, 0.1, jnp.ones(2))
     assert new.activation is model.activation

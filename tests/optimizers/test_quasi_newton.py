@@ -1,4 +1,4 @@
-"""``gdopt.quasi_newton``: alone in a loop of somebody else's, and as ``minimize``'s default."""
+"""``gdopt.quasi_newton``: in a hand-written loop, and as ``minimize``'s default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START = jnp.array([-1.2, 1.0])
 
 
 def descend(loss: Any, params: Any, steps: int, optimizer: Any = None) -> tuple[Any, jax.Array]:
-    """A loop as anybody writes it: the optimizer's state, and the loss at each evaluation."""
+    """A hand-written loop: the optimizer's state, and the loss at each evaluation."""
     optimizer = optimizer or gdopt.quasi_newton()
 
     def step(carry: Any, _: None) -> Any:
@@ -88,14 +88,14 @@ def test_complex_params_are_pairs_of_real_ones() -> None:
     np.testing.assert_allclose(result.params, 1 + 2j, atol=1e-3)
 
 
-def test_trials_out_of_the_domain_are_taken_back() -> None:
+def test_trials_out_of_the_domain_are_undone() -> None:
     loss = lambda x: jnp.sum(x - jnp.log(x) + 100 * jnp.log(x) ** 2)
     result = gdopt.minimize(loss, jnp.array([3e-4, 50.0]))
     assert result.success, result
     np.testing.assert_allclose(result.params, 1, rtol=0.01)
 
 
-def test_it_runs_side_by_side() -> None:
+def test_it_runs_in_a_vmap() -> None:
     starts = jnp.stack([START, START + 0.5, START - 0.3])
     both = jax.vmap(lambda start: descend(rosenbrock, start, 80)[0].value)(starts)
     for start, value in zip(starts, both, strict=True):
@@ -118,7 +118,7 @@ def test_the_state_holds_two_trees_for_each_pair_and_three_more() -> None:
         assert entries <= (2 * memory + 3) * 1000 + memory**2 + memory + 20
 
 
-def test_the_default_says_what_ran() -> None:
+def test_the_message_of_the_default_names_the_optimizer() -> None:
     result = gdopt.minimize(rosenbrock, START)
     assert result.message.endswith("The optimizer was gdopt.quasi_newton.")
     same = gdopt.minimize(rosenbrock, START, optimizer=gdopt.quasi_newton())
@@ -147,7 +147,7 @@ def test_bad_memory(memory: Any) -> None:
 
 
 @pytest.mark.parametrize("noise", [{"with_key": True}, {"data": np.ones((8, 2), "f4"), "batch_size": 4}])
-def test_not_for_noisy_losses(noise: dict) -> None:
+def test_noisy_losses_are_refused(noise: dict) -> None:
     loss = lambda x, *rest, key=None: jnp.sum(x**2)
     with pytest.raises(InputError, match=r"Pass gdopt\.gd with a learning_rate, or leave batch_size out"):
         gdopt.minimize(loss, jnp.ones(2), optimizer=gdopt.quasi_newton(), **noise)

@@ -1,4 +1,4 @@
-"""``gdopt.spectral``: the rate that nobody gives, alone in a loop of somebody else's and as ``minimize``'s default."""
+"""``gdopt.spectral``: finds the rate, in a hand-written loop and as the default rate of `gd`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluate(loss: Any, params: Any) -> tuple[jax.Array, Any]:
 
 
 def descend(loss: Any, params: Any, steps: int) -> tuple[Any, Any, jax.Array]:
-    """A loop as anybody writes it: the last trial point, the optimizer's state, the loss at each evaluation."""
+    """A hand-written loop: the last trial point, the optimizer's state, the loss at each evaluation."""
     optimizer = gdopt.spectral()
 
     def step(carry: Any, _: None) -> Any:
@@ -53,7 +53,7 @@ def descend(loss: Any, params: Any, steps: int) -> tuple[Any, Any, jax.Array]:
 
 # Each compiles for a second: one of each kind is run, the others and float64 with `make test-slow`.
 DTYPES = [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)]
-USUAL = {"rosenbrock", "complex"}  # some others go further down in `test_all_that_the_dtype_gives`
+USUAL = {"rosenbrock", "complex"}  # some others go further down in `test_tol_zero_reaches_the_precision_of_the_dtype`
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,7 +75,7 @@ def test_ill_conditioned_quadratics(condition: float, most: int) -> None:
     assert result.status == Status.TARGET_REACHED, result
 
 
-def test_quadratic_in_two_dimensions_ends_soon() -> None:
+def test_a_quadratic_in_two_dimensions_ends_soon() -> None:
     """Huang et al.'s rate is made for it."""
     loss = lambda x, condition: x[0] ** 2 + condition * x[1] ** 2
     for condition in (10.0, 1e3, 1e5):
@@ -92,7 +92,7 @@ def in_units(x: jax.Array, of_loss: Any, of_params: Any) -> jax.Array:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_units_change_nothing(dtype: Any) -> None:
-    """With powers of two each rounding is the same and so is every bit of the run, with powers of ten nearly."""
+    """With powers of two every rounding and every bit of the run stay the same, with powers of ten nearly so."""
     with jax.enable_x64(dtype == np.float64):
         start, unit = jnp.asarray(START, dtype), jnp.ones((), dtype)
         expected = gdopt.minimize(in_units, start, args=(unit, unit))
@@ -119,7 +119,7 @@ def test_gradients_whose_squares_leave_float32(factor: float) -> None:
 # --- it comes back ---
 
 
-def test_trials_outside_of_the_domain_are_taken_back() -> None:
+def test_trials_outside_of_the_domain_are_undone() -> None:
     """-log is NaN left of 0, where the first steps lead."""
     loss = lambda x: jnp.sum(x - jnp.log(x) + 100 * jnp.log(x) ** 2)
     result = gdopt.minimize(loss, jnp.array([3e-4, 50.0]))
@@ -128,8 +128,8 @@ def test_trials_outside_of_the_domain_are_taken_back() -> None:
     np.testing.assert_allclose(result.params, 1, rtol=0.01)
 
 
-def test_overshoot_is_taken_back_without_loss_of_digits() -> None:
-    """From 1e20 there is no way back to 1.234567 in one addition of float32: the state remembers the point itself."""
+def test_overshoot_is_undone_without_loss_of_digits() -> None:
+    """No single float32 addition leads from 1e20 back to 1.234567, so the state holds the point itself."""
     optimizer, x = gdopt.spectral(), jnp.array([1.234567, -0.5])
     loss = lambda x: jnp.sum((x - 1) ** 2)
     value, grad = evaluate(loss, x)
@@ -148,7 +148,7 @@ def test_overshoot_is_taken_back_without_loss_of_digits() -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_params_stay_in_the_range_of_their_dtype(dtype: Any) -> None:
-    """Where the gradient never changes the rate grows tenfold; a trial at infinity could not be taken back."""
+    """If the gradient never changes, the rate grows tenfold. A trial at infinity could not be undone."""
     with jax.enable_x64(dtype == np.float64):
         run = jax.jit(lambda x, slope: descend(lambda x: jnp.sum(slope * x.astype(float)), x, 700))
         for slope in (1.0, 1e-3, 1e3):
@@ -178,8 +178,8 @@ def test_restart_at_the_minimum(dtype: Any, tol: float) -> None:
 @pytest.mark.parametrize(
     "name", some_of(["logistic", "rosenbrock", "wood", "pseudo_huber"], ["logistic", "wood", "pseudo_huber"])
 )
-def test_all_that_the_dtype_gives(name: str, dtype: Any) -> None:
-    """With a tol of zero a loss that is not zero at its minimum ends at the limit of its precision, with success."""
+def test_tol_zero_reaches_the_precision_of_the_dtype(name: str, dtype: Any) -> None:
+    """A loss that is not zero at its minimum then ends at the limit of its precision, with success."""
     problem = PROBLEMS[name]
     with jax.enable_x64(dtype == np.float64):
         result = gdopt.minimize(lambda x: problem.loss(x) + 1, problem.at(dtype).start, tol=0)
@@ -211,7 +211,7 @@ def test_losses_without_a_minimum(name: str, dtype: Any) -> None:
     assert np.isfinite(result.loss)
 
 
-def test_an_infinite_fall_is_named() -> None:
+def test_a_fall_to_minus_infinity_is_named() -> None:
     result = gdopt.minimize(lambda x: -jnp.sum(x**2), jnp.ones(2))
     assert "it has no lower bound" in result.message
 
@@ -225,15 +225,15 @@ def test_flat_losses() -> None:
 
 @pytest.mark.parametrize("start", [1.0, 0.3, -7.7])
 def test_absolute_value(start: float) -> None:
-    """No gradient tells how near the kink is, but the search halves its way to it, and ends."""
+    """No gradient tells how near the kink is, but the search keeps halving its way to it, and ends."""
     result = gdopt.minimize(jnp.abs, start)
     assert result.status in (Status.CONVERGED, Status.PRECISION_LIMIT), result
     assert result.loss < 1e-6 * abs(start)
     assert result.steps < 5000
 
 
-def test_a_plateau_beyond_is_no_minimum() -> None:
-    """Where the gradient has vanished altogether, higher up than the best point."""
+def test_a_plateau_above_the_best_point_is_no_minimum() -> None:
+    """The gradient has vanished altogether there."""
     well = lambda x: 1 - jnp.exp(-(x**2)) + 1e-4 * jnp.sin(x) ** 2 * jnp.exp(-(x**2))
     for start in (1e-3, 0.5, 1.5, 2.5, 3.5):
         result = gdopt.minimize(well, start)
@@ -241,8 +241,8 @@ def test_a_plateau_beyond_is_no_minimum() -> None:
         assert abs(result.params) < 0.05
 
 
-def test_a_plateau_is_taken_back() -> None:
-    """Though its loss is below the average that a new point is measured against."""
+def test_a_step_onto_a_plateau_is_undone() -> None:
+    """This holds although its loss is below the average that a new point is compared with."""
     optimizer, x = gdopt.spectral(), jnp.array([1.0])
     state = optimizer.init(x)
     numbers = {"accepted": jnp.int32(9), "weight": jnp.float32(9), "reference": jnp.float32(5), "value": jnp.float32(2)}
@@ -253,7 +253,7 @@ def test_a_plateau_is_taken_back() -> None:
 
 
 def test_a_point_that_no_step_leaves() -> None:
-    """Finite at the start alone: said to be so, and not to be a minimum."""
+    """The loss is finite only at the start. The message says so, and does not claim a minimum."""
     loss = lambda x: jnp.where(x == 1, x, jnp.nan)
     result = gdopt.minimize(loss, 1.0)
     assert (result.status, result.success) == (Status.STALLED, False)
@@ -266,7 +266,7 @@ def test_start_that_is_not_finite() -> None:
     assert (result.status, result.steps) == (Status.NON_FINITE, 0)
 
 
-def test_a_loss_of_minus_infinity_ends_it() -> None:
+def test_a_loss_of_minus_infinity_ends_the_run() -> None:
     result = gdopt.minimize(lambda x: jnp.where(x > 0, x, -jnp.inf), 1.0)
     assert result.status == Status.NON_FINITE
     assert result.params > 0
@@ -286,7 +286,7 @@ def quartic(x: jax.Array, c: jax.Array) -> jax.Array:
 
 @given(polynomials(), st.sampled_from([0.0, 1e-8, TOL, 1e-1]))
 def test_never_worse_than_given(case: tuple[list[float], list[float]], tol: float) -> None:
-    """Whatever the loss: the best point that was seen comes back, finite, with its own loss."""
+    """For any loss, the best point seen is returned, finite, with its own loss."""
     coefficients, start = (jnp.array(numbers, jnp.float32) for numbers in case)
     result = gdopt.minimize(quartic, start, args=(coefficients,), tol=tol, max_steps=300)
     assert np.isfinite(result.params).all()
@@ -298,7 +298,7 @@ def test_never_worse_than_given(case: tuple[list[float], list[float]], tol: floa
 # --- it is an optax transformation like others ---
 
 
-def test_minimize_repeats_a_loop_by_hand() -> None:
+def test_minimize_repeats_a_hand_written_loop() -> None:
     result = gdopt.minimize(rosenbrock, START, optimizer=gdopt.gd)
     _, state, values = descend(rosenbrock, START, result.steps + 1)
     np.testing.assert_allclose(result.history.loss[:30], values[:30], rtol=1e-3)
@@ -358,7 +358,7 @@ def test_vmap_is_each_run_alone() -> None:
 
 @pytest.mark.slow
 def test_in_a_chain() -> None:
-    """What others make of its updates changes the step and not the sense: the step is read off the params."""
+    """Other transformations change its steps but not its search, which reads each step off the params."""
     for optimizer in (
         optax.chain(optax.clip_by_global_norm(1e3), gdopt.spectral(), optax.scale(0.7)),
         optax.masked(gdopt.spectral(), {"x": True, "y": False}),
@@ -401,7 +401,7 @@ def test_history_and_message_tell_the_rates() -> None:
 # --- bad input ---
 
 
-def test_all_of_the_data_at_each_step_is_a_full_batch() -> None:
+def test_all_of_the_data_in_each_step_is_a_full_batch() -> None:
     data = np.arange(6, dtype=np.float32)
     result = gdopt.minimize(lambda w, batch: jnp.mean((batch - w) ** 2), 0.0, data=data)
     assert result.status == Status.CONVERGED

@@ -1,4 +1,4 @@
-"""Of a run that ended in NaN or infinity: what the message says, and what ``diagnose`` finds."""
+"""Runs that ended in NaN or infinity: their messages, and what ``diagnose`` finds."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run(loss, params, learning_rate=1.0, max_steps=50, **options):
 
 
 def steep(x):
-    """Down to where something is not defined."""
+    """A slope that leads to where something is not defined."""
     return jnp.sum(3 * x)
 
 
 def is_at(place, function, text):
-    """Whether a place is a line of a function, by its number, that has this text."""
+    """Return whether a place is a line of a function, by its number, that has this text."""
     lines, first = inspect.getsourcelines(function)
     file = inspect.getsourcefile(function)
     places = [f"{file}, line {first + k}, in " for k, line in enumerate(lines) if text in line]
@@ -127,7 +127,7 @@ def test_the_operation_and_its_line_are_found(loss) -> None:
     assert "the loss is NaN. The first NaN was made by log, of " in found.message
 
 
-def test_a_nan_of_infinities_is_followed_to_both() -> None:
+def test_a_nan_from_infinities_is_followed_to_their_origin() -> None:
     def loss(x):
         large = jnp.exp(-40 * x)
         return steep(x) + jnp.sum(large - 2 * large)
@@ -138,7 +138,7 @@ def test_a_nan_of_infinities_is_followed_to_both() -> None:
     assert "The infinity was made by exp, of " in found.message
 
 
-def test_in_a_scan_infinity_is_of_an_earlier_round_than_nan() -> None:
+def test_an_infinity_from_an_earlier_round_of_a_scan() -> None:
     def loss(x):
         def body(carry, row):
             large, _ = carry
@@ -153,7 +153,7 @@ def test_in_a_scan_infinity_is_of_an_earlier_round_than_nan() -> None:
     assert "and 1e+10" in found.message
 
 
-def test_the_branch_that_was_not_picked() -> None:
+def test_the_unpicked_branch_of_a_where() -> None:
     def loss(x):
         return steep(x) + jnp.sum(jnp.where(x > 0, jnp.sqrt(x), 0.0))
 
@@ -167,7 +167,7 @@ def test_the_branch_that_was_not_picked() -> None:
     assert gdopt.minimize(lambda x: loss(x) + x[0] ** 2, jnp.ones(2), learning_rate=0.01, max_steps=1).steps == 1
 
 
-def test_of_two_inputs_it_is_the_one_with_nan_in_the_same_place() -> None:
+def test_the_input_with_nan_in_the_same_place_is_followed() -> None:
     def loss(x):
         picked = jnp.log(x)
         other = lax.stop_gradient(jnp.sqrt(x * jnp.array([1.0, 0.0])))
@@ -177,7 +177,7 @@ def test_of_two_inputs_it_is_the_one_with_nan_in_the_same_place() -> None:
     assert found.primitive == "log"
 
 
-def test_an_infinity_alone() -> None:
+def test_an_infinity_without_nan() -> None:
     found = gdopt.diagnose(run(lambda x: jnp.sum(1.0 / (x - 1.0) ** 2), jnp.ones(2)))
     assert found.primitive == "div"
     assert "the loss is infinite. The first infinity was made by div, of 1 and [0, 0]" in found.message
@@ -202,7 +202,7 @@ def test_a_constant_of_the_loss() -> None:
     ],
     ids=["full batch", "batches", "stream"],
 )
-def test_nan_in_the_data_is_named_in_place_of_a_rate(options) -> None:
+def test_nan_in_the_data_is_named_instead_of_a_rate(options) -> None:
     result = run(lambda w, x: jnp.mean((x @ w - 1) ** 2), jnp.ones(3), 0.1, **options)
     assert "data holds NaN. " in result.message
     assert "Leave out what is NaN, or fill it" in result.message
@@ -213,8 +213,8 @@ def test_nan_in_the_data_is_named_in_place_of_a_rate(options) -> None:
     assert found.message.endswith(", 1].")
 
 
-def test_nan_in_the_data_that_is_left_out_by_the_loss_is_not_blamed() -> None:
-    """A usual way to mark what is missing."""
+def test_nan_in_data_that_the_loss_skips_is_not_blamed() -> None:
+    """NaN often marks missing values."""
     result = run(lambda w, x: jnp.sum(jnp.exp((jnp.nan_to_num(x) @ w) ** 2)), jnp.ones(3), data=DEFECT)
     assert "holds NaN" not in result.message
     assert "Try a learning_rate" in result.message
@@ -237,12 +237,12 @@ def test_nan_in_held_params_is_named() -> None:
 @pytest.mark.parametrize(
     ("number", "named"), [(float("nan"), "args[0]: it is nan"), (float("inf"), "args[0]: it is inf")]
 )
-def test_numbers_that_are_no_arrays(number, named) -> None:
+def test_nan_in_python_numbers(number, named) -> None:
     result = run(lambda x, s: jnp.sum(x * s), jnp.ones(2), args=(number,))
     assert named in gdopt.diagnose(result).message
 
 
-def test_constants_that_are_no_arrays() -> None:
+def test_nan_in_python_constants() -> None:
     masked = lambda x: jnp.sum(jax.nn.softmax(jnp.where(jnp.array([True, True]), -jnp.inf, x)) * x)
     assert gdopt.diagnose(run(masked, jnp.ones(2))).primitive == "sub"
     found = gdopt.diagnose(run(lambda s: -jnp.where(s < 0, s - 1.0, -jnp.inf), 1.0))
@@ -250,7 +250,7 @@ def test_constants_that_are_no_arrays() -> None:
 
 
 @pytest.mark.parametrize("together", [jnp.stack, jnp.concatenate])
-def test_the_part_of_several_that_is_used_is_the_one_that_is_named(together) -> None:
+def test_the_part_that_is_used_is_the_one_that_is_named(together) -> None:
     def loss(x):
         unused = jnp.sqrt(-1 - x**2)
         used = jnp.log(x - 2)
@@ -261,7 +261,7 @@ def test_the_part_of_several_that_is_used_is_the_one_that_is_named(together) -> 
     assert is_at(found.place, loss, "used = jnp.log")
 
 
-def test_loops_side_by_side_that_are_of_other_lengths() -> None:
+def test_loops_of_different_lengths_side_by_side() -> None:
     def loss(x):
         rounds = lambda a, n: lax.fori_loop(0, n, lambda _, c: jnp.log(c), a)
         return jnp.sum(x) + jnp.sum(jax.vmap(rounds)(lax.stop_gradient(x), jnp.array([0, 3])))
@@ -271,8 +271,8 @@ def test_loops_side_by_side_that_are_of_other_lengths() -> None:
     assert "of [1, -inf]" in found.message  # of which the first had been over from the beginning
 
 
-def test_params_that_the_loss_does_not_show_are_never_returned() -> None:
-    """Rows that it does not read have a gradient of zero, of which adam without eps makes 0 / 0."""
+def test_nan_params_that_the_loss_does_not_show_are_never_returned() -> None:
+    """Rows that the loss does not read have a gradient of zero, and adam without eps makes 0 / 0 of it."""
     few = lambda table: jnp.sum((table[:2] - 1) ** 2)
     options = {"optimizer": functools.partial(optax.adam, eps=0.0), "learning_rate": 0.1}
     result = run(few, jnp.zeros((4, 2)), 0.1, optimizer=options["optimizer"])
@@ -297,14 +297,14 @@ def test_params_that_the_loss_does_not_show_are_never_returned() -> None:
     assert np.isfinite(saturated.params).all()
 
 
-def test_a_distance_beyond_the_range_is_no_infinity() -> None:
-    """Params may be finite where the squares of them are not."""
+def test_finite_params_with_infinite_squares_are_finite() -> None:
+    """Params may be finite although their squares are not."""
     result = gdopt.minimize(lambda x: jnp.sum(jnp.sqrt(1 + (x / 1e25) ** 2)), jnp.full(2, 1e26), learning_rate=1e37)
     assert np.isfinite(result.params).all()
     assert result.status is not Status.NON_FINITE
 
 
-def test_a_schedule_of_nan_is_told() -> None:
+def test_a_schedule_that_gives_nan_is_named() -> None:
     result = run(lambda x: jnp.sum(x**2), jnp.ones(2), lambda step: jnp.where(step < 2, 0.1, jnp.nan))
     found = gdopt.diagnose(result)
     assert np.isnan(found.learning_rate)
@@ -319,7 +319,7 @@ def test_nan_in_args_is_named() -> None:
     assert "args[0]['x']: 1 of its 60 entries is not finite, the first at [7, 1]" in gdopt.diagnose(result).message
 
 
-def test_the_step_is_made_again_with_the_same_key_and_batch() -> None:
+def test_the_step_is_repeated_with_the_same_key_and_batch() -> None:
     def loss(w, x, key):
         noise = jax.random.normal(key)
         return jnp.mean(x @ w) + jnp.where(noise > 2, jnp.log(-noise), 0.0) * w[0]
@@ -343,7 +343,7 @@ def test_params_that_the_update_made_infinite() -> None:
     )
 
 
-def test_the_leaves_are_those_of_the_gradient_and_few_are_written_out() -> None:
+def test_bad_leaves_of_the_gradient_are_listed_and_few_are_written_out() -> None:
     def loss(p):
         return steep(p["good"]) + sum(jnp.sum(jnp.sqrt(layer["w"])) for layer in p["layers"])
 
@@ -354,7 +354,7 @@ def test_the_leaves_are_those_of_the_gradient_and_few_are_written_out() -> None:
     assert gdopt.diagnose(result).leaves == tuple(f"params['layers'][{k}]['w']" for k in range(5))
 
 
-def test_the_point_is_that_of_the_step_before_the_batches_that_were_fetched_ahead() -> None:
+def test_batches_that_were_fetched_ahead_do_not_move_the_diagnosis() -> None:
     rows = [np.full((2, 1), float(n), np.float32) for n in range(12)]
     rows[5][0] = np.nan
     result = run(lambda w, x: jnp.mean((x @ w - 1) ** 2), jnp.ones(1), 1e-4, data=lambda: iter(rows))
@@ -365,7 +365,7 @@ def test_the_point_is_that_of_the_step_before_the_batches_that_were_fetched_ahea
 # ----------------------------------------------------------------------------------------------------- what is not
 
 
-def test_what_there_is_nothing_to_diagnose_of() -> None:
+def test_results_without_anything_to_diagnose() -> None:
     good = gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25)
     trial = gdopt.minimize(lambda x: jnp.sum(jnp.log(x)), jnp.ones(2), max_steps=300)
     assert (trial.status, np.isfinite(trial.history.loss[-1])) == (Status.MAX_STEPS, False)
@@ -380,7 +380,7 @@ def test_what_there_is_nothing_to_diagnose_of() -> None:
         gdopt.diagnose(inside)
 
 
-def test_a_pickled_result_takes_neither_the_loss_nor_the_data_along() -> None:
+def test_a_pickled_result_has_neither_the_loss_nor_the_data() -> None:
     secret = np.arange(10_000.0, dtype=np.float32)
     result = run(lambda x: jnp.sum(jnp.log(x - 2) * secret), jnp.float32(1.0))
     text = pickle.dumps(result)
@@ -390,7 +390,7 @@ def test_a_pickled_result_takes_neither_the_loss_nor_the_data_along() -> None:
     assert gdopt.diagnose(result).primitive == "log"
 
 
-def test_a_loss_that_cannot_be_called_once_more_costs_no_result() -> None:
+def test_a_loss_that_cannot_be_called_again_costs_no_result() -> None:
     called = []
 
     def loss(x):
@@ -408,8 +408,8 @@ def test_a_loss_that_cannot_be_called_once_more_costs_no_result() -> None:
         gdopt.diagnose(result)
 
 
-def test_what_it_builds_on_is_still_there() -> None:
-    """Fails when a new JAX changes what the search goes through, before it finds nothing any more."""
+def test_the_parts_of_jax_that_it_uses_exist() -> None:
+    """Fails if a new JAX changes what the search goes through, before the search finds nothing any more."""
 
     def loss(x):
         x = lax.scan(lambda c, r: (c * r, c), x, jnp.ones(3))[0]

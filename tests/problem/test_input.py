@@ -336,7 +336,7 @@ def functions_of_optax():
 
 
 def takes(function, *args):
-    """Whether these arguments make an optimizer that goes down a slope."""
+    """Return whether these arguments make an optimizer that goes down a slope."""
     slope, grad = lambda params: jnp.sum(jnp.exp(params)), jnp.ones(2)  # at W
     try:
         with warnings.catch_warnings():
@@ -356,8 +356,8 @@ SPECIAL = {"scale_by_rprop", "scale_by_madgrad", "noisy_sgd", "scale_by_cocob"}
 
 
 @pytest.mark.parametrize("function", list(functions_of_optax()))
-def test_a_function_of_optax_counts_as_a_factory_if_it_is_one(function):
-    """What its signature tells is what comes of calling it."""
+def test_only_factories_of_optax_count_as_factories(function):
+    """The signature of a function predicts the result of a call."""
     accepted = [not raises(check_optimizer, function, searched=searched) for searched in (False, True)]
     name = getattr(function, "__name__", "")
     if name not in SPECIAL:
@@ -396,7 +396,7 @@ class Factory:
         Factory().method,
     ],
 )
-def test_factories_of_all_sorts_may_be_searched_for_a_rate(factory):
+def test_factories_of_all_kinds_may_be_searched_for_a_rate(factory):
     check_optimizer(factory, searched=True)
 
 
@@ -408,7 +408,7 @@ def test_float64_params_without_x64_are_announced_once():
     assert caught[0].filename == __file__
 
 
-def test_silent_about_what_is_harmless():
+def test_harmless_input_gets_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gdopt.minimize(lambda w, data: line(w, data), W, args=((X.astype(np.float64), y),), learning_rate=0.1)
@@ -418,7 +418,7 @@ def test_silent_about_what_is_harmless():
 # What works
 
 
-def test_leaves_of_all_sorts_are_fine():
+def test_leaves_of_all_kinds_are_accepted():
     array = jnp.ones(2)
     params = {"both": [array, array], "none": None, "function": jnp.tanh, "text": "text", "number": 1.0}
     params["empty"] = np.zeros((0, 3), np.float32)
@@ -432,13 +432,13 @@ def test_leaves_of_all_sorts_are_fine():
 
 
 @pytest.mark.parametrize("optimizer", [optax.lbfgs, optax.polyak_sgd, optax.MultiSteps(optax.sgd(0.1), 2)])
-def test_optimizers_of_all_sorts_are_fine(optimizer):
+def test_optimizers_of_all_kinds_are_accepted(optimizer):
     given = {} if isinstance(optimizer, optax.MultiSteps) else {"learning_rate": 0.5}
     result = gdopt.minimize(square, 1.0, optimizer=optimizer, max_steps=8, **given)
     assert result.loss < 0.5
 
 
-def test_a_negative_schedule_is_told():
+def test_the_message_names_a_negative_rate():
     message = gdopt.minimize(square, 1.0, learning_rate=lambda step: -0.1, max_steps=3).message
     assert message.endswith("The schedule gave a negative rate, -0.1: with a rate above 0 the loss can fall.")
 
@@ -469,7 +469,7 @@ WRONG = {
 
 @pytest.mark.parametrize("call", [gdopt.minimize, gdopt.lr_find, lambda loss, x: gdopt.gd_step(loss, x, 0.1)])
 @pytest.mark.parametrize(("loss", "kind", "hint"), WRONG.values(), ids=WRONG.keys())
-def test_what_a_trace_cannot_do_is_jaxs_error_with_the_line_and_a_hint(call, loss, kind, hint):
+def test_tracing_errors_of_jax_get_the_line_and_a_hint(call, loss, kind, hint):
     with pytest.raises(kind, match=hint) as caught:  # pytest matches the notes, too
         call(loss, 1.0)
     (note,) = [note for note in caught.value.__notes__ if note.startswith("gdopt")]
@@ -480,7 +480,7 @@ def test_what_a_trace_cannot_do_is_jaxs_error_with_the_line_and_a_hint(call, los
     assert last == "The loss was called with (float32[])."
 
 
-def test_an_error_of_the_loss_stays_what_it_is():
+def test_exceptions_from_the_loss_propagate_unchanged():
     error = KeyError("mine")
 
     def broken(params, batch, scale, key):
@@ -499,7 +499,7 @@ def test_an_error_of_the_loss_stays_what_it_is():
 
 
 @pytest.mark.parametrize("loss", [lambda x, scale: x * scale, functools.partial(lambda scale, x, y: x, 2.0)])
-def test_a_loss_of_other_arguments_is_named(loss):
+def test_a_loss_with_other_arguments_is_named(loss):
     with pytest.raises(
         TypeError, match=rf"raised at the call of <lambda> of {__file__}, line \d+\n.*with \(float32\[\]\)"
     ):
@@ -520,7 +520,7 @@ def test_a_long_argument_is_cut_and_a_broken_repr_does_no_harm():
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "optimizer"])
-def test_an_error_of_a_schedule_or_a_factory_stays_what_it_is(name):
+def test_exceptions_from_a_schedule_or_a_factory_propagate_unchanged(name):
     def broken(_):
         raise OSError("mine")
 
@@ -533,7 +533,7 @@ def test_an_error_of_a_schedule_or_a_factory_stays_what_it_is(name):
 
 @pytest.mark.parametrize("data", [None, (X, y), lambda: [(X, y)] * 9], ids=["one batch", "batches", "a stream"])
 @pytest.mark.parametrize("keep_best", [True, False])
-def test_an_error_of_the_callback_has_the_result_so_far(data, keep_best):
+def test_exceptions_from_a_callback_carry_the_result_so_far(data, keep_best):
     error = OSError("the disk is full")
 
     def callback(report):
@@ -553,7 +553,7 @@ def test_an_error_of_the_callback_has_the_result_so_far(data, keep_best):
     assert result.loss == pytest.approx(float(line(result.params, (X, y))), rel=1e-4)
 
 
-def test_a_callback_that_raises_at_the_end_has_how_it_ended():
+def test_an_exception_from_the_last_callback_carries_the_final_status():
     def callback(report):
         raise OSError
 
@@ -562,7 +562,7 @@ def test_a_callback_that_raises_at_the_end_has_how_it_ended():
     assert caught.value.result.status is Status.CONVERGED
 
 
-def test_a_result_that_an_error_has_already_is_left_to_it():
+def test_an_exception_keeps_the_result_that_it_has():
     inner = []
 
     def callback(report):
@@ -580,7 +580,7 @@ def test_a_result_that_an_error_has_already_is_left_to_it():
 
 
 @pytest.mark.parametrize("answer", ["go on", np.ones(3), 17, 0, {}])
-def test_an_answer_of_the_callback_that_is_none(answer):
+def test_invalid_return_values_of_a_callback(answer):
     with pytest.raises(
         gdopt.InputError, match=r"callback returned .*: return True to stop the run, and None"
     ) as caught:
@@ -589,7 +589,7 @@ def test_an_answer_of_the_callback_that_is_none(answer):
 
 
 @pytest.mark.parametrize("stop", [True, np.True_, jnp.asarray(True)])
-def test_answers_of_the_callback(stop):
+def test_return_values_of_a_callback(stop):
     run = functools.partial(gdopt.minimize, square, 1.0, learning_rate=1e-4, tol=0)
     assert run(callback=lambda report: stop, max_steps=10**6).status is Status.STOPPED
     assert run(callback=lambda report: ~np.asarray(stop), max_steps=100).steps == 100
@@ -598,7 +598,7 @@ def test_answers_of_the_callback(stop):
 # Memory
 
 
-def test_out_of_memory_says_what_takes_it():
+def test_out_of_memory_errors_list_the_sizes():
     def large(w, batch):
         rows = jnp.sin(jnp.arange(2.0**20)[:, None] * w[0])
         return jnp.sum(jnp.cumsum(jnp.broadcast_to(rows, (2**20, 2**24)), axis=1) ** 2) + line(w, batch)
@@ -623,7 +623,7 @@ IGNORES = {
 
 
 @pytest.mark.parametrize("loss", IGNORES.values(), ids=IGNORES.keys())
-def test_a_loss_that_ignores_its_params_is_told(loss):
+def test_a_loss_that_ignores_its_params_gets_a_warning(loss):
     with pytest.warns(UserWarning, match="gradient is exactly zero everywhere: the loss does not depend on") as caught:
         result = gdopt.minimize(loss, W, learning_rate=0.1)
     assert [warning.filename for warning in caught] == [__file__]
@@ -631,12 +631,12 @@ def test_a_loss_that_ignores_its_params_is_told(loss):
     assert result.message.startswith("converged after 0 steps: the gradient is" if flat else "stalled after 0 steps: ")
 
 
-def test_mini_batches_that_ignore_the_params_are_told():
+def test_a_mini_batch_loss_that_ignores_its_params_gets_a_warning():
     with pytest.warns(UserWarning, match="gradient is exactly zero everywhere"):
         gdopt.minimize(lambda w, batch: jnp.mean(batch[1]), W, data=(X, y), batch_size=2, epochs=1, learning_rate=0.1)
 
 
-def test_a_start_at_a_minimum_or_a_saddle_is_no_reason_to_warn():
+def test_a_start_at_a_minimum_or_a_saddle_gets_no_warning():
     for loss in (square, lambda w: w[0] * w[1], lambda w: jnp.sum(jax.nn.relu(w - 1))):
         assert gdopt.minimize(loss, W, learning_rate=0.1).steps == 0
 
@@ -657,14 +657,14 @@ class Module:
 
 
 @pytest.mark.parametrize("held", [2**40, decimal.Decimal("1.5"), jax.ShapeDtypeStruct((2,), jnp.float32)], ids=repr)
-def test_what_is_held_may_be_anything(held):
+def test_held_leaves_may_be_anything(held):
     assert gdopt.minimize(lambda m: square(m.w - 1), Module(W, held), learning_rate=0.25).success
     mask = {"w": True, "held": False}
     result = gdopt.minimize(lambda m: square(m["w"] - 1), {"w": W, "held": held}, trainable=mask, learning_rate=0.25)
     assert result.params["held"] is held
 
 
-def test_what_fails_when_it_is_looked_at_is_not_looked_at():
+def test_objects_whose_attributes_raise_are_harmless():
     class Late:
         scale = 2.0
 
@@ -708,7 +708,7 @@ def generators():
 
 
 @pytest.mark.parametrize("name", generators())
-def test_random_numbers_that_are_drawn_once_are_told(name):
+def test_random_numbers_that_are_drawn_once_get_a_warning(name):
     with pytest.warns(UserWarning, match=f"the loss draws from {name}, and does so once, as it is traced") as caught:
         gdopt.minimize(generators()[name], W, learning_rate=0.1, max_steps=2)
     assert [warning.filename for warning in caught] == [__file__]
@@ -745,12 +745,12 @@ NOT_ALL_PAIRS = {
 
 
 @pytest.mark.parametrize("loss", ALL_PAIRS.values(), ids=ALL_PAIRS.keys())
-def test_all_pairs_where_rows_were_meant_are_told(loss):
+def test_unintended_broadcasting_to_all_pairs_gets_a_warning(loss):
     with jax.numpy_rank_promotion("allow"), pytest.warns(UserWarning, match=r"shapes \(6, 1\) and \(6,\).*36|6 \* 6"):
         gdopt.minimize(loss, W, learning_rate=0.01, max_steps=1)
 
 
 @pytest.mark.parametrize("loss", NOT_ALL_PAIRS.values(), ids=NOT_ALL_PAIRS.keys())
-def test_all_pairs_on_purpose_are_left_alone(loss):
+def test_intended_broadcasting_to_all_pairs_gets_no_warning(loss):
     with jax.numpy_rank_promotion("allow"):
         gdopt.minimize(loss, np.ones(2, np.float32), learning_rate=0.001, max_steps=1)

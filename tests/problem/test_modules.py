@@ -29,7 +29,7 @@ def error(prediction: Any, y: Any) -> jax.Array:
 
 
 class Network(nnx.Module):
-    """With everything that is no parameter: batch statistics, random keys and their counts."""
+    """A module with everything that is not a parameter: batch statistics, random keys and their counts."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)])
@@ -54,7 +54,7 @@ class LinenNetwork(nn.Module):
 
 
 class Dropped(eqx.Module):
-    """With a function, a string, None and numbers beside its arrays."""
+    """A module with a function, a string, None and numbers beside its arrays."""
 
     linear: eqx.nn.Linear
     dropout: eqx.nn.Dropout
@@ -137,7 +137,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable]] = {
 
 # Each compiles for a second; tests of their own, further down, train the two that are slow here.
 @pytest.mark.parametrize("name", some_of(KINDS, KINDS.keys() - {"equinox MLP", "linen"}))
-def test_what_goes_in_comes_out(name):
+def test_the_same_kind_of_params_is_returned(name):
     make, loss = KINDS[name]
     params = make()
     before, treedef = jax.tree.flatten(params)
@@ -191,7 +191,7 @@ def test_equinox_equals_the_hand_written_loop():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_equinox_integer_buffers_are_told_and_left_out_by_a_mask():
+def test_equinox_integer_buffers_are_refused_unless_a_mask_leaves_them_out():
     class Picks(eqx.Module):
         linear: eqx.nn.Linear
         columns: jax.Array
@@ -268,7 +268,7 @@ def test_linen_statistics_come_back_as_aux():
 
 
 def test_nnx_equals_its_own_optimizer():
-    """In training: batch statistics are written to, and have no part in the loss."""
+    """Training writes to the batch statistics, which have no part in the loss."""
     optimizer = functools.partial(optax.sgd, momentum=0.9)  # no Adam: biases in front of a BatchNorm have no gradient
     make = lambda: nnx.view(network(train=True), deterministic=True)
     of_copy = lambda model, x, y: predict(nnx.clone(model), x, y)
@@ -290,7 +290,7 @@ def test_nnx_equals_its_own_optimizer():
 
 
 @pytest.mark.parametrize("kind", ["batch statistics", "random counts"])
-def test_nnx_state_that_the_loss_writes_to_is_not_lost_unnoticed(kind):
+def test_nnx_state_that_the_loss_writes_to_is_an_error(kind):
     model = network(train=True)
     view = {"use_running_average": True} if kind == "random counts" else {"deterministic": True}
     name = "dropout.rngs.count" if kind == "random counts" else "norm.mean"
@@ -322,7 +322,7 @@ def test_nnx_masks_and_splits():
     assert (tuned.layers[0].bias[...] != 0).all()
 
 
-def test_nnx_variables_in_two_places_stay_one():
+def test_shared_nnx_variables_stay_shared():
     class Tied(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.first = nnx.Linear(3, 3, rngs=rngs)
@@ -356,7 +356,7 @@ def test_fresh_carried_arrays_compile_nothing_and_are_used():
 # leaves
 
 
-def test_complex_leaves_go_the_way_of_their_real_and_imaginary_parts():
+def test_complex_leaves_follow_their_real_and_imaginary_parts():
     random = np.random.default_rng(1)
     A = (random.normal(size=(6, 3)) + 1j * random.normal(size=(6, 3))).astype(np.complex64)
     b = A @ np.array([1j, 2 - 1j, 0.5], np.complex64)
@@ -433,7 +433,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize(("params", "more", "message"), NOTHING.values(), ids=NOTHING.keys())
-def test_nothing_to_optimise_is_told(params, more, message):
+def test_nothing_to_optimise_is_an_error(params, more, message):
     with pytest.raises(gdopt.InputError, match=f"(?s){message}"):
         gdopt.minimize(lambda params: 0.0, params, **more)
 

@@ -85,7 +85,7 @@ def test_curvature_is_exact_for_up_to_64_entries() -> None:
 
 
 def test_curvature_of_many_entries() -> None:
-    """A diagonal Hessian, for which signs are exact as well; entries without curvature get what is usual."""
+    """For a diagonal Hessian, signs are exact as well. Entries without curvature get the usual size."""
     scales = np.geomspace(1e-8, 1e8, 100).astype(np.float32)
     curved = lambda p: jnp.sum((scales * p["x"] - 1) ** 2) + jnp.sum(jnp.exp(-jnp.abs(p["flat"])))
     start = {"x": jnp.zeros(100), "flat": jnp.ones(3)}
@@ -187,7 +187,7 @@ def _exact(target: Any) -> jax.Array:
     return jnp.linalg.solve(left, right) * jnp.array([1, 1e4])
 
 
-def test_a_scale_that_is_traced() -> None:
+def test_a_traced_scale() -> None:
     solve = lambda size: gdopt.minimize(line, START, scale={"a": 1.0, "b": size}).params["b"]
     assert float(jax.jit(solve)(1e4)) == pytest.approx(50_000, rel=1e-3)
     assert float(jax.grad(solve)(1e4)) == 0

@@ -1,4 +1,4 @@
-"""``lr_find`` and ``learning_rate="auto"``: the library's own loop on a ladder of rates, and what comes of it."""
+"""``lr_find`` and ``learning_rate="auto"``: the library's own loop on a ladder of rates, and its suggestions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ minimize = functools.partial(gdopt.minimize, logistic, START, data=(X, Y), batch
 
 
 def bowl(x: Any) -> jax.Array:
-    """Steepest curvature 18: gradient descent diverges from a rate of 1/9 on."""
+    """The steepest curvature is 18, so gradient descent diverges from a rate of 1/9 on."""
     return jnp.sum(x**2 * jnp.array([1.0, 3.0, 9.0])) + 1
 
 
@@ -48,7 +48,7 @@ def test_the_curve_is_that_of_minimize_on_the_same_ladder() -> None:
     np.testing.assert_allclose(test.learning_rate[:STEPS], history.learning_rate[:STEPS], rtol=1e-6)
 
 
-def test_each_repeat_is_a_run_of_its_own() -> None:
+def test_each_repeat_is_an_independent_run() -> None:
     test = find(end_lr=0.1, repeats=2)
     assert test.losses.shape == (2, len(test.learning_rate))
     for row, key in zip(test.losses, jax.random.split(jax.random.fold_in(KEY, 2)), strict=True):
@@ -59,7 +59,7 @@ def test_each_repeat_is_a_run_of_its_own() -> None:
 
 
 def test_runs_side_by_side_shuffle_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batched, the condition for it would turn into a selection, and each step would sort all rows."""
+    """A batched condition would become a selection, and each step would sort all rows."""
 
     def sorts(jaxpr: Any, inside_cond: bool = False) -> list[bool]:
         found = [inside_cond for eqn in jaxpr.eqns if eqn.primitive.name == "sort"]
@@ -84,7 +84,7 @@ def test_both_ends_are_exact(mode: str) -> None:
     np.testing.assert_allclose(steps, steps[0], rtol=1e-9)
 
 
-def test_nothing_of_the_callers_changes_and_the_answer_is_the_same_each_time() -> None:
+def test_the_arguments_stay_unchanged_and_the_answer_is_the_same_each_time() -> None:
     params = {"w": jnp.zeros(30), "frozen": 7}
     loss = lambda params, batch: logistic(params["w"], batch)
     again = functools.partial(
@@ -151,7 +151,7 @@ def test_a_ladder_without_the_end_that_matters_is_extended(factor: float) -> Non
     np.testing.assert_allclose(steps, np.log(1e6) / 299, rtol=1e-6)  # no rate is left out where sections meet
 
 
-def test_a_linear_ladder_is_as_it_was_asked_for() -> None:
+def test_a_linear_ladder_is_not_extended() -> None:
     test = gdopt.lr_find(bowl, np.ones(3, np.float32), start_lr=1e-5, end_lr=1e-2, mode="linear")
     assert len(test.learning_rate) == 300
     assert test.suggestion is None
@@ -167,7 +167,7 @@ def test_a_linear_ladder_is_as_it_was_asked_for() -> None:
         (lambda x: -x, 1.0, "falls, or stays low, up to the rate .*: raise end_lr"),
     ],
 )
-def test_no_suggestion_has_a_reason(loss: Any, start: float, says: str) -> None:
+def test_a_missing_suggestion_has_a_reason(loss: Any, start: float, says: str) -> None:
     test = gdopt.lr_find(loss, start, num_steps=40)
     assert test.suggestion is None
     with pytest.raises(AssertionError, match=f"No suggestion.*{says}"):
@@ -185,7 +185,7 @@ FACTORIES = {
 
 @pytest.mark.parametrize("name", some_of(FACTORIES, ["inject_hyperparams"]))
 def test_the_suggestion_trains(name: str) -> None:
-    """From 0.69 to well below a half of it, and better than a rate far from it: for every kind of factory."""
+    """It leads from 0.69 to well below half of it, better than a distant rate, for every kind of factory."""
     found = find(optimizer=FACTORIES[name]).suggestion
     final = []
     for rate in (found, 30 * found, 1e-3 * found):
@@ -195,7 +195,7 @@ def test_the_suggestion_trains(name: str) -> None:
     assert final[0] == min(final)
 
 
-def test_a_rate_that_an_injected_state_keeps_follows_the_schedule() -> None:
+def test_an_injected_rate_follows_the_schedule() -> None:
     """optax.inject_hyperparams keeps the rate of its first step in its state."""
     rates = schedules.triangular(0.01, 0.1, 3)
     plain, injected = (
@@ -264,12 +264,12 @@ def test_bad_input_is_refused_before_anything_compiles(name: str) -> None:
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_inside_jit_it_says_so(repeats: int) -> None:
+def test_inside_jit_it_is_refused(repeats: int) -> None:
     with pytest.raises(gdopt.InputError, match="lr_find was called inside jit"):
         jax.jit(lambda x: gdopt.lr_find(bowl, x, repeats=repeats).suggestion)(np.ones(3))
 
 
-def test_it_takes_what_minimize_takes() -> None:
+def test_it_shares_arguments_with_minimize() -> None:
     ours, theirs = (inspect.signature(f).parameters for f in (gdopt.lr_find, gdopt.minimize))
     shared = {"loss", "params", "args", "data", "batch_size", "optimizer", "has_aux", "with_key", "key", "trainable"}
     shared |= {"scale"}
@@ -324,13 +324,13 @@ def test_a_full_batch_of_gd_and_a_given_rate_need_no_range_test() -> None:
     assert minimize(learning_rate=0.1, epochs=1).range_test is None
 
 
-def test_where_the_range_test_finds_none_the_error_says_why() -> None:
+def test_the_error_says_why_the_range_test_found_no_rate() -> None:
     with pytest.raises(gdopt.InputError, match=r"learning_rate='auto' found none: .* flat .* Or pass a learning_rate"):
         gdopt.minimize(lambda x, batch: jnp.mean(batch) + 0 * x, 1.0, data=np.ones(6, np.float32), batch_size=2)
 
 
-def test_what_is_not_finite_from_the_beginning_is_named() -> None:
-    """No rate will do, so none is asked for."""
+def test_a_start_that_is_not_finite_is_named() -> None:
+    """No rate helps, so the message asks for none."""
     rows = np.ones((8, 2), np.float32)
     rows[7, 0] = np.nan
     fit = functools.partial(gdopt.minimize, lambda w, x: jnp.mean((x @ w) ** 2), np.ones(2, np.float32), batch_size=4)

@@ -1,4 +1,4 @@
-"""What is read off a range test's curve, on curves that are known; the named rules are fastai's, point by point."""
+"""Suggestions from known curves of range tests; the named rules are fastai's, point by point."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RATES = np.geomspace(1e-5, 10, 300)
 
 
 def curve(edge: float = 1.0, level: float = 0.3, noise: float = 0.0, seed: int = 0) -> np.ndarray:
-    """A loss that falls from 2.3 about a hundredth of the edge, and blows up beyond it."""
+    """A loss that falls from 2.3 at about a hundredth of the edge, and blows up beyond the edge."""
     x = np.log10(RATES / edge)
     loss = level + (2.3 - level) / (1 + 10 ** (2 * (x + 2))) + 10 ** np.minimum(6 * x, 6)
     return loss + noise * np.random.default_rng(seed).normal(size=len(x))
@@ -45,7 +45,7 @@ def test_by_rule_reads_fastais_window() -> None:
     assert set(rules.by_rule(RATES[:40], smoothed[:40], 300).values()) == {None}  # too few points are left
 
 
-def test_smooth_is_the_weighted_mean_of_what_came_before() -> None:
+def test_smooth_is_the_weighted_mean_of_earlier_losses() -> None:
     losses = np.random.default_rng(0).normal(size=(2, 20))
     for k in range(20):
         weights = rules.BETA ** np.arange(k, -1, -1)
@@ -54,7 +54,7 @@ def test_smooth_is_the_weighted_mean_of_what_came_before() -> None:
     assert rules.smooth(losses)[0, 0] == losses[0, 0]
 
 
-def test_a_curve_ends_before_what_is_not_finite_and_at_its_blow_up() -> None:
+def test_a_curve_ends_before_a_loss_that_is_not_finite_and_at_its_blow_up() -> None:
     assert rules.end(np.array([1.0, np.nan, 1.0])) == 1
     assert rules.end(np.array([np.inf])) == 0
     assert rules.end(np.ones(50)) == 50
@@ -105,9 +105,7 @@ def test_it_has_no_scale_and_no_origin(scale: float, offset: float, seed: int) -
         (curve()[::20], RATES[::20], r"15 points, which is too few: raise num_steps", ""),
     ],
 )
-def test_no_suggestion_comes_with_what_to_change(
-    losses: np.ndarray, rates: np.ndarray, says: str, missing: str
-) -> None:
+def test_a_missing_suggestion_comes_with_advice(losses: np.ndarray, rates: np.ndarray, says: str, missing: str) -> None:
     verdict = suggest(losses, rates)
     assert verdict.suggestion is None
     assert verdict.missing == missing
@@ -115,7 +113,7 @@ def test_no_suggestion_comes_with_what_to_change(
         raise AssertionError(verdict.reason)
 
 
-def test_a_floor_that_no_rate_leads_away_from_is_a_suggestion_too() -> None:
+def test_a_floor_without_a_blow_up_gives_a_suggestion_too() -> None:
     rates = np.geomspace(1e-5, 1e7, 600)
     losses = 1 / (1 + (rates / 1e-2) ** 2)
     verdict = suggest(losses, rates)

@@ -1,4 +1,4 @@
-"""Ctrl-C, in real processes and in this one: the run ends at once, with what it has found."""
+"""Ctrl-C, in real processes and in this one: the run ends at once, with the result so far."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_ctrl_c_ends_the_run_with_a_result():
 
 
 @pytest.mark.slow  # below, in this process, the same takes a tenth of the time
-def test_a_handler_of_the_callers_own_is_left_alone():
+def test_the_callers_own_handler_is_left_alone():
     own = 'signal.signal(signal.SIGINT, lambda *_: print("mine", flush=True)); usual = signal.getsignal(signal.SIGINT)'
     call = own + CALL.replace("10**9", "3000")
     process = start(RUN.format(call=call))
@@ -69,7 +69,7 @@ def test_a_handler_of_the_callers_own_is_left_alone():
 
 
 def test_a_second_ctrl_c_raises():
-    """The first one is taken at the next chunk's end; here a callback holds that up."""
+    """The first one takes effect at the end of the next chunk, which a callback delays here."""
     slow = "def started(report):\n    print('started', flush=True)\n    time.sleep(30)\n"
     process = start(RUN.format(call=slow + CALL))
     process.send_signal(signal.SIGINT)
@@ -88,7 +88,7 @@ def test_a_second_ctrl_c_raises():
 
 
 @pytest.mark.slow  # below, in this process, the same takes a tenth of the time
-def test_runs_in_another_thread_without_touching_signals():
+def test_a_run_in_another_thread_touches_no_signals():
     call = CALL.replace("10**9", "50").replace("result = gdopt.minimize", "box.append(gdopt.minimize")
     threaded = f"""
 box = []
@@ -152,7 +152,7 @@ print(result.status.name, time.monotonic(), flush=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "batches", "stream", "slow", "saves"])
 def test_the_result_is_there_within_half_a_second(kind: str, tmp_path: Path):
-    """The best of three, as a machine may be busy with others."""
+    """The best of three, because the machine may be busy."""
     waits = []
     for attempt in range(3):
         process = start(TIMED, kind, str(tmp_path / f"run{attempt}"))
@@ -181,7 +181,7 @@ def handlers() -> dict[int, Any]:
 
 @pytest.fixture(autouse=True)
 def _usual_handlers() -> Iterator[None]:
-    """What a program has that a shell started in the foreground, however the tests were started."""
+    """Install the handlers of a program that a shell started in the foreground, however the tests were started."""
     before = {number: signal.signal(number, usual) for number, usual in USUAL.items()}
     yield
     for number, handler in before.items():
@@ -209,7 +209,7 @@ def bits(result: gdopt.Result) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(kept)]
 
 
-def test_handlers_are_there_for_the_run_alone():
+def test_handlers_are_installed_only_during_the_run():
     during = []
     minimize(callback=lambda report: during.append(handlers()))
     assert during
@@ -218,7 +218,7 @@ def test_handlers_are_there_for_the_run_alone():
 
 
 @pytest.mark.parametrize("number", USUAL)
-def test_the_first_signal_ends_the_run_with_a_save_and_gives_the_handlers_back(number: int, tmp_path: Path):
+def test_the_first_signal_ends_the_run_with_a_save_and_restores_the_handlers(number: int, tmp_path: Path):
     during = []
 
     def once(report: gdopt.Report) -> None:
@@ -253,7 +253,7 @@ def test_a_second_ctrl_c_raises_at_once_and_the_saves_are_good(tmp_path: Path):
     assert bits(minimize(checkpoint=often)) == bits(minimize())
 
 
-def test_ctrl_c_raises_in_a_range_test_and_gives_the_handlers_back():
+def test_ctrl_c_raises_in_a_range_test_and_restores_the_handlers():
     fetched = []
 
     def batches() -> Iterator[np.ndarray]:
@@ -304,14 +304,14 @@ def leaves(report: gdopt.Report) -> None:
     ],
     ids=["loss, traced", "loss", "stream", "callback", "exit"],
 )
-def test_an_error_gives_the_handlers_back(options: dict[str, Any], error: type, message: str):
+def test_an_error_restores_the_handlers(options: dict[str, Any], error: type, message: str):
     with pytest.raises(error, match=message):
         minimize(**options)
     assert handlers() == USUAL
 
 
 @pytest.mark.parametrize("own", [lambda *_: pressed.append(True), signal.SIG_IGN], ids=["own", "ignored"])
-def test_of_two_signals_the_one_that_somebody_else_takes_is_left_alone(own: Any):
+def test_a_signal_that_somebody_else_handles_is_left_alone(own: Any):
     pressed.clear()
     signal.signal(signal.SIGINT, own)
     during = []
@@ -328,7 +328,7 @@ def test_of_two_signals_the_one_that_somebody_else_takes_is_left_alone(own: Any)
     assert handlers() == {signal.SIGINT: own, signal.SIGTERM: signal.SIG_DFL}
 
 
-def test_a_handler_that_came_during_the_run_stays():
+def test_a_handler_installed_during_the_run_stays():
     own = lambda *_: None
 
     def install(report: gdopt.Report) -> None:
@@ -339,8 +339,8 @@ def test_a_handler_that_came_during_the_run_stays():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_what_is_forked_from_a_run_ends_by_a_signal():
-    """As the workers of a loader's do, which a pool ends by SIGTERM: else it would wait for them for ever."""
+def test_processes_forked_from_a_run_end_by_a_signal():
+    """A pool ends the workers of a loader by SIGTERM. If they ignored it, the pool would wait for them for ever."""
     codes = []
 
     def fork(report: gdopt.Report) -> bool:
@@ -372,7 +372,7 @@ def test_a_run_within_a_run_leaves_the_handlers_to_the_outer_one():
     assert handlers() == USUAL
 
 
-def test_in_another_thread_no_handlers_are_installed_and_all_else_is_the_same(tmp_path: Path):
+def test_another_thread_installs_no_handlers_and_all_else_is_the_same(tmp_path: Path):
     def run(path: Path, *, presses: bool = False) -> tuple:
         steps, seen = [], []
 

@@ -19,7 +19,7 @@ def square(x):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """The bars that are made, real ones."""
+    """All bars that are made; they are real."""
     made = []
 
     class Bar(tqdm.auto.tqdm):
@@ -36,7 +36,7 @@ def bars(monkeypatch):
 
 
 def shown(capsys) -> str:
-    """The bar as it stands at the end, with the newline that closing it writes."""
+    """Return the final bar, with the newline that closing it writes."""
     out, err = capsys.readouterr()
     assert out == ""
     return err.rpartition("\r")[2]

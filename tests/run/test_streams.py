@@ -1,4 +1,4 @@
-"""Streams of batches: real loaders, against the loop that one writes by hand."""
+"""Streams of batches from real loaders, compared with a hand-written loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def full_batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 class Again:
-    """A list behind an ``__iter__``, as loaders are: lists themselves are pytrees. Knows how often it was begun."""
+    """A list behind an ``__iter__``, like a loader, because lists themselves are pytrees. Counts its passes."""
 
     def __init__(self, *items):
         self.items, self.begun = items or tuple(batches()), 0
@@ -68,7 +68,7 @@ def hand_step(loss: Callable) -> Callable:
 
 
 def by_hand(stream, loss=loss, start=START, epochs=1, max_steps=None):
-    """The params after an update with each batch, and the losses: last, that of the last batch once more."""
+    """Return the params after an update with each batch, and the losses, with that of the last batch once more."""
     w, losses, step = start, [], hand_step(loss)
     passes = (batch for _ in range(epochs) for batch in (stream() if callable(stream) else stream))
     for batch in passes:
@@ -86,7 +86,7 @@ def run(stream, loss=loss, start=START, **options):
 
 
 def check_equal(result: gdopt.Result, expected: tuple) -> None:
-    """Bit for bit; the expected losses are one for each update, and one more."""
+    """Compare bit for bit. The expected losses are one for each update, and one more."""
     w, losses = expected
     jax.tree.map(np.testing.assert_array_equal, result.params, w)
     np.testing.assert_array_equal(result.history.loss, losses)
@@ -133,7 +133,7 @@ def test_a_stream_equals_a_hand_written_loop_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("max_steps", [1, PER_EPOCH - 1, PER_EPOCH, PER_EPOCH + 1])
-def test_max_steps_ends_anywhere(max_steps):
+def test_max_steps_may_end_anywhere_in_a_pass(max_steps):
     result = run(batches, max_steps=max_steps)
     check_equal(result, by_hand(batches, epochs=2, max_steps=max_steps))
     assert result.status is Status.MAX_STEPS
@@ -142,14 +142,14 @@ def test_max_steps_ends_anywhere(max_steps):
     assert fewer.success
 
 
-def test_without_a_number_of_steps_a_stream_is_gone_through_again_and_again(monkeypatch):
+def test_without_a_number_of_steps_a_stream_is_repeated(monkeypatch):
     monkeypatch.setattr("gdopt._problem.limits._MAX_STEPS", 17)
     stream = Again()
     assert run(stream).steps == 17
     assert stream.begun == 4
 
 
-def test_a_pass_is_begun_once_and_the_first_batch_is_not_lost():
+def test_a_pass_begins_once_and_keeps_its_first_batch():
     stream = Again()
     check_equal(run(stream, epochs=2), by_hand(batches, epochs=2))
     assert stream.begun == 2
@@ -183,7 +183,7 @@ def test_a_batch_may_be_one_array_or_a_number():
         check_equal(result, by_hand(numbers, squares, np.float32(0), epochs=2))
 
 
-def test_wide_batches_are_of_jaxs_default_precision():
+def test_wide_batches_get_jaxs_default_precision():
     wide = lambda: ((x.astype(float), y.astype(np.int64)) for x, y in batches())
     check_equal(run(wide, epochs=1), by_hand(batches))
 
@@ -203,7 +203,7 @@ def test_wide_batches_stay_wide_in_float64():
     np.testing.assert_allclose(result.loss, by_hand(batches)[1][-1], rtol=1e-5)
 
 
-def test_arrays_of_jax_are_left_where_they_are():
+def test_jax_arrays_stay_where_they_are():
     given = jax.device_put(next(batches()))
     for ours, theirs in zip(Stream(Again(given)).example, given, strict=True):
         assert ours is theirs
@@ -213,7 +213,7 @@ def test_arrays_of_jax_are_left_where_they_are():
         jax.tree.map(np.testing.assert_array_equal, batch, expected)
 
 
-def test_a_loader_may_use_its_memory_again():
+def test_a_loader_may_reuse_its_memory():
     def aligned(like: np.ndarray) -> np.ndarray:  # XLA takes memory at multiples of 64 bytes as it is
         memory = np.empty(like.nbytes + 64, np.uint8)
         begin = -memory.ctypes.data % 64
@@ -245,7 +245,7 @@ def test_torch_tensors_share_no_memory_with_the_run():
 # How far ahead
 
 
-def test_one_batch_waits_while_the_one_before_is_computed_and_no_more():
+def test_exactly_one_batch_is_fetched_ahead():
     pulled, done, behind = [], [], []
 
     def logged() -> Iterator:
@@ -305,7 +305,7 @@ def test_each_shape_is_compiled_once_whatever_the_epochs_and_calls():
     assert counter.names == []
 
 
-def test_torch_tensors_use_what_was_compiled_for_arrays():
+def test_torch_tensors_use_the_program_compiled_for_arrays():
     loader = torch_loader()
     run(batches, epochs=1)
     with count_compilations() as counter:
@@ -313,7 +313,7 @@ def test_torch_tensors_use_what_was_compiled_for_arrays():
     assert counter.names == []
 
 
-def test_two_shapes_are_taken_without_a_word_and_a_third_with_a_warning():
+def test_two_shapes_are_silent_and_a_third_gets_a_warning():
     ragged = lambda *sizes: Again(*((IMAGES[:size], LABELS[:size]) for size in sizes))
     run(ragged(64, 44, 64, 44), epochs=2)
     with pytest.warns(UserWarning, match=r"more than 2 shapes, now with \[\(\(30, 64\).*: pad them, or leave") as seen:
@@ -357,7 +357,7 @@ def test_a_stream_that_ends_too_early_says_so(stream, options, success):
             result.raise_for_status()
 
 
-def test_an_iterator_may_have_just_as_many_batches_as_asked_for():
+def test_an_iterator_may_have_exactly_the_requested_batches():
     for options in ({"epochs": 1}, {"max_steps": PER_EPOCH}, {"max_steps": PER_EPOCH, "epochs": 1}):
         result = run(batches(), **options)
         assert (result.status, result.success, result.steps) == (Status.MAX_STEPS, True, PER_EPOCH)
@@ -418,11 +418,11 @@ def test_an_average_is_evaluated_on_the_last_batch():
 # Options
 
 
-def test_without_a_kept_point_the_last_one_is_returned_as_well():
+def test_without_keep_best_the_last_point_is_returned():
     check_equal(run(batches, epochs=2, keep_best=False), by_hand(batches, epochs=2))
 
 
-def test_each_step_has_a_key_of_its_own():
+def test_each_step_has_its_own_key():
     def dropout(w, batch, key):
         return loss(w * jax.random.bernoulli(key, 0.9, w.shape), batch)
 
@@ -504,7 +504,7 @@ class Empty:
         (lambda: Again((IMAGES, np.array(["a"] * 300))), r"a batch of data\[1\] is a ndarray, not an array of numbers"),
     ],
 )
-def test_what_is_no_stream_of_batches_is_told_before_anything_is_compiled(stream, what):
+def test_invalid_streams_are_refused_before_anything_compiles(stream, what):
     with count_compilations() as counter, pytest.raises(gdopt.InputError, match=what):
         run(stream(), epochs=1)
     assert counter.count == 0
@@ -521,7 +521,7 @@ def test_a_batch_of_another_structure_is_named_with_both():
         run(Again((x, y), ("no", y)), epochs=1)
 
 
-def test_an_aux_like_the_batch_is_an_error_where_batches_differ():
+def test_an_aux_like_the_batch_is_an_error_if_batches_differ():
     with_logits = lambda w, batch: (loss(w, batch), batch[0] @ w)
     with pytest.raises(gdopt.InputError, match=r"an aux whose shapes depend on those of the batch, \[\(\(44, 64\)"):
         run(batches, with_logits, has_aux=True, epochs=1)
@@ -529,7 +529,7 @@ def test_an_aux_like_the_batch_is_an_error_where_batches_differ():
     assert full.aux.shape == (SIZE, 10)
 
 
-def test_what_does_not_go_with_a_stream_is_told():
+def test_arguments_that_do_not_go_with_a_stream_are_refused():
     with pytest.raises(gdopt.InputError, match="batch_size=32 was given with data that come in batches: leave"):
         run(batches, epochs=1, batch_size=32)
     with pytest.raises(gdopt.InputError, match=r"tol=0.1 was given for a noisy loss"):
@@ -558,7 +558,7 @@ def test_auto_needs_to_know_how_many_batches_there_are(stream):
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, PER_EPOCH])
-def test_an_exception_of_the_loader_reaches_the_caller_as_it_is(at):
+def test_exceptions_from_the_loader_propagate_unchanged(at):
     error = OSError("the disk is gone")
 
     def broken() -> Iterator:

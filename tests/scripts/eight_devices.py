@@ -1,4 +1,4 @@
-"""What test_sharding.py runs in a process with eight devices; shardings and collectives are read off, not believed."""
+"""Tests for test_sharding.py to run in a process with eight devices; the shardings are read off programs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sharded(mesh: Mesh = MESH, start: Any = START, rows: Any = ROWS) -> tuple[An
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("devices", [8, 1])
 @pytest.mark.parametrize("how", ["args", "closed over", "data", "batches", "nothing on the mesh"])
-def test_losses_may_map_over_the_shards(how: str, devices: int, kind: Any) -> None:
+def test_losses_may_use_shard_map(how: str, devices: int, kind: Any) -> None:
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",), axis_types=(kind,))
     rows = jax.device_put(ROWS[:, :3], NamedSharding(mesh, P("data")))
     start = jax.device_put(jnp.zeros(3), NamedSharding(mesh, P()))
@@ -81,7 +81,7 @@ def shares(leaf: jax.Array) -> list[tuple[int, ...]]:
         *(pytest.param(name, kind, marks=pytest.mark.slow) for name in CALLS for kind in AxisType),
     ],
 )
-def test_a_run_on_eight_devices_stays_there_and_equals_one_on_one(name, kind) -> None:
+def test_a_run_on_eight_devices_stays_there_and_equals_a_run_on_one(name, kind) -> None:
     mesh, options = jax.make_mesh((8,), ("data",), axis_types=(kind,)), CALLS[name]
     with jax.enable_x64(True):
         seen = []
@@ -99,7 +99,7 @@ def test_a_run_on_eight_devices_stays_there_and_equals_one_on_one(name, kind) ->
 
 
 def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[Carry, str]:
-    """The state after three steps, and the text of the program that made them."""
+    """Return the state after three steps, and the text of the program that made them."""
     batch_size, rate = options.pop("batch_size", None), options.pop("learning_rate", "auto")
     task = make_task(make_problem(loss, params), args=(), data=rows, batch_size=batch_size, with_key=False, key=None)
     method = make_method(options.pop("optimizer", gdopt.gd), rate)
@@ -138,7 +138,7 @@ def test_the_data_stay_where_they_are_without_split_params() -> None:
     assert not re.search("all-gather|all-to-all|collective-permute", text)
 
 
-def test_what_a_loss_closes_over_stays_split() -> None:
+def test_arrays_in_a_closure_stay_split() -> None:
     _, rows = sharded()
     task = make_task(
         make_problem(lambda p: loss(p, rows), START), args=(), data=None, batch_size=None, with_key=False, key=None
@@ -207,7 +207,7 @@ def test_inside_jit_and_averages() -> None:
     assert shares(result.params["w"]) == [(20, 128)] * 8
 
 
-def test_shard_places_what_it_says() -> None:
+def test_shard_places_arrays_as_documented() -> None:
     X = {"x": ROWS, "y": jnp.arange(64), "name": "digits"}
     placed = gdopt.shard(X, MESH, rows="data")
     assert (shares(placed["x"]), shares(placed["y"]), placed["name"]) == ([(8, 160)] * 8, [(8,)] * 8, "digits")
@@ -254,7 +254,7 @@ def test_bad_input(call, message) -> None:
 
 
 @pytest.mark.parametrize("name", ["spectral", pytest.param("batches", marks=pytest.mark.slow)])
-def test_guards_and_checks_of_the_user_change_nothing(name) -> None:
+def test_jax_guards_and_checks_change_nothing(name) -> None:
     params, rows = sharded()
     args = jax.device_put((np.float32(2.0), np.ones(3, np.float32)))  # of one device, to be copied to all
     scaled = lambda params, rows, scale, more: loss(params, rows) * scale + jnp.sum(more)
@@ -266,14 +266,14 @@ def test_guards_and_checks_of_the_user_change_nothing(name) -> None:
     jax.tree.map(np.testing.assert_array_equal, guarded.params, usual.params)
 
 
-def test_the_precision_limit_is_told_there_too() -> None:
+def test_a_run_that_ends_at_the_precision_limit_stays_split() -> None:
     params, rows = sharded()
     limit = gdopt.minimize(lambda p, r: jnp.sum((p["w"] - 1) ** 2) + 1 + 0 * jnp.sum(r), params, data=rows, tol=0.0)
     assert limit.success
     assert shares(limit.params["w"]) == [(20, 128)] * 8
 
 
-def test_single_devices_are_no_mesh() -> None:
+def test_a_mesh_of_one_device_is_not_spread() -> None:
     one = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), P("data"))
     result = gdopt.minimize(loss, START, data=jax.device_put(ROWS, one), learning_rate=0.1, max_steps=3)
     assert result.params["w"].devices() == {jax.devices()[0]}

@@ -1,6 +1,6 @@
-"""What test_processes.py kills: ``python killed_processes.py PORT PROCESS CASE PATH``, two at the same time.
+"""The script that test_processes.py kills: ``python killed_processes.py PORT PROCESS CASE PATH``, two at the same time.
 
-Prints, as one line of JSON, hashes of what the run with saves came to, and of what one without them does.
+Prints, as one line of JSON, hashes of the results of the run with checkpoints and of one without.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ calls = 0
 
 
 def between(report: gdopt.Report) -> bool:
-    """Slow enough to be killed; and in one case the disk of process 1 refuses the first saves."""
+    """Slow the run down so that it can be killed. In one case the disk of process 1 refuses the first saves."""
     global calls
     time.sleep(0.02)
     calls += 1

@@ -1,6 +1,7 @@
-"""What test_resuming.py kills: ``python killed_run.py KIND PATH STEPS PAUSE``; prints a hash of all that came out.
+"""The script that test_resuming.py kills: ``python killed_run.py KIND PATH STEPS PAUSE`` prints a hash of all results.
 
-Chunks have at most so many steps, and after each the pause, in seconds for each of its steps, is time to be killed in.
+Chunks have at most STEPS steps. After each chunk, a pause of PAUSE seconds for each of its steps leaves time to kill
+it.
 """
 
 from __future__ import annotations

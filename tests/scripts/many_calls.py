@@ -1,6 +1,7 @@
-"""What test_leaks.py runs: ``python many_calls.py CALLS``; prints as JSON what was held before these calls, and after.
+"""The script that test_leaks.py runs: ``python many_calls.py CALLS`` prints as JSON what is held before and after the
+calls.
 
-In a process of its own, as other tests compile, which takes memory for good.
+It has its own process, because other tests compile, which takes memory for good.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def fresh(*shape: int) -> np.ndarray:
 
 
 def call(kind: str, path: str) -> None:
-    """A call in which all but the code is new: functions, what they close over, data, files."""
+    """Make a call in which everything but the code is new: functions, closures, data, files."""
     rows, target, shift = fresh(64, 8), fresh(64), jnp.asarray(fresh(8))
     whole = lambda w: jnp.mean((rows @ w - target) ** 2) + jnp.sum((w - shift) ** 2)
     some = lambda w, batch: jnp.mean((batch @ w - 1) ** 2) + jnp.sum((w - shift) ** 2)

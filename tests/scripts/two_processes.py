@@ -1,6 +1,6 @@
-"""What test_processes.py runs twice at the same time: ``python two_processes.py PORT PROCESS CASE``.
+"""The script that test_processes.py runs twice at the same time: ``python two_processes.py PORT PROCESS CASE``.
 
-Prints what it found as one line of JSON; an error goes to stderr, as that of any script.
+Prints its findings as one line of JSON; an error goes to stderr, as in any script.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ seen: list[int] = []
 
 
 def stops(report: gdopt.Report) -> bool:
-    """In one process alone: the other has to hear of it."""
+    """Stop in one process alone. The other has to hear of it."""
     seen.append(report.step)
     return process != 0 and report.step >= 4
 

@@ -1,4 +1,4 @@
-"""What a run says at its end is right: in natural units, from bad starts, at saddles, at kinks and when a rate dies."""
+"""The ending that a run reports: in natural units, from bad starts, at saddles, at kinks and when a rate decays."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NATURAL = {
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", NATURAL)
 def test_natural_units_from_bad_starts(name: str, dtype: Any) -> None:
-    """By the test of 0.1.0 each of these converged far away: mu was 0.03, and the slope of seven points positive."""
+    """In 0.1.0 each of these converged far away: mu was 0.03, and the slope of seven points positive."""
     loss, start, right = NATURAL[name]
     with jax.enable_x64(dtype == np.float64):
         result = gdopt.minimize(loss, start)
@@ -78,7 +78,7 @@ def test_poisson_regression_in_float32() -> None:
 
 
 @pytest.mark.parametrize("dies", [optax.cosine_decay_schedule(1e-3, 10), optax.exponential_decay(1e-2, 5, 0.3)])
-def test_a_rate_that_died_is_no_success(dies: Any) -> None:
+def test_a_rate_that_decayed_is_no_success(dies: Any) -> None:
     result = gdopt.minimize(lambda x: 0.5 * jnp.sum(x**2), jnp.ones(1), learning_rate=dies)
     assert result.status == Status.STALLED
     assert not result.success
@@ -86,8 +86,8 @@ def test_a_rate_that_died_is_no_success(dies: Any) -> None:
     np.testing.assert_allclose(result.left, result.loss, rtol=0.01)  # it says how much is left
 
 
-def test_what_is_judged_is_what_is_returned() -> None:
-    """Adam at this rate finds a dip, runs on, and comes to rest elsewhere."""
+def test_the_returned_point_is_the_judged_one() -> None:
+    """Adam at this rate finds a dip, moves on, and comes to rest elsewhere."""
     loss = lambda x: x**2 / 50 - jnp.exp(-((x - 2.0) ** 2) / 0.02)
     result = gdopt.minimize(loss, 5.0, optimizer=optax.adam, learning_rate=1.0, max_steps=2000)
     assert not result.success or result.grad_norm < 0.01, result
@@ -110,14 +110,14 @@ def test_saddles_are_left() -> None:
 
 
 def test_no_entry_is_left_at_a_saddle() -> None:
-    """Of many that have nothing to do with each other."""
+    """The many entries are independent of each other."""
     weights = np.linspace(0.5, 2, 5000, dtype="f4")
     result = gdopt.minimize(lambda x: jnp.sum(weights * (x**2 - 1) ** 2), jnp.zeros(5000))
     assert result.success, result
     np.testing.assert_allclose(abs(result.params), 1, atol=1e-2)
 
 
-def test_networks_of_zeros_are_left() -> None:
+def test_networks_at_zero_are_left() -> None:
     x = np.linspace(-2, 2, 40)[:, None]
     start = {"w": np.zeros((1, 4)), "v": np.zeros((4, 1))}
     loss = lambda p: jnp.mean((jnp.tanh(x @ p["w"]) @ p["v"] - x) ** 2)
@@ -125,7 +125,7 @@ def test_networks_of_zeros_are_left() -> None:
     assert result.loss < 0.05 * float(loss(start)), result
 
 
-def test_units_that_died_are_revived() -> None:
+def test_dead_units_are_revived() -> None:
     """From zeros one hidden unit learns, and the others stay at 1e-40: a saddle whose diagonal curvature is zero."""
     random = np.random.default_rng(0)
     x = random.normal(size=(40, 3)).astype("f4")
@@ -143,7 +143,7 @@ def test_units_that_died_are_revived() -> None:
 def test_a_curved_valley_is_no_minimum(dtype: Any) -> None:
     """Thermal expansion as a quotient of cubics, the model of NIST's Hahn1.
 
-    Where the curvature says that 0.03 is left of a loss of 16.6, a long way down to 5.9 begins.
+    The curvature says that 0.03 is left of a loss of 16.6 where a long way down to 5.9 begins.
     """
     t = np.linspace(14.0, 850.0, 100)
     model = lambda b: (b[0] + b[1] * t + b[2] * t**2 + b[3] * t**3) / (1 + b[4] * t + b[5] * t**2 + b[6] * t**3)
@@ -164,7 +164,7 @@ def test_an_exact_maximum_is_left() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.sgd(0.1), optax.lbfgs()])
-def test_other_optimizers_say_that_it_is_a_saddle(optimizer: Any) -> None:
+def test_other_optimizers_name_the_saddle(optimizer: Any) -> None:
     result = gdopt.minimize(lambda p: (p[0] * p[1] - 1) ** 2, jnp.zeros(2), optimizer=optimizer)
     assert result.status == Status.STALLED
     assert not result.success
@@ -194,7 +194,7 @@ def test_flat_saddles_and_inflections_are_left(loss: Any, start: Any, dtype: Any
 
 
 def with_gradient_at(shift: float, sign: float) -> Any:
-    """Squares around 2 with a gradient that is another's."""
+    """Return squares around 2 with the gradient of another loss."""
 
     @jax.custom_vjp
     def squares(x: jax.Array) -> jax.Array:
@@ -212,8 +212,8 @@ def test_a_gradient_that_does_not_match_is_no_success() -> None:
     assert "none is lower, so it may not match the loss" in result.message
 
 
-def test_a_loss_that_drowned_in_rounding_is_no_success() -> None:
-    """A likelihood of Student's t, whose gammaln cancel where the degrees of freedom grow."""
+def test_a_loss_lost_in_rounding_is_no_success() -> None:
+    """A likelihood of Student's t, whose gammaln terms cancel as the degrees of freedom grow."""
     readings = 5 * np.random.default_rng(1).standard_t(3, 200) + 1000
 
     def loss(p: jax.Array) -> jax.Array:
@@ -229,7 +229,7 @@ def test_a_loss_that_drowned_in_rounding_is_no_success() -> None:
                 assert "most of what it gained is rounding" in result.message
 
 
-def test_a_loss_that_is_known_badly_says_how_well() -> None:
+def test_an_inaccurate_loss_says_how_accurate_it_is() -> None:
     """Distances of 2.66e7 metres to satellites: float32 knows their squared errors to about 10."""
     random, here = np.random.default_rng(0), np.array([3.9e6, 3.2e5, 5.0e6])
     directions = random.normal(size=(8, 3)) + 2 * here / np.linalg.norm(here)
@@ -246,7 +246,7 @@ def test_a_loss_that_is_known_badly_says_how_well() -> None:
 
 
 def test_a_start_at_the_minimum_is_a_success() -> None:
-    """Also if what little is to be gained is less than rounding."""
+    """This holds even if the little that is left to gain is less than rounding."""
     x, y = np.linspace(0, 1e3, 50, dtype="f4"), np.linspace(3, 2e3, 50, dtype="f4")
     loss = lambda p: jnp.mean((p[0] + p[1] * x - y) ** 2)
     result = gdopt.minimize(loss, jnp.zeros(2))
@@ -259,7 +259,7 @@ def test_a_start_at_the_minimum_is_a_success() -> None:
     "loss", [lambda x: jnp.sum(x**2), lambda x: 3 * x[0] ** 4 - 2 * (x[0] * x[1]) ** 2 + 3 * x[1] ** 4]
 )
 def test_a_loss_that_underflows_to_zero_ends_the_run(loss: Any) -> None:
-    """Although ``tol=0`` asks for ever more, and what a zero loss leaves to gain is beyond the range."""
+    """``tol=0`` asks for ever more, and what a zero loss leaves to gain is beyond the range."""
     result = gdopt.minimize(loss, jnp.array([1.0, 0.1]), tol=0)
     assert result.success, result
     assert result.loss == 0, result
@@ -267,7 +267,7 @@ def test_a_loss_that_underflows_to_zero_ends_the_run(loss: Any) -> None:
 
 
 def test_nan_second_derivatives_are_replaced_by_differences() -> None:
-    """A root that the loss leaves aside at the params that are returned."""
+    """The loss has a term of value zero whose second derivative is NaN."""
 
     def loss(x: jax.Array) -> jax.Array:
         def squares(x: jax.Array) -> jax.Array:
@@ -292,7 +292,7 @@ def test_nan_second_derivatives_are_replaced_by_differences() -> None:
 
 
 @pytest.mark.parametrize("start", [[0.0, -1.0, 1.0, 3.0, 3.0], [0.0, 1e4, -1e4, 2.0, 2.0]])
-def test_no_point_without_numbers_is_gone_on_from(start: list) -> None:
+def test_a_search_never_continues_from_a_nan_point(start: list) -> None:
     """A mixture of two normals, one of which is lost."""
     random = np.random.default_rng(1)
     readings = np.concatenate([random.normal(-200, 10, 100), random.normal(300, 40, 150)])
@@ -321,7 +321,7 @@ def test_kinks(optimizer: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", [None, gdopt.gd])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_largest_error_is_no_minimum_at_each_of_its_kinks(optimizer: Any, dtype: Any) -> None:
+def test_not_every_kink_of_a_largest_error_is_a_minimum(optimizer: Any, dtype: Any) -> None:
     """A line through kelvins over pascals: few directions lead down from a kink, and no single gradient is one."""
     x = np.linspace(9e4, 1.1e5, 40)
     y = 280 + 1e-4 * x + np.random.default_rng(0).uniform(-0.5, 0.5, 40)
@@ -341,8 +341,8 @@ def test_a_largest_error_is_no_minimum_at_each_of_its_kinks(optimizer: Any, dtyp
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_least_absolute_errors_are_no_minimum_at_each_of_their_kinks(dtype: Any) -> None:
-    """With ten params, at most points that a search comes to, a few ways among very many lead down."""
+def test_not_every_kink_of_least_absolute_errors_is_a_minimum(dtype: Any) -> None:
+    """With ten params, few of very many directions lead down from most points of a search."""
     random = np.random.default_rng(0)
     a = random.normal(size=(40, 10)).astype(dtype)
     y = (a @ random.normal(size=10) * 0.3 + random.normal(size=40)).astype(dtype)
@@ -356,7 +356,7 @@ def test_least_absolute_errors_are_no_minimum_at_each_of_their_kinks(dtype: Any)
 
 
 @pytest.mark.parametrize("start", [np.zeros(8), np.ones(8)])
-def test_a_lasso_says_how_well_it_knows_its_minimum(start: np.ndarray) -> None:
+def test_a_lasso_says_how_accurate_its_minimum_is(start: np.ndarray) -> None:
     random = np.random.default_rng(0)
     a = random.normal(size=(50, 8))
     b = a @ np.array([3.0, -2.0, 1.0, 0, 0, 0, 0, 0]) + 0.1 * random.normal(size=50)
@@ -389,7 +389,7 @@ def test_bounds_of_a_projecting_optimizer() -> None:
     ("loss", "start"),
     [(lambda x: -x, 1.0), (lambda x: -jnp.log(jnp.log(x)), 3.0), (lambda x: -jnp.log1p(jnp.abs(x)), 1.0)],
 )
-def test_no_lower_bound(loss: Any, start: float, dtype: Any, optimizer: Any) -> None:
+def test_losses_without_a_lower_bound(loss: Any, start: float, dtype: Any, optimizer: Any) -> None:
     with jax.enable_x64(dtype == np.float64):
         result = gdopt.minimize(loss, start, optimizer=optimizer)
     assert not result.success
@@ -411,7 +411,7 @@ SATURATED = {
 @pytest.mark.parametrize("optimizer", [None, gdopt.gd])
 @pytest.mark.parametrize("name", SATURATED)
 def test_params_that_went_too_far_are_no_minimum(name: str, optimizer: Any) -> None:
-    """A step leads to where the curve is a constant: gradient and curvature of most params are zero there."""
+    """A step leads to where the curve is constant: the gradient and curvature of most params are zero there."""
     model, (low, high), right, start = SATURATED[name]
     with jax.enable_x64(True):
         x = jnp.asarray(np.geomspace(low, high, 20))
@@ -425,7 +425,7 @@ def test_params_that_went_too_far_are_no_minimum(name: str, optimizer: Any) -> N
 
 @pytest.mark.parametrize("optimizer", [None, gdopt.gd])
 def test_a_likelihood_without_bound_is_no_success(optimizer: Any) -> None:
-    """Of equal readings the spread goes to zero, until the curvature is beyond the range."""
+    """For equal readings the spread goes to zero, until the curvature is beyond the range."""
     loss = lambda p: p["s"] + 0.5 * jnp.mean(((293.0 - p["mu"]) / jnp.exp(p["s"])) ** 2)
     for start in ({"mu": 293.0, "s": 0.0}, {"mu": 280.0, "s": 3.0}):
         assert not gdopt.minimize(loss, start, optimizer=optimizer).success
@@ -454,7 +454,7 @@ def test_a_loss_without_second_derivatives_is_verified() -> None:
 
 
 def test_target_at_a_trial_without_a_gradient() -> None:
-    """At a target counts a point that can be returned."""
+    """Only a point that can be returned reaches a target."""
     loss = lambda x: jnp.where(x > 1, (x - 1) ** 2, jnp.sqrt(jnp.maximum(x - 1, 0.0)) * 0)
     result = gdopt.minimize(loss, 3.0, learning_rate=1.5, target=0.5)
     assert result.status != Status.TARGET_REACHED or result.loss <= 0.5
@@ -468,13 +468,13 @@ def rosenbrock(x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("optimizer", [optax.lars(1.0), optax.contrib.acprop(1e-3)])
-def test_a_growth_that_does_not_last_is_no_divergence(optimizer: Any) -> None:
-    """The loss peaks at 8e6 and 8e7, and comes back."""
+def test_temporary_growth_is_no_divergence(optimizer: Any) -> None:
+    """The loss peaks at 8e6 and 8e7, and recovers."""
     result = gdopt.minimize(rosenbrock, jnp.zeros(2), optimizer=optimizer, max_steps=2000)
     assert result.status != Status.DIVERGED, result
 
 
-def test_a_loss_that_falls_by_a_factor_at_each_step_has_not_converged() -> None:
+def test_a_loss_that_shrinks_by_a_factor_in_each_step_has_not_converged() -> None:
     def zakharov(x: jax.Array) -> jax.Array:
         s = jnp.sum(0.5 * jnp.arange(1, x.size + 1) * x)
         return jnp.sum(x**2) + s**2 + s**4
@@ -552,7 +552,7 @@ def wide_line(p: Any) -> jax.Array:
 
 
 def test_many_params_of_two_scales() -> None:
-    """Seen in plain Lanczos directions, nothing was left at 21 of a loss of 25."""
+    """In plain Lanczos directions nothing seemed to be left at 21 of a loss of 25."""
     start = {"u": np.zeros(25, "f4"), "v": np.zeros(25, "f4")}
     result = gdopt.minimize(wide_line, start, optimizer=gdopt.gd)
     assert result.success, result
@@ -581,7 +581,7 @@ def test_params_whose_scales_differ_are_named(loss: Any, start: Any, rate: float
     assert gdopt.minimize(loss, start).success
 
 
-def test_scales_that_are_alike_are_no_advice() -> None:
+def test_similar_scales_get_no_advice() -> None:
     result = gdopt.minimize(rosenbrock, jnp.zeros(2), learning_rate=1e-3, max_steps=1000)
     assert "differ in scale" not in result.message
     assert "smaller" not in result.message
@@ -595,7 +595,7 @@ def test_scales_that_are_alike_are_no_advice() -> None:
         (lambda x: jnp.sum(jnp.abs(x - 0.33)), 0.1, optax.sign_sgd),
     ],
 )
-def test_a_rate_that_overshoots_is_to_be_smaller(loss: Any, rate: float, optimizer: Any) -> None:
+def test_a_rate_that_overshoots_should_be_smaller(loss: Any, rate: float, optimizer: Any) -> None:
     result = gdopt.minimize(loss, jnp.ones(3), learning_rate=rate, optimizer=optimizer)
     assert not result.success
     assert "a smaller learning_rate, as each step leads to the other side" in result.message
@@ -637,7 +637,7 @@ MEASURED = np.array([1012.0, 998, 1033, 1005, 987, 1500, 1001])
         (lambda p: jnp.sum(jnp.abs(p - MEASURED)), 2e3, 559.0, {"optimizer": gdopt.gd}),
     ],
 )
-def test_a_search_that_gains_nothing_more_at_a_minimum_claims_it(
+def test_a_search_that_idles_at_a_minimum_claims_it(
     loss: Any, start: Any, minimum: float, options: Any, x64: bool
 ) -> None:
     """Its steps still lead away from the minimum and back."""
@@ -647,13 +647,13 @@ def test_a_search_that_gains_nothing_more_at_a_minimum_claims_it(
     assert result.loss == pytest.approx(minimum, rel=1e-5)
 
 
-def test_a_gradient_that_is_nan_nearby_is_named() -> None:
+def test_a_nan_gradient_nearby_is_named() -> None:
     result = gdopt.minimize(lambda x: (x - 1) ** 2 + 0 * jnp.sqrt(jnp.maximum(x - 1.5, 0.0)), 3.0)
     assert "the loss or its gradient is not finite there" in result.message
 
 
-def test_a_rate_that_diverges_at_once_is_told_which_would_not() -> None:
-    """From one step to the next the gradient grows too much to tell: the curvature does."""
+def test_a_rate_that_diverges_at_once_gets_a_suggestion() -> None:
+    """The gradient grows too much in a step to suggest a rate, but the curvature suggests one."""
     x = np.stack([np.linspace(50, 200, 100), np.ones(100)], 1)
     loss = lambda p: jnp.mean((x @ p - 1e5) ** 2)
     result = gdopt.minimize(loss, jnp.zeros(2), learning_rate=10.0)
@@ -664,7 +664,7 @@ def test_a_rate_that_diverges_at_once_is_told_which_would_not() -> None:
     assert gdopt.minimize(loss, jnp.zeros(2), learning_rate=told).status is not Status.DIVERGED
 
 
-def test_the_advice_on_scales_stands_alone() -> None:
+def test_the_advice_on_scales_needs_no_other_advice() -> None:
     x = np.linspace(0, 50, 60)
     powers = np.stack([x**k for k in range(4)], 1)
     y = 5 - 2 * x + 0.3 * x**2 - 4e-3 * x**3

@@ -1,4 +1,4 @@
-"""Writes rules.npz: what fastai's own rules say of some curves. Only to be run again for a new fastai.
+"""Writes rules.npz: the answers of fastai's own rules for some curves. Run it again only for a new fastai.
 
 python -m pip install torch==2.13.0 numpy && python -m pip install --no-deps fastai==2.8.12
 python tests/fastai_rules/make_rules.py
@@ -26,7 +26,7 @@ def fastai_rules() -> dict:
 
 
 def curves() -> dict[str, np.ndarray]:
-    """Losses over a ladder: what range tests look like, and what they should not."""
+    """Losses over a ladder, as range tests should and should not look."""
     random = np.random.default_rng(0)
     x = np.linspace(-5, 1, 120)
     fall = 2.3 - 2 / (1 + np.exp(-3 * (x + 1.5)))
@@ -46,7 +46,7 @@ def curves() -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Asks all rules about all curves."""
+    """Ask all rules about all curves."""
     import torch  # here, so that collecting doctests does not need it
 
     rules, arrays = fastai_rules(), {}
