@@ -17,7 +17,7 @@ from problems import PROBLEMS, Problem
 
 import gdopt
 from gdopt import schedules
-from gdopt._loop import loop
+from gdopt._loop import while_loops
 from gdopt._run import host_loop
 from gdopt._status import FAILURES
 
@@ -506,7 +506,7 @@ def test_schedule_in_jit_vmap_and_sgd(name: str) -> None:
 def test_capacity_of_a_chunk_changes_no_bit(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """This compiles another program, so it is not among the runs of each optimizer."""
     expected = fit(optax.adam, 0.1, max_steps=50, tol=0).result
-    monkeypatch.setattr(loop, "CAPACITY", capacity)
+    monkeypatch.setattr(while_loops, "CAPACITY", capacity)
     monkeypatch.setattr(host_loop, "_FIRST_CHUNK", 1)
     monkeypatch.setattr(host_loop, "_CHUNK_SECONDS", 1e9)
     found = fit(optax.adam, 0.1, max_steps=50, tol=0).result

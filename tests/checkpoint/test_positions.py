@@ -15,6 +15,7 @@ import pytest
 
 import gdopt
 from gdopt import Status
+from gdopt._checkpoint import file as checkpoint_file
 
 ROWS = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 SIZE, PER_EPOCH, EPOCHS = 8, 5, 4
@@ -170,7 +171,7 @@ def test_saves_between_two_steps_have_the_position_of_that_step(path, monkeypatc
     files = sorted(path.parent.glob("run.*.gdopt"))
     assert len(files) == EPOCHS * PER_EPOCH
     for file in files:
-        meta = file.read(str(file))[1]["stream"]
+        meta = checkpoint_file.read(str(file))[1]["stream"]
         step = int(file.name.split(".")[1])
         assert step == 1 or (meta["number"], meta["passes"]) == (step - 1, (step - 1) // PER_EPOCH)
     for file in files[3:]:
@@ -251,10 +252,10 @@ def test_old_saves_and_streams_without_positions_are_replayed(path) -> None:
     without = lambda: iter(list(ByHand()))
     check_same(minimize(without, path, epochs=2), minimize(ByHand(), epochs=2))
     for file in path.parent.glob("run.*.gdopt"):
-        arrays, meta = file.read(str(file))
+        arrays, meta = checkpoint_file.read(str(file))
         arrays.pop("stream", None)
         meta.pop("stream")
-        file.write(str(file), arrays, meta)
+        checkpoint_file.write(str(file), arrays, meta)
     again = ByHand()
     check_same(minimize(again, path), minimize(ByHand()))
     assert again.pulled == [*range(PER_EPOCH)] * EPOCHS

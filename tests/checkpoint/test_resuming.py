@@ -23,6 +23,7 @@ import pytest
 import gdopt
 from gdopt import Status
 from gdopt._checkpoint import resume
+from gdopt._checkpoint.identity import layout_of
 from gdopt._run import host_loop
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "killed_run.py"
@@ -428,10 +429,10 @@ def test_a_changed_loss_is_a_warning(path) -> None:
 
 def test_other_devices_or_cores_are_a_warning(path, monkeypatch) -> None:
     minimize(path, max_steps=20)
-    here = resume._layout(jnp.zeros(3))
+    here = layout_of(jnp.zeros(3))
     assert re.fullmatch(r"cpu, 1 device, \d+ cores?", here)
     minimize(path, max_steps=30)  # the same ones: no warning
-    monkeypatch.setattr(resume, "_layout", lambda carry: "NVIDIA H100, 2 devices")
+    monkeypatch.setattr(resume, "layout_of", lambda carry: "NVIDIA H100, 2 devices")
     with pytest.warns(UserWarning, match=f"was made on {here}, and here it is NVIDIA H100, 2 devices: the run goes on"):
         result = minimize(path)
     assert result.steps == 60

@@ -44,6 +44,7 @@ class NoSaves:
     range_test: RangeTest | None = None
     feed: Feed | None = None
     position = steps_per_epoch = None
+    keeps_positions = False
     told = ""
 
     def compare(self, task: Task, *, keep_best: bool) -> None:
@@ -93,6 +94,11 @@ class Saves:
         state = self.found.arrays["stream"].tobytes()
         place = told["number"], told["passes"], told["steps"]
         return Position(*place, state if told["state"] == "bytes" else state.decode())
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the place of a stream is saved, too. Several processes have a stream each, which they replay."""
+        return not peers().several
 
     @property
     def steps_per_epoch(self) -> int | None:

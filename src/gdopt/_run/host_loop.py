@@ -11,8 +11,8 @@ import numpy as np
 from gdopt import _error_notes, _trees
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._devices.processes import peers
+from gdopt._loop import while_loops
 from gdopt._loop.state import Carry, Compiled, Inputs, State
-from gdopt._loop.while_loops import CAPACITY
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
 from gdopt._result import History, concatenated
@@ -103,7 +103,7 @@ def _size(compiled: Compiled) -> int:
     """Return how many steps the next chunk is to have."""
     seconds = _CHUNK_SECONDS * (_PATIENCE if peers().several else 1)
     size = max(1, int(seconds / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
-    return min(size, CAPACITY)
+    return min(size, while_loops.CAPACITY)
 
 
 def _cause(stop: bool, leave: bool, why: str) -> Status | None:

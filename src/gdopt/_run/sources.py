@@ -89,8 +89,7 @@ class Streamed:
         if self._made is not None:
             return
         self._made, saves.feed = made, self._feed
-        # Each process has a stream of its own, and a checkpoint has room for one: several processes replay theirs.
-        self._feed.go_on(made, saves.position, saves.steps_per_epoch, keeps=not peers().several)
+        self._feed.go_on(made, saves.position, saves.steps_per_epoch, keeps=saves.keeps_positions)
 
     def begin(self) -> None:
         """Pull the last batch that was used before, and the next. A stream without positions replays all before."""
