@@ -69,15 +69,12 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def refuse_no_arrays(name: str, tree: PyTree, *, carried: bool = False) -> None:
-    """Raises InputError for what looks like an array and is of no use as one, and for dicts that JAX cannot sort.
-
-    Where objects and texts may be ``carried`` along, arrays of them may, too.
-    """
-    if not any(fault(leaf, carried) for leaf in flatten(name, tree)[0]):
+def refuse_no_arrays(name: str, tree: PyTree) -> None:
+    """Raises InputError for what looks like an array and is of no use as one, and for dicts that JAX cannot sort."""
+    if not any(fault(leaf, carried=True) for leaf in flatten(name, tree)[0]):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if why := fault(leaf, carried):
+        if why := fault(leaf, carried=True):
             raise InputError(f"{_trees.path_name(path, name)} {why}.")
 
 

@@ -71,10 +71,7 @@ def line(frames: list[tuple[str, int, str]]) -> str | None:
 
 
 def _shown(tree: PyTree) -> str:
-    try:
-        text = _trees.summary(tree)
-    except Exception:  # of somebody's repr: the error at hand matters more
-        text = f"<{type(tree).__name__}>"
+    text = _trees.summary(tree)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

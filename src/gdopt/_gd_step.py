@@ -52,18 +52,12 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
 
     value = program.trace(problem.value, problem.params, *args, rules=True)
     given = value.constants, problem.params, rate, args
+    traced = lambda: program.with_gradient(value, problem.value, problem.params, *args)[0]
     if program.is_traced(given):  # it becomes a part of the caller's program
-        traced, _ = program.with_gradient(value, problem.value, problem.params, *args)
-        new, loss_before = vanilla(traced, *given)
-        return problem.rest.combine(new), loss_before
-    place = program.place_for(value.identity and (gd_step, value.identity), given, passing=True)
-    if place:
-        shared = place[0]
+        new, loss_before = vanilla(traced(), *given)
     else:
-        traced, _ = program.with_gradient(value, problem.value, problem.params, *args)
-        shared = program.share(functools.partial(vanilla, traced), *given)
-        if shared.closed:
-            place.append(shared)
-    with own_transfers():
-        new, loss_before = shared.call(*given)
+        make = lambda: program.share(functools.partial(vanilla, traced()), *given)
+        shared = program.shared_for(gd_step, value, given, make)
+        with own_transfers():
+            new, loss_before = shared.call(*given)
     return problem.rest.combine(new), loss_before

@@ -20,6 +20,7 @@ from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method, is_auto, make_method
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
+from gdopt._outcome.messages import explain
 from gdopt._problem.limits import Steps, check_grad_tol, check_steps, check_target, check_tol
 from gdopt._problem.lints import warn_of_no_gradient
 from gdopt._problem.objective import make_problem
@@ -171,7 +172,7 @@ def minimize(
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
     task = scaled(make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key), scale)
     steps = check_steps(max_steps, epochs, task)
-    noisy, has_target = task.noisy, target is not None
+    noisy = task.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     options = {"callback": callback, "checkpoint": checkpoint}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
@@ -185,7 +186,7 @@ def minimize(
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
             key, some = task.key if noisy else None, task._replace(data=data)
-            return loop.compile(some, method, limits, key, keep_best=keep_best, has_target=has_target)
+            return loop.compile(some, method, limits, key, keep_best=keep_best)
 
         compiled, inputs = compile(task.data)
         if isinstance(compiled, Whole):
@@ -203,10 +204,12 @@ def minimize(
     inputs, returned = source.last_inputs(inputs), params_to_return(state)
     has_steps = max_steps is not None or epochs is not None
     ended = Ended(
-        *(task, method, compiled, inputs, state, history, status, returned, limits, has_target, has_steps, range_test),
+        *(task, method, compiled, inputs, state, history, status, returned, has_steps, range_test),
         *(source.steps_per_epoch, source.why),
     )
-    result = ended.result(saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
+    result = ended.result(
+        explain(ended) + saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at
+    )
     watcher.raise_failure(result)
     return result.raise_for_status() if throw else result
 

@@ -220,10 +220,10 @@ class Result:
             "loss": _number(self.loss, ".6g"),
             "grad_norm": _number(self.grad_norm, ".3g"),
             "steps": _number(self.steps, ""),
-            "params": _shown(self.params),
+            "params": _trees.summary(self.params),
         }
         if self.aux is not None:
-            rows["aux"] = _shown(self.aux)
+            rows["aux"] = _trees.summary(self.aux)
         return table("gdopt.Result", rows)
 
 
@@ -264,21 +264,16 @@ def _as_text(numbers: list[Any]) -> str | None:
 def _make_pytree(cls: type, *telling: str) -> None:
     """Make a pytree of a class. Its children are all fields but the message, which belongs to those ``telling``."""
     names = [field.name for field in dataclasses.fields(cls) if field.init and field.name != "message"]
-    keys = [jax.tree_util.GetAttrKey(name) for name in names]
 
-    def flatten(result: Any) -> tuple[list[Any], _Sentence]:
+    def flatten(result: Any) -> tuple[list[tuple[Any, Any]], _Sentence]:
         told = _Sentence(result.message, [getattr(result, name) for name in telling])
-        return [getattr(result, name) for name in names], told
-
-    def flatten_with_keys(result: Any) -> tuple[list[tuple[Any, Any]], _Sentence]:
-        children, told = flatten(result)
-        return list(zip(keys, children, strict=True)), told
+        return [(jax.tree_util.GetAttrKey(name), getattr(result, name)) for name in names], told
 
     def unflatten(told: _Sentence, children: Iterable[Any]) -> Any:
         fields = dict(zip(names, children, strict=True))
         return cls(**fields, message=told.beside([fields[name] for name in telling]))
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
 
 
 _make_pytree(RangeTest, "status", "suggestion")
@@ -294,21 +289,14 @@ def ends(status: Any) -> str:
         found = zip(*np.unique(codes, return_counts=True), strict=True)
         return ", ".join(f"{Status(code.item())} ({count})" for code, count in found)
     except Exception:  # what is being traced, or anything else that a leaf was replaced by
-        return _shown(status)
+        return _trees.summary(status)
 
 
 def _number(value: Any, spec: str) -> str:
     try:
         return format(np.asarray(jax.device_get(value)).item(), spec)
     except Exception:
-        return _shown(value)
-
-
-def _shown(tree: PyTree) -> str:
-    try:
-        return _trees.summary(tree)
-    except Exception:  # raised by somebody's repr
-        return f"<{type(tree).__name__}>"
+        return _trees.summary(value)
 
 
 def table(title: str, rows: dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,11 @@ class Limits(NamedTuple):
     max_steps: jax.Array | int
     tol: jax.Array | float
     grad_tol: jax.Array | float | None  # None: not tested
-    target: jax.Array | float
+    target: float  # -inf: none
+
+    @property
+    def has_target(self) -> bool:
+        return self.target > -math.inf
 
 
 class Watch(NamedTuple):
@@ -342,11 +347,6 @@ def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
 def failed(code: jax.Array) -> jax.Array:
     """Tell whether a run ended by a failure."""
     return functools.reduce(jnp.logical_or, [code == status for status in FAILURES])
-
-
-def is_good(watch: Watch, loss: jax.Array) -> jax.Array:
-    """Tell whether a noisy run may fall back on this point: its loss is at most the start's."""
-    return loss <= watch.first_loss
 
 
 def succeeded(code: Any, watch: Watch, *, noisy: bool, has_target: bool) -> Any:

@@ -22,6 +22,7 @@ from gdopt._types import PyTree
 _TYPES = [t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)]
 _TYPES += [np.bool_, np.float16, np.float32, np.float64, np.complex64, np.complex128]
 _TYPES += [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
+SMALL = 4096  # entries of an array that is computed with together with others
 NUMBERS = frozenset(map(np.dtype, _TYPES))  # that JAX takes: not the long ones, and none in another byte order
 
 
@@ -273,7 +274,7 @@ def is_plain(treedef: Any) -> bool:
 
 
 def summary(tree: PyTree) -> str:
-    """A few numbers as they are; more of them by dtype and shape."""
+    """A few numbers as they are; more of them by dtype and shape; of what has a repr that raises, the type."""
 
     def leaf_summary(leaf: Any) -> Any:
         if not hasattr(leaf, "dtype"):
@@ -282,7 +283,10 @@ def summary(tree: PyTree) -> str:
             return _Bare(np.array2string(on_host(leaf), precision=4, separator=", ").replace("\n", ""))
         return _Bare(f"{getattr(leaf.dtype, 'name', leaf.dtype)}[{', '.join(map(str, leaf.shape))}]")
 
-    return repr(jax.tree.map(leaf_summary, tree))
+    try:
+        return repr(jax.tree.map(leaf_summary, tree))
+    except Exception:  # raised by somebody's repr
+        return f"<{type(tree).__name__}>"
 
 
 def _is_readable(leaf: Any) -> bool:

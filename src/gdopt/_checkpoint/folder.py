@@ -105,7 +105,7 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
     Raises CheckpointError where there are some and none can be read: to begin anew would replace them in time.
     """
     skipped = []
-    for file in reversed(saves_of(base_of(checkpoint)).values()):
+    for file in reversed(saves_of(os.fspath(checkpoint.path)).values()):
         try:
             saved = Saved(file, *read(file))
             if SPREAD in saved.meta:
@@ -124,11 +124,6 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
     return None
 
 
-def base_of(checkpoint: Checkpoint) -> str:
-    """The path of the saves, without the step."""
-    return os.fspath(checkpoint.path)
-
-
 def save_at(base: str, step: int) -> str:
     """The file of the save of a step."""
     return f"{base}.{step:012d}.gdopt"
@@ -139,6 +134,14 @@ def saves_of(base: str) -> dict[int, str]:
     files = {int(match[1]): match.string for match in beside(base, r"\.(\d{12})\.gdopt")}
     directory = os.path.dirname(base)
     return {step: os.path.join(directory, files[step]) for step in sorted(files)}
+
+
+def directories(base: str) -> dict[int, set[str]]:
+    """The directories of a path's saves, whole or not, by their steps."""
+    found: dict[int, set[str]] = {}
+    for match in beside(base, r"\.(\d{12})\.[0-9a-f]{8}\.orbax"):
+        found.setdefault(int(match[1]), set()).add(os.path.join(os.path.dirname(base), match.string))
+    return found
 
 
 def beside(base: str, ending: str) -> list[re.Match[str]]:

@@ -20,22 +20,22 @@ import numpy as np
 
 from gdopt._checkpoint import sharded
 from gdopt._checkpoint.file import Arrays, Meta, read
-from gdopt._checkpoint.folder import Checkpoint, Saved, base_of, newest, save_at
+from gdopt._checkpoint.folder import Checkpoint, Saved, newest, save_at
 from gdopt._checkpoint.lock import holder_of
 from gdopt._checkpoint.saver import Saver
-from gdopt._devices.processes import Peers
+from gdopt._devices.processes import Alone, Peers
 from gdopt._errors import CheckpointError, InputError
 
 _LONGEST = 500  # characters of a failure
 
 
 @contextlib.contextmanager
-def opened(checkpoint: Checkpoint, peers: Peers) -> Iterator[tuple[JointSaver, Saved | None]]:
+def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Iterator[tuple[JointSaver, Saved | None]]:
     """The saves at a path, for all processes to enter together, and the save that they go on from.
 
     The first process finds it, so that all take the same one.
     """
-    base, first = base_of(checkpoint), jax.process_index() == 0
+    base, first = os.fspath(checkpoint.path), not peers.several or jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(Saver(checkpoint)) if first else None
         found = newest(checkpoint) if first else None
@@ -61,7 +61,7 @@ class JointSaver:
     what `tells` returns.
     """
 
-    def __init__(self, base: str, peers: Peers, saver: Saver | None):
+    def __init__(self, base: str, peers: Alone | Peers, saver: Saver | None):
         self._base, self._peers, self._saver = base, peers, saver
         self._part: _Part | None = None  # of the save on its way
         self._thread: threading.Thread | None = None

@@ -18,13 +18,13 @@ import numpy as np
 from gdopt import _trees
 from gdopt._checkpoint import sharded
 from gdopt._checkpoint.file import SPREAD
-from gdopt._checkpoint.folder import Checkpoint, Saved, newest
+from gdopt._checkpoint.folder import Checkpoint, Saved
 from gdopt._checkpoint.identity import identity_of, layout_of, numbers_of, short
 from gdopt._checkpoint.multi_process import JointSaver, opened
-from gdopt._checkpoint.saver import Saver
 from gdopt._checks import warn
 from gdopt._compile import program
-from gdopt._devices.processes import Peers, peers
+from gdopt._devices.processes import peers
+from gdopt._devices.sharding import put_on
 from gdopt._errors import InputError
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, State
@@ -47,11 +47,10 @@ class NoSaves:
     keeps_positions = False
     told = ""
 
-    def compare(self, task: Task, *, keep_best: bool) -> None:
-        """Do nothing, as there is no run to compare with."""
+    def nothing(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
 
-    def compare_programs(self, task: Task, method: Method) -> None:
-        """Do nothing, as there is no run to compare with."""
+    compare = compare_programs = tells = hears = update = finish = nothing
 
     def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
         """Return the fresh carry, and no history."""
@@ -61,26 +60,15 @@ class NoSaves:
         """Return the limit of a chunk."""
         return limit
 
-    def tells(self) -> None:
-        """Tell the other processes nothing."""
-
-    def hears(self, told: list) -> None:
-        """Ignore what the other processes tell."""
-
-    def update(self, state: State, records: list[History], limits: Limits, *, last: bool) -> None:
-        """Save nothing."""
-
-    def finish(self, state: State, records: list[History], limits: Limits) -> None:
-        """Save nothing."""
-
 
 class Saves:
     """The saves of a run: the one that it goes on from, if there is one, and those that it makes."""
 
-    def __init__(self, saver: Saver | JointSaver, found: Saved | None):
+    def __init__(self, saver: JointSaver, found: Saved | None):
         self.found = found
         self.range_test: RangeTest | None = None if found is None else _range_test(found)
         self.feed: Feed | None = None  # of a run on a stream
+        self._stream: dict[str, Any] = {} if found is None else found.meta.get("stream", {})
         self._saver = saver
         self._meta: dict[str, Any] = {}
         self._ended: Status | None = None  # how the run that was saved did, where nothing goes on
@@ -88,7 +76,7 @@ class Saves:
     @property
     def position(self) -> Position | None:
         """The place of the stream; None if there is none, or the stream could not tell."""
-        told = _stream(self.found)
+        told = self._stream
         if self.found is None or "state" not in told:
             return None
         state = self.found.arrays["stream"].tobytes()
@@ -103,7 +91,7 @@ class Saves:
     @property
     def steps_per_epoch(self) -> int | None:
         """The steps of an epoch of the stream, as far as they were known."""
-        return _stream(self.found).get("steps_per_epoch")
+        return self._stream.get("steps_per_epoch")
 
     @property
     def told(self) -> str:
@@ -222,21 +210,19 @@ class Saves:
             saved = arrays[_trees.path_name(path, "state")]
             if not isinstance(leaf, jax.Array):
                 return np.asarray(saved)[()]
-            if _trees.is_key(leaf):
-                data = _placed(saved, _plain(leaf).sharding)
-                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-            return _placed(saved, leaf.sharding)
+            if not isinstance(saved, jax.Array):  # what comes from orbax is in its place
+                saved = put_on(saved, _plain(leaf).sharding)
+            return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(leaf)) if _trees.is_key(leaf) else saved
 
         return jax.tree_util.tree_map_with_path(put, fresh)
 
     def tells(self) -> Any:
         """Return what the other processes have to hear of the saves before each `due`."""
-        return self._saver.tells() if isinstance(self._saver, JointSaver) else None
+        return self._saver.tells()
 
     def hears(self, told: list) -> None:
         """Take what all processes have told."""
-        if isinstance(self._saver, JointSaver):
-            self._saver.hears(told)
+        self._saver.hears(told)
 
     def limited(self, step: int, limit: int, limits: Limits) -> int:
         """Return a limit at which a chunk ends at max_steps: that state is saved before its point is evaluated."""
@@ -285,13 +271,8 @@ def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Iterator
         yield NoSaves()
         return
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    others = peers()
-    if isinstance(others, Peers):
-        with opened(given, others) as (joint, found):
-            yield Saves(joint, found)
-        return
-    with Saver(given) as saver:
-        yield Saves(saver, newest(given))
+    with opened(given, peers()) as (saver, found):
+        yield Saves(saver, found)
 
 
 _TEST_ARRAYS = ("learning_rate", "loss", "smoothed_loss", "losses", "smoothed_losses")
@@ -303,19 +284,6 @@ def _range_test(saved: Saved) -> RangeTest | None:
         return None
     arrays = {name: saved.arrays[f"range_test.{name}"] for name in _TEST_ARRAYS}
     return RangeTest(**arrays, **{**told, "status": Status(told["status"])}, refinement=None)
-
-
-def _stream(saved: Saved | None) -> dict[str, Any]:
-    return {} if saved is None else saved.meta.get("stream", {})
-
-
-def _placed(array: Any, place: Any) -> jax.Array:
-    """The array there; of one that each process holds, each its part. What comes from orbax is there."""
-    if isinstance(array, jax.Array):
-        return array
-    if place.is_fully_addressable:
-        return jax.device_put(array, place)
-    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def _plain(leaf: Any) -> Any:

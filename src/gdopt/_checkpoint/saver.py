@@ -18,7 +18,7 @@ import numpy as np
 from gdopt import _trees
 from gdopt._checkpoint import sharded
 from gdopt._checkpoint.file import SPREAD, Arrays, Meta, read, write
-from gdopt._checkpoint.folder import Checkpoint, base_of, beside, check_directory, save_at, saves_of
+from gdopt._checkpoint.folder import Checkpoint, beside, check_directory, directories, save_at, saves_of
 from gdopt._checkpoint.lock import acquire, release
 from gdopt._checks import warn
 from gdopt._errors import CheckpointError
@@ -33,7 +33,7 @@ class Saver:
     """
 
     def __init__(self, checkpoint: Checkpoint):
-        self._base = base_of(checkpoint)
+        self._base = os.fspath(checkpoint.path)
         self._every, self._keep = checkpoint.every_seconds, checkpoint.keep
         self._lock: int | None = None
         self._writer: threading.Thread | None = None
@@ -137,7 +137,7 @@ class Saver:
         """Removes the directories that belong to no save."""
         with contextlib.suppress(OSError):
             saves = saves_of(self._base)
-            for step, found in sharded.directories(self._base).items():
+            for step, found in directories(self._base).items():
                 for directory in found - _named(saves.get(step), found):
                     sharded.remove(directory)
 

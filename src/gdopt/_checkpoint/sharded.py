@@ -29,7 +29,6 @@ from gdopt._types import PyTree
 
 _BLOCK = 2**20  # bytes that are read at once
 _TOKEN = re.compile(r"\.[0-9a-f]{8}\.orbax", re.ASCII)  # behind a path with its step
-_NAME = re.compile(r"\.(\d{12})" + _TOKEN.pattern, re.ASCII)  # behind a path
 
 Listing = dict[str, Any]  # what `complete` writes down, for `check` and `load`
 
@@ -183,17 +182,6 @@ def load(file: str, listing: Listing, places: Mapping[str, Any]) -> dict[str, ja
     except Exception as error:  # of many kinds
         raise CheckpointError(f"{file!r} cannot be read: {type(error).__name__}: {error}") from error
     return {name: loaded[number] for number, name in names.items()}
-
-
-def directories(base: str) -> dict[int, set[str]]:
-    """The directories of a path's saves, whole or not, by their steps."""
-    parent, stem = os.path.split(base)
-    found: dict[int, set[str]] = {}
-    for name in os.listdir(parent):
-        match = _NAME.fullmatch(name[len(stem) :]) if name.startswith(stem) else None
-        if match:
-            found.setdefault(int(match[1]), set()).add(os.path.join(parent, name))
-    return found
 
 
 def remove(directory: str) -> None:

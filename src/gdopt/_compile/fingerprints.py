@@ -7,7 +7,6 @@ that out on traps before the first program is shared.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import functools
 import itertools
@@ -44,40 +43,28 @@ class Slot:
 CALLBACKS = frozenset({"pure_callback", "io_callback", "debug_callback", "debug_print"})
 
 
-@dataclasses.dataclass
 class Copy:
-    """A trace that may be kept: nothing of the caller's is in it.
+    """The copy of a trace for a `Replay` of this mode, which may be kept: nothing of the caller's is in it.
 
     Attributes:
         jaxpr: the trace, with a hole in the place of each array that a replay can be given, and with copies of others.
         arrays: what the holes were, each array once.
-        callbacks: the functions that the program calls on the host; ``jaxpr`` looks them up here.
+        callbacks: with ``slots``, the functions that the program calls on the host; ``jaxpr`` looks them up here.
         effects: what the trace does besides returning values, but for calling these functions.
     """
 
-    jaxpr: Any
-    arrays: list[Any]
-    callbacks: list[Callable]
-    effects: frozenset
-
-
-def copy(closed: Any, mode: Mode, *, slots: bool = False) -> Copy:
-    """The copy of a trace, for a `Replay` of this mode; with ``slots`` its callbacks are taken out as well."""
-    jaxpr = _jax.opened(closed)
-    found = _Copier(mode, slots)
-    bare = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]) if _jax.consts(jaxpr) else jaxpr
-    return Copy(found.copied(bare), found.arrays, found.callbacks, frozenset(closed.effects) - found.effects)
-
-
-class _Copier:
-    def __init__(self, mode: Mode, slots: bool):
-        self.mode, self.slots = mode, slots
+    def __init__(self, closed: Any, mode: Mode, *, slots: bool = False):
         self.arrays: list[Any] = []
         self.callbacks: list[Callable] = []
-        self.effects: set = set()  # those of the callbacks
+        self._mode, self._slots = mode, slots
+        self._called: set = set()  # effects of the callbacks
         self._numbers: dict[int, int] = {}
+        jaxpr = _jax.opened(closed)
+        bare = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]) if _jax.consts(jaxpr) else jaxpr
+        self.jaxpr = self._copied(bare)
+        self.effects = frozenset(closed.effects) - self._called
 
-    def copied(self, jaxpr: Any, replayed: bool = True) -> Any:
+    def _copied(self, jaxpr: Any, replayed: bool = True) -> Any:
         """The trace itself if there is nothing to be replaced in it; ``replayed``: a replay runs through it."""
         eqns = [self._eqn(eqn, replayed) for eqn in jaxpr.eqns]
         outvars = list(map(_own_literal, jaxpr.outvars))
@@ -89,7 +76,7 @@ class _Copier:
         """A nested trace, with holes or copies in place of its arrays."""
         consts = [self._hole(array) if replayed else _own(array) for array in _jax.consts(closed)]
         jaxpr = _jax.opened(closed)
-        copied = self.copied(jaxpr, replayed)
+        copied = self._copied(jaxpr, replayed)
         if copied is jaxpr and not consts:
             return closed
         return closed.replace(jaxpr=copied, consts=consts) if consts else _with_body(closed, copied)
@@ -102,15 +89,15 @@ class _Copier:
 
     def _eqn(self, eqn: Any, replayed: bool) -> Any:
         invars = list(map(_own_literal, eqn.invars))
-        replayed = replayed and bool(bodies(eqn, self.mode))
+        replayed = replayed and bool(bodies(eqn, self._mode))
         params = {name: self._value(value, replayed) for name, value in eqn.params.items()}
-        if self.mode is Mode.PROGRAM and params.get("policy") is not None:
+        if self._mode is Mode.PROGRAM and params.get("policy") is not None:
             params["policy"] = None  # of what a gradient stores, and of no use here; it may hold arrays
-        if self.slots and eqn.primitive.name in CALLBACKS and callable(params.get("callback")):
+        if self._slots and eqn.primitive.name in CALLBACKS and callable(params.get("callback")):
             params["callback"] = Slot(self.callbacks, len(self.callbacks))
             self.callbacks.append(eqn.params["callback"])
-        if self.slots and eqn.primitive.name in CALLBACKS:  # without a function of its own it is a print
-            self.effects.update(eqn.effects)
+        if self._slots and eqn.primitive.name in CALLBACKS:  # without a function of its own it is a print
+            self._called.update(eqn.effects)
         if _same(invars, eqn.invars) and _same(params.values(), eqn.params.values()):
             return eqn
         return eqn.replace(invars=invars, params=params)
@@ -163,7 +150,7 @@ class _Unshareable(Exception):
 
 
 def fingerprint(jaxpr: Any, *, lifted: bool = False, rules: bool = False) -> Hashable | None:
-    """Everything that the compiled program of a `copy` depends on, by value; None where a value cannot be compared.
+    """Everything that the compiled program of a `Copy` depends on, by value; None where a value cannot be compared.
 
     With ``lifted``, the numbers that a replay is given count by their kind alone. With ``rules``, for a trace that is
     to be differentiated, policies of checkpoints count, and a function with derivative rules gets no fingerprint.
@@ -236,9 +223,7 @@ _OWNERS = ("jax", "jaxlib")
 def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
     """A value as part of a fingerprint. Equality must mean "compiles to the same": 0.0 == -0.0 and 1 == True do not."""
     kind: type = type(value)
-    if kind in (NoneType, bool, int, str, bytes):
-        return kind, value
-    if _is_compared(kind):
+    if kind in (NoneType, bool, int, str, bytes) or (kind.__name__ in _COMPARED and _is_jaxs_own(kind)):
         return kind, value
     if _jax.is_jaxpr(value):  # an inner jit keeps the arrays that it closes over here
         return tuple(_parts(value, lifted, rules)), tuple(map(_value, _jax.consts(value)))
@@ -269,7 +254,7 @@ def _leaf(value: Any) -> Hashable:
             return value
         case jax.tree_util.PyTreeDef() if _trees.is_plain(value):
             return value
-        case FunctionType() if _is_known(value):
+        case FunctionType() if is_known(value, *_OWNERS, "numpy"):
             return value
     if isinstance(value, type):
         return value
@@ -296,18 +281,14 @@ def _attributes(value: Any) -> Hashable:
     return tuple((name, _value(item)) for name, item in held.items())
 
 
-def _is_compared(kind: type) -> bool:
-    return kind.__name__ in _COMPARED and _is_jaxs_own(kind)
-
-
 def _is_jaxs_own(kind: type) -> bool:
     return kind.__module__.split(".")[0] in _OWNERS
 
 
-def _is_known(function: FunctionType) -> bool:
+def is_known(function: FunctionType, *owners: str) -> bool:
     """Tell whether it is a function of a library that nobody changes, found by its name, and closes over nothing."""
     name = function.__module__ or ""
-    owned = name.split(".")[0] in (*_OWNERS, "optax", "gdopt", "numpy")
+    owned = name.split(".")[0] in ("gdopt", "optax", *owners)
     return owned and not function.__closure__ and vars(sys.modules.get(name)).get(function.__name__) is function
 
 
@@ -363,7 +344,7 @@ def _look_alike(make: Callable) -> bool:
     """Tell whether two functions that differ in their array alone do, in any use of their traces."""
     x, arrays = np.ones(2, np.float32), [np.full(2, value, np.float32) for value in (2, 3)]
     traces = [trace(make(array), x)[0] for array in arrays]
-    copies = [[copy(closed, mode) for closed in traces] for mode in Mode]
+    copies = [[Copy(closed, mode) for closed in traces] for mode in Mode]
     before = [[_told_by(closed, kept) for closed, kept in zip(traces, pair, strict=True)] for pair in copies]
     arrays[0] += 100  # of which the copies are to see nothing
     after = [fingerprint(pair[0].jaxpr) for pair in copies]
@@ -383,7 +364,7 @@ def _make_anew() -> None:
     for name in ("checkpoint", "cond", "while", "scan"):
         around = _around(name, around)
     closed, _ = trace(around, x)
-    kept = copy(closed, Mode.PROGRAM)
+    kept = Copy(closed, Mode.PROGRAM)
     jax.eval_shape(lambda x: Replay(Mode.PROGRAM, kept.arrays)(kept.jaxpr, [*_jax.consts(closed), x]), x)
 
 

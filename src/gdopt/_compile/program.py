@@ -48,7 +48,8 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     some has no identity: JAX calls them as it differentiates, and what they read may have changed by then.
     """
     if not fingerprints.is_reliable():
-        return _untraced(function, *args)
+        made, out, constants = _converted(function, *args)
+        return Traced(made, constants, out, None, None)
     levels: list[int] = []
 
     def watched(*args: PyTree) -> PyTree:
@@ -57,7 +58,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
 
     closed, out = replays.trace(watched, *args)
     mode = replays.Mode.LOSS if rules else replays.Mode.FINAL
-    kept = fingerprints.copy(closed, mode)
+    kept = fingerprints.Copy(closed, mode)
     treedef, jaxpr, count = jax.tree.structure(out), kept.jaxpr, len(_jax.consts(closed))
     nested = count + len(kept.arrays)
 
@@ -76,13 +77,8 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     return Traced(replay, constants + numbers, out, identity, jaxpr, *levels)
 
 
-def _untraced(function: Callable, *args: PyTree) -> Traced:
-    """The function itself in place of its trace; the values of an outer trace that it closes over are its constants."""
-    made, out, constants = _converted(function, *args)
-    return Traced(made, constants, out, None, None)
-
-
 def _converted(function: Callable, *args: PyTree) -> tuple[Callable, PyTree, list[Any]]:
+    """The function itself in place of its trace; the values of an outer trace that it closes over are its constants."""
     new = lambda *args: function(*args)
     made, constants = jax.closure_convert(new, *args)  # takes out what may be differentiated by
     count = len(constants)
@@ -144,10 +140,11 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
     """
     if not fingerprints.is_reliable():
-        return _unshared(function, *args, donate_first=donate_first)
+        made, out, constants = _converted(function, *args)
+        return Shared(jax.jit(made, donate_argnums=(1,) if donate_first else ()), constants, out, closed=False)
     closed, out = replays.trace(function, *args)
     # What is being traced becomes part of the caller's program, which may outlive this call: it keeps its callbacks.
-    kept = fingerprints.copy(closed, replays.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
+    kept = fingerprints.Copy(closed, replays.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
     treedef, count = jax.tree.structure(out), len(_jax.consts(closed))
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
     identity = None if kept.effects else fingerprints.fingerprint(kept.jaxpr)
@@ -166,12 +163,6 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
         weakref.finalize(call, executable.release)
     is_closed = identity is not None and not constants and not program.callbacks
     return Shared(call, constants, out, is_closed)
-
-
-def _unshared(function: Callable, *args: PyTree, donate_first: bool) -> Shared:
-    """``jit`` as it is."""
-    made, out, constants = _converted(function, *args)
-    return Shared(jax.jit(made, donate_argnums=(1,) if donate_first else ()), constants, out, closed=False)
 
 
 def text(function: Callable, *args: PyTree) -> str:
@@ -218,31 +209,29 @@ def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -
     arguments, and JAX's settings; so, for one, on nothing that is not ``closed``.
     """
     leaves, treedef = jax.tree.flatten(args)
-    if identity is None or not _trees.is_plain(treedef):
+    if identity is None or (isinstance(identity, tuple) and None in identity) or not _trees.is_plain(treedef):
         return []
-    kinds = tuple(leaf.aval if isinstance(leaf, jax.Array) else _kind(leaf) for leaf in leaves)
+    kind = lambda number: (type(number), np.shape(number), np.result_type(number))
+    kinds = tuple(leaf.aval if isinstance(leaf, jax.Array) else kind(leaf) for leaf in leaves)
     return (_passing_place if passing else _place)((identity, treedef, kinds, _jax.settings()))
 
 
-@functools.lru_cache(maxsize=_PROGRAMS)
-def _place(key: Hashable) -> list:
-    return []
-
-
-@functools.lru_cache(maxsize=_PROGRAMS)
-def _passing_place(key: Hashable) -> list:
-    return []
-
-
-def _kind(number: Any) -> Hashable:
-    return type(number), np.shape(number), np.result_type(number)
+_place, _passing_place = (functools.lru_cache(maxsize=_PROGRAMS)(lambda key: []) for _ in range(2))
 
 
 def clear() -> None:
     """Forgets all programs."""
-    _executable.cache_clear()
-    _place.cache_clear()
-    _passing_place.cache_clear()
+    for cache in (_executable, _place, _passing_place):
+        cache.cache_clear()
+
+
+def shared_for(kind: Callable, value: Traced, given: tuple, make: Callable[[], Shared]) -> Shared:
+    """The program of this kind that was made for an equal trace and such arguments; made now if there is none."""
+    place = place_for((kind, value.identity), given, passing=True)
+    made = place[0] if place else make()
+    if made.closed and not place:
+        place.append(made)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,10 +41,6 @@ class Alone:
         """Return the note."""
         return [note]
 
-    def agree(self, limit: int, stop: bool, interrupted: bool, saves: Any = None) -> tuple[int, bool, bool, list]:
-        """Return what is passed."""
-        return limit, stop, interrupted, [saves]
-
 
 class Peers:
     """The processes of a run, of which this is one."""
@@ -65,12 +61,6 @@ class Peers:
             if "error" in other and number != jax.process_index():
                 raise _PeerError(f"process {number} ended the run: {other['error']}")
         return notes
-
-    def agree(self, limit: int, stop: bool, interrupted: bool, saves: Any = None) -> tuple[int, bool, bool, list]:
-        """The first process's limit; whether any of them wants to stop, or got a Ctrl-C; and what their saves tell."""
-        notes = self.exchange(limit=limit, stop=stop, interrupted=interrupted, saves=saves)
-        stop, interrupted = (any(note[name] for note in notes) for name in ("stop", "interrupted"))
-        return notes[0]["limit"], stop, interrupted, [note["saves"] for note in notes]
 
     def compare(self, **settings: Any) -> None:
         """Raises InputError where the processes were not called alike."""

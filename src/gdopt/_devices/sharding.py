@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from gdopt import _jax, _trees
 from gdopt._compile import replays
@@ -68,12 +68,12 @@ def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | N
             return leaf
         if rows is not None:
             _check_rows(_trees.path_name(path, "data"), leaf.shape, mesh.shape[rows], rows)
-            return _put(leaf, NamedSharding(mesh, PartitionSpec(rows)))
+            return put_on(leaf, NamedSharding(mesh, PartitionSpec(rows)))
         spec: list[str | None] = [None] * np.ndim(leaf)
         even = [place for place, size in enumerate(leaf.shape) if axis is not None and size % mesh.shape[axis] == 0]
         if even and leaf.size >= _LARGE:
             spec[max(even, key=lambda place: leaf.shape[place])] = axis
-        return _put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+        return put_on(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree_util.tree_map_with_path(placed, tree)
 
@@ -90,12 +90,12 @@ def _check_rows(name: str, shape: tuple[int, ...], parts: int, axis: str) -> Non
         )
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def put_on(leaf: Any, sharding: Sharding) -> jax.Array:
     """The array there; of an array that each process holds, each its part, without comparing them."""
     if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _put(jax.random.key_data(leaf), sharding)
+        data = put_on(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     array = _trees.on_host(leaf)
     array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
@@ -175,14 +175,11 @@ class Layout(NamedTuple):
 
     def batch(self, batch: PyTree) -> PyTree:
         """A batch of the data, with its rows over the same devices."""
-        leaves, treedef = jax.tree.flatten(batch)
-        pairs = zip(leaves, self.data, strict=True)
-        return treedef.unflatten(lax.with_sharding_constraint(leaf, place) for leaf, place in pairs)
+        return lax.with_sharding_constraint(batch, jax.tree.structure(batch).unflatten(self.data))
 
     def everywhere(self, tree: PyTree) -> PyTree:
         """A copy on each device, which the host of each process can read."""
-        place = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, place), tree)
+        return lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
 
 def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[str, PyTree], Layout | None]:
@@ -213,7 +210,7 @@ def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[st
         if given is not None:
             auto = _auto(given)
             return leaf if auto is given else jax.device_put(leaf, NamedSharding(auto, cast(Any, leaf).sharding.spec))
-        return _put(leaf, NamedSharding(auto_mesh, PartitionSpec()))
+        return put_on(leaf, NamedSharding(auto_mesh, PartitionSpec()))
 
     trees = {root: jax.tree.map(functools.partial(put, stays=root in kept), tree) for root, tree in trees.items()}
     params = tuple((path, x.shape, x.sharding) for path, x in jax.tree_util.tree_leaves_with_path(trees["params"]))

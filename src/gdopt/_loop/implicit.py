@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,18 +170,14 @@ def _has_rules_for_reverse_alone(closed: Any) -> bool:
     return fingerprints.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
 
 
-class _Singular(NamedTuple):
-    """A way to solve with a Hessian of few params that may be singular, as with more params than rows."""
-
-    found: jax.Array  # whether it is
-    least: Callable[[PyTree], PyTree]  # the solution of least norm and least squares
-    defined: jax.Array  # whether the gradient does not move along what the Hessian maps to zero
-
-
 def _of_least_norm(
     times: Callable[[PyTree], PyTree], across: Callable[[PyTree], PyTree], x: PyTree
-) -> _Singular | None:
-    """The pseudo-inverse of the Hessian at x; ``across`` is how a gradient's direction depends on what moves."""
+) -> tuple[jax.Array, Callable[[PyTree], PyTree], jax.Array] | None:
+    """Tell whether the Hessian of few params is singular at x, as with more params than rows, and solve with it.
+
+    Return the solution of least norm and least squares, too, and whether the gradient does not move along what the
+    Hessian maps to zero; ``across`` is how a gradient's direction depends on what moves.
+    """
     flat, whole = ravel_pytree(x)
     if flat.size > _DENSE or not flat.size:
         return None
@@ -198,10 +194,10 @@ def _of_least_norm(
     def solution(right: PyTree) -> PyTree:
         return whole(vectors @ (inverse * (vectors.T @ ravel_pytree(right)[0])))
 
-    return _Singular(~regular.all(), solution, moved <= _RESIDUAL * all_moved)
+    return ~regular.all(), solution, moved <= _RESIDUAL * all_moved
 
 
-def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: _Singular | None) -> PyTree:
+def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: tuple | None) -> PyTree:
     """x with H x = right, by conjugate gradients; NaN where they found none.
 
     Where H is ill-conditioned, what the iteration takes for its residual is soon no longer the true one. So this is
@@ -232,9 +228,10 @@ def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: 
         found, _, size, _, _ = lax.while_loop(goes_on, improve, start)
         solved = size <= _RESIDUAL
         if singular is not None:
-            least = jax.tree.map(lambda new, old: new.astype(old.dtype), singular.least(unit), found)
-            solved &= ~singular.found  # rounding may have made it regular
-            found, at_all = _trees.select(solved, found, least), singular.found & singular.defined
+            is_singular, of_least_norm, defined = singular
+            least = jax.tree.map(lambda new, old: new.astype(old.dtype), of_least_norm(unit), found)
+            solved &= ~is_singular  # rounding may have made it regular
+            found, at_all = _trees.select(solved, found, least), is_singular & defined
             if not backward:  # a cotangent may well have a part that the Hessian maps to zero
                 left = _trees.norm(jax.tree.map(jnp.subtract, unit, times(least)))
                 at_all &= left <= _RESIDUAL

@@ -4,7 +4,7 @@ again), or inside of somebody's ``jit``, ``vmap`` or ``grad`` as ``whole`` (all 
 from __future__ import annotations
 
 import contextlib
-import functools
+from collections import ChainMap
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from gdopt._loop.step import Step
 from gdopt._loop.verifier import Verifier
 from gdopt._loop.while_loops import chunk_loop, first_carry, side_by_side, whole_loop
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import extra_arguments
 from gdopt._problem import lints
 from gdopt._problem.task import Task
 from gdopt._settings import as_own_work, own_promotion, own_work
@@ -65,7 +64,6 @@ def _compile(
     *,
     trial: bool = False,
     keep_best: bool = True,
-    has_target: bool = False,
 ) -> tuple[Compiled | Whole, Inputs]:
     """Compile the loop of a task as it is.
 
@@ -87,7 +85,7 @@ def _compile(
         schedule = None if method.schedule is None else program.trace(method.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
     epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
-    inputs = Inputs(start, data, args, key, method.given, limits, value.constants, numbers, epoch)
+    inputs = Inputs(start, data, args, key, None if schedule else method.rate, limits, value.constants, numbers, epoch)
     inputs, layout = _placed(inputs, constants_stay=task.explicit is not None)
     inside = program.is_traced(inputs)
     if inside and trial:
@@ -96,17 +94,16 @@ def _compile(
     settings = Settings(
         noisy, task.batches, task.with_key, keep_best, tests_gradient, inside, None if inside else layout
     )
-    options = method.identity, schedule and schedule.identity, settings, inside and has_target
-    known = method.identity is not None and (schedule is None or schedule.identity is not None)
+    options = method.identity, schedule.identity if schedule else (), settings, inside and limits.has_target
 
     # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
-    seen = program.place_for((value.identity, *options) if known and value.identity else None, inputs, passing=True)
+    seen = program.place_for((value.identity, *options), inputs, passing=True)
     if not seen:
         loss, value = program.with_gradient(value, task.value, start, batch, args, one_key)
-        kept = program.place_for((loss.identity, *options) if known and loss.identity else None, inputs)
+        kept = program.place_for((loss.identity, *options), inputs)
         if not kept:
             with own_promotion():
-                made, closed = _make(task, method, inputs, loss, schedule, settings, has_target)
+                made, closed = _make(task, method, inputs, loss, schedule, settings)
             if not closed:
                 return _finished(task, method, value, schedule, settings, made), inputs
             kept.append(made)
@@ -127,12 +124,8 @@ def _finished(
         return _differentiable(made, value, settings.noisy)
     if settings.noisy:
         return made
-    verifier = Verifier(task, method, None, schedule, settings, made.eps)
-    programs = functools.partial(verifier.programs, value, made.probes, {})
-    return made._replace(
-        verify=functools.partial(verifier.on_host, programs),
-        look_back=functools.partial(verifier.look_back, programs),
-    )
+    verifier = Verifier(task, method, None, schedule, settings, made.eps, value, ChainMap({}, made.probes))
+    return made._replace(verify=verifier.on_host, look_back=verifier.look_back)
 
 
 def digests(task: Task, method: Method) -> tuple[str, str]:
@@ -140,8 +133,8 @@ def digests(task: Task, method: Method) -> tuple[str, str]:
     given = task.problem.params, task.batch, task.args, task.key
 
     def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
-        extras = extra_arguments(lambda params: task.value(params, *given)[0], jnp.zeros((), float), params)
-        return method.update(rate, params, method.init(rate, params), params, **extras)
+        loss, value = lambda params: task.value(params, *given)[0], jnp.zeros((), float)
+        return method.update(rate, params, method.init(rate, params), params, loss, value)
 
     with own_promotion():
         updates = program.digest(update, 0.1, *given)
@@ -200,16 +193,15 @@ def _make(
     traced_loss: program.Traced,
     schedule: program.Traced | None,
     settings: Settings,
-    has_target: bool,
 ) -> tuple[Compiled | Whole, bool]:
     """The loop around a traced loss, and whether it depends on nothing else than on that trace and its inputs."""
-    step = Step(task, method, inputs, traced_loss, schedule, settings)
+    step = Step(task, method, traced_loss, schedule, settings)
     eps = float(jnp.finfo(traced_loss.out[0][0].dtype).eps)
     if not settings.inside:
         many_runs = inputs.key is not None and inputs.key.ndim
         start, steps = side_by_side(step.start, step) if many_runs else (step.start, step)
         everywhere = settings.layout.everywhere if settings.layout else lambda tree: tree
-        first = program.share(first_carry(start, inputs, traced_loss, everywhere), inputs)
+        first = program.share(first_carry(start, everywhere), inputs)
         many = program.share(
             chunk_loop(steps, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True
         )
@@ -219,8 +211,8 @@ def _make(
         if many_runs:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
-        step = Step(task, method, inputs, traced_loss, schedule, settings)
+        step = Step(task, method, traced_loss, schedule, settings)
     verifier = Verifier(task, method, traced_loss, schedule, settings, eps)
     verify = (lambda state, _: state) if settings.noisy else verifier.in_trace
-    whole = program.share(whole_loop(step.start, step, verify, settings, has_target), inputs)
+    whole = program.share(whole_loop(step.start, step, verify, settings, inputs.limits.has_target), inputs)
     return Whole(whole.run, whole.constants), whole.closed and not step.asks_again

@@ -16,7 +16,6 @@ from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt._verify.hindsight import Hindsight
 
-_SMALL = 4096  # entries of an array that is computed with together with others
 Carry = tuple[Packed, jax.Array]  # the state, and the rows of the history that the host has not read yet
 
 
@@ -116,7 +115,7 @@ class Settings(NamedTuple):
 
         Not those on many devices: bringing them together costs more than it saves.
         """
-        return _trees.pack(params, _SMALL if self.layout is None else 1)
+        return _trees.pack(params, _trees.SMALL if self.layout is None else 1)
 
     def in_place(self, state: State) -> State:
         """The state with its arrays on the devices where the params are."""

@@ -15,7 +15,7 @@ from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import extra_arguments, inject, search
+from gdopt._optimizers.optax_state import inject, search
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem.data import Batches
 from gdopt._problem.task import Task
@@ -34,6 +34,18 @@ def loss_arguments(
     return data, inputs.args, key
 
 
+def rate_of(method: Method, schedule: program.Traced | None, inputs: Inputs, k: jax.Array) -> Any:
+    """Return the rate of a step, None if the optimizer owns it.
+
+    A range test has a rate for each step; from its last one on it begins again.
+    """
+    if method.owns_rate:
+        return None
+    if schedule is not None:
+        return jnp.asarray(schedule.replay(inputs.numbers, k))
+    return jnp.asarray(inputs.rate[k % len(inputs.rate)] if jnp.ndim(inputs.rate) else inputs.rate)
+
+
 class Step:
     """One step of a problem: evaluate, measure, judge, keep the best, update."""
 
@@ -41,7 +53,6 @@ class Step:
         self,
         task: Task,
         method: Method,
-        inputs: Inputs,
         loss: program.Traced,
         schedule: program.Traced | None,
         settings: Settings,
@@ -50,7 +61,6 @@ class Step:
         self._task, self._method, self._loss, self._schedule, self._settings = task, method, loss, schedule, settings
         (value, self._aux), _ = loss.out
         self._loss_dtype = jnp.promote_types(value.dtype, jnp.float32)
-        self._norm_dtype = _trees.norm_dtype(inputs.start)
         self._eps = float(jnp.finfo(value.dtype).eps)
 
     def __call__(self, state: State, inputs: Inputs) -> tuple[State, tuple]:
@@ -62,7 +72,7 @@ class Step:
         code, watch = self._judged(state, point, inputs)
         running = code == RUNNING
         kept = self._kept(state.kept, point, here, aux, (code, running), watch)
-        rate = self._rate(inputs, k)
+        rate = rate_of(self._method, self._schedule, inputs, k)
         # Selected rather than under a cond, which costs more than it saves: all but a run's last step are made. That
         # one leaves the watch as it was, too: a save may go on under other limits, and make the evaluation again.
         new = (*self._updated(x, loss, grad, state.optimizer, rate, given), watch)
@@ -75,9 +85,9 @@ class Step:
         """The state before the first step."""
         settings = self._settings
         nan = jnp.full((), jnp.nan, self._loss_dtype)
-        norm = jnp.full((), jnp.nan, self._norm_dtype)
+        norm = jnp.full((), jnp.nan, _trees.norm_dtype(inputs.start))
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._aux)
-        optimizer = self._method.init(self._rate(inputs, jnp.int32(0)), inputs.start)
+        optimizer = self._method.init(rate_of(self._method, self._schedule, inputs, jnp.int32(0)), inputs.start)
         if search(optimizer) is not None:
             _check_search(settings)
         best = _trees.copy(settings.compact(inputs.start)) if settings.keep_best else None
@@ -86,7 +96,7 @@ class Step:
             code=jnp.int32(RUNNING),
             params=_trees.copy(inputs.start),
             optimizer=_trees.copy(_trees.strong(optimizer)),
-            order=settings.batches.first_order() if settings.batches else None,
+            order=jnp.zeros(settings.batches.rows, jnp.int32) if settings.batches else None,
             watch=_stopping.first_watch(self._loss_dtype, norm.dtype),
             kept=Kept(best, jnp.int32(0), nan, norm, blank),
             ending=_stopping.first_ending(self._loss_dtype),
@@ -104,17 +114,6 @@ class Step:
         data, args, key = loss_arguments(inputs, order, k, batches, with_key=settings.with_key)
         data = settings.layout.batch(data) if batches and settings.layout else data
         return (data, args, key), order
-
-    def _rate(self, inputs: Inputs, k: jax.Array) -> Any:
-        """Return the rate of a step, None if the optimizer owns it.
-
-        A range test has a rate for each step; from its last one on it begins again.
-        """
-        if self._method.owns_rate:
-            return None
-        if self._schedule is not None:
-            return jnp.asarray(self._schedule.replay(inputs.numbers, k))
-        return jnp.asarray(inputs.rate[k % len(inputs.rate)] if jnp.ndim(inputs.rate) else inputs.rate)
 
     def _measured(
         self, k: jax.Array, x: PyTree, loss: jax.Array, grad: PyTree, inputs: Inputs
@@ -152,7 +151,7 @@ class Step:
             keep = (k == 0) | (finite & lower)
         else:
             failed = _stopping.failed(code)
-            keep = (k == 0) | jnp.where(running, _stopping.is_good(watch, value), ~failed)
+            keep = (k == 0) | jnp.where(running, value <= watch.first_loss, ~failed)
         keep_best = self._settings.keep_best
         kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))
         return _trees.select(keep, kept, last) if keep_best else kept
@@ -167,7 +166,7 @@ class Step:
             return self._task.value(params, *given)[0]
 
         optimizer = optimizer if rate is None else inject(optimizer, rate)
-        updates, optimizer = self._method.update(rate, grad, optimizer, x, **extra_arguments(asked, loss, grad))
+        updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss)
         # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
         # hand fuses both, and last bits would differ.
         return optax.apply_updates(x, updates), _trees.strong(optimizer)

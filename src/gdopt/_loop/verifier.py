@@ -15,8 +15,9 @@ from jax import lax
 from gdopt import _trees
 from gdopt._compile import program
 from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned_params
+from gdopt._loop.step import rate_of
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import extra_arguments, restarted, search
+from gdopt._optimizers.optax_state import restarted, search
 from gdopt._problem.task import Task
 from gdopt._settings import as_own_work
 from gdopt._status import Status
@@ -35,6 +36,8 @@ class Verifier(NamedTuple):
     schedule: program.Traced | None
     settings: Settings
     eps: float
+    value: Any = None  # the loss alone, as traced by this call
+    known: Any = None  # a chain of the programs of this call and of those that equal calls share
 
     def in_trace(self, state: State, inputs: Inputs) -> State:
         """The state with its claim verified, or withdrawn: then the run goes on."""
@@ -59,19 +62,19 @@ class Verifier(NamedTuple):
         return lax.cond(claims(state), verify, lambda state: state, state)
 
     @as_own_work
-    def on_host(self, programs: Callable[..., Programs], carry: Carry, inputs: Inputs) -> Carry:
+    def on_host(self, carry: Carry, inputs: Inputs) -> Carry:
         """The same for a run that is not traced: what it computes with the loss is compiled now, if it was not yet."""
         state = carry[0].tree()
         if not claims(state):
             return carry
-        compiled = programs(state, inputs)
+        compiled = self.programs(state, inputs)
         if self.settings.layout is not None:
             return compiled.probe.call(carry[0], inputs), carry[1]
         free = compiled.free and jax.tree.map(_trees.on_host, compiled.free.call(state, inputs))
         params = returned_params(state)
         tree, exact = self._tree(params), compiled.probe is not None
         still = tree([np.zeros_like(block) for block in self._blocks(params)])
-        first = compiled if exact else programs(state, inputs, exact=False)
+        first = compiled if exact else self.programs(state, inputs, exact=False)
 
         def at(xs: list) -> tuple[Any, list]:
             loss, grad, _ = first.probe.call(tree(xs), still, inputs)
@@ -81,7 +84,7 @@ class Verifier(NamedTuple):
             return list(map(_trees.on_host, first.probe.call(tree(xs), tree(ways), inputs)[2]))
 
         def differences(xs: list, ways: list) -> list:
-            second = programs(state, inputs, exact=False)
+            second = self.programs(state, inputs, exact=False)
             return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
 
         with np.errstate(all="ignore"):
@@ -90,16 +93,14 @@ class Verifier(NamedTuple):
         return _trees.pack(state), carry[1]
 
     @as_own_work
-    def look_back(
-        self, programs: Callable[..., Programs], state: State, inputs: Inputs, rate: float | None
-    ) -> Hindsight:
+    def look_back(self, state: State, inputs: Inputs, rate: float | None) -> Hindsight:
         """Look at the loss where a run ended that did not get to a minimum: see `hindsight`."""
         params = returned_params(state)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
             return Hindsight()
-        compiled = programs(state, inputs)
-        compiled = compiled if compiled.probe else programs(state, inputs, exact=False)
+        compiled = self.programs(state, inputs)
+        compiled = compiled if compiled.probe else self.programs(state, inputs, exact=False)
         real = lambda leaves: _trees.as_real(treedef.unflatten(leaves))[0]
         tree = self._tree(params)
 
@@ -112,29 +113,21 @@ class Verifier(NamedTuple):
         with np.errstate(all="ignore"):
             return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
 
-    def programs(
-        self,
-        value: program.Traced,
-        shared: dict[bool, Programs],
-        own: dict[bool, Programs],
-        state: State,
-        inputs: Inputs,
-        *,
-        exact: bool = True,
-    ) -> Programs:
+    def programs(self, state: State, inputs: Inputs, *, exact: bool = True) -> Programs:
         """The programs of earlier calls or of this one, made when they are first asked for.
 
         Products of the Hessian are ``exact``, or differences of gradients.
         """
-        if exact not in shared and exact not in own:
-            made = self._programs(value, state, inputs, exact=exact)
+        own, shared = self.known.maps
+        if exact not in self.known:
+            made = self._programs(state, inputs, exact=exact)
             (shared if made.closed else own)[exact] = made
-        return shared[exact] if exact in shared else own[exact]
+        return self.known[exact]
 
-    def _programs(self, value: program.Traced, state: State, inputs: Inputs, *, exact: bool) -> Programs:
+    def _programs(self, state: State, inputs: Inputs, *, exact: bool) -> Programs:
         task = self.task
         batch = task._replace(data=inputs.data).batch
-        loss, _ = program.with_gradient(value, task.value, inputs.start, batch, inputs.args, None)
+        loss, _ = program.with_gradient(self.value, task.value, inputs.start, batch, inputs.args, None)
         traced = self._replace(loss=loss)
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
@@ -193,14 +186,12 @@ class Verifier(NamedTuple):
         params, method = returned_params(state), self.method
         loss, grad = self._value_and_grad(inputs, params)
         given = inputs.data, inputs.args, None
-        rate = None
-        if not method.owns_rate:
-            rate = self.schedule.replay(inputs.numbers, state.step) if self.schedule else jnp.asarray(inputs.rate)
+        rate = rate_of(method, self.schedule, inputs, state.step)
 
         def moved(number: jax.Array) -> PyTree:
             turned = jax.tree.map(lambda g: (1 - 2 * number).astype(g.real.dtype) * g, grad)
-            extras = extra_arguments(lambda params: self.task.value(params, *given)[0], loss, turned)
-            updates, _ = method.update(rate, turned, state.optimizer, params, **extras)
+            asked = lambda params: self.task.value(params, *given)[0]
+            updates, _ = method.update(rate, turned, state.optimizer, params, asked, loss)
             return jax.tree.map(jnp.not_equal, optax.apply_updates(params, updates), params)
 
         both = lax.map(moved, lax.iota(jnp.int32, 2))
@@ -219,13 +210,13 @@ class Verifier(NamedTuple):
     ) -> State:
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
-        real, back = _trees.as_real(params)
+        arrays = lambda tree: list(map(np.asarray, self._blocks(tree)))
         searches = search(state.optimizer) is not None
         claim = Claim(
             state.code,
             state.step,
-            self._arrays(place, real),
-            self._arrays(place, _trees.as_real(jax.tree.map(np.subtract, params, inputs.start))[0]),
+            arrays(params),
+            arrays(jax.tree.map(np.subtract, params, inputs.start)),
             kept.loss,
             kept.grad_norm,
             state.watch,
@@ -235,14 +226,11 @@ class Verifier(NamedTuple):
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:
             return state
-        there = back(self._tree(params)(new.point))
+        there = _trees.as_real(params)[1](self._tree(params)(new.point))
         there = jax.tree.map(lambda x, old: np.asarray(x, old.dtype), there, params)
         optimizer = place.select(new.restarts, restarted(state.optimizer), state.optimizer)
         params = place.select(new.moves, there, state.params)
         return state._replace(step=(state.step + new.moves).astype(np.int32), params=params, optimizer=optimizer)
-
-    def _arrays(self, place: Any, tree: PyTree) -> list:
-        return [place.np.asarray(leaf) for leaf in jax.tree.leaves(self.settings.compact(tree))]
 
 
 def claims(state: State) -> Any:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdopt import _stopping, _trees
-from gdopt._compile import program
 from gdopt._loop.state import Carry, Inputs, Outcome, Settings, State, returned_params
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
@@ -22,15 +21,12 @@ from gdopt._trees import Packed
 CAPACITY = 4096  # rows of the history that a carry has room for
 
 
-def first_carry(
-    start: Callable[[Inputs], State], inputs: Inputs, traced_loss: program.Traced, everywhere: Callable
-) -> Callable[[Inputs], Carry]:
+def first_carry(start: Callable[[Inputs], State], everywhere: Callable) -> Callable[[Inputs], Carry]:
     """``start`` with room for the first rows of the history; what the host reads is to be ``everywhere``."""
-    loss = traced_loss.out[0][0].dtype
-    dtype = jnp.result_type(loss, jnp.float32, _trees.norm_dtype(inputs.start), float)
 
     def first(inputs: Inputs) -> Carry:
         state = start(inputs)
+        dtype = jnp.result_type(state.kept.loss, state.kept.grad_norm, float)
         records = jnp.zeros((CAPACITY, *state.code.shape, len(History._fields)), dtype)
         return _read_by_host((_trees.pack(state), records), everywhere)
 
@@ -85,14 +81,13 @@ def whole_loop(
 
     def whole(inputs: Inputs) -> Outcome:
         packed = _trees.pack(start(inputs))
+        running = lambda packed: packed.tree().code == RUNNING
         if batches:
-            running = lambda packed: packed.tree().code == RUNNING
             per_epoch = batches.per_epoch
             packed = lax.while_loop(running, lambda packed: epoch(packed, inputs, per_epoch), packed)
         elif settings.noisy:
             packed = steps(packed, inputs)
         else:  # a claim that does not hold is withdrawn, and the run goes on
-            running = lambda packed: packed.tree().code == RUNNING
             rounds = lambda packed: _trees.pack(verify(steps(packed, inputs).tree(), inputs))
             packed = lax.while_loop(running, rounds, packed)
         state = ended = packed.tree()

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from types import FunctionType, NoneType
 from typing import Any
 
+from gdopt._compile.fingerprints import is_known
 from gdopt._errors import InputError
 
 
@@ -53,7 +54,8 @@ def _no_factory(function: Any, searched: bool) -> str:
     called = "." if name.startswith("<") else f": optimizer={name}({'...' if needed else ''})."
     if _is_optaxs(function):
         first = next(iter(signature.parameters.values()), None)
-        if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD) or not _is_rate(first.name):
+        named = first is not None and first.name.endswith("learning_rate")
+        if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD) or not named:
             return f"takes no learning rate, as optax.adam does. Pass the optimizer that it returns{called}"
         if first.default is not first.empty and searched:
             return (
@@ -70,10 +72,6 @@ def _no_factory(function: Any, searched: bool) -> str:
             return "takes no learning rate as its first argument: pass a function that does."
         return f"needs more than a learning rate. Pass functools.partial of it, with {others}."
     return ""
-
-
-def _is_rate(name: str) -> bool:
-    return name.endswith("learning_rate")
 
 
 def _is_optaxs(function: Any) -> bool:
@@ -113,7 +111,4 @@ def identity_of(function: Any) -> Hashable | None:
 
 def _is_fixed(function: Any) -> bool:
     """Tell whether it is one of optax's or gdopt's own functions, which nobody changes, and closes over nothing."""
-    if not isinstance(function, FunctionType) or function.__closure__:
-        return False
-    name = function.__module__ or ""
-    return name.split(".")[0] in ("gdopt", "optax") and vars(sys.modules[name]).get(function.__name__) is function
+    return isinstance(function, FunctionType) and is_known(function)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import optax
 from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
 from gdopt._optimizers.factory import identity_of, is_transformation
-from gdopt._optimizers.optax_state import apply, owned_rate, search
+from gdopt._optimizers.optax_state import apply, extra_arguments, owned_rate, search
 from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
 from gdopt._types import Optimizer, PyTree, Schedule
@@ -75,9 +75,12 @@ class Method(NamedTuple):
         with self._told():
             return self.with_rate(rate).init(params)
 
-    def update(self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, **extras: Any) -> tuple[PyTree, PyTree]:
-        """The optimizer's update at a rate; see `apply`."""
+    def update(
+        self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, loss: Callable, value: jax.Array
+    ) -> tuple[PyTree, PyTree]:
+        """The optimizer's update at a rate, where the loss has this value."""
         with self._told():
+            extras = extra_arguments(loss, value, updates)
             out = apply(self.with_rate(rate), updates, state, params, **extras)
         if not (isinstance(out, tuple | list) and len(out) == 2):
             raise InputError(
@@ -112,11 +115,6 @@ class Method(NamedTuple):
     def schedule(self) -> Any:
         """The schedule, if the rate is one."""
         return self.rate if callable(self.rate) else None
-
-    @property
-    def given(self) -> Any:
-        """The number, or the numbers, if the rate is no schedule."""
-        return None if callable(self.rate) else self.rate
 
     def rate_at(self, step: jax.Array) -> Any:
         """Return the schedule's rate of a step."""

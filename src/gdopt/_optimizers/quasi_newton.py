@@ -14,7 +14,6 @@ from jax import lax
 
 from gdopt import _jax, _trees
 from gdopt._checks import whole_number
-from gdopt._errors import InputError
 from gdopt._optimizers import trials
 from gdopt._optimizers.trials import GRAD, PARAMS, REJECTED, VALUE, Trials
 from gdopt._settings import own_promotion
@@ -47,6 +46,7 @@ class QuasiNewtonState(NamedTuple):
     pairs: Pairs | None  # None without memory
     learned: jax.Array  # pairs since the last were forgotten
 
+    name, next = "quasi_newton", lambda *given: _next(*given)
     params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
 
 
@@ -116,8 +116,8 @@ def affordable_memory(params: PyTree) -> int:
 
 @functools.cache
 def _made(memory: int) -> optax.GradientTransformationExtraArgs:
-    init, update = functools.partial(_init, memory), functools.partial(_checked_update, memory)
-    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))  # optax knows no extra arguments
+    init = functools.partial(_init, memory)
+    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, trials.update))
 
 
 def _init(memory: int, params: PyTree) -> QuasiNewtonState:
@@ -135,22 +135,6 @@ def _wide(leaf: jax.Array) -> Any:
     return jnp.finfo(jnp.promote_types(leaf.dtype, jnp.float32)).dtype
 
 
-def _checked_update(
-    memory: int,
-    updates: PyTree,
-    state: QuasiNewtonState,
-    params: PyTree | None = None,
-    *,
-    value: Any,
-    **extra_args: Any,
-) -> tuple[PyTree, QuasiNewtonState]:
-    del memory, extra_args
-    if params is None:
-        raise InputError("quasi_newton was updated without params: call update(grad, state, params, value=loss).")
-    with own_promotion():
-        return _update(updates, state, params, value)
-
-
 class _Pair(NamedTuple):
     """The last step with the change of the gradient along it, and their inner products."""
 
@@ -162,14 +146,10 @@ class _Pair(NamedTuple):
     curved: jax.Array  # whether the loss is convex along the step, by more than rounding
 
 
-# jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.
-@functools.partial(jax.jit, inline=True)
-def _update(grad: PyTree, state: QuasiNewtonState, params: PyTree, value: Any) -> tuple[PyTree, QuasiNewtonState]:
-    """Return the way to the next trial, from the loss and the gradient at the last one."""
-    here, grad = trials.pack(params), trials.pack(grad)
-    last, eps = state.trials, jnp.finfo(jnp.result_type(value)).eps
-    value = jnp.asarray(value, last.value.dtype)
-    verdict = trials.judge(last, here, grad, value, eps)
+def _next(
+    state: QuasiNewtonState, verdict: trials.Verdict, here: Packed, grad: Packed, value: jax.Array
+) -> tuple[PyTree, QuasiNewtonState]:
+    last = state.trials
     point = trials.follow(last, verdict, here, grad, value, _AVERAGE if state.pairs else 0)
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))

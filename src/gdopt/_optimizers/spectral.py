@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -78,6 +77,7 @@ class SpectralState(NamedTuple):
     long: jax.Array  # both rates of the accepted step before; 0: it had none
     short: jax.Array
 
+    name, next = "spectral", lambda *given: _next(*given)
     params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
 
 
@@ -134,7 +134,7 @@ def spectral() -> optax.GradientTransformationExtraArgs:
     """
 
     # optax knows neither states of others nor extra arguments.
-    return optax.GradientTransformationExtraArgs(cast(Any, _init), cast(Any, _checked_update))
+    return optax.GradientTransformationExtraArgs(cast(Any, _init), cast(Any, trials.update))
 
 
 # Not inside of `spectral`, so that each of its transformations is known to be the same.
@@ -145,24 +145,10 @@ def _init(params: PyTree) -> SpectralState:
     return SpectralState(first, zero, zero + _THRESHOLD, zero, zero)
 
 
-def _checked_update(
-    updates: PyTree, state: SpectralState, params: PyTree | None = None, *, value: Any, **extra_args: Any
+def _next(
+    state: SpectralState, verdict: Verdict, here: Packed, grad: Packed, value: jax.Array
 ) -> tuple[PyTree, SpectralState]:
-    del extra_args
-    if params is None:
-        raise InputError("spectral was updated without params: call update(grad, state, params, value=loss).")
-    with own_promotion():
-        return _update(updates, state, params, value)
-
-
-# jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.
-@functools.partial(jax.jit, inline=True)
-def _update(grad: PyTree, state: SpectralState, params: PyTree, value: Any) -> tuple[PyTree, SpectralState]:
-    """The way to the next trial, from the loss and the gradient at the last one."""
-    here, grad = trials.pack(params), trials.pack(grad)
-    last, eps = state.trials, jnp.finfo(jnp.result_type(value)).eps
-    value = jnp.asarray(value, last.value.dtype)
-    verdict = trials.judge(last, here, grad, value, eps)
+    last = state.trials
     point = trials.follow(last, verdict, here, grad, value, _MEMORY)
     new = _trees.select(verdict.accepted, _accept(state, here, grad, value, verdict), state)
     share = trials.shorter(last, value, verdict.slope, trials.dot(verdict.step, verdict.change))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdopt import _trees
+from gdopt._errors import InputError
+from gdopt._settings import own_promotion
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 
 MAX_REJECTED = 60  # a step halved that often is below 1e-18 of what it was
-_SMALL = 4096  # entries of an array that is computed with together with others
 _FIRST_STEP = 0.01  # of the largest entry of the params; CG_DESCENT's psi_0
 _SUFFICIENT = 1e-4  # of the decrease that the slope promises; Armijo's constant
 _SHORTEST, _LONGEST = 0.1, 0.5  # of a rejected step; SPG's safeguard
@@ -69,7 +71,28 @@ def begin(params: PyTree) -> Trials:
 
 def pack(tree: PyTree) -> Packed:
     """A tree with its small leaves together."""
-    return _trees.pack(_trees.strong(tree), _SMALL)
+    return _trees.pack(_trees.strong(tree), _trees.SMALL)
+
+
+def update(
+    updates: PyTree, state: Any, params: PyTree | None = None, *, value: Any, **extra_args: Any
+) -> tuple[PyTree, Any]:
+    """The update of an optimizer whose state holds trials, and has a ``name`` and a function for the ``next`` one."""
+    del extra_args
+    if params is None:
+        raise InputError(f"{state.name} was updated without params: call update(grad, state, params, value=loss).")
+    with own_promotion():
+        return _update(updates, state, params, value)
+
+
+# jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.
+@functools.partial(jax.jit, inline=True)
+def _update(grad: PyTree, state: Any, params: PyTree, value: Any) -> tuple[PyTree, Any]:
+    """Return the way to the next trial, from the loss and the gradient at the last one."""
+    here, grad, last = pack(params), pack(grad), state.trials
+    eps = jnp.finfo(jnp.result_type(value)).eps
+    value = jnp.asarray(value, last.value.dtype)
+    return state.next(judge(last, here, grad, value, eps), here, grad, value)
 
 
 def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any) -> Verdict:

@@ -17,12 +17,11 @@ from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.method import Method, Rates
 from gdopt._optimizers.optax_state import learns_scales
 from gdopt._outcome.diagnose import Evidence, make_evidence
-from gdopt._outcome.messages import Told, chosen_rates, explain
 from gdopt._problem.task import Task
 from gdopt._result import NO_MESSAGE, History, RangeTest, Result
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import FAILURES, Status
-from gdopt._stopping import Ending, Limits, Watch, is_better, succeeded
+from gdopt._stopping import Ending, Watch, is_better, succeeded
 from gdopt._types import PyTree
 from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 
@@ -39,15 +38,12 @@ class Ended:
     history: History
     status: Status
     params: PyTree  # to be returned
-    limits: Limits
-    has_target: bool
     has_steps: bool  # or epochs
     range_test: RangeTest | None
     steps_per_epoch: int | None
     why_exhausted: str
 
-    def result(self, told: str, *, compile_seconds: float, run_seconds: float) -> Result:
-        """The result; ``told`` is what the saves add to its message."""
+    def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
         result = Result(
             params=self.task.problem.whole(self.params),
@@ -55,7 +51,7 @@ class Ended:
             grad_norm=float(kept.grad_norm),
             steps=self.steps,
             status=self.status,
-            message=self.message + told,
+            message=message,
             success=self.success,
             left=self.left,
             verified=self.verified,
@@ -77,7 +73,7 @@ class Ended:
     def watch(self) -> Watch:
         return jax.device_get(self.state.watch)
 
-    @property
+    @functools.cached_property
     def rates(self) -> Rates:
         """Who decided the rates."""
         return self.method.rates(self.state.optimizer)
@@ -130,52 +126,23 @@ class Ended:
     @property
     def success(self) -> bool:
         if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
-            return not (self.has_steps or self.has_target) and bool(is_better(self.watch))
-        return bool(succeeded(self.status, self.watch, noisy=self.task.noisy, has_target=self.has_target))
+            return not (self.has_steps or self.inputs.limits.has_target) and self.is_better
+        return bool(succeeded(self.status, self.watch, noisy=self.task.noisy, has_target=self.inputs.limits.has_target))
 
     @property
-    def message(self) -> str:
-        told = Told(
-            steps=self.steps,
-            returned_step=int(self.state.kept.step),
-            history=self.history,
-            limits=self.limits,
-            noisy=self.task.noisy,
-            steps_per_epoch=self.steps_per_epoch,
-            eps=self.compiled.eps,
-            how=self.rates,
-            success=self.success,
-            ending=self.ending,
-            farthest=farthest(self.params),
-            not_finite=("", "") if self.evidence is None else (self.evidence.sentence, self.evidence.cure),
-            is_better=bool(is_better(self.watch)),
-            overshoots=self.hindsight.overshoots,
-            apart=self.hindsight.apart is not None,
-            stable=self.hindsight.stable,
-        )
-        message = explain(self.status, told)
-        if self.status is Status.DATA_EXHAUSTED and not self.success:
-            message += f" {self.why_exhausted}"
-        if self.hindsight.apart is not None:
-            larger, smaller = self.hindsight.apart
-            other, out = " and another learning_rate", "optimizer and the learning_rate"
-            if self.rates is Rates.SEARCHED:
-                other, out = "", "optimizer"
-            message += (
-                f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
-                f"leave the {out} out."
-            )
-        if self.method.name:
-            message += f" The optimizer was {self.method.name}."
-        elif self.rates is Rates.SEARCHED:
-            message += chosen_rates(self.history.learning_rate)
-        if self.range_test is not None:
-            message += (
-                f" The learning rate was chosen by a range test of {len(self.range_test.learning_rate)} steps, which "
-                f"suggested {self.range_test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice "
-                "of it."
-            )
-        return message
+    def returned_step(self) -> int:
+        return int(self.state.kept.step)
+
+    @property
+    def is_better(self) -> bool:
+        """Tell whether a noisy run ended below its start."""
+        return bool(is_better(self.watch))
+
+    @functools.cached_property
+    def farthest(self) -> float:
+        """The largest entry of the params, on the host; 0 if other processes hold some of them."""
+        leaves = [leaf for leaf in jax.tree.leaves(self.params) if getattr(leaf, "is_fully_addressable", True)]
+        return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
 
 
 def refuse_host_visits(**options: Any) -> None:
@@ -210,9 +177,3 @@ def result_inside(whole: Whole, inputs: Inputs, task: Task) -> Result:
         compile_seconds=cast(Any, zero),
         run_seconds=cast(Any, zero),
     )
-
-
-def farthest(params: PyTree) -> float:
-    """The largest entry, on the host; 0 if other processes hold some of them."""
-    leaves = [leaf for leaf in jax.tree.leaves(params) if getattr(leaf, "is_fully_addressable", True)]
-    return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gdopt._optimizers.method import Rates
 from gdopt._optimizers.trials import MAX_REJECTED
+from gdopt._outcome.ending import Ended
 from gdopt._status import FAILURES, Status
-from gdopt._stopping import BY_NEIGHBOURS, DROWNED, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE, Ending, Limits
+from gdopt._stopping import BY_NEIGHBOURS, DROWNED, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE
 from gdopt._verify.counterexamples import TRIED
 
 _FAR = 1e15  # an entry of the params, beyond what anything is measured in
@@ -20,27 +21,6 @@ _TURNS, _MOSTLY = 50, 0.8  # of the loss, which rises and falls in turn if the r
 _LAST = 1000  # steps: what they gained tells whether more of them would
 _PART = 10  # of a stream that ended in its first pass, so much at either end is compared
 _WORTHLESS = 1e4  # a gradient that grew so much in one step tells of no quadratic
-
-
-class Told(NamedTuple):
-    """The facts that a message is made of."""
-
-    steps: int
-    returned_step: int
-    history: tuple[np.ndarray, np.ndarray, np.ndarray]
-    limits: Limits
-    noisy: bool
-    steps_per_epoch: int | None
-    eps: float
-    how: Rates
-    success: bool
-    ending: Ending
-    farthest: float  # entry of the params that are returned
-    not_finite: tuple[str, str] = ("", "")  # what is known of a last point that is not, and the remedy for that
-    is_better: bool = True  # whether a noisy run ended below its start
-    overshoots: bool = False  # whether a step of gradient descent turns the gradient round
-    apart: bool = False  # whether the scales of some params differ by far, which the message says elsewhere
-    stable: float | None = None  # the largest rate at which gradient descent does not diverge, if it was looked for
 
 
 class _Words(NamedTuple):
@@ -56,27 +36,56 @@ class _Words(NamedTuple):
     slower: str  # advice on a lower rate
 
 
-def explain(status: Status, told: Told) -> str:
-    """The sentence for a status, with its remedy."""
-    words = _words(status, told)
+def explain(ended: Ended) -> str:
+    """Return the sentences on how a run ended."""
+    message = _explain(ended.status, ended)
+    if ended.status is Status.DATA_EXHAUSTED and not ended.success:
+        message += f" {ended.why_exhausted}"
+    if ended.hindsight.apart is not None:
+        larger, smaller = ended.hindsight.apart
+        other, out = " and another learning_rate", "optimizer and the learning_rate"
+        if ended.rates is Rates.SEARCHED:
+            other, out = "", "optimizer"
+        message += (
+            f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
+            f"leave the {out} out."
+        )
+    if ended.method.name:
+        message += f" The optimizer was {ended.method.name}."
+    elif ended.rates is Rates.SEARCHED:
+        message += _chosen_rates(ended.history.learning_rate)
+    if ended.range_test is not None:
+        message += (
+            f" The learning rate was chosen by a range test of {len(ended.range_test.learning_rate)} steps, which "
+            f"suggested {ended.range_test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice "
+            "of it."
+        )
+    return message
+
+
+def _explain(status: Status, ended: Ended) -> str:
+    """The sentence on the status, with its remedy."""
+    words = _words(status, ended)
     first, last, after = words.first, words.last, words.after
     went = f"the loss went from {first} to {last}"
     match status:
         case Status.CONVERGED:
-            return _converged(told, words)
+            return _converged(ended, words)
         case Status.TARGET_REACHED:
-            what = "mean loss of an epoch" if told.noisy else "loss"
-            return f"reached the target {after}: the {what}, {last}, is at or below {float(told.limits.target):g}."
+            what = "mean loss of an epoch" if ended.task.noisy else "loss"
+            return (
+                f"reached the target {after}: the {what}, {last}, is at or below {float(ended.inputs.limits.target):g}."
+            )
         case Status.MAX_STEPS:
-            return _noisy_max_steps(told, words) if told.noisy else _max_steps(told, words)
+            return _noisy_max_steps(ended, words) if ended.task.noisy else _max_steps(ended, words)
         case Status.PRECISION_LIMIT:
-            return _precision_limit(told, words)
+            return _precision_limit(ended, words)
         case Status.STALLED:
-            return _stalled(told, words)
+            return _stalled(ended, words)
         case Status.DIVERGED:
-            return f"diverged at step {told.steps}: the loss grew from {first} to {last}.{words.back} {words.slower}"
+            return f"diverged at step {ended.steps}: the loss grew from {first} to {last}.{words.back} {words.slower}"
         case Status.NON_FINITE:
-            return _non_finite(told, words)
+            return _non_finite(ended, words)
         case Status.STOPPED:
             return f"stopped by the callback {after}: {went}."
         case Status.DATA_EXHAUSTED:
@@ -85,12 +94,12 @@ def explain(status: Status, told: Told) -> str:
             return f"interrupted {after}: {went}."
 
 
-def _words(status: Status, told: Told) -> _Words:
-    losses, steps, how, noisy = told.history[0], told.steps, told.how, told.noisy
+def _words(status: Status, ended: Ended) -> _Words:
+    losses, steps, how, noisy = ended.history[0], ended.steps, ended.rates, ended.task.noisy
     # A single batch says little: with mini-batches, the mean of the first and of the last epoch, without the evaluation
     # after the last update. A full-batch run that did not fail speaks of the point that it returns.
-    width = (told.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
-    end = steps if noisy or status in FAILURES else told.returned_step
+    width = (ended.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
+    end = steps if noisy or status in FAILURES else ended.returned_step
     seen = losses[: max(end, 1) if width > 1 and status is not Status.TARGET_REACHED else end + 1]
     first, last = losses[:width].mean(), seen[-width:].mean()
     return _Words(
@@ -100,65 +109,66 @@ def _words(status: Status, told: Told) -> _Words:
         width=width,
         falls=bool(last < first),
         after=f"after {steps} step{'' if steps == 1 else 's'}",
-        back="" if told.returned_step == steps else f" The point of step {told.returned_step} is returned.",
-        slower="Raise max_steps." if how is Rates.SEARCHED else _slower(told, how is Rates.PLAIN and not noisy),
+        back="" if ended.returned_step == steps else f" The point of step {ended.returned_step} is returned.",
+        slower="Raise max_steps." if how is Rates.SEARCHED else _slower(ended, how is Rates.PLAIN and not noisy),
     )
 
 
-def _converged(told: Told, words: _Words) -> str:
-    losses, grad_norms, _ = told.history
+def _converged(ended: Ended, words: _Words) -> str:
+    losses, grad_norms, _ = ended.history
     if grad_norms[words.end] == 0:
-        seen = ", and no direction was seen in which the loss falls" if told.ending.verified else ""
+        seen = ", and no direction was seen in which the loss falls" if ended.ending.verified else ""
         return f"converged {words.after}: the gradient is exactly zero{seen} (loss {words.last})."
     fall = f"the loss fell from {words.first} to {words.last}"
-    fall = fall if fell(losses, told.eps) else f"the loss is {words.last}"
-    return f"converged {words.after}: {fall}{_left(told)}"
+    fall = fall if fell(losses, ended.compiled.eps) else f"the loss is {words.last}"
+    return f"converged {words.after}: {fall}{_left(ended)}"
 
 
-def _noisy_max_steps(told: Told, words: _Words) -> str:
-    steps, per_epoch, most = told.steps, told.steps_per_epoch, told.limits.max_steps
+def _noisy_max_steps(ended: Ended, words: _Words) -> str:
+    steps, per_epoch, most = ended.steps, ended.steps_per_epoch, ended.inputs.limits.max_steps
     count = steps / (per_epoch or 1)
     epochs = "" if per_epoch in (1, None) else f" ({count:g} epoch{'s' * (count != 1)})"
     went, worse = f"went from {words.first} to {words.last}", ""
     which = "the mean loss of an epoch" if words.width > 1 else "the loss"
     if 1 < words.width >= steps:
         went = f"was {words.first}"
-    if not told.is_better:
-        worse = f" That is above the loss of the start, {told.history[0][0]:.6g}. {words.slower}"
-    elif not (told.success or words.falls):
+    if not ended.is_better:
+        worse = f" That is above the loss of the start, {ended.history[0][0]:.6g}. {words.slower}"
+    elif not (ended.success or words.falls):
         worse = f" The loss did not decrease. {words.slower}"
     what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
     return f"took {what}{epochs}: {which} {went}.{worse}"
 
 
-def _max_steps(told: Told, words: _Words) -> str:
-    losses, grad_norms, _ = told.history
-    if not fell(losses, told.eps):
+def _max_steps(ended: Ended, words: _Words) -> str:
+    losses, grad_norms, _ = ended.history
+    if not fell(losses, ended.compiled.eps):
         remedy = words.slower
-        if told.how is Rates.SEARCHED and told.steps >= MAX_REJECTED:
-            remedy = f"Of {told.steps} points along the gradient none is lower, so it may not match the loss."
-        return f"stopped at max_steps={told.steps}: the loss never fell below its start, {words.first}. {remedy}"
-    if told.farthest > _FAR:
-        return _unbounded(f"stopped at max_steps={told.steps}", told)
+        if ended.rates is Rates.SEARCHED and ended.steps >= MAX_REJECTED:
+            remedy = f"Of {ended.steps} points along the gradient none is lower, so it may not match the loss."
+        return f"stopped at max_steps={ended.steps}: the loss never fell below its start, {words.first}. {remedy}"
+    if ended.farthest > _FAR:
+        return _unbounded(f"stopped at max_steps={ended.steps}", ended)
     return (
-        f"stopped at max_steps={told.steps} before it converged: the loss fell from {words.first} to {words.last}, the "
-        f"gradient norm is {grad_norms[words.end]:.3g}.{words.back} {_more(told)}"
+        f"stopped at max_steps={ended.steps} before it converged: the loss fell from {words.first} to {words.last}, "
+        f"the gradient norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}"
     )
 
 
-def _precision_limit(told: Told, words: _Words) -> str:
-    if told.ending.verified == BY_NEIGHBOURS:
-        much = f": less than about {float(told.ending.left):.1g} is left to gain" if told.ending.left > 0 else ""
+def _precision_limit(ended: Ended, words: _Words) -> str:
+    if ended.ending.verified == BY_NEIGHBOURS:
+        much = f": less than about {float(ended.ending.left):.1g} is left to gain" if ended.ending.left > 0 else ""
         return (
             f"reached the precision limit {words.after}: the loss {words.last} has a kink there, and neither {TRIED} "
             f"neighbours nor the gradients around it show a way down{much}."
         )
-    more = " float64 may gain more." if told.eps > _COARSE else ""
-    return f"reached the precision limit {words.after}: the loss {words.last} no longer changes{_left(told)}{more}"
+    more = " float64 may gain more." if ended.compiled.eps > _COARSE else ""
+    return f"reached the precision limit {words.after}: the loss {words.last} no longer changes{_left(ended)}{more}"
 
 
-def _non_finite(told: Told, words: _Words) -> str:
-    (losses, grad_norms, rates), steps, (found, cure) = told.history, told.steps, told.not_finite
+def _non_finite(ended: Ended, words: _Words) -> str:
+    (losses, grad_norms, rates), steps = ended.history, ended.steps
+    found, cure = ("", "") if ended.evidence is None else (ended.evidence.sentence, ended.evidence.cure)
     if steps == 0:
         what = f"loss is {words.last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
         return f"the {what} at the start.{found} {cure or 'Start where the loss and its gradient are finite.'}"
@@ -167,9 +177,9 @@ def _non_finite(told: Told, words: _Words) -> str:
             f"the loss became -inf at step {steps}, from {words.first} at the start: it has no lower bound, so no "
             f"minimum can be found.{words.back} Check its sign, or add a penalty."
         )
-    if told.farthest > _FAR:
-        return _unbounded(f"left the range at step {steps}", told)
-    if told.how in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
+    if ended.farthest > _FAR:
+        return _unbounded(f"left the range at step {steps}", ended)
+    if ended.rates in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
         bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
         return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{words.back} Correct the schedule."
     what = "params became NaN or infinite"  # those that the loss does not read, or by which it is saturated
@@ -182,85 +192,86 @@ def _non_finite(told: Told, words: _Words) -> str:
     return f"the {what} at step {steps}{rate}, {start}.{found}{words.back} {cure or words.slower}"
 
 
-def _left(told: Told) -> str:
+def _left(ended: Ended) -> str:
     """Say what is left, in units of the loss, and how that is known."""
-    left = float(told.ending.left)
-    if told.ending.verified == UP_TO_NOISE:
+    left = float(ended.ending.left)
+    if ended.ending.verified == UP_TO_NOISE:
         return f", and less is left to gain than its rounding there, {left:.2g}."
     much = f"about {left:.2g} is left to gain" if left > 0 else "nothing is left to gain"
     return f", and {much} by its curvature there."
 
 
-def _unbounded(what: str, told: Told) -> str:
-    losses = told.history[0]
+def _unbounded(what: str, ended: Ended) -> str:
+    losses = ended.history[0]
     return (
         f"{what}: the loss fell from {losses[0]:.6g} to {np.fmin.reduce(losses):.6g} as the params grew to "
-        f"{told.farthest:.2g}, so it seems to have no lower bound. Check its sign, or add a penalty."
+        f"{ended.farthest:.2g}, so it seems to have no lower bound. Check its sign, or add a penalty."
     )
 
 
-def _more(told: Told) -> str:
+def _more(ended: Ended) -> str:
     """The remedy for a run that took all its steps."""
-    losses, how = told.history[0], told.how
+    losses, how = ended.history[0], ended.rates
     before = np.fmin.reduce(losses[:-_LAST]) if losses.size > _LAST else losses[0]
-    if before - np.fmin.reduce(losses) > ROUNDING * told.eps * abs(before):
-        return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {_other(told)}."
-    if told.apart:
+    if before - np.fmin.reduce(losses) > ROUNDING * ended.compiled.eps * abs(before):
+        return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {_other(ended)}."
+    if ended.hindsight.apart:
         return f"The last {_LAST} steps gained no more than rounding."
-    return f"The last {_LAST} steps gained no more than rounding: try {_other(told)}."
+    return f"The last {_LAST} steps gained no more than rounding: try {_other(ended)}."
 
 
-def _other(told: Told, *, smaller: bool = False) -> str:
+def _other(ended: Ended, *, smaller: bool = False) -> str:
     """Name what to try in place of what decided the rates."""
-    if told.how is Rates.SEARCHED:
+    if ended.rates is Rates.SEARCHED:
         return "another start"
-    if told.how is Rates.OWNED:
+    if ended.rates is Rates.OWNED:
         return "another optimizer"
     if smaller:
         return "a smaller learning_rate, or another start"
-    losses = told.history[0][-_LAST:]
+    losses = ended.history[0][-_LAST:]
     turns = np.diff(np.sign(np.diff(losses)))
-    if told.overshoots or (turns.size >= _TURNS and np.mean(np.abs(turns) == 2) > _MOSTLY):
+    if ended.hindsight.overshoots or (turns.size >= _TURNS and np.mean(np.abs(turns) == 2) > _MOSTLY):
         return "a smaller learning_rate, as each step leads to the other side of the valley"
-    if losses.min() == losses.max() == told.history[0].max():
+    if losses.min() == losses.max() == ended.history[0].max():
         return "a larger learning_rate"
     return "another learning_rate"
 
 
-def _stalled(told: Told, words: _Words) -> str:
-    (losses, grad_norms, _), after, last = told.history, words.after, words.last
-    left = float(told.ending.left)
+def _stalled(ended: Ended, words: _Words) -> str:
+    (losses, grad_norms, _), after, last = ended.history, words.after, words.last
+    eps = ended.compiled.eps
+    left = float(ended.ending.left)
     more = f"{f'about {left:.2g}' if np.isfinite(left) and left > 0 else 'more'} may be left to gain"
     tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
-    if told.farthest > _FAR:
-        return _unbounded(f"stalled {after}", told)
-    if (decayed := _decayed(told, words, more)) is not None:
+    if ended.farthest > _FAR:
+        return _unbounded(f"stalled {after}", ended)
+    if (decayed := _decayed(ended, words, more)) is not None:
         return decayed
-    if told.how is Rates.SEARCHED and not np.isfinite(tried):
+    if ended.rates is Rates.SEARCHED and not np.isfinite(tried):
         return (
             f"stalled {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
             "finite there. Start elsewhere, or make the loss finite around that point."
         )
-    if (flawed := _flawed(told, words, left)) is not None:
+    if (flawed := _flawed(ended, words, left)) is not None:
         return flawed
-    rate = "" if told.how is Rates.SEARCHED else f" Try {_other(told)}."
-    wider = " float64 may gain more." if told.eps > _COARSE else ""
-    if not fell(losses, told.eps):
+    rate = "" if ended.rates is Rates.SEARCHED else f" Try {_other(ended)}."
+    wider = " float64 may gain more." if eps > _COARSE else ""
+    if not fell(losses, eps):
         return (
-            f"stalled {after}: the loss stays at {last}, within rounding ({told.eps:.1g} of it), though {more}. Either "
+            f"stalled {after}: the loss stays at {last}, within rounding ({eps:.1g} of it), though {more}. Either "
             f"the gradient does not match the loss, or the steps do not fit.{rate}{wider}"
         )
     return (
-        f"stalled {after}: the loss {last} no longer changes by more than rounding ({told.eps:.1g} of it), though "
+        f"stalled {after}: the loss {last} no longer changes by more than rounding ({eps:.1g} of it), though "
         f"{more}.{rate}{wider}"
     )
 
 
-def _decayed(told: Told, words: _Words, more: str) -> str | None:
+def _decayed(ended: Ended, words: _Words, more: str) -> str | None:
     """Blame a learning rate that died."""
-    rates, after, last = told.history[2], words.after, words.last
+    rates, after, last = ended.history[2], words.after, words.last
     known = rates[np.isfinite(rates)]
-    if told.how not in (Rates.PLAIN, Rates.GIVEN) or not known.size or known[-1] > _DECAYED * known.max():
+    if ended.rates not in (Rates.PLAIN, Rates.GIVEN) or not known.size or known[-1] > _DECAYED * known.max():
         return None
     if known.max() == 0:
         return f"stalled {after} at a loss of {last}: {_RATE_OF_ZERO}"
@@ -272,34 +283,34 @@ def _decayed(told: Told, words: _Words, more: str) -> str | None:
     )
 
 
-def _flawed(told: Told, words: _Words, left: float) -> str | None:
+def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
     """Say why the point is no minimum, if that was seen."""
-    (_, grad_norms, _), after, last = told.history, words.after, words.last
-    if told.ending.flaw == SATURATED:
+    (_, grad_norms, _), after, last = ended.history, words.after, words.last
+    if ended.ending.flaw == SATURATED:
         return (
             f"stalled {after} at a loss of {last}: it does not depend on some of the params any more, as it did at the "
             "start, so they have gone too far. Start nearer to what you expect, or keep them within bounds."
         )
-    if told.ending.flaw == DROWNED:
+    if ended.ending.flaw == DROWNED:
         return (
             f"stalled {after} at a loss of {last}: most of what it gained is rounding, as it changes by {left:.2g} "
             "where the params change by a few roundings. Compute the loss without large terms that cancel, or start "
             "elsewhere."
         )
-    saddle = told.ending.flaw == SADDLE
-    near = saddle and grad_norms[told.returned_step] <= 1e-3 * grad_norms[0]
+    saddle = ended.ending.flaw == SADDLE
+    near = saddle and grad_norms[ended.returned_step] <= 1e-3 * grad_norms[0]
     if not near and grad_norms[-1] != 0:
         return None
-    if grad_norms[told.returned_step] > 0 and not near:
+    if grad_norms[ended.returned_step] > 0 and not near:
         return (
             f"stalled {after}: the gradient is exactly zero at the last point, but not at the best, whose loss is "
-            f"{last}. Try {_other(told, smaller=True)}."
+            f"{last}. Try {_other(ended, smaller=True)}."
         )
     where = "a saddle or a maximum, where the curvature is negative" if saddle else "no minimum"
     return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
 
 
-def chosen_rates(rates: np.ndarray) -> str:
+def _chosen_rates(rates: np.ndarray) -> str:
     """Return the sentence on the rates that were found."""
     used = rates[rates > 0]  # not the one that leads back to where a search began
     if not used.size:
@@ -309,21 +320,18 @@ def chosen_rates(rates: np.ndarray) -> str:
 
 def fell(losses: np.ndarray, eps: float) -> bool:
     """Tell whether the loss has fallen by more than rounding; the trials of a search need not be finite."""
-    return bool(_fell(losses[0], np.nanmin(losses), eps))
-
-
-def _fell(first: Any, best: Any, eps: float) -> Any:
+    first = losses[0]
     with np.errstate(invalid="ignore"):  # of a loss that is infinite at the start, and did not fall
-        return first - best > ROUNDING * eps * abs(first)
+        return bool(first - np.nanmin(losses) > ROUNDING * eps * abs(first))
 
 
-def _slower(told: Told, plain: bool) -> str:
+def _slower(ended: Ended, plain: bool) -> str:
     """The advice to lower the rate; with a number where the growth of the gradient betrays the curvature.
 
     Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step, so the ratio r
     of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
     """
-    losses, grad_norms, rates = told.history
+    losses, grad_norms, rates = ended.history
     known = rates[np.isfinite(rates)]
     if not known.size:
         return (
@@ -341,7 +349,7 @@ def _slower(told: Told, plain: bool) -> str:
         ratio = grad_norms[1:] / grad_norms[:-1]
         stable = 2 * rates[:-1] / (1 + ratio)
     grew = (stable > 0) & (ratio > 1) & (ratio < _WORTHLESS)
-    limit = float(np.median(stable[grew])) if plain and grew.any() else told.stable
+    limit = float(np.median(stable[grew])) if plain and grew.any() else ended.hindsight.stable
     if limit is None:
         return f"Try a learning_rate well below {highest:.2g} (a tenth of it)."
     digit = 10.0 ** (np.floor(np.log10(limit)) - 1)

@@ -32,10 +32,6 @@ class Batches(NamedTuple):
     def per_epoch(self) -> int:
         return self.rows // self.batch_size
 
-    def first_order(self) -> jax.Array:
-        """The place of the shuffled order in the loop's state, before the first epoch."""
-        return jnp.zeros(self.rows, jnp.int32)
-
     def shapes(self, data: PyTree) -> PyTree:
         """Return the shapes and dtypes of a batch."""
 
@@ -93,7 +89,7 @@ class Stream:
                     else "Pass one that gives at least one batch."
                 )
             )
-        refuse_no_arrays("a batch of data", first, carried=True)  # what else is no array, `_arrays` tells
+        refuse_no_arrays("a batch of data", first)  # what else is no array, `_arrays` tells
         self._opened: Iterator | None = iterator
         self.example = _arrays(first)
         if not jax.tree.leaves(self.example):
@@ -139,15 +135,11 @@ class Stream:
             ) from error
         return at, [], iterator
 
-    def feed(self, passes: int | None = None, most: int | None = None) -> Feed:
-        """The batches of so many passes, and no more than so many."""
-        return Feed(self, passes, most)
-
 
 class Feed:
-    """A stream on its way, one batch ahead of what it gives: so it can tell which one is the last of its pass."""
+    """So many passes of a stream, and at most so many batches; one ahead, so that it can tell the last of a pass."""
 
-    def __init__(self, stream: Stream, passes: int | None, most: int | None):
+    def __init__(self, stream: Stream, passes: int | None, most: int):
         self.steps_per_epoch: int | None = None  # of the first pass, once that is known
         self.why = ""  # it ended before it should have
         self.first = 0  # the number of the batch that is given first
@@ -198,7 +190,7 @@ class Feed:
         structure = jax.tree.structure(self._stream.example)
         at, waiting, iterator = self._stream.begin(self._at)
         self.first, self._begun, self._steps = at.number, at.passes + (at.steps > 0), at.steps
-        count, steps, most = at.number, at.steps, self._most and max(self._most, self._made)
+        count, steps, most = at.number, at.steps, max(self._most, self._made)
         for passes in itertools.count(at.passes):
             # Beyond the passes asked for, it gives what was used before, and no more.
             limit = self._made if self._passes is not None and passes >= self._passes else most
@@ -280,7 +272,7 @@ def _numbers(name: str, leaf: Any) -> np.ndarray:
     return array
 
 
-def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream | None]:
+def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None, Stream | None]:
     """The data as device arrays, and how to batch them; None where each step sees all of them.
 
     Of a stream, the data are its first batch.
@@ -292,11 +284,11 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
                 "arrays."
             )
         stream = Stream(data)
-        return stream.example, stream
+        return stream.example, None, stream
     if data is None:
         if batch_size is not None:
             raise InputError(f"batch_size={batch_size!r} was given without data: pass data=, or leave batch_size out.")
-        return None, None
+        return None, None, None
     _, treedef = flatten("data", data)
     lengths, arrays = {}, []
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
@@ -325,7 +317,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | Stream 
                 f"batch_size={batch_size} is over the {rows} rows of data: pass at most {rows}, or None for all rows."
             )
     batches = None if batch_size in (None, rows) else Batches(rows, batch_size)
-    return treedef.unflatten(map(_trees.on_device, arrays)), batches
+    return treedef.unflatten(map(_trees.on_device, arrays)), batches, None
 
 
 def is_stream(data: Any) -> bool:

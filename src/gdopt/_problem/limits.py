@@ -19,7 +19,6 @@ class Steps(NamedTuple):
 
     most: int  # steps
     epochs: int | None  # where these are to be counted as they come
-    batches: int | None  # the most to take from a stream
     expected: int | None  # steps, as far as that can be told
 
 
@@ -34,11 +33,11 @@ def check_steps(max_steps: Any, epochs: Any, task: Task) -> Steps:
         most = asked[0] if asked else None if epochs else _MAX_STEPS
         of_epochs = epochs and stream.length and epochs * stream.length
         expected = min((steps for steps in (most, of_epochs) if steps), default=None)
-        return Steps(LAST_STEP if most is None else most, epochs, most, expected)
+        return Steps(LAST_STEP if most is None else most, epochs, expected)
     if epochs is not None:
         asked.append(epochs * (batches.per_epoch if batches else 1))
     most = whole_number("epochs times the steps of one", min(asked, default=_MAX_STEPS))
-    return Steps(most, None, None, most)
+    return Steps(most, None, most)
 
 
 def check_grad_tol(grad_tol: Any, noisy: bool) -> float | None:

@@ -194,7 +194,7 @@ def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
 
 
 def _check_aux(aux: Any) -> None:
-    refuse_no_arrays("aux", aux, carried=True)
+    refuse_no_arrays("aux", aux)
     for leaf in jax.tree.leaves(aux):
         if not _may_be_array(leaf):
             path = next(path for path, other in jax.tree_util.tree_leaves_with_path(aux) if other is leaf)

@@ -93,11 +93,11 @@ def _by_curvature(task: Task, scale: str) -> PyTree:
     params, given = task.problem.params, (task.data, task.args, None)
     value = program.trace(task.value, params, *given, rules=True)
     inputs = params, value.constants, *given
-    kept = program.place_for(value.identity and (scaled, value.identity), inputs, passing=True)
-    if not kept:
+
+    def make() -> program.Shared:
         loss, _ = program.with_gradient(value, task.value, params, *given)
         try:
-            shared = program.share(functools.partial(_sizes, loss), *inputs)
+            return program.share(functools.partial(_sizes, loss), *inputs)
         except InputError:
             raise
         except Exception as error:  # JAX raises various ones
@@ -105,10 +105,8 @@ def _by_curvature(task: Task, scale: str) -> PyTree:
                 "scale='curvature' needs second derivatives, and the loss has none: pass a tree of typical sizes. "
                 f"({type(error).__name__}: {error})"
             ) from error
-        if not shared.closed:
-            return shared.call(*inputs)
-        kept.append(shared)
-    return kept[0].call(*inputs)
+
+    return program.shared_for(scaled, value, inputs, make).call(*inputs)
 
 
 def _sizes(loss: program.Traced, params: PyTree, constants: list, *given: PyTree) -> PyTree:

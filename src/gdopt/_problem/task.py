@@ -79,8 +79,7 @@ def make_task(
     key: jax.Array | None,
 ) -> Task:
     """Checks that all of it can be run on; raises InputError, before anything is traced, where not."""
-    data, cut = check_data(data, batch_size)
-    batches, stream = (None, cut) if isinstance(cut, Stream) else (cut, None)
+    data, batches, stream = check_data(data, batch_size)
     if batches is not None:
         check_batch_size(data, batches.batch_size)
     check_start(problem.params)
@@ -104,7 +103,7 @@ def _check_key(key: Any) -> jax.Array | None:
 def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}: pass a tuple, such as args=(x,).")
-    refuse_no_arrays("args", args, carried=True)
+    refuse_no_arrays("args", args)
     limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if isinstance(leaf, int) and not limits.min <= leaf <= limits.max:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gdopt import _error_notes, _trees
 from gdopt._checkpoint.resume import NoSaves
-from gdopt._checks import check_flags, one_of, rate, whole_number
+from gdopt._checks import check_flags, whole_number
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
@@ -41,7 +41,7 @@ _EXTENSIONS = 2  # of the ladder, to each side
 _NEIGHBOURS = 3.0 ** np.array([-1, -0.5, 0, 0.5])  # times the suggestion: what a refinement tries
 _REFINING_STEPS = 100
 _JUDGED = 50  # of which the last so many are compared
-_ALL_STEPS = Steps(LAST_STEP, None, None, None)
+_ALL_STEPS = Steps(LAST_STEP, None, None)
 
 
 @joined
@@ -130,17 +130,15 @@ def lr_find(
 
 
 class Ladder(NamedTuple):
-    """The rates to try; sections of it, each as many rungs as asked for, go on beyond both of its ends."""
+    """The rates to try; sections of it, each as many rungs as asked for, go on beyond both of its ends.
+
+    Not of a linear one, which would soon be below zero.
+    """
 
     start: float
     end: float
     num_steps: int
     mode: str
-
-    @property
-    def can_grow(self) -> bool:
-        """A linear one cannot: it would soon be below zero."""
-        return self.mode == "exponential"
 
     def section(self, number: int) -> np.ndarray:
         """The rates of a section: 0 is what was asked for, -1 what lies below it."""
@@ -150,11 +148,10 @@ class Ladder(NamedTuple):
 
 def check_ladder(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str) -> Ladder:
     """Raises InputError for rates that are no rates, or do not rise."""
-    start, end = rate("start_lr", start_lr), rate("end_lr", end_lr)
-    if start >= end:
+    rates = ladder(start_lr, end_lr, num_steps, mode)
+    if rates[0] >= rates[-1]:
         raise InputError(f"start_lr={start_lr!r} is not below end_lr={end_lr!r}: a range test raises the rate.")
-    one_of("mode", mode, ("exponential", "linear"))
-    return Ladder(start, end, whole_number("num_steps", num_steps, least=2), mode)
+    return Ladder(float(rates[0]), float(rates[-1]), len(rates), mode)
 
 
 def _check_factory(optimizer: Any) -> None:
@@ -179,7 +176,7 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
         keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
     with _error_notes.memory(params=task.problem.params, data=task.data, args=task.args):
         curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
-        while verdict.missing == "lower" and steps.can_grow and lowest > -_EXTENSIONS:
+        while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -_EXTENSIONS:
             curve, verdict = _climb(task, optimizer, steps, keys, lowest := lowest - 1)
         suggestion, refinement = verdict.suggestion, None
         if refine and suggestion is not None:
@@ -229,7 +226,7 @@ def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: i
         losses = np.concatenate(records)[: len(rates)].T
         curve = _Curve(rates, losses, [rules.end(row) for row in losses])
         verdict = _verdict(curve)
-        if verdict.missing != "higher" or not steps.can_grow or section == lowest + _EXTENSIONS:
+        if verdict.missing != "higher" or steps.mode == "linear" or section == lowest + _EXTENSIONS:
             return curve, verdict
         section += 1
 

@@ -65,8 +65,10 @@ def advance(
         while running and step != until:
             limit = min(step + _size(compiled), (step // boundary + 1) * boundary, until)
             limit = saves.limited(step, limit, limits)
-            limit, stop, leave, told = peers().agree(limit, stop, bool(pressed), saves.tells())
-            saves.hears(told)
+            notes = peers().exchange(limit=limit, stop=stop, leave=bool(pressed), saves=saves.tells())
+            limit = notes[0]["limit"]  # of the first process
+            stop, leave = (any(note[name] for note in notes) for name in ("stop", "leave"))
+            saves.hears([note["saves"] for note in notes])
             last = stop or leave or source.ended
             if records:
                 saves.update(state, records, limits, last=last)

@@ -32,7 +32,6 @@ class InMemory:
     def __init__(self, task: Task, compiled: Compiled):
         self.steps_per_epoch = task.steps_per_epoch
         self._compiled = compiled
-        self._per_epoch = task.batches.per_epoch if task.batches else 1
 
     def resume(self, made: int, saves: Saves | NoSaves) -> None:
         """Do nothing: the state tells how many steps were made."""
@@ -42,7 +41,7 @@ class InMemory:
 
     def epoch(self, step: int) -> int:
         """Return how many passes over the data are complete after so many steps."""
-        return step // self._per_epoch
+        return step // (self.steps_per_epoch or 1)
 
     def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
         """Make the steps from ``first`` to ``limit``."""
@@ -179,7 +178,7 @@ def source_of(
     """Return the source of a task's steps; ``compile_for`` compiles the step for batches of another shape."""
     if task.stream is None:
         return InMemory(task, compiled)
-    return Streamed(task.stream.feed(steps.epochs, steps.batches), compile_for, pause=pause)
+    return Streamed(Feed(task.stream, steps.epochs, steps.most), compile_for, pause=pause)
 
 
 def _kind(leaf: Any) -> tuple:

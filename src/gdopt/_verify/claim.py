@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from gdopt import _stopping, _trees
 from gdopt._status import RUNNING, Status
 from gdopt._stopping import Ending, Limits, Watch
-from gdopt._verify.counterexamples import TRIED, Point, Tries, directions, wanted_kinds
+from gdopt._verify.counterexamples import TRIED, Point, directions, lowest, wanted_kinds
 from gdopt._verify.kinks import Below, look_below
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
 from gdopt._verify.spectrum import Spectrum, evened, newton_step, spectrum
@@ -97,7 +97,7 @@ def settle(
     own, may = _stopping.resolution(loss, eps), _stopping.allowed(np, watch, loss, limits)
     rounding = np.where(drowned, own, np.maximum(own, noise))
     here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
-    start = Start(begin, watch.first_loss, _stopping.resolution(watch.first_loss, eps))
+    start = Start(begin, _stopping.resolution(watch.first_loss, eps))
     limited = claim.code == Status.PRECISION_LIMIT
     seen = check(place, probe, here, start, exact=exact, limited=limited)
 
@@ -187,17 +187,7 @@ class Start(NamedTuple):
     """The first point of the run."""
 
     params: Blocks
-    loss: Any
-    rounding: Any  # of that
-
-
-class _Model(NamedTuple):
-    """The curvature at a point, and what follows from it."""
-
-    found: Spectrum
-    step: Blocks  # Newton's
-    gain: Any  # of that, by the curvature
-    left: Any  # to gain; infinite if the curvature does not tell
+    rounding: Any  # of the loss
 
 
 def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, limited: Any) -> Check:
@@ -207,72 +197,71 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     run is ``limited``: has come to its end.
     """
     np, loss = place.np, here.loss
-    model = _model(place, probe, here, exact)
-    found, left = model.found, model.left.astype(loss.dtype)
+    found, newton, gain, left = _model(place, probe, here, exact)
+    left = left.astype(loss.dtype)
     little = found.known & (left <= here.allowed)
     negative = found.known & (found.values[0] < -found.noise)
     clear = negative & (found.values[0] < -_CLEAR * np.max(np.abs(found.values)))
     flat = found.highest == 0
     visible = np.maximum(here.allowed, here.rounding)
 
-    ways, lengths, promised = directions(place, found, model.step, here.grad, here.typical, visible)
+    ways, lengths, promised = directions(place, found, newton, here.grad, here.typical, visible)
     kinds = wanted_kinds(place, found, little, negative)
-    best = Tries(place, probe, here, left, ways, lengths, kinds).lowest(loss - visible)
-    promised = np.maximum(promised, model.gain)
+    best = lowest(place, probe, here, left, ways, lengths, kinds, loss - visible)
+    promised = np.maximum(promised, gain)
     kink = found.known & ~little & (promised > _KINK * here.rounding)
     kink = kink & (best.finite > TRIED // 2)  # not outside of its domain
     hidden = kink & limited & (loss - best.loss < _PART * promised)
     nothing = np.zeros((), found.right.dtype)
     down = lambda: look_below(place, probe, best.point, best.loss, here.typical)
     below = place.when(hidden, down, lambda: Below(best.loss, best.point, nothing, nothing > 0))
-    lowest, point = below.loss, below.point
     return Check(
-        left=np.maximum(left, loss - lowest),
+        left=np.maximum(left, loss - below.loss),
         curved=found.known,
         negative=clear,
-        lower=(lowest < loss - visible) | (clear & best.saddle) | best.beyond,
-        below=(lowest < loss - here.rounding) & (~little | flat),
+        lower=(below.loss < loss - visible) | (clear & best.saddle) | best.beyond,
+        below=(below.loss < loss - here.rounding) & (~little | flat),
         kink=kink & below.tells & (below.slope < np.inf),
         slope=below.slope,
         saturated=_is_saturated(place, probe, here, found, start),
-        point=point,
+        point=below.point,
         steepest=largest(np, here.grad),
     )
 
 
-def _model(place: Place, probe: Probe, here: Point, exact: Any) -> _Model:
-    """The curvature, Newton's step, and how far both can be believed."""
+def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectrum, Blocks, Any, Any]:
+    """The curvature, Newton's step, its gain by the curvature, and what is left; infinite if that does not tell."""
     np, eps, dtype = place.np, coarsest(here.params), _trees.norm_dtype(here.params)
     accuracy = np.where(exact, eps, eps ** (2 / 3))  # of curvatures
     few = count_of(here.params) <= _EXACT
     scale = here.typical if few else evened(place, probe, here.params, here.typical)
     found = spectrum(place, probe, here.params, here.grad, scale, accuracy, dtype, whole=few)
-    newton = newton_step(place, found, found.right)
-    step = found.way(place, -newton.weights)
+    weights, gain = newton_step(place, found, found.right)
+    step = found.way(place, -weights)
     there = shifted(here.params, step)
     grad = probe.at(there)[1]
 
     # There the gradient of a parabola is zero. If it is not much smaller, the Hessian tells little of the loss, as in a
     # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
-    again = newton_step(place, found, found.along(place, grad)).left
+    _, again = newton_step(place, found, found.along(place, grad))
     ulps = [np.where(s > 0, eps * x / np.where(s > 0, s, 1), 0) for x, s in zip(here.typical, scale, strict=True)]
     grain = found.highest * dot(place, ulps, ulps, dtype)  # the params are known no better
     least = np.maximum(here.rounding, grain)
-    bends = ~(again <= np.maximum(_AGAIN * newton.left, least)) & (newton.left > here.rounding)
+    bends = ~(again <= np.maximum(_AGAIN * gain, least)) & (gain > here.rounding)
 
     # Along a valley the curvature changes, too: then it is that at the new point which tells how much more is left.
-    asks = found.known & ~bends & (newton.left <= here.allowed) & (newton.left > least) & few
+    asks = found.known & ~bends & (gain <= here.allowed) & (gain > least) & few
 
     def further() -> Any:
         new = spectrum(place, probe, there, grad, scale, accuracy, dtype, whole=True)
-        return np.where(new.known, newton_step(place, new, new.right).left, np.inf)
+        return np.where(new.known, newton_step(place, new, new.right)[1], np.inf)
 
-    more = place.when(asks, further, lambda: 0 * newton.left) if few else 0 * newton.left
-    share = more / np.where(newton.left > 0, newton.left, 1)
+    more = place.when(asks, further, lambda: 0 * gain) if few else 0 * gain
+    share = more / np.where(gain > 0, gain, 1)
     tells = found.known & ~bends & (~asks | (share < _SLOWLY))
-    left = np.where(tells, newton.left, np.where((found.right != 0).any(), np.inf, 0))
+    left = np.where(tells, gain, np.where((found.right != 0).any(), np.inf, 0))
     left = left / np.where(tells & asks, 1 - share, 1)
-    return _Model(found, step, newton.left, left)
+    return found, step, gain, left
 
 
 def _is_saturated(place: Place, probe: Probe, here: Point, found: Spectrum, start: Start) -> Any:

@@ -81,83 +81,6 @@ def wanted_kinds(place: Place, found: Spectrum, little: Any, negative: Any) -> A
     return np.stack([weak, ~little, negative, negative, level, ~little, goes, weak | True, ~little | flat])
 
 
-class Tries(NamedTuple):
-    """Points that may be lower, one kind after the other."""
-
-    place: Place
-    probe: Probe
-    here: Point
-    left: Any  # to gain there, by the curvature
-    ways: Blocks  # with a leading axis
-    lengths: Any
-    kinds: Any  # whether each kind is to be tried
-
-    def lowest(self, wanted: Any) -> Lowest:
-        """Try up to a loss that is wanted."""
-        np = self.place.np
-        ends = np.stack([np.int32(end) for end in _ENDS])
-        begins = np.stack([np.int32(begin) for begin in (0, *_ENDS[:-1])])
-
-        far = _FARTHEST * largest(np, self.here.typical)
-        # Where the loss should change visibly may be farther, from a point that is zero up to rounding.
-        spans = [np.max(abs(rows), axis=tuple(range(1, rows.ndim))).astype(self.lengths.dtype) for rows in self.ways]
-        visible = _STRETCH * self.lengths * np.max(np.stack(spans), axis=0)
-
-        def following(number: Any) -> Any:
-            """The number from this one on that is of a kind to be tried."""
-            return np.min(np.where(self.kinds & (number < ends), np.maximum(number, begins), _ENDS[-1]))
-
-        def goes_on(search: tuple) -> Any:
-            number, found = search
-            return (number < _ENDS[-1]) & ~(found.loss < wanted)
-
-        def attempt(search: tuple) -> tuple:
-            number, found = search
-            kind = np.sum(number >= ends)
-            step = self._step(kind, number - begins[kind])
-            there = shifted(self.here.params, step)
-            value = loss_at(self.place, self.probe, there).astype(self.here.loss.dtype)
-            negative = (kind == _NEGATIVE) | (kind == _SECOND)
-            limit = np.where(negative, np.maximum(far, visible[np.minimum(kind, _SECOND)]), far)
-            near = np.stack([(abs(block) <= limit).all() for block in step]).all()
-            better = near & (value < found.loss)  # NaN is not
-            falls = near & (value < self.here.loss - self.here.rounding)
-            return following(number + 1), Lowest(
-                np.where(better, value, found.loss),
-                [np.where(better, new, old) for new, old in zip(there, found.point, strict=True)],
-                (found.finite + np.isfinite(value)).astype(number.dtype),
-                found.saddle | (negative & falls),
-                found.beyond | ((kind == _BEYOND) & falls & (value < self.here.loss - _MORE * self.left)),
-            )
-
-        first = following(np.zeros((), np.int32))
-        no = first < 0
-        begin = first, Lowest(self.here.loss, self.here.params, 0 * first, no, no)
-        return self.place.loop(goes_on, attempt, begin)[1]
-
-    def _step(self, kind: Any, count: Any) -> Blocks:
-        """The way to the point of a kind that has this number among them."""
-        np = self.place.np
-
-        def along() -> Blocks:
-            negative = (kind == _NEGATIVE) | (kind == _SECOND)
-            both = negative | (kind == _FLAT)
-            half = np.where(both, count // 2, count)
-            # Farther out, then between the point and there.
-            inwards = np.where(half < _NEAR, half, 1.5 * (_NEAR - 1 - half))
-            power = np.where(negative, inwards, np.where(kind == _WEAK, half, -half))
-            power = np.where(kind == _BEYOND, 1.5 * (half + 1), power)
-            length = np.where(both & (count % 2 == 1), -1, 1) * _STRETCH ** power.astype(self.lengths.dtype)
-            own = np.where(kind == _BEYOND, _NEWTON, kind)
-            return [(length * self.lengths[own]).astype(rows.dtype) * rows[own] for rows in self.ways]
-
-        def beside() -> Blocks:
-            number = count + (kind == _MANY) * _KINDS[_FEW]
-            return neighbour(self.place, number, self.here.typical, coarsest(self.here.params))
-
-        return self.place.when(kind >= _FEW, beside, along)
-
-
 class Lowest(NamedTuple):
     """The lowest of the points that were tried."""
 
@@ -166,3 +89,75 @@ class Lowest(NamedTuple):
     finite: Any  # how many were
     saddle: Any  # whether one along a negative curvature was lower by more than rounding
     beyond: Any  # whether one beyond Newton's step was lower than that should lead
+
+
+def lowest(
+    place: Place, probe: Probe, here: Point, left: Any, ways: Blocks, lengths: Any, kinds: Any, wanted: Any
+) -> Lowest:
+    """Try the points of these kinds that may be lower, one kind after the other, up to a loss that is wanted.
+
+    ``left`` is what seems to be left to gain; ``ways`` have a leading axis.
+    """
+    np = place.np
+    ends = np.stack([np.int32(end) for end in _ENDS])
+    begins = np.stack([np.int32(begin) for begin in (0, *_ENDS[:-1])])
+
+    far = _FARTHEST * largest(np, here.typical)
+    # Where the loss should change visibly may be farther, from a point that is zero up to rounding.
+    spans = [np.max(abs(rows), axis=tuple(range(1, rows.ndim))).astype(lengths.dtype) for rows in ways]
+    visible = _STRETCH * lengths * np.max(np.stack(spans), axis=0)
+
+    def following(number: Any) -> Any:
+        """The number from this one on that is of a kind to be tried."""
+        return np.min(np.where(kinds & (number < ends), np.maximum(number, begins), _ENDS[-1]))
+
+    def goes_on(search: tuple) -> Any:
+        number, found = search
+        return (number < _ENDS[-1]) & ~(found.loss < wanted)
+
+    def attempt(search: tuple) -> tuple:
+        number, found = search
+        kind = np.sum(number >= ends)
+        step = _step(place, here, ways, lengths, kind, number - begins[kind])
+        there = shifted(here.params, step)
+        value = loss_at(place, probe, there).astype(here.loss.dtype)
+        negative = (kind == _NEGATIVE) | (kind == _SECOND)
+        limit = np.where(negative, np.maximum(far, visible[np.minimum(kind, _SECOND)]), far)
+        near = np.stack([(abs(block) <= limit).all() for block in step]).all()
+        better = near & (value < found.loss)  # NaN is not
+        falls = near & (value < here.loss - here.rounding)
+        return following(number + 1), Lowest(
+            np.where(better, value, found.loss),
+            [np.where(better, new, old) for new, old in zip(there, found.point, strict=True)],
+            (found.finite + np.isfinite(value)).astype(number.dtype),
+            found.saddle | (negative & falls),
+            found.beyond | ((kind == _BEYOND) & falls & (value < here.loss - _MORE * left)),
+        )
+
+    first = following(np.zeros((), np.int32))
+    no = first < 0
+    begin = first, Lowest(here.loss, here.params, 0 * first, no, no)
+    return place.loop(goes_on, attempt, begin)[1]
+
+
+def _step(place: Place, here: Point, ways: Blocks, lengths: Any, kind: Any, count: Any) -> Blocks:
+    """The way to the point of a kind that has this number among them."""
+    np = place.np
+
+    def along() -> Blocks:
+        negative = (kind == _NEGATIVE) | (kind == _SECOND)
+        both = negative | (kind == _FLAT)
+        half = np.where(both, count // 2, count)
+        # Farther out, then between the point and there.
+        inwards = np.where(half < _NEAR, half, 1.5 * (_NEAR - 1 - half))
+        power = np.where(negative, inwards, np.where(kind == _WEAK, half, -half))
+        power = np.where(kind == _BEYOND, 1.5 * (half + 1), power)
+        length = np.where(both & (count % 2 == 1), -1, 1) * _STRETCH ** power.astype(lengths.dtype)
+        own = np.where(kind == _BEYOND, _NEWTON, kind)
+        return [(length * lengths[own]).astype(rows.dtype) * rows[own] for rows in ways]
+
+    def beside() -> Blocks:
+        number = count + (kind == _MANY) * _KINDS[_FEW]
+        return neighbour(place, number, here.typical, coarsest(here.params))
+
+    return place.when(kind >= _FEW, beside, along)

@@ -5,6 +5,7 @@ As a program a verification takes a second to compile, so a run outside of jit c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class OnHost:
     """Arrays and loops of Python's."""
 
     np = np
+    tensordot = staticmethod(np.tensordot)
 
     @staticmethod
     def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
@@ -70,35 +72,21 @@ class InTrace:
     """The same for what is being traced."""
 
     np = jnp
+    tensordot = staticmethod(functools.partial(jnp.tensordot, precision="highest"))
+    loop = staticmethod(lax.while_loop)
+    select = staticmethod(_trees.select)
+    when = staticmethod(lax.cond)
 
     @staticmethod
     def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
-        """Stack what a function gives for each number."""
         return lax.map(function, lax.iota(int, count))
 
     @staticmethod
     def fold(count: int, body: Callable, carry: Any) -> Any:
-        """Call ``carry = body(number, carry)`` for each number."""
         return lax.fori_loop(0, count, body, carry)
 
     @staticmethod
-    def loop(goes_on: Callable, body: Callable, carry: Any) -> Any:
-        """Call ``carry = body(carry)`` as long as it goes on."""
-        return lax.while_loop(goes_on, body, carry)
-
-    @staticmethod
-    def select(condition: Any, if_true: Any, if_false: Any) -> Any:
-        """One of two trees."""
-        return _trees.select(condition, if_true, if_false)
-
-    @staticmethod
-    def when(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-        """Call one of two functions."""
-        return lax.cond(condition, function, otherwise)
-
-    @staticmethod
     def put(rows: Any, number: Any, row: Any) -> Any:
-        """Write a row, if there is room for it."""
         return rows.at[number].set(row, mode="drop")
 
 
@@ -137,16 +125,14 @@ def products(place: Place, rows: Blocks, blocks: Blocks, dtype: Any) -> Any:
 
     def flat(rows: Any, block: Any) -> Any:
         axes = tuple(range(1, rows.ndim)), tuple(range(block.ndim))
-        exactly: Any = {} if place is OnHost else {"precision": "highest"}
-        return place.np.tensordot(rows.astype(dtype), block.astype(dtype), axes, **exactly)
+        return place.tensordot(rows.astype(dtype), block.astype(dtype), axes)
 
     return sum(flat(*each) for each in zip(rows, blocks, strict=True))
 
 
 def combined(place: Place, weights: Any, rows: Blocks) -> Blocks:
     """The sum of the rows, each times its weight."""
-    exactly: Any = {} if place is OnHost else {"precision": "highest"}
-    return [place.np.tensordot(weights.astype(block.dtype), block, 1, **exactly) for block in rows]
+    return [place.tensordot(weights.astype(block.dtype), block, 1) for block in rows]
 
 
 def dot(place: Place, a: Blocks, b: Blocks, dtype: Any) -> Any:

@@ -44,14 +44,11 @@ class Spectrum(NamedTuple):
         return products(place, self.basis, scaled(self.scale, grad), self.right.dtype)
 
 
-class Newton(NamedTuple):
-    """Newton's step for a gradient."""
+def newton_step(place: Place, found: Spectrum, right: Any) -> tuple[Any, Any]:
+    """Return weights of the directions, for Newton's step away from the minimum, and what it gains: g'H^-1 g / 2.
 
-    weights: Any  # of the directions, for Newton's step away from the minimum
-    left: Any  # to gain by it: g'H^-1 g / 2, with the absolute values of curvatures
-
-
-def newton_step(place: Place, found: Spectrum, right: Any) -> Newton:
+    With the absolute values of curvatures.
+    """
     np = place.np
     parts = found.vectors.T @ (right / found.even)
     sizes = np.abs(found.values)
@@ -61,7 +58,7 @@ def newton_step(place: Place, found: Spectrum, right: Any) -> Newton:
     least = np.maximum(sizes, found.noise / (_NOISE * len(sizes)))
     gains = np.where(parts == 0, 0, parts * (parts / np.where(least > 0, least, 1))) / 2
     left = np.where((firm > 0).all(), np.sum(gains), np.where((parts != 0).any(), np.inf, 0))
-    return Newton(found.vectors @ weights / found.even, left)
+    return found.vectors @ weights / found.even, left
 
 
 def scaled(scale: Blocks, blocks: Blocks) -> Blocks:
