@@ -119,6 +119,7 @@ def run_once(problem: Problem, setting: str, options: Options, start: int, dtype
             result = gdopt.minimize(problem.on_batches or problem.loss, x, **options)
     except Exception as error:
         return Run(setting, start, dtype, f"exception: {type(error).__name__}")
+    assert result.history is not None
     return Run(
         setting,
         start,

@@ -47,10 +47,9 @@ def descent(result: Result) -> Any:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['loss', 'gradient norm', 'learning rate']
     """
-    history: Any = result.history
-    if history is None:
+    if result.history is None:
         raise InputError("result has no history, as it is of a run inside jit, vmap or grad: make the run outside.")
-    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in history)
+    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history)
     learning_rate = learning_rate[: result.steps]  # no update is made from the last point
     panels = 3 if np.isfinite(learning_rate).any() else 2
     figure = _figure(2 + 1.5 * panels)
