@@ -34,7 +34,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -204,7 +204,7 @@ class Floor:
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Generator[None]:
     """Raise a TimeoutError in the block after so many seconds."""
 
     def stop(*_: Any) -> None:

@@ -214,7 +214,7 @@ def diagnose(result: Result) -> Diagnosis:
     ended = ends(result.status)
     if ended != Status.NON_FINITE.name:
         raise InputError(f"result ended with {ended}, not with NON_FINITE: there is nothing to diagnose.")
-    case: Evidence | None = result._evidence
+    case: Evidence | None = result._evidence  # pyright: ignore[reportPrivateUsage]
     if case is None:
         raise InputError(
             "result holds no record of its last step, as it was pickled or copied, or as that could not be computed "
