@@ -164,6 +164,7 @@ def find_stops(case: Case) -> list[Stop]:
         except Exception as error:
             stops.append(Stop("an exception", math.nan, None, f"exception: {error!r}"))
             continue
+        assert result.history is not None
         ratio = len(result.history.loss) / first_within(result.history.loss, case.target(tol)) or math.nan
         remark = "" if is_finite(result) else "NaN result"
         stops.append(Stop(result.status.name, ratio, np.asarray(result.params), remark))

@@ -34,7 +34,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -119,6 +119,7 @@ def run_once(problem: Problem, setting: str, options: Options, start: int, dtype
             result = gdopt.minimize(problem.on_batches or problem.loss, x, **options)
     except Exception as error:
         return Run(setting, start, dtype, f"exception: {type(error).__name__}")
+    assert result.history is not None
     return Run(
         setting,
         start,
@@ -203,7 +204,7 @@ class Floor:
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Generator[None]:
     """Raise a TimeoutError in the block after so many seconds."""
 
     def stop(*_: Any) -> None:

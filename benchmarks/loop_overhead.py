@@ -16,7 +16,7 @@ import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -172,7 +172,7 @@ def torch_loop(data: tuple, rate: float, start: jax.Array) -> Run:
 
 
 @contextlib.contextmanager
-def unseen() -> Iterator[None]:
+def unseen() -> Generator[None]:
     """The progress bar is written, but not to the screen."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

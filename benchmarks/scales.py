@@ -44,7 +44,12 @@ def measure(name: str) -> list[list[float]]:
     warnings.simplefilter("ignore")
     loss, start = raw_problems.make()[name]
     start = jnp.asarray(start)
-    run = lambda steps, **options: gdopt.minimize(loss, start, tol=0, max_steps=steps - 1, **options).history.loss
+
+    def run(steps: int, **options: Any) -> np.ndarray:
+        history = gdopt.minimize(loss, start, tol=0, max_steps=steps - 1, **options).history
+        assert history is not None
+        return history.loss
+
     losses = [[run(BUDGET, scale=scale, **options) for scale in SCALES] for options in SETTINGS.values()]
     found = [each for row in losses for each in row] + [run(LONG, scale=scale) for scale in SCALES]
     found.append(by_scipy("BFGS")(loss, start, LONG, SECONDS).losses)

@@ -46,6 +46,7 @@ def by_gdopt(**options: Any) -> Solver:
             result = gdopt.minimize(loss, start, tol=0, max_steps=budget - 1, **options)
         except Exception as error:
             return Trace([], f"exception: {error!r}")
+        assert result.history is not None
         return Trace(result.history.loss, "" if is_finite(result) else "NaN result")
 
     return run

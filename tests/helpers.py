@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 @contextmanager
-def count_compilations() -> Iterator[Compilations]:
+def count_compilations() -> Generator[Compilations]:
     """Count what XLA compiles inside the block, eager operations of new shapes included.
 
     >>> import jax.numpy as jnp

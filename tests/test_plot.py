@@ -242,8 +242,9 @@ def test_a_schedule_is_drawn_step_by_step():
 def test_it_draws_into_given_axes(draw):
     from matplotlib.figure import Figure
 
-    axes = Figure().subplots(1, 2)
-    assert draw(axes[0]) is axes[0].figure
+    figure = Figure()
+    axes = figure.subfigures().subplots(1, 2)
+    assert draw(axes[0]) is figure
     assert axes[0].lines
     assert not axes[1].lines
 

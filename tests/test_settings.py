@@ -11,7 +11,7 @@ import pkgutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ SETTINGS = {
 
 
 @contextlib.contextmanager
-def under(values: dict[str, Any]) -> Iterator[None]:
+def under(values: dict[str, Any]) -> Generator[None]:
     """Set them in the whole process, and so in its threads, as a user does."""
     before = {name: jax.config.values[name] for name in values}
     try:

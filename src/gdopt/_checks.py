@@ -37,7 +37,7 @@ def number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -
 
 def warn(message: str) -> None:
     """A UserWarning at the line of the caller's that called gdopt."""
-    frame, level = sys._getframe(1), 2
+    frame, level = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
     while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)

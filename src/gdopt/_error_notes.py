@@ -9,7 +9,7 @@ import linecache
 import os
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import jax
@@ -86,7 +86,7 @@ def add_result(error: Exception, callback: Callable, result: Any) -> None:
 
 
 @contextlib.contextmanager
-def memory(**trees: PyTree) -> Iterator[None]:
+def memory(**trees: PyTree) -> Generator[None]:
     """Note on errors for lack of memory what takes how much of it, and what to try."""
     try:
         yield

@@ -178,14 +178,14 @@ class Result:
     success: bool
     left: float
     verified: bool
-    history: History
+    history: History | None
     steps_per_epoch: int | None
     range_test: RangeTest | None
     aux: Any
     compile_seconds: float
     run_seconds: float
     # What `diagnose` needs, of a run whose last evaluation was not finite: no child of the pytree, and not pickled.
-    _evidence: Any = dataclasses.field(default=None, init=False, compare=False)
+    _evidence: Any = dataclasses.field(default=None, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_evidence": None}
@@ -263,7 +263,7 @@ def _as_text(numbers: list[Any]) -> str | None:
 
 def _make_pytree(cls: type, *telling: str) -> None:
     """Make a pytree of a class. Its children are all fields but the message, which belongs to those ``telling``."""
-    names = [field.name for field in dataclasses.fields(cls) if field.init and field.name != "message"]
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in ("message", "_evidence")]
 
     def flatten(result: Any) -> tuple[list[tuple[Any, Any]], _Sentence]:
         told = _Sentence(result.message, [getattr(result, name) for name in telling])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -32,7 +32,7 @@ def own_work() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def _unchecked() -> Iterator[None]:
+def _unchecked() -> Generator[None]:
     with jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow"):
         yield
 

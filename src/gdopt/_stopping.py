@@ -114,7 +114,7 @@ def first_ending(dtype: Any) -> Ending:
     return Ending(jnp.full((), jnp.nan, dtype), jnp.int32(NOT_VERIFIED), jnp.int32(NONE_SEEN))
 
 
-def first_watch(loss_dtype, norm_dtype) -> Watch:
+def first_watch(loss_dtype: Any, norm_dtype: Any) -> Watch:
     """Before the first evaluation."""
     unknown = jnp.full((), jnp.inf, loss_dtype)
     none = jnp.int32(0)

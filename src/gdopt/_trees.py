@@ -19,9 +19,11 @@ from gdopt import _jax
 from gdopt._settings import own_work
 from gdopt._types import PyTree
 
-_TYPES = [t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)]
-_TYPES += [np.bool_, np.float16, np.float32, np.float64, np.complex64, np.complex128]
-_TYPES += [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
+_TYPES = [
+    *(t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)),
+    *(np.bool_, np.float16, np.float32, np.float64, np.complex64, np.complex128),
+    *(np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
+]
 SMALL = 4096  # entries of an array that is computed with together with others
 NUMBERS = frozenset(map(np.dtype, _TYPES))  # that JAX takes: not the long ones, and none in another byte order
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,10 @@ from gdopt._errors import GdoptError, InputError
 from gdopt._result import RangeTest, Result
 from gdopt._settings import own_work
 from gdopt._types import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["descent", "lr_find", "schedule"]
 
@@ -23,7 +27,7 @@ _DOTTED = 40  # the longest line that shows its points one by one
 _MEANS = 30  # the most points of the averaged line through a noisy one
 
 
-def descent(result: Result) -> Any:
+def descent(result: Result) -> Figure:
     """Draws the loss, the gradient norm and the learning rate over the steps of a run.
 
     Args:
@@ -47,10 +51,9 @@ def descent(result: Result) -> Any:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['loss', 'gradient norm', 'learning rate']
     """
-    history: Any = result.history
-    if history is None:
+    if result.history is None:
         raise InputError("result has no history, as it is of a run inside jit, vmap or grad: make the run outside.")
-    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in history)
+    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history)
     learning_rate = learning_rate[: result.steps]  # no update is made from the last point
     panels = 3 if np.isfinite(learning_rate).any() else 2
     figure = _figure(2 + 1.5 * panels)
@@ -72,7 +75,7 @@ def descent(result: Result) -> Any:
     return figure
 
 
-def lr_find(result: RangeTest, *, ax: Any = None) -> Any:
+def lr_find(result: RangeTest, *, ax: Axes | None = None) -> Figure:
     """Draws a range test: the loss over the rate, smoothed over raw, with the suggestions; and the rate over the steps.
 
     Args:
@@ -95,8 +98,8 @@ def lr_find(result: RangeTest, *, ax: Any = None) -> Any:
     """
     below = None
     if ax is None:
-        figure = _figure(5.5)
-        ax, below = figure.subplots(2, height_ratios=[3, 1])
+        panels: list[Axes] = list(_figure(5.5).subplots(2, height_ratios=[3, 1]))
+        ax, below = panels
     rates, raw, smoothed = result.learning_rate, result.losses, result.smoothed_loss
     for row in raw:
         ax.plot(rates, np.where(_drawable(row), row, np.nan), color="C0", alpha=0.3, linewidth=0.8)
@@ -124,10 +127,10 @@ def lr_find(result: RangeTest, *, ax: Any = None) -> Any:
         below.set_yscale("log")
         below.set_xlabel("step")
         below.set_ylabel("learning rate")
-    return ax.figure
+    return ax.figure.figure  # the second one leads from a subfigure to its figure
 
 
-def schedule(schedule: Schedule, steps: int, *, ax: Any = None) -> Any:
+def schedule(schedule: Schedule, steps: int, *, ax: Axes | None = None) -> Figure:
     """Draws the rates of a schedule over so many steps.
 
     Args:
@@ -160,10 +163,10 @@ def schedule(schedule: Schedule, steps: int, *, ax: Any = None) -> Any:
         ax.set_ylim(bottom=0)
     ax.set_xlabel("step")
     ax.set_ylabel("learning rate")
-    return ax.figure
+    return ax.figure.figure
 
 
-def _figure(height: float) -> Any:
+def _figure(height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -171,11 +174,12 @@ def _figure(height: float) -> Any:
     return Figure(figsize=(7, height), layout="constrained")
 
 
-def _line(axes: Any, label: str, values: np.ndarray, color: str, *, log: bool, each: int = 0) -> None:
+def _line(axes: Axes, label: str, values: np.ndarray, color: str, *, log: bool, each: int = 0) -> None:
     steps, drawn = np.arange(len(values)), _drawable(values)
     means = 0 < 2 * each <= len(values)
     x, y = steps[drawn], values[drawn]
-    style = {"marker": "."} if len(values) <= _DOTTED else {"alpha": 0.35, "linewidth": 0.8} if means else {}
+    faint = {"alpha": 0.35, "linewidth": 0.8} if means else {}
+    style: dict[str, Any] = {"marker": "."} if len(values) <= _DOTTED else faint
     axes.plot(x, y, color=color, **style)
     if means:
         axes.plot(_means(x, each), _means(y, each), color=color, label=f"mean of {each} steps")

@@ -155,7 +155,7 @@ def cyclical(
             f"scale_fn={scale_fn!r} is not a function: pass one such as lambda c: 1 / 2 ** (c - 1), or None."
         )
 
-    def schedule(step):
+    def schedule(step: Any) -> jax.Array:
         k = _count(step)
         c, height = _cycle(k, up, down)
         return _between(base, top, height * scale(k, c))
@@ -250,7 +250,7 @@ def one_cycle(
     peak, last = share * steps - 1, steps - 1
     rise, fall = peak or 1, (last - peak) or 1  # 1 for a part of no steps, which must not divide by zero
 
-    def schedule(step):
+    def schedule(step: Any) -> jax.Array:
         k = jnp.minimum(_count(step), last)
         rising = (k <= math.floor(peak)) & (peak > 0)
         with own_promotion():  # a peak between two steps is compared with whole numbers
@@ -309,7 +309,7 @@ def silver(smoothness: Scalar) -> Schedule:
     """
     L = rate("smoothness", smoothness)
 
-    def schedule(step):
+    def schedule(step: Any) -> jax.Array:
         n = _count(step) + 1
         nu = lax.population_count((n & -n) - 1)  # the zeros at the end of n in binary
         rates = (1 + _RHO ** (np.arange(8.0 * n.dtype.itemsize) - 1)) / L

@@ -19,7 +19,7 @@ import time
 import tracemalloc
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -474,7 +474,7 @@ def test_saves_are_due_by_the_clock(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @contextlib.contextmanager
-def held(monkeypatch: pytest.MonkeyPatch, saver: Saver) -> Iterator[None]:
+def held(monkeypatch: pytest.MonkeyPatch, saver: Saver) -> Generator[None]:
     """Block the disk until the block ends."""
     passes = threading.Event()
     usual = os.fsync

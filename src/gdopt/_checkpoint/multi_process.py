@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ _LONGEST = 500  # characters of a failure
 
 
 @contextlib.contextmanager
-def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Iterator[tuple[JointSaver, Saved | None]]:
+def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Generator[tuple[JointSaver, Saved | None]]:
     """The saves at a path, for all processes to enter together, and the save that they go on from.
 
     The first process finds it, so that all take the same one.

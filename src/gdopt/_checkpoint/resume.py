@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib import metadata
 from typing import Any
 
@@ -265,7 +265,7 @@ class Saves:
 
 
 @contextlib.contextmanager
-def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Iterator[Saves | NoSaves]:
+def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Generator[Saves | NoSaves]:
     """The saves at a path, which are this run's alone until it ends."""
     if checkpoint is None:
         yield NoSaves()
@@ -283,7 +283,8 @@ def _range_test(saved: Saved) -> RangeTest | None:
     if told is None:
         return None
     arrays = {name: saved.arrays[f"range_test.{name}"] for name in _TEST_ARRAYS}
-    return RangeTest(**arrays, **{**told, "status": Status(told["status"])}, refinement=None)
+    rest: dict[str, Any] = {**told, "status": Status(told["status"])}
+    return RangeTest(**arrays, **rest, refinement=None)
 
 
 def _plain(leaf: Any) -> Any:

@@ -110,6 +110,12 @@ class Saver:
                 self._lock = None
         self._report()
 
+    def let_go(self) -> None:
+        """Closes the lock, which another process keeps open."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def _busy(self) -> bool:
         return self._writer is not None and self._writer.is_alive()
 
@@ -203,9 +209,7 @@ _holding: weakref.WeakSet[Saver] = weakref.WeakSet()
 def _after_fork() -> None:
     """A lock lives as long as any process has it open. It is not for a loader's workers to outlive the run with it."""
     for saver in _holding:
-        if saver._lock is not None:
-            os.close(saver._lock)
-            saver._lock = None
+        saver.let_go()
 
 
 if hasattr(os, "register_at_fork"):

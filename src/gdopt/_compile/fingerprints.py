@@ -256,6 +256,8 @@ def _leaf(value: Any) -> Hashable:
             return value
         case FunctionType() if is_known(value, *_OWNERS, "numpy"):
             return value
+        case _:
+            pass
     if isinstance(value, type):
         return value
     if _is_jaxs_own(type(value)) and not _jax.is_tracer(value):

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -107,7 +107,7 @@ def joined(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @contextlib.contextmanager
-def _together(peers: Peers) -> Iterator[None]:
+def _together(peers: Peers) -> Generator[None]:
     token = _current.set(peers)
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +96,7 @@ class Method(NamedTuple):
         return tuple(out)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self) -> Generator[None]:
         """Errors of the optimizer, with its name: many functions that take one argument look like a factory."""
         try:
             yield

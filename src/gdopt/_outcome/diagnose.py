@@ -16,7 +16,7 @@ from gdopt._compile.program import value_and_grad
 from gdopt._errors import InputError
 from gdopt._outcome import nan_search
 from gdopt._problem.task import Task
-from gdopt._result import Result, ends, table
+from gdopt._result import History, Result, ends, table
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
@@ -214,20 +214,20 @@ def diagnose(result: Result) -> Diagnosis:
     ended = ends(result.status)
     if ended != Status.NON_FINITE.name:
         raise InputError(f"result ended with {ended}, not with NON_FINITE: there is nothing to diagnose.")
-    case: Evidence | None = result._evidence
+    case: Evidence | None = result._evidence  # pyright: ignore[reportPrivateUsage]
     if case is None:
         raise InputError(
             "result holds no record of its last step, as it was pickled or copied, or as that could not be computed "
             "again: call gdopt.minimize again, from result.params say, and pass its result."
         )
     with own_work():
-        primitive, place, message = _of_update(case, result) if case.bad_params else _of_loss(case)
+        primitive, place, message = _of_update(case, result.history) if case.bad_params else _of_loss(case)
     return Diagnosis(case.step, case.learning_rate, tuple(case.leaves), primitive, place, message)
 
 
-def _of_update(case: Evidence, result: Result) -> tuple[None, None, str]:
+def _of_update(case: Evidence, history: History) -> tuple[None, None, str]:
     name = case.bad_params[0]
-    array, norm = case.arguments[case.names.index(name)], result.history.grad_norm[case.step - 1]
+    array, norm = case.arguments[case.names.index(name)], history.grad_norm[case.step - 1]
     rate = "" if case.learning_rate is None else f" with the learning rate {case.learning_rate:.3g}"
     return (
         None,

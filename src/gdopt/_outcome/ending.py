@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ class Ended:
 
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
-        result = Result(
+        return Result(
             params=self.task.problem.whole(self.params),
             loss=float(kept.loss),
             grad_norm=float(kept.grad_norm),
@@ -61,9 +61,8 @@ class Ended:
             aux=jax.tree.map(jax.device_put, kept.aux),
             compile_seconds=compile_seconds,
             run_seconds=run_seconds,
+            _evidence=self.evidence,
         )
-        object.__setattr__(result, "_evidence", self.evidence)
-        return result
 
     @functools.cached_property
     def ending(self) -> Ending:
@@ -159,7 +158,7 @@ def refuse_host_visits(**options: Any) -> None:
 def result_inside(whole: Whole, inputs: Inputs, task: Task) -> Result:
     """Return the result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
     outcome: Any = whole.solve(whole.constants, inputs)
-    zero = _trees.on_device(0.0)
+    zero: Any = _trees.on_device(0.0)
     return Result(
         params=task.problem.whole(outcome.params),
         loss=outcome.loss,
@@ -170,10 +169,10 @@ def result_inside(whole: Whole, inputs: Inputs, task: Task) -> Result:
         success=outcome.success,
         left=outcome.ending.left,
         verified=outcome.ending.verified > 0,
-        history=cast(Any, None),
+        history=None,
         steps_per_epoch=jax.tree.map(_trees.on_device, task.steps_per_epoch),
         range_test=None,
         aux=outcome.aux,
-        compile_seconds=cast(Any, zero),
-        run_seconds=cast(Any, zero),
+        compile_seconds=zero,
+        run_seconds=zero,
     )

@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 
 @contextlib.contextmanager
-def ctrl_c() -> Iterator[list[bool]]:
+def ctrl_c() -> Generator[list[bool]]:
     """Yield a list that gets an entry at Ctrl-C or SIGTERM, so that the run can end with its state intact.
 
     An exception could come between any two bytecodes, for example after the old state was donated and before the new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import jax
 
@@ -11,7 +11,7 @@ from gdopt._errors import GdoptError
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool, max_steps: int | None) -> Iterator[Callable[[int, float], None]]:
+def progress_bar(shown: bool, max_steps: int | None) -> Generator[Callable[[int, float], None]]:
     """A function of the steps made and the last loss, which moves a tqdm bar where one is to be shown."""
     if not shown or jax.process_index():  # of several processes, the first one has the bar
         yield lambda step, loss: None
