@@ -338,8 +338,8 @@ def test_the_newest_good_file_is_taken_and_skipped_ones_are_named(tmp_path: Path
     assert warning.filename == __file__
     first, second = str(tmp_path / NAME.format(700)), str(tmp_path / NAME.format(80))
     assert str(warning.message) == (
-        f"the checkpoint {found.file!r} is taken, as newer ones were skipped: {first!r} cannot be read: it is damaged "
-        f"in the array 'z'. {second!r} cannot be read: it has 100 bytes and should have {len(whole)}."
+        f"resuming from the checkpoint {found.file!r}, because newer ones cannot be read: {first!r} cannot be read: it "
+        f"is damaged in the array 'z'. {second!r} cannot be read: it has 100 bytes and should have {len(whole)}."
     )
 
     damage(tmp_path / NAME.format(9))
@@ -373,12 +373,12 @@ def test_files_with_other_names_are_ignored(tmp_path: Path):
         ({"path": 3}, "path=3 is not a path: pass a str or a pathlib.Path"),
         ({"path": b"run"}, "path=b'run' is not a path"),
         ({"path": "a\0b"}, "is not a path"),
-        ({"path": ""}, "path='' is no file's name but a directory's: pass 'run', say"),
-        ({"path": "."}, "pass './run', say"),
-        ({"path": "missing/run"}, "is in 'missing', which does not exist: make it before"),
+        ({"path": ""}, r"path='' names a directory. Pass a file name \(for example 'run'\)"),
+        ({"path": "."}, r"Pass a file name \(for example './run'\)"),
+        ({"path": "missing/run"}, "is in 'missing', which does not exist. Make that directory first"),
         ({"path": "file/run"}, "is in 'file', which is not a directory"),
-        ({"path": "directory"}, "is no file's name but a directory's: pass 'directory/run'"),
-        ({"path": "run.000000000012.gdopt"}, "is a single save, not the path of all of them: pass 'run'"),
+        ({"path": "directory"}, r"names a directory. Pass a file name \(for example 'directory/run'\)"),
+        ({"path": "run.000000000012.gdopt"}, "is a single checkpoint, not the path of all. Pass 'run'"),
         ({"path": "run", "every_seconds": -1}, "every_seconds=-1 is not a finite number, 0 or above"),
         ({"path": "run", "every_seconds": "often"}, "every_seconds='often' is not"),
         ({"path": "run", "keep": 0}, "keep=0 is not a whole number from 1"),
@@ -412,7 +412,7 @@ def test_a_directory_that_was_removed(tmp_path: Path):
 
 def test_a_path_that_the_disk_refuses(tmp_path: Path):
     with pytest.raises(
-        InputError, match=r"has a name that is too long for the files of its saves: pass one of at most \d+ bytes"
+        InputError, match=r"has a name that is too long for its files. Pass a name of at most \d+ bytes"
     ):
         Saver(Checkpoint(tmp_path / ("x" * 255))).__enter__()
 

@@ -535,7 +535,7 @@ def test_arguments_that_do_not_go_with_a_stream_are_refused():
     with pytest.raises(gdopt.InputError, match=r"tol=0.1 was given for a noisy loss"):
         run(batches, epochs=1, tol=0.1)
     for find in (gdopt.lr_find, functools.partial(gdopt.minimize, max_steps=100)):
-        with pytest.raises(gdopt.InputError, match="data is an iterator, which can be gone through once, and a range"):
+        with pytest.raises(gdopt.InputError, match="data is an iterator, which can be read only once, but a range"):
             find(loss, START, data=batches())
 
 
