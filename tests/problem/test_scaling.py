@@ -222,14 +222,14 @@ def test_a_diagnosis_is_in_the_units_of_the_params() -> None:
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        ("largest", "scale='largest' is unknown: pass 'curvature'"),
-        ({"a": 1.0}, "does not fit params: pass a positive number for each leaf"),
-        ({"a": 1.0, "b": 0.0}, r"scale\['b'\] holds 0.0: sizes in float32 are finite and above 0"),
+        ("largest", "scale='largest' is unknown. Pass 'curvature'"),
+        ({"a": 1.0}, "does not fit params. Pass a positive number for each leaf"),
+        ({"a": 1.0, "b": 0.0}, r"scale\['b'\] holds 0.0. Pass finite sizes above 0 in float32"),
         ({"a": 1.0, "b": -2}, r"scale\['b'\] holds -2: sizes"),
         ({"a": 1.0, "b": float("nan")}, r"scale\['b'\] holds nan"),
-        ({"a": 1.0, "b": 1e-60}, r"scale\['b'\] holds 1e-60: sizes in float32"),
-        ({"a": 1.0, "b": 1j}, r"scale\['b'\] is 1j: pass a positive number"),
-        ({"a": 1.0, "b": "large"}, r"scale\['b'\] is 'large': pass a positive number"),
+        ({"a": 1.0, "b": 1e-60}, r"scale\['b'\] holds 1e-60. Pass finite sizes"),
+        ({"a": 1.0, "b": 1j}, r"scale\['b'\] is 1j. Pass a positive number"),
+        ({"a": 1.0, "b": "large"}, r"scale\['b'\] is 'large'. Pass a positive number"),
         ({"a": 1.0, "b": np.ones(2)}, r"scale\['b'\] has shape \(2,\), and params\['b'\] has \(\)"),
     ],
 )
