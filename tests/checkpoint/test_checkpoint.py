@@ -221,8 +221,8 @@ def test_any_entry_raises_only_checkpoint_errors(place: Path, data: st.DataObjec
 
 HEADERS = {
     "good": ([entry()], ""),
-    "none": ([], "its arrays take 0 bytes, where it has 4"),
-    "too few": ([entry(shape=[3], nbytes=3)], "its arrays take 3 bytes, where it has 4"),
+    "none": ([], "its arrays take 0 bytes, but it has 4"),
+    "too few": ([entry(shape=[3], nbytes=3)], "its arrays take 3 bytes, but it has 4"),
     "too many": ([entry(shape=[2**40], nbytes=2**40)], "not where they should be"),
     "negative offset": ([entry(offset=-1)], "not where they should be"),
     "negative bytes": ([entry(nbytes=-4)], "not where they should be"),
@@ -232,8 +232,8 @@ HEADERS = {
     "wrong count": ([entry(shape=[5])], "not where they should be"),
     "wrong size": ([entry(dtype="float32")], "not where they should be"),
     "twice": ([entry(), entry()], "two arrays with the name 'x'"),
-    "dtype": ([entry(dtype="object")], "not known here, 'object'"),
-    "structured": ([entry(dtype="i4,O")], "not known here, 'i4,O'"),
+    "dtype": ([entry(dtype="object")], "of an unknown dtype, 'object'"),
+    "structured": ([entry(dtype="i4,O")], "of an unknown dtype, 'i4,O'"),
     "a field more": ([entry(more=1)], "not that of a checkpoint"),
     "a field of another kind": ([entry(crc32="0")], "not that of a checkpoint"),
     "a flag for a number": ([entry(shape=[True, 4])], "not that of a checkpoint"),
@@ -258,8 +258,8 @@ def test_headers_are_verified(place: Path, name: str):
     [
         (b"", "ends after 0 bytes"),
         (b"\x89gdo", "ends after 4 bytes"),
-        (b"PK\3\4" + bytes(100), "no checkpoint of gdopt's"),
-        (forge({}, version=2), "of format 2, this version of gdopt reads format 1"),
+        (b"PK\3\4" + bytes(100), "not a checkpoint of gdopt"),
+        (forge({}, version=2), "of format 2, but this version of gdopt reads format 1"),
         (forge({}, header=2**63), "header is of 9223372036854775808 bytes"),
         (forge({}, header=3), "header is of 3 bytes"),
         (forge({}, length=2**64 - 1), "has 38 bytes and should have 18446744073709551615"),
@@ -643,7 +643,7 @@ def test_directories_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.M
 def test_only_one_run_may_use_a_path(base: Path):
     place = Checkpoint(base)
     with Saver(place), Saver(Checkpoint(f"{base}2")):
-        with pytest.raises(InputError, match=rf"in use by a live run \(process {os.getpid()} on .*wait for its end"):
+        with pytest.raises(InputError, match=rf"in use by a live run \(process {os.getpid()} on .*Wait for its end"):
             Saver(place).__enter__()
         with pytest.raises(InputError, match="in use"):
             Saver(Checkpoint(base.parent / "." / "run")).__enter__()
