@@ -1,4 +1,4 @@
-"""Gradient descent on JAX where nobody has to guess: ``gdopt.minimize(loss, params)``."""
+"""Gradient descent on JAX without guesswork: ``gdopt.minimize(loss, params)``."""
 
 from importlib.metadata import version
 
@@ -45,5 +45,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, and not those that this file needs itself."""
+    """Return the public names, without those that only this file needs."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -17,26 +17,26 @@ from gdopt import _jax, _trees
 from gdopt._errors import InputError
 from gdopt._types import PyTree
 
-_BETWEEN = ("gdopt", "jax", "contextlib")  # the caller and a warning
-_LARGEST_COUNT = 10**9  # the sum of two counts fits the 32-bit step counter
+_BETWEEN = ("gdopt", "jax", "contextlib")  # the modules between the caller and a warning
+_LARGEST_COUNT = 10**9  # steps; the sum of two such counts fits the 32-bit counter
 
 
 def number(name: str, value: Any, valid: Callable[[float], bool], wanted: str) -> float:
-    """The value as Python's float where it is one finite real number and valid."""
+    """Return the value as Python's float if it is one finite real number and valid; else raise InputError."""
     try:
         array = _trees.on_host(value)
         real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
         if real and array.ndim == 0 and math.isfinite(array) and valid(float(array)):
             return float(array)
     except jax.errors.TracerArrayConversionError:
-        raise InputError(f"{name} is traced and has no value yet: give it outside of jit.") from None
-    except ValueError:  # ragged lists
+        raise InputError(f"{name} is traced and has no value yet. Pass it outside of jit.") from None
+    except ValueError:  # Ragged lists raise this.
         pass
     raise InputError(f"{name}={value!r} is not {wanted}.")
 
 
 def warn(message: str) -> None:
-    """A UserWarning at the line of the caller's that called gdopt."""
+    """Issue a UserWarning at the caller's line that called gdopt."""
     frame, level = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
     while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
@@ -44,33 +44,33 @@ def warn(message: str) -> None:
 
 
 def rate(name: str, value: Any, *, zero: bool = False) -> float:
-    """A learning rate, or another number of which only the sign is known."""
+    """Check a learning rate, or another number that only has to be positive."""
     wanted = "a finite number, 0 or above" if zero else "a finite number above 0, such as 0.1"
     return number(name, value, lambda x: x > 0 or (zero and x == 0), wanted)
 
 
 def whole_number(name: str, value: Any, least: int = 1, upto: str = "10**9") -> int:
-    """A number of steps, rows, epochs; ``upto`` is for the message, where less than 10**9 is asked for."""
+    """Check a number of steps, rows or epochs; ``upto`` names another upper limit in the message."""
     wanted = f"a whole number from {least} to {upto}"
     return int(number(name, value, lambda x: least <= x <= _LARGEST_COUNT and x % 1 == 0, wanted))
 
 
 def check_flags(**given: Any) -> None:
-    """Raises InputError for what is neither True nor False: a text such as "no" would count as True."""
+    """Raise InputError for values other than True and False: a text such as "no" would count as True."""
     for name, value in given.items():
         if not isinstance(value, bool | np.bool_):
-            raise InputError(f"{name}={value!r} is neither True nor False.")
+            raise InputError(f"{name}={value!r} is not a bool. Pass True or False.")
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    """A choice by name."""
+    """Check a choice by name."""
     if value not in known:
-        raise InputError(f"{name}={value!r} is unknown: pass one of {', '.join(map(repr, known))}.")
+        raise InputError(f"{name}={value!r} is unknown. Pass one of {', '.join(map(repr, known))}.")
     return value
 
 
 def refuse_no_arrays(name: str, tree: PyTree) -> None:
-    """Raises InputError for what looks like an array and is of no use as one, and for dicts that JAX cannot sort."""
+    """Raise InputError for arrays that JAX cannot use, and for dicts that it cannot sort."""
     if not any(fault(leaf, carried=True) for leaf in flatten(name, tree)[0]):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -79,17 +79,17 @@ def refuse_no_arrays(name: str, tree: PyTree) -> None:
 
 
 def flatten(name: str, tree: PyTree) -> tuple[list[Any], Any]:
-    """``jax.tree.flatten``; raises InputError for dicts that JAX cannot sort."""
+    """Call ``jax.tree.flatten``, and raise InputError for dicts that JAX cannot sort."""
     try:
         return jax.tree.flatten(tree)
-    except (TypeError, ValueError) as error:  # by the time that it is raised, JAX has forgotten where
+    except (TypeError, ValueError) as error:  # JAX's error does not say where the dict is.
         nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_unsortable)
         for path, node in nodes:
             if _is_unsortable(node):
                 kinds = " and ".join(sorted({type(key).__name__ for key in node}))
                 raise InputError(
-                    f"{_trees.path_name(path, name)} is a dict whose keys are of the types {kinds}, and JAX sorts keys"
-                    ": give them one type, str say."
+                    f"{_trees.path_name(path, name)} is a dict whose keys are of the types {kinds}, which JAX cannot "
+                    "sort. Use keys of one type (for example str)."
                 ) from error
         raise
 
@@ -105,24 +105,24 @@ def _is_unsortable(node: Any) -> bool:
 
 
 def fault(leaf: Any, carried: bool) -> str:
-    """Say what is wrong with a leaf, and the cure; "" if nothing is."""
+    """Say what is wrong with a leaf, and the fix; "" if nothing is."""
     if isinstance(leaf, jax.Array):
         if _jax.is_tracer(leaf) or not leaf.is_deleted():
             return ""
         return (
             f"is an array of dtype {leaf.dtype} and shape {leaf.shape} that was deleted, or donated to a jitted "
-            "function (donate_argnums): pass one that is still there, a copy from before, say"
+            "function (donate_argnums). Pass an array that still exists (for example a copy made before)"
         )
     if isinstance(leaf, np.ma.MaskedArray):
         return (
-            "is a masked array, and JAX knows none: pass its .filled(value), and its mask where the loss needs it as "
-            "an array of its own"
+            "is a masked array, which JAX does not support. Pass its .filled(value), and its mask as a separate array "
+            "if the loss needs it"
         )
     if isinstance(leaf, np.ndarray | np.generic):
         if _trees.is_array(leaf):
             return _wrapped(leaf)
         if leaf.dtype.kind in "biufcV":
-            return f"is of dtype {leaf.dtype}, which JAX does not know: {_other_dtype(leaf.dtype)}"
+            return f"is of dtype {leaf.dtype}, which JAX does not support: {_other_dtype(leaf.dtype)}"
         if isinstance(leaf, np.generic) or carried:
             return ""
         return (
@@ -132,14 +132,14 @@ def fault(leaf: Any, carried: bool) -> str:
         return ""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return (
-            f"is a {type(leaf).__module__}.{type(leaf).__name__}, no array of NumPy's or JAX's: convert it with "
+            f"is a {type(leaf).__module__}.{type(leaf).__name__}, not an array of NumPy or JAX: convert it with "
             "numpy.asarray"
         )
-    return f"is a {type(leaf).__name__}: write float(...) of it" if isinstance(leaf, numbers.Number) else ""
+    return f"is a {type(leaf).__name__}: pass float(...) of it" if isinstance(leaf, numbers.Number) else ""
 
 
 def _wrapped(leaf: np.ndarray | np.generic) -> str:
-    """Refuse 64-bit integers that JAX would wrap around as it converts them to 32 bits."""
+    """Say what is wrong with 64-bit integers that JAX would wrap around when it converts them to 32 bits."""
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if leaf.dtype.kind not in "iu" or dtype == leaf.dtype or not leaf.size:
         return ""
@@ -156,7 +156,7 @@ def _wrapped(leaf: np.ndarray | np.generic) -> str:
 def _other_dtype(dtype: np.dtype) -> str:
     """Say how to convert a dtype to one that JAX knows."""
     if dtype.fields is not None:
-        return "pass its fields as arrays of their own"
+        return "pass its fields as separate arrays"
     native = dtype.newbyteorder("=")
     name = native.name if native in _trees.NUMBERS else {"f": "float64", "c": "complex128"}.get(dtype.kind, "float64")
     return f"convert it with .astype({name!r})"

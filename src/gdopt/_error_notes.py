@@ -1,4 +1,4 @@
-"""Notes on errors that are not gdopt's own: where they come from, and what to try. The errors stay what they are."""
+"""Notes on errors of others: where they come from, and what to try. The errors propagate unchanged."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ import jax
 from gdopt import _trees
 from gdopt._types import PyTree
 
-_LONGEST = 300  # characters of the arguments that are shown
+_LONGEST = 300  # the most characters of an argument that a note shows
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 _NOT_THEIRS = (os.path.dirname(__file__) + os.sep, "<frozen", *_INSTALLED)
 _HINTS = (
-    (jax.errors.TracerBoolConversionError, "choose with jnp.where or jax.lax.cond in place of if, and, or, while"),
-    (jax.errors.TracerArrayConversionError, "compute with jax.numpy in place of numpy"),
-    (jax.errors.TracerIntegerConversionError, "what a traced number indexes has to be an array: jnp.asarray(...)"),
-    (jax.errors.NonConcreteBooleanIndexError, "in place of x[mask] take jnp.where(mask, x, 0)"),
+    (jax.errors.TracerBoolConversionError, "choose with jnp.where or jax.lax.cond instead of if, and, or, while"),
+    (jax.errors.TracerArrayConversionError, "compute with jax.numpy instead of numpy"),
+    (jax.errors.TracerIntegerConversionError, "a traced number can only index arrays, so use jnp.asarray(...)"),
+    (jax.errors.NonConcreteBooleanIndexError, "use jnp.where(mask, x, 0) instead of x[mask]"),
     (
         jax.errors.UnexpectedTracerError,
-        "what one call of the loss keeps is of no use to another: return it, by has_aux",
+        "a value kept from one call of the loss cannot be used in another, so return it with has_aux",
     ),
-    (jax.errors.ConcretizationTypeError, "leave out float(), int() and .item(), and take jnp.sin for math.sin, say"),
+    (jax.errors.ConcretizationTypeError, "leave out float(), int() and .item(), and use jnp.sin instead of math.sin"),
 )
 
 
 def add_call(error: Exception, function: Callable, args: tuple, kwargs: dict) -> None:
-    """Note the line in the caller's code at which a loss raised, and what the loss was called with."""
+    """Note the line of the caller's code at which a loss raised, and the arguments of the loss."""
     lines = [f"gdopt: raised at {_place(error, function)}"]
     if known := hint(error):
-        lines.append(f"The loss is traced, on stand-ins for arrays that have no values yet: {known}.")
+        lines.append(f"The loss is traced with stand-ins for arrays, which have no values yet: {known}.")
     given = [_shown(value) for value in args] + [f"{name}={_shown(value)}" for name, value in kwargs.items()]
     lines.append(f"The loss was called with ({', '.join(given)}).")
     error.add_note("\n".join(lines))
 
 
 def hint(error: Exception) -> str:
-    """Say what to do about an error of JAX's that came of reading a traced value; "" for other errors."""
+    """Say what to do about an error that JAX raised because a traced value was read; "" for other errors."""
     return next((text for kind, text in _HINTS if isinstance(error, kind)), "")
 
 
 def _place(error: Exception, function: Callable) -> str:
-    """The innermost line that is the caller's; where there is none, the function itself."""
+    """Return the innermost line of the caller's code; the function itself if there is none."""
     theirs = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THEIRS)]
     if theirs:
         at = theirs[-1]
@@ -62,7 +62,7 @@ def _place(error: Exception, function: Callable) -> str:
 
 
 def line(frames: list[tuple[str, int, str]]) -> str | None:
-    """The innermost line that is the caller's, of files, lines and functions; None where there is none."""
+    """Return the innermost line of the caller's code among frames (file, line, function); None if there is none."""
     theirs = [frame for frame in frames if not frame[0].startswith(_NOT_THEIRS)]
     if not theirs:
         return None
@@ -76,10 +76,10 @@ def _shown(tree: PyTree) -> str:
 
 
 def add_result(error: Exception, callback: Callable, result: Any) -> None:
-    """The result of the run that a callback's error ended; one that the error has already is left alone."""
+    """Attach the result of the run to the callback's error that ended it, unless the error has one already."""
     note = f"gdopt: raised by callback={callback!r} after {result.steps} step{'' if result.steps == 1 else 's'}."
     if not hasattr(error, "result"):
-        with contextlib.suppress(AttributeError):  # of a class that takes none
+        with contextlib.suppress(AttributeError):  # The class of the error may take no attributes.
             cast(Any, error).result = result
             note += " The result so far is this error's .result."
     error.add_note(note)
@@ -87,16 +87,16 @@ def add_result(error: Exception, callback: Callable, result: Any) -> None:
 
 @contextlib.contextmanager
 def memory(**trees: PyTree) -> Generator[None]:
-    """Note on errors for lack of memory what takes how much of it, and what to try."""
+    """Note on out-of-memory errors how much memory each tree takes, and what to try."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             sizes = ", ".join(f"{name.replace('_', ' ')} {_bytes(tree)}" for name, tree in trees.items())
             error.add_note(
-                f"gdopt: out of memory. It takes: {sizes}; the rest is what the loss, its gradient and the update "
-                "compute in between. Try a smaller batch_size, data as a stream of batches, keep_best=False, "
-                "jax.checkpoint around parts of the loss, or more devices, with gdopt.shard."
+                f"gdopt: out of memory. The run holds: {sizes}; the rest is intermediate values of the loss, its "
+                "gradient and the update. Try a smaller batch_size, data as a stream of batches, keep_best=False, "
+                "jax.checkpoint around parts of the loss, or more devices with gdopt.shard."
             )
         raise
 

@@ -2,7 +2,7 @@
 
 GdoptError
 ├── InputError           (also a ValueError)    bad input: raised before anything compiles
-├── CheckpointError                             no save of a run can be used
+├── CheckpointError                             no checkpoint of a run can be used
 └── NotConvergedError    (also a RuntimeError)  a run that ended without success, when asked to raise
 """
 
@@ -12,19 +12,19 @@ from typing import Any
 
 
 class GdoptError(Exception):
-    """The base of every exception that gdopt raises on purpose."""
+    """The base class of every exception that gdopt raises on purpose."""
 
 
 class InputError(GdoptError, ValueError):
-    """An argument cannot be used; the message names it, its value and the cure."""
+    """An argument that cannot be used; the message names it, its value and the fix."""
 
 
 class CheckpointError(GdoptError):
-    """A save cannot be read; the message names the file and says what is wrong with it."""
+    """A checkpoint that cannot be read; the message names the file and says what is wrong with it."""
 
 
 class NotConvergedError(GdoptError, RuntimeError):
-    """A run ended without success; ``result`` holds everything it found.
+    """A run that ended without success; ``result`` holds everything it found.
 
     Raised by ``Result.raise_for_status()`` and by ``minimize(..., throw=True)``.
     """

@@ -16,21 +16,21 @@ from gdopt._types import Loss, PyTree, Scalar
 
 
 def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:
-    """The vanilla step ``x - learning_rate * grad f(x)``, jit-compiled.
+    """Make the vanilla step ``x - learning_rate * grad f(x)``, jit-compiled.
 
     Args:
-        loss: ``loss(params, *args)``, a real scalar. It is traced at each call, so a change of what it reads is seen,
-            and compiled once for all that trace alike. The trace takes about 0.8 ms; for a fast loop of your own call
-            `gd_step` within a function of ``jax.jit``, where it takes nothing.
+        loss: ``loss(params, *args)``, a real scalar. It is traced at each call, so changes of the variables it reads
+            are seen. Losses with equal traces are compiled once. The trace takes about 0.8 ms. For a fast loop of your
+            own, call `gd_step` inside ``jax.jit``, where it costs nothing.
         params: any pytree; float and complex leaves are updated in their own dtype, the rest is carried along.
-        learning_rate: a positive number. A new value compiles nothing.
+        learning_rate: a positive number. A new value recompiles nothing.
         *args: further arguments of the loss, pytrees of arrays.
 
     Returns:
         The new params, and the loss of the *old* ones.
 
     Raises:
-        InputError: for integer or empty params, a loss that is no scalar, a rate that is not positive and finite.
+        InputError: for integer or empty params, a loss that is not a scalar, a rate that is not positive and finite.
 
     Example:
         >>> import gdopt
@@ -41,7 +41,7 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
         (0.125, 0.0625)
     """
     if callable(learning_rate):
-        raise InputError(f"learning_rate={learning_rate!r} is a schedule: pass its value for this step.")
+        raise InputError(f"learning_rate={learning_rate!r} is a schedule. Pass its value for this step.")
     rate = check_learning_rate(learning_rate)
     problem = make_problem(loss, params)
 
@@ -53,7 +53,7 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
     value = program.trace(problem.value, problem.params, *args, rules=True)
     given = value.constants, problem.params, rate, args
     traced = lambda: program.with_gradient(value, problem.value, problem.params, *args)[0]
-    if program.is_traced(given):  # it becomes a part of the caller's program
+    if program.is_traced(given):  # The step becomes a part of the caller's program.
         new, loss_before = vanilla(traced(), *given)
     else:
         make = lambda: program.share(functools.partial(vanilla, traced()), *given)

@@ -62,94 +62,95 @@ def minimize(
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     throw: bool = False,
 ) -> Result:
-    """Minimises a differentiable loss by gradient descent, or by any optax optimizer, in one compiled loop.
+    """Minimise a differentiable loss by gradient descent, or by any optax optimizer, in one compiled loop.
 
-    With nothing but a loss and params, every step is found by `quasi_newton`. Each step evaluates the loss and its
-    gradient, tests whether to stop, and then updates: N updates make N + 1 evaluations, and every loss that is reported
-    belongs to the params beside it. Nothing is recompiled for a new rate, limit, number in ``args`` or set of data of
-    the same shape, nor for a fresh lambda that computes the same.
+    If you pass only a loss and params, `quasi_newton` finds every step. Each step evaluates the loss and its gradient,
+    tests whether to stop, and then updates. So N updates make N + 1 evaluations, and every reported loss belongs to the
+    params beside it. Nothing is recompiled for a new rate, limit or number in ``args``, for new data of the same shape,
+    or for a fresh lambda that computes the same.
 
     Args:
         loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``: a real floating-point scalar.
         params: any pytree. Float and complex leaves (arrays, and numbers in dicts, lists and tuples) are optimised in
-            their own dtype; functions, strings, None, random keys and numbers inside modules are carried along, and so
-            are all variables of Flax's nnx but its Params, unless ``trainable`` names them.
+            their own dtype. Functions, strings, None, random keys and numbers inside modules are carried along. So are
+            all variables of Flax's nnx but its Params, unless ``trainable`` names them.
         args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``.
-        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream: an
-            iterable of batches (a torch ``DataLoader``, a grain loader), gone through once per epoch, or a function
-            that returns one. Batches are pytrees of NumPy or JAX arrays or torch tensors, moved to the device while the
-            step before is computed. Each makes one update, also a last one with fewer rows; the point after the last
-            update is evaluated on the last batch once more, of arrays on the next. The loss takes a batch as one
-            argument: write ``X, y = batch`` in it.
-        batch_size: rows per step, for arrays. They are shuffled anew in each epoch; rows that fill no batch sit that
-            epoch out. By default (None) each step sees all rows, unshuffled.
+        data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream. A
+            stream is an iterable of batches (a torch ``DataLoader``, a grain loader), read once per epoch, or a
+            function that returns one. Batches are pytrees of NumPy or JAX arrays or torch tensors. They move to the
+            device while the step before is computed. Each makes one update, also a last one with fewer rows. The point
+            after the last update is evaluated on the last batch once more (with arrays, on the next one). The loss
+            takes a batch as one argument: write ``X, y = batch`` in it.
+        batch_size: rows per step, for arrays. Rows are shuffled anew in each epoch, and those that fill no batch sit
+            that epoch out. By default (None) each step sees all rows, unshuffled.
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
-            transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. By default
-            (None) `quasi_newton` for a loss that is the same at each step, with fewer pairs if params would take too
-            much memory; `gd` for mini-batches and random keys, and if a learning_rate is given.
+            transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. The default
+            (None) is `quasi_newton` for a deterministic loss, with fewer pairs if params would take too much memory. It
+            is `gd` for mini-batches and random keys, and if a learning_rate is given.
         learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
-            your own. Of `gd` on a loss that is the same at each step, "auto" finds the rate at every step: it is short
-            for ``optimizer=gdopt.spectral()``. With mini-batches, random keys and other factories it makes a range test
-            first, `lr_find` of a fifth of the steps (50 to 300), and then three cycles over all steps, `triangular2`
-            from half of what the test suggests to twice of it; so ask for no more steps than you mean to make.
+            your own. With `gd` on a deterministic loss, "auto" is short for ``optimizer=gdopt.spectral()``, which finds
+            the rate at every step. With mini-batches, random keys and other factories, "auto" first makes a range test:
+            `lr_find` of a fifth of the steps (50 to 300). Then it makes three cycles over all steps, `triangular2` from
+            half of what the test suggests to twice of it. So ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
-        epochs: passes over the data after which to stop; of arrays, ``rows // batch_size`` updates each.
+        epochs: passes over the data after which to stop; for arrays, ``rows // batch_size`` updates each.
         tol: a full-batch run has converged once what is left to gain is at most ``tol`` of what about the second half
             of the run has gained, or is lost in the rounding of the loss (30 eps of it). `quasi_newton` and `spectral`
-            estimate what is left by the curvature they learn; for other optimizers it is at most ``|g| |x - x0|`` for a
-            convex loss. At the end the estimate is verified at the point that is returned: see ``Result.left``. Has no
-            scale: multiplying the loss or the params changes nothing. Default 1e-4; 0 asks for all that the dtype
-            gives. Not for mini-batches, whose noisy gradients cannot tell.
+            estimate what is left from the curvature they learn. For other optimizers it is at most ``|g| |x - x0|`` if
+            the loss is convex. At the end the estimate is verified at the point that is returned: see ``Result.left``.
+            ``tol`` has no scale: multiplying the loss or the params changes nothing. Default 1e-4; 0 asks for all that
+            the dtype gives. Not for mini-batches, whose noisy gradients cannot tell.
         grad_tol: a full-batch run has converged as well once the largest entry of the gradient is at most this, which
-            SciPy calls ``gtol``. Pass ``tol=0`` beside it if this alone is to end the run. It has the units of the loss
-            over those of the params. Default None: not tested.
+            SciPy calls ``gtol``. Pass ``tol=0`` beside it to stop by this test alone. It has the units of the loss over
+            those of the params. Default None: not tested.
         target: stop once the loss is at or below this value; with mini-batches or keys, the mean loss of an epoch.
         has_aux: the loss returns ``(value, aux)``; ``Result.aux`` is the aux of the returned params.
         with_key: the loss takes a keyword ``key``, a fresh one at each step.
-        key: where those keys and the shuffling come from; by default ``jax.random.key(0)``.
-        trainable: what to optimise: a pytree of bools that is a prefix of params, or a function ``params -> `` such a
-            mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
-        scale: typical sizes of the params, which R's ``optim`` calls ``parscale``. The run is exactly that of
-            ``loss(scale * z)`` from ``params / scale``, with any optimizer and rate: a positive number for each leaf or
-            subtree of params, or an array of the shape of a leaf, each rounded to a power of two, so that no digit is
-            lost. ``"curvature"`` takes 1 / sqrt(|d|) with the diagonal d of the Hessian at the start. It computes one
+        key: the source of those keys and of the shuffling; by default ``jax.random.key(0)``.
+        trainable: the params to optimise: a pytree of bools that is a prefix of params, or a function of params that
+            returns such a mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
+        scale: typical sizes of the params, which R's ``optim`` calls ``parscale``: a positive number for each leaf or
+            subtree of params, or an array of the shape of a leaf. Each is rounded to a power of two, so that no digit
+            is lost. The run is exactly that of ``loss(scale * z)`` from ``params / scale``, with any optimizer and
+            rate. ``"curvature"`` takes 1 / sqrt(|d|) with the diagonal d of the Hessian at the start. It computes one
             product of the Hessian for each of up to 64 entries, and estimates d by ten for more. Params keep their own
             units in the loss, in callbacks and in the result; rates, ``grad_tol`` and ``grad_norm`` are of the scaled
             ones. Default None: not scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
-        keep_best: keep a copy of the best point, of a noisy run the last good one, to be returned whatever comes after
-            it, as it is by default. Without it the last point is returned, be it good or not, and the run needs less
-            memory: by one copy of params, and on a CPU by another that XLA makes for its sake. Not for a rate that is
-            found at each step, where the last point is a trial.
+        keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
+            it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
+            params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
+            because the last point is then a trial.
         callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
-            mini-batches; True as return value stops the run, and None or False lets it go on. Where it raises, the run
-            ends, and the error has its `Result` as ``error.result``.
+            mini-batches. It returns True to stop the run, and None or False to continue. If it raises, the run ends,
+            and the error has its `Result` as ``error.result``.
         progress: show a progress bar (needs tqdm).
-        checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. The same call
-            with the same path goes on from the newest save, and comes to the same bits as a run that never stopped, on
-            the same machine (other devices or another number of cores are a warning); with more steps or epochs it goes
-            on beyond its end, by the same range test where there was one. What differs, data and args and the
-            optimizer among it, is an error; a changed loss, start or learning_rate is a warning. A stream has to give
-            the same batches, which are not compared. Where its iterators have ``get_state`` and ``set_state``, as
-            grain's do, and the state is bytes or what JSON holds, it is set to the last batch that was used; others are
-            gone through again up to there, as the result's message then says. Several processes give one path on a disk
-            that they share; params that are split over them need orbax (``gdopt[checkpoint]``).
-        throw: raise where the run does not end with success, instead of saying so in the result.
+        checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
+            call with the same path to resume from the newest checkpoint. On the same machine the result is bit-for-bit
+            that of an uninterrupted run; other devices or another number of cores are a warning. With more steps or
+            epochs, a run that ended resumes beyond its end, by the same range test if there was one. A changed loss,
+            start or learning_rate is a warning; any other difference (data, args, the optimizer) is an error. A stream
+            has to give the same batches, which are not compared. If its iterators have ``get_state`` and ``set_state``,
+            as grain's do, and the state is bytes or what JSON holds, the stream is set to the last batch that was used.
+            Other streams are replayed up to that point, as the result's message then says. Several processes give one
+            path on a disk that they share; params that are split over them need orbax (``gdopt[checkpoint]``).
+        throw: raise an error if the run does not end with success, instead of saying so in the result.
 
     Returns:
-        A `Result`, also inside of ``jit``, ``vmap`` and ``grad``. There the whole run is one ``while_loop``, numbers
-        are arrays, and derivatives with respect to ``args``, ``data`` and what the loss closes over are those of the
-        minimum, by the implicit function theorem: NaN where the run had no success, zero for the start and the rate,
-        and an error for mini-batches and keys. If the minimum is not unique, as with more params than rows, they are
-        those of least norm for up to 256 params, and NaN for more, or where the minimum jumps. They are as exact as the
-        minimum, so lower ``tol`` for them; and call ``jax.jit`` around what you differentiate more than once.
+        A `Result`, also inside ``jit``, ``vmap`` and ``grad``. Inside these the whole run is one ``while_loop``, and
+        numbers are arrays. Derivatives with respect to ``args``, ``data`` and what the loss closes over are those of
+        the minimum, by the implicit function theorem. They are NaN if the run had no success, zero for the start and
+        the rate, and an error for mini-batches and keys. If the minimum is not unique, as with more params than rows,
+        they are those of least norm for up to 256 params. They are NaN for more params, or if the minimum jumps. They
+        are as exact as the minimum, so lower ``tol`` for them. Call ``jax.jit`` around what you differentiate more than
+        once.
 
-        A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or
-        NON_FINITE the best or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a
-        save where there is a checkpoint; a second Ctrl-C raises.
+        A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or NON_FINITE the best
+        or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a last checkpoint if it
+        has a path for one; a second Ctrl-C raises.
 
     Raises:
-        InputError: for bad input, before anything compiles; and where a range test finds no rate.
-        NotConvergedError: with ``throw=True``, where ``Result.success`` would be False; it carries the result.
+        InputError: for bad input, before anything compiles; and if a range test finds no rate.
+        NotConvergedError: with ``throw=True``, if ``Result.success`` would be False; it carries the result.
 
     Source: the estimate g'H^-1 g / 2 of what is left is that of Minuit (James & Roos, "Minuit: a system for function
     minimization and analysis of the parameter errors and correlations", 1975), the bound |g| |x - x*| is of Boyd &
@@ -231,9 +232,9 @@ def _chosen(
 
 
 def clear_cache() -> None:
-    """Forgets all compiled programs, which frees their memory; the next call compiles again.
+    """Forget all compiled programs, which frees their memory; the next call compiles again.
 
-    There is no need to call it: no array of yours is kept, and no more than 128 programs are, the most recently used.
+    You need not call it: none of your arrays is kept, and only the 128 most recently used programs are.
 
     Example:
         >>> import gdopt

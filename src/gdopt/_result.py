@@ -16,13 +16,13 @@ from gdopt._types import PyTree
 
 
 class History(NamedTuple):
-    """One entry per evaluation, as NumPy arrays; all three of entry k are of the same point, the one after k updates.
+    """One entry per evaluation, as NumPy arrays. Entry k of all three belongs to the point after k updates.
 
-    N updates make N + 1 entries. ``learning_rate[k]`` is the rate of the update that was made *from* point k; the last
-    point has none: NaN. Nor has one at which a claim was withdrawn: the check led from there to the next point. An
-    optimizer that owns its rate tells it by a ``learning_rate`` in its state, as `spectral` and ``optax.lbfgs`` do;
-    else NaN. Of an optimizer that takes points back all trials are here: their loss may be high, infinite or NaN, and
-    their rate is that of the step from the last accepted point.
+    N updates make N + 1 entries. ``learning_rate[k]`` is the rate of the update that was made *from* point k. It is NaN
+    for the last point, and for a point at which a claim was withdrawn: the check led from there to the next point. An
+    optimizer that owns its rate reports it as ``learning_rate`` in its state, as `spectral` and ``optax.lbfgs`` do;
+    for others it is NaN. If the optimizer takes points back, all its trials are here. Their loss may be high, infinite
+    or NaN, and their rate is that of the step from the last accepted point.
 
     Example:
         >>> import gdopt
@@ -36,7 +36,7 @@ class History(NamedTuple):
 
 
 def concatenated(records: Sequence[History]) -> History:
-    """Return one history of the histories of successive chunks."""
+    """Join the histories of successive chunks into one."""
     return History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
 
 
@@ -44,8 +44,8 @@ class Report(NamedTuple):
     """The argument of a callback, between two compiled chunks of a run.
 
     ``params``, ``loss`` and ``grad_norm`` belong to one point: the best so far of a full-batch loss, the latest good
-    one with mini-batches. ``params`` is a copy that the callback may keep. ``step`` is the number of updates made so
-    far, ``epoch`` the number of whole epochs (steps, for a full batch), ``learning_rate`` the last rate used.
+    one with mini-batches. The callback may keep ``params``, which is a copy. ``step`` is the number of updates so far,
+    ``epoch`` the number of whole epochs (steps, for a full batch), ``learning_rate`` the last rate used.
 
     Example:
         >>> import gdopt
@@ -66,8 +66,8 @@ class Report(NamedTuple):
 class Refinement(NamedTuple):
     """The losses of a suggestion and its neighbours, trained side by side on the same batches.
 
-    ``loss[k]`` is the mean loss of the last steps with the constant rate ``learning_rate[k]``; infinite where the run
-    did not last.
+    ``loss[k]`` is the mean loss of the last steps with the constant rate ``learning_rate[k]``; infinite if the run
+    ended early.
 
     Example:
         >>> import gdopt, jax.numpy as jnp
@@ -89,22 +89,22 @@ class Refinement(NamedTuple):
 class RangeTest:
     """The losses of a range test, rate by rate, and the rate that they suggest.
 
-    As in a `History`, all entries k are of the same point: ``loss[k]`` is the loss there, on the batch whose gradient
-    the step with ``learning_rate[k]`` was made with. Entry 0 is the start.
+    As in a `History`, all entries k belong to the same point. ``loss[k]`` is the loss there, on the batch whose
+    gradient made the step with ``learning_rate[k]``. Entry 0 is the start.
 
     Attributes:
-        learning_rate: (n,) the rates tried, up to where the last repeat ended.
-        loss: (n,) the mean over the repeats; NaN from where the first of them ended.
+        learning_rate: (n,) the rates tried, until the last repeat ended.
+        loss: (n,) the mean over the repeats; NaN once the first of them ended.
         smoothed_loss: (n,) its exponential moving average, with a factor of 0.9 and bias-corrected; the rules read it.
-        losses: (repeats, n) the losses of each repeat; NaN from where it ended.
+        losses: (repeats, n) the losses of each repeat; NaN once it ended.
         smoothed_losses: (repeats, n) their moving averages.
-        status: why it stopped: DIVERGED at the blow-up that a range test ends with, where a smoothed loss is four times
-            its best and above where it began; NON_FINITE where a loss or gradient became infinite or NaN; MAX_STEPS at
-            the last rate.
-        message: a sentence that says so, with the suggestion, or what to change to get one.
-        suggestion: the rate to use; None where the curve offers none.
-        suggestions: by rule, on ``smoothed_loss``: "basin", the middle of the basin around the minimum, is the default;
-            "steep", "valley", "slide" and "minimum" are fastai's, and None where they have too few points.
+        status: the reason why it stopped. DIVERGED is the blow-up that a range test ends with: a smoothed loss is four
+            times its best and above its first. NON_FINITE: a loss or gradient became infinite or NaN. MAX_STEPS: the
+            last rate was tried.
+        message: a sentence that says so, with the suggestion, or with what to change to get one.
+        suggestion: the rate to use; None if the curve offers none.
+        suggestions: by rule, on ``smoothed_loss``. "basin", the middle of the basin around the minimum, is the default.
+            "steep", "valley", "slide" and "minimum" are fastai's, and None if they have too few points.
         refinement: a `Refinement` with ``refine=True``, whose best rate is then the suggestion; else None.
     """
 
@@ -131,35 +131,34 @@ class RangeTest:
 class Result:
     """The params that a run found, and how it ended.
 
-    A pytree, to be passed to ``jit``, ``vmap`` and the like, and to be returned from them. There all numbers become
-    arrays, with a leading axis after a vmap, ``status`` holds the number of a `Status`, and ``message`` is lost. If
-    `minimize` was called inside of these, there is no history either, since its length is not known.
+    A pytree: you can pass it to ``jit``, ``vmap`` and the like, and return it from them. Inside these all numbers
+    become arrays (with a leading axis after a vmap), ``status`` holds the number of a `Status`, and ``message`` is
+    lost. If `minimize` was called inside these, there is no history either, because its length is not known.
 
     Attributes:
         params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
-            last good one. In the structure, dtypes and containers of the params that were given.
+            last good one. They have the structure, dtypes and containers of the params that were given.
         loss: the loss of ``params`` (with mini-batches, on a single batch).
         grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` the gradient by
             ``params / scale``.
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`; ``Status(int(result.status))`` after a jit.
-        message: a sentence that says what happened and, where that helps, what to try.
-        success: whether the run ended as asked: CONVERGED, PRECISION_LIMIT or TARGET_REACHED; for a noisy loss without
+        message: a sentence that says what happened and, if that helps, what to try.
+        success: whether the run ended as asked: CONVERGED, PRECISION_LIMIT or TARGET_REACHED. For a noisy loss without
             a target also MAX_STEPS, if nothing else was asked for and the mean loss of the last epoch is at most the
             loss of the start.
-        left: an estimate of what is left to gain at ``params``, in units of the loss: what Newton's method would gain
-            next; the rounding of the loss there, if that is more; at a kink what the gradients around it show. NaN
-            where it is not known.
-        verified: whether that was checked at ``params`` at the end, by the curvature of the loss or, at a kink, by
+        left: an estimate of what is left to gain at ``params``, in units of the loss: the gain of the next step of
+            Newton's method, or the rounding of the loss there, if that is more. At a kink the gradients around it give
+            the estimate. NaN if it is not known.
+        verified: whether ``left`` was checked at ``params`` at the end, by the curvature of the loss or, at a kink, by
             neighbours drawn at random and the gradients around it. Their evaluations are not among the steps.
-        history: a `History`; None inside of jit, vmap and grad.
-        steps_per_epoch: the updates of an epoch of mini-batches (1 for a loss with keys alone), of a stream those of
-            its first pass; None for a loss that is the same function at each step, and for a stream that went no
-            further.
-        range_test: the `RangeTest` that ``learning_rate="auto"`` chose the rate by; None where none was made.
-        aux: what the loss returned besides its value at ``params``; None without ``has_aux``.
-        compile_seconds: spent before the loop: tracing, compiling (near zero when an equal program ran before), and the
-            range test where there was one.
+        history: a `History`; None inside jit, vmap and grad.
+        steps_per_epoch: the updates of an epoch of mini-batches (for a stream, of its first pass; 1 for a loss with
+            keys alone). None for a deterministic loss, and for a stream that did not reach its end.
+        range_test: the `RangeTest` by which ``learning_rate="auto"`` chose the rate; None if there was none.
+        aux: the second value that the loss returned at ``params``; None without ``has_aux``.
+        compile_seconds: spent before the loop: tracing, compiling (near zero if an equal program ran before), and the
+            range test if there was one.
         run_seconds: spent in the loop.
 
     Example:
@@ -184,18 +183,18 @@ class Result:
     aux: Any
     compile_seconds: float
     run_seconds: float
-    # What `diagnose` needs, of a run whose last evaluation was not finite: no child of the pytree, and not pickled.
+    # The record that `diagnose` needs, if the last evaluation was not finite: no child of the pytree, and not pickled.
     _evidence: Any = dataclasses.field(default=None, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_evidence": None}
 
     def raise_for_status(self) -> Result:
-        """This result, if the run ended with success.
+        """Return this result if the run ended with success; raise an error if not.
 
         Raises:
-            NotConvergedError: otherwise, with the message, and the result as its ``result``; of many runs side by side,
-                with how many ended how.
+            NotConvergedError: if the run had no success. It has the message, and the result as its ``result``. For many
+                runs side by side, the message counts them by how they ended.
 
         Example:
             >>> import gdopt
@@ -203,7 +202,7 @@ class Result:
             True
         """
         if _jax.is_tracer(self.success):
-            raise GdoptError("raise_for_status was called inside jit, vmap or grad: nothing can be raised there yet.")
+            raise GdoptError("raise_for_status was called inside jit, vmap or grad, where nothing can be raised yet.")
         status, success = jax.device_get((self.status, self.success))
         if np.all(success):
             return self
@@ -227,14 +226,14 @@ class Result:
         return table("gdopt.Result", rows)
 
 
-NO_MESSAGE = "lost in jit, vmap, grad or tree.map, which keep numbers alone: status is the number of a gdopt.Status."
+NO_MESSAGE = "lost in jit, vmap, grad or tree.map, which keep only numbers: status is the number of a gdopt.Status."
 
 
 class _Sentence:
     """The message of a result, as the part of a pytree that is no leaf.
 
-    All of them count as equal. So two results have one structure, and jit compiles nothing for another message. It
-    belongs to the numbers that it was written of: beside others, `NO_MESSAGE` stands.
+    All messages count as equal. So two results have one structure, and jit compiles nothing for another message. A
+    message belongs to the numbers that it describes; beside other numbers, `NO_MESSAGE` replaces it.
     """
 
     def __init__(self, text: str, numbers: list[Any]):
@@ -247,22 +246,22 @@ class _Sentence:
         return hash(_Sentence)
 
     def beside(self, numbers: list[Any]) -> str:
-        """The message if these are the numbers that it was written of."""
+        """Return the message if these are the numbers that it describes, `NO_MESSAGE` if not."""
         return self._text if self._of is not None and self._of == _as_text(numbers) else NO_MESSAGE
 
 
 def _as_text(numbers: list[Any]) -> str | None:
-    """Scalars, to be compared; None for what is no number, such as what jit traces."""
+    """Return scalars as text to be compared; None if one is no number (for example a tracer)."""
     try:
         scalars = jax.device_get(numbers)
         single = all(np.ndim(x) == 0 for x in scalars)
         return repr([x if x is None else float(x) for x in scalars]) if single else None
-    except Exception:  # a pytree's leaves may be anything
+    except Exception:  # A pytree's leaves may be anything.
         return None
 
 
 def _make_pytree(cls: type, *telling: str) -> None:
-    """Make a pytree of a class. Its children are all fields but the message, which belongs to those ``telling``."""
+    """Register a class as a pytree. All fields are children but the message, which describes those ``telling``."""
     names = [field.name for field in dataclasses.fields(cls) if field.name not in ("message", "_evidence")]
 
     def flatten(result: Any) -> tuple[list[tuple[Any, Any]], _Sentence]:
@@ -281,14 +280,14 @@ _make_pytree(Result, "status", "steps", "loss")
 
 
 def ends(status: Any) -> str:
-    """The name of a status; of many, how many runs ended in which way."""
+    """Return the name of a status; for many, the number of runs that ended in each way."""
     try:
         codes = np.asarray(jax.device_get(status))
         if codes.ndim == 0:
             return Status(codes.item()).name
         found = zip(*np.unique(codes, return_counts=True), strict=True)
         return ", ".join(f"{Status(code.item())} ({count})" for code, count in found)
-    except Exception:  # what is being traced, or anything else that a leaf was replaced by
+    except Exception:  # A leaf may be traced, or replaced by anything else.
         return _trees.summary(status)
 
 
@@ -300,6 +299,6 @@ def _number(value: Any, spec: str) -> str:
 
 
 def table(title: str, rows: dict[str, str]) -> str:
-    """Print a title, and below it a row for each name."""
+    """Format a title, and below it a row for each name."""
     width = max(map(len, rows)) + 1
     return "\n".join([title, *(f"  {name:{width}}{value}" for name, value in rows.items())])

@@ -24,7 +24,7 @@ _TYPES = [
     *(np.bool_, np.float16, np.float32, np.float64, np.complex64, np.complex128),
     *(np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
 ]
-SMALL = 4096  # entries of an array that is computed with together with others
+SMALL = 4096  # the most entries of an array that is packed together with others
 NUMBERS = frozenset(map(np.dtype, _TYPES))  # that JAX takes: not the long ones, and none in another byte order
 
 

@@ -1,4 +1,4 @@
-"""Pictures of results, by matplotlib, which is imported only when one is drawn."""
+"""Pictures of results by matplotlib, which is imported only when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_DOTTED = 40  # the longest line that shows its points one by one
+_DOTTED = 40  # the most points of a line that shows them one by one
 _MEANS = 30  # the most points of the averaged line through a noisy one
 
 
 def descent(result: Result) -> Figure:
-    """Draws the loss, the gradient norm and the learning rate over the steps of a run.
+    """Draw the loss, the gradient norm and the learning rate over the steps of a run.
 
     Args:
-        result: what ``gdopt.minimize`` returned.
+        result: the result of ``gdopt.minimize``.
 
     Returns:
-        A ``matplotlib.figure.Figure`` with one panel above the other: the loss, the gradient norm and, where it is
-        known, the rate of each update. Values that span decades have a logarithmic axis, those of mini-batches a line
-        of means through them, and a cross at the upper edge stands for a value that is infinite, NaN or beyond 1e200.
-        Made without pyplot, so no window opens and nothing has to be closed: ``.savefig("descent.png")``, or show it
-        in a notebook.
+        A ``matplotlib.figure.Figure`` with one panel above the other: the loss, the gradient norm and, if it is known,
+        the rate of each update. Values that span decades have a logarithmic axis, and those of mini-batches a line of
+        means. A cross at the upper edge stands for a value that is infinite, NaN or beyond 1e200. The figure is made
+        without pyplot, so no window opens and nothing has to be closed: ``.savefig("descent.png")``, or show it in a
+        notebook.
 
     Raises:
-        GdoptError: when matplotlib is missing, with the command that installs it.
+        GdoptError: if matplotlib is missing, with the command that installs it.
         InputError: for a result from inside jit, vmap or grad, which has no history.
 
     Example:
@@ -52,9 +52,9 @@ def descent(result: Result) -> Figure:
         ['loss', 'gradient norm', 'learning rate']
     """
     if result.history is None:
-        raise InputError("result has no history, as it is of a run inside jit, vmap or grad: make the run outside.")
+        raise InputError("result is of a run inside jit, vmap or grad, so it has no history. Make the run outside.")
     loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history)
-    learning_rate = learning_rate[: result.steps]  # no update is made from the last point
+    learning_rate = learning_rate[: result.steps]  # No update is made from the last point.
     panels = 3 if np.isfinite(learning_rate).any() else 2
     figure = _figure(2 + 1.5 * panels)
     rows = figure.subplots(panels, sharex=True, height_ratios=[2, 1, 1][:panels])
@@ -64,7 +64,7 @@ def descent(result: Result) -> Figure:
     _line(rows[0], "loss", loss, "C0", log=_spans_decades(loss), each=each)
     _line(rows[1], "gradient norm", grad_norm, "C1", log=_spans_decades(grad_norm), each=each)
     if panels == 3:
-        # A cycle from nearly 0 spans decades too, and is best seen as it is: few of its rates are that small.
+        # A cycle from nearly 0 spans decades too, but few of its rates are small: a linear axis shows it best.
         log = _spans_decades(learning_rate) and np.nanmedian(learning_rate) < np.nanmax(learning_rate) / 10
         _line(rows[2], "learning rate", learning_rate, "C2", log=log)
         if not log:
@@ -76,18 +76,18 @@ def descent(result: Result) -> Figure:
 
 
 def lr_find(result: RangeTest, *, ax: Axes | None = None) -> Figure:
-    """Draws a range test: the loss over the rate, smoothed over raw, with the suggestions; and the rate over the steps.
+    """Draw a range test: the raw and smoothed loss over the rate, with the suggestions, and the rate over the steps.
 
     Args:
-        result: what ``gdopt.lr_find`` returned.
-        ax: ``matplotlib.axes.Axes`` to draw the loss into, and nothing else; by default a new figure with both.
+        result: the result of ``gdopt.lr_find``.
+        ax: ``matplotlib.axes.Axes`` to draw only the loss into; by default a new figure with both.
 
     Returns:
         The ``matplotlib.figure.Figure``, made without pyplot; with ``ax``, its figure. The upper edge lies a little
         above the loss at the start, so the blow-up leaves the picture.
 
     Raises:
-        GdoptError: when matplotlib is missing, with the command that installs it.
+        GdoptError: if matplotlib is missing, with the command that installs it.
 
     Example:
         >>> import gdopt, jax.numpy as jnp
@@ -131,19 +131,19 @@ def lr_find(result: RangeTest, *, ax: Axes | None = None) -> Figure:
 
 
 def schedule(schedule: Schedule, steps: int, *, ax: Axes | None = None) -> Figure:
-    """Draws the rates of a schedule over so many steps.
+    """Draw the rates of a schedule over a number of steps.
 
     Args:
         schedule: any ``step -> rate``, gdopt's, optax's or your own.
-        steps: how many, from step 0 on.
+        steps: the number of steps, from step 0 on.
         ax: ``matplotlib.axes.Axes`` to draw into; by default a new figure.
 
     Returns:
         The ``matplotlib.figure.Figure``, made without pyplot; with ``ax``, its figure.
 
     Raises:
-        GdoptError: when matplotlib is missing, with the command that installs it.
-        InputError: for a schedule that is no function, or steps that are no positive whole number.
+        GdoptError: if matplotlib is missing, with the command that installs it.
+        InputError: for a schedule that is not a function, or steps that are not a positive whole number.
 
     Example:
         >>> import gdopt
@@ -152,7 +152,7 @@ def schedule(schedule: Schedule, steps: int, *, ax: Axes | None = None) -> Figur
         'learning rate'
     """
     if not callable(schedule):
-        raise InputError(f"schedule={schedule!r} is not a function: pass one step -> rate, such as those of schedules.")
+        raise InputError(f"schedule={schedule!r} is not a function. Pass one (for example of gdopt.schedules).")
     with own_work():
         rates = np.array([schedule(step) for step in range(whole_number("steps", steps))], float)
     ax = _figure(3).subplots() if ax is None else ax
@@ -170,7 +170,7 @@ def _figure(height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise GdoptError('gdopt.plot needs matplotlib: pip install "gdopt[plot]"') from error
+        raise GdoptError('gdopt.plot needs matplotlib. Run pip install "gdopt[plot]"') from error
     return Figure(figsize=(7, height), layout="constrained")
 
 
@@ -196,7 +196,7 @@ def _drawable(values: np.ndarray) -> np.ndarray:
 
 
 def _spans_decades(values: np.ndarray) -> bool:
-    """Tell whether values span two decades: from there on a logarithmic axis is sure to have two labels."""
+    """Tell whether values span two decades, so that a logarithmic axis is sure to have two labels."""
     y = values[_drawable(values)]
     return bool((y >= 0).all() and (y > 0).any() and y.max() / 100 > y[y > 0].min())
 

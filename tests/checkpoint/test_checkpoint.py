@@ -221,8 +221,8 @@ def test_any_entry_raises_only_checkpoint_errors(place: Path, data: st.DataObjec
 
 HEADERS = {
     "good": ([entry()], ""),
-    "none": ([], "its arrays take 0 bytes, where it has 4"),
-    "too few": ([entry(shape=[3], nbytes=3)], "its arrays take 3 bytes, where it has 4"),
+    "none": ([], "its arrays take 0 bytes, but it has 4"),
+    "too few": ([entry(shape=[3], nbytes=3)], "its arrays take 3 bytes, but it has 4"),
     "too many": ([entry(shape=[2**40], nbytes=2**40)], "not where they should be"),
     "negative offset": ([entry(offset=-1)], "not where they should be"),
     "negative bytes": ([entry(nbytes=-4)], "not where they should be"),
@@ -232,8 +232,8 @@ HEADERS = {
     "wrong count": ([entry(shape=[5])], "not where they should be"),
     "wrong size": ([entry(dtype="float32")], "not where they should be"),
     "twice": ([entry(), entry()], "two arrays with the name 'x'"),
-    "dtype": ([entry(dtype="object")], "not known here, 'object'"),
-    "structured": ([entry(dtype="i4,O")], "not known here, 'i4,O'"),
+    "dtype": ([entry(dtype="object")], "of an unknown dtype, 'object'"),
+    "structured": ([entry(dtype="i4,O")], "of an unknown dtype, 'i4,O'"),
     "a field more": ([entry(more=1)], "not that of a checkpoint"),
     "a field of another kind": ([entry(crc32="0")], "not that of a checkpoint"),
     "a flag for a number": ([entry(shape=[True, 4])], "not that of a checkpoint"),
@@ -258,8 +258,8 @@ def test_headers_are_verified(place: Path, name: str):
     [
         (b"", "ends after 0 bytes"),
         (b"\x89gdo", "ends after 4 bytes"),
-        (b"PK\3\4" + bytes(100), "no checkpoint of gdopt's"),
-        (forge({}, version=2), "of format 2, this version of gdopt reads format 1"),
+        (b"PK\3\4" + bytes(100), "not a checkpoint of gdopt"),
+        (forge({}, version=2), "of format 2, but this version of gdopt reads format 1"),
         (forge({}, header=2**63), "header is of 9223372036854775808 bytes"),
         (forge({}, header=3), "header is of 3 bytes"),
         (forge({}, length=2**64 - 1), "has 38 bytes and should have 18446744073709551615"),
@@ -338,8 +338,8 @@ def test_the_newest_good_file_is_taken_and_skipped_ones_are_named(tmp_path: Path
     assert warning.filename == __file__
     first, second = str(tmp_path / NAME.format(700)), str(tmp_path / NAME.format(80))
     assert str(warning.message) == (
-        f"the checkpoint {found.file!r} is taken, as newer ones were skipped: {first!r} cannot be read: it is damaged "
-        f"in the array 'z'. {second!r} cannot be read: it has 100 bytes and should have {len(whole)}."
+        f"resuming from the checkpoint {found.file!r}, because newer ones cannot be read: {first!r} cannot be read: it "
+        f"is damaged in the array 'z'. {second!r} cannot be read: it has 100 bytes and should have {len(whole)}."
     )
 
     damage(tmp_path / NAME.format(9))
@@ -373,12 +373,12 @@ def test_files_with_other_names_are_ignored(tmp_path: Path):
         ({"path": 3}, "path=3 is not a path: pass a str or a pathlib.Path"),
         ({"path": b"run"}, "path=b'run' is not a path"),
         ({"path": "a\0b"}, "is not a path"),
-        ({"path": ""}, "path='' is no file's name but a directory's: pass 'run', say"),
-        ({"path": "."}, "pass './run', say"),
-        ({"path": "missing/run"}, "is in 'missing', which does not exist: make it before"),
+        ({"path": ""}, r"path='' names a directory. Pass a file name \(for example 'run'\)"),
+        ({"path": "."}, r"Pass a file name \(for example './run'\)"),
+        ({"path": "missing/run"}, "is in 'missing', which does not exist. Make that directory first"),
         ({"path": "file/run"}, "is in 'file', which is not a directory"),
-        ({"path": "directory"}, "is no file's name but a directory's: pass 'directory/run'"),
-        ({"path": "run.000000000012.gdopt"}, "is a single save, not the path of all of them: pass 'run'"),
+        ({"path": "directory"}, r"names a directory. Pass a file name \(for example 'directory/run'\)"),
+        ({"path": "run.000000000012.gdopt"}, "is a single checkpoint, not the path of all. Pass 'run'"),
         ({"path": "run", "every_seconds": -1}, "every_seconds=-1 is not a finite number, 0 or above"),
         ({"path": "run", "every_seconds": "often"}, "every_seconds='often' is not"),
         ({"path": "run", "keep": 0}, "keep=0 is not a whole number from 1"),
@@ -412,7 +412,7 @@ def test_a_directory_that_was_removed(tmp_path: Path):
 
 def test_a_path_that_the_disk_refuses(tmp_path: Path):
     with pytest.raises(
-        InputError, match=r"has a name that is too long for the files of its saves: pass one of at most \d+ bytes"
+        InputError, match=r"has a name that is too long for its files. Pass a name of at most \d+ bytes"
     ):
         Saver(Checkpoint(tmp_path / ("x" * 255))).__enter__()
 
@@ -643,7 +643,7 @@ def test_directories_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.M
 def test_only_one_run_may_use_a_path(base: Path):
     place = Checkpoint(base)
     with Saver(place), Saver(Checkpoint(f"{base}2")):
-        with pytest.raises(InputError, match=rf"in use by a live run \(process {os.getpid()} on .*wait for its end"):
+        with pytest.raises(InputError, match=rf"in use by a live run \(process {os.getpid()} on .*Wait for its end"):
             Saver(place).__enter__()
         with pytest.raises(InputError, match="in use"):
             Saver(Checkpoint(base.parent / "." / "run")).__enter__()

@@ -149,9 +149,9 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_one_is_made(base: Path, m
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"directory": "../run.000000000005.0123abcd.orbax"}, "is no directory of its"),
-        ({"directory": "run.000000000006.0123abcd.orbax"}, "is no directory of its"),
-        ({"directory": 3}, "is no directory of its"),
+        ({"directory": "../run.000000000005.0123abcd.orbax"}, "is not its directory"),
+        ({"directory": "run.000000000006.0123abcd.orbax"}, "is not its directory"),
+        ({"directory": 3}, "is not its directory"),
         ({"files": {"../run.lock": [0, 0]}}, "'../run.lock', which is not in"),
         ({"files": {"/etc/passwd": [0, 0]}}, "'/etc/passwd', which is not in"),
         ({"files": {"pipe": [0, 0]}}, "'pipe' is not a regular file"),
@@ -211,5 +211,5 @@ def test_one_process_resumes_what_several_saved(base: Path) -> None:
     other = base.with_name("other")
     fit(10, other)
     apart(base.parent / "other.000000000010.gdopt", jnp.float16)
-    with pytest.raises(InputError, match=r"params\['w'\] is float16\[3\], and here it is float32\[3\]"):
+    with pytest.raises(InputError, match=r"params\['w'\] is float16\[3\], but here it is float32\[3\]"):
         fit(25, other)

@@ -35,7 +35,7 @@ def check_same(resumed, whole) -> None:
     jax.tree.map(np.testing.assert_array_equal, kept(resumed), kept(whole))
     assert (resumed.status, resumed.success, resumed.steps) == (whole.status, whole.success, whole.steps)
     assert resumed.steps_per_epoch == whole.steps_per_epoch
-    told = resumed.message.split(" It went on from")
+    told = resumed.message.split(" It resumed from")
     assert (told[0], len(told)) == (whole.message, 2)
 
 
@@ -139,7 +139,7 @@ def test_it_resumes_bit_for_bit(name: str, steps: int, path) -> None:
     minimize(STREAMS[name](), path, max_steps=steps)
     resumed = minimize(STREAMS[name](), path)
     check_same(resumed, minimize(STREAMS[name]()))
-    assert resumed.message.endswith(f" It went on from step {steps}, saved in 'run.{steps:012d}.gdopt'.")
+    assert resumed.message.endswith(f" It resumed from step {steps}, saved in 'run.{steps:012d}.gdopt'.")
 
 
 def test_earlier_batches_are_not_read_again(path) -> None:
@@ -232,8 +232,7 @@ def test_a_state_that_json_cannot_hold_is_not_used(shown, path) -> None:
     assert again.pulled == [*range(PER_EPOCH)] * EPOCHS
     assert again.shows == 1
     assert resumed.message.endswith(
-        " It went on from step 7, saved in 'run.000000000007.gdopt', and the 7 batches before it were gone through "
-        "again."
+        " It resumed from step 7, saved in 'run.000000000007.gdopt', and the 7 batches before it were replayed."
     )
 
 
@@ -244,7 +243,7 @@ def test_a_get_state_that_raises_ends_no_run(path) -> None:
     minimize(ByHand(broken), path, max_steps=1)
     resumed = minimize(ByHand(broken), path)
     check_same(resumed, minimize(ByHand()))
-    assert resumed.message.endswith("and the batch before it was gone through again.")
+    assert resumed.message.endswith("and the batch before it was replayed.")
 
 
 def test_old_saves_and_streams_without_positions_are_replayed(path) -> None:
@@ -271,7 +270,7 @@ def test_positions_are_requested_only_with_a_checkpoint(path) -> None:
 
 def test_another_loader_is_an_error_that_says_what_to_do(path) -> None:
     minimize(grain_loader(), path, max_steps=7)
-    what = "does not go on where the checkpoint left it, after 6 batches: its set_state raised ValueError: .*sampler"
+    what = "cannot resume at the position of the checkpoint, after 6 batches: .* raised ValueError: .*sampler"
     with pytest.raises(gdopt.InputError, match=rf"(?s)data=<.*{what}.* Pass the loader that the checkpoint was made"):
         minimize(grain_loader(shuffle=True, seed=1), path)
 
@@ -279,6 +278,6 @@ def test_another_loader_is_an_error_that_says_what_to_do(path) -> None:
 def test_a_stream_that_has_become_shorter_is_an_error(path) -> None:
     minimize(lambda: iter(list(ByHand())), path, max_steps=4)
     with pytest.raises(
-        gdopt.InputError, match="data ended after 3 batches, and the checkpoint is of a run that used 4"
+        gdopt.InputError, match="data ended after 3 batches, but the checkpoint is of a run that used 4"
     ):
         minimize(iter(list(ByHand(batches=3))), path)

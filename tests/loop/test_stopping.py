@@ -307,12 +307,12 @@ def test_zero_and_tiny_rates_get_their_own_advice(options):
     still = minimize(learning_rate=lambda step: 0.0, max_steps=4, **options)
     assert still.message.endswith("The learning rate was 0 at each step. With one above 0 the loss can fall.")
     tiny = minimize(params=jnp.full(2, 2.0), learning_rate=1e-30, max_steps=4, **options)
-    assert tiny.message.endswith("It has not changed at all: raise max_steps, or try a larger learning_rate.")
+    assert tiny.message.endswith("It has not changed at all. Raise max_steps, or try a larger learning_rate.")
 
 
 def test_the_message_says_what_an_ascending_optimizer_may_lack():
     result = gdopt.minimize(quadratic, jnp.zeros(2), optimizer=optax.scale_by_adam(), max_steps=50)
-    assert "needs optax.scale_by_learning_rate(...) as its last" in result.message
+    assert "the last one has to be optax.scale_by_learning_rate(...)" in result.message
 
 
 # losses without a minimum

@@ -420,7 +420,7 @@ def test_a_jit_may_return_a_result() -> None:
     result = jax.jit(lambda x: gdopt.minimize(quadratic, x))(jnp.zeros(3))
     assert result.raise_for_status() is result
     assert repr(result).startswith("gdopt.Result")
-    with pytest.raises(gdopt.InputError, match="result has no history"):
+    with pytest.raises(gdopt.InputError, match="result is of a run inside jit"):
         gdopt.plot.descent(result)
     assert result.message.startswith("lost in jit, vmap, grad or tree.map")
     outside = gdopt.minimize(quadratic, jnp.zeros(3))

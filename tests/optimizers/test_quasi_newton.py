@@ -128,7 +128,7 @@ def test_the_message_of_the_default_names_the_optimizer() -> None:
 def test_fewer_pairs_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 80)
     result = gdopt.minimize(rosenbrock, START)  # 8 bytes, of which 40 hold five
-    assert "gdopt.quasi_newton(memory=1), as more pairs would take too much memory." in result.message
+    assert "gdopt.quasi_newton(memory=1), because more pairs would take too much memory." in result.message
 
 
 def test_equal_calls_share_one_program() -> None:

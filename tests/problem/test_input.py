@@ -48,13 +48,13 @@ MASKED = np.ma.array(y, mask=y > 0)
 
 BAD = {
     "loss no function": ({"loss": 3}, "loss=3 is not a function"),
-    "no loss": ({"loss": None}, "loss=None is not a function: pass one that is called as loss"),
+    "no loss": ({"loss": None}, "loss=None is not a function. Pass one that is called as loss"),
     "integer leaf": (
         {"params": {"layer": [1.0, np.arange(3)]}},
         r"params\['layer'\]\[1\] is of dtype int32.*trainable",
     ),
-    "python int": ({"params": [3]}, r"params\[0\] is of dtype int32.*: write 3.0 for 3, or leave it out"),
-    "python bool": ({"params": {"on": True}}, r"params\['on'\] is of dtype bool.*: write 1.0 for True"),
+    "python int": ({"params": [3]}, r"params\[0\] is of dtype int32.* Write 3.0 for 3, or leave it out"),
+    "python bool": ({"params": {"on": True}}, r"params\['on'\] is of dtype bool.* Write 1.0 for True"),
     "bool leaf": ({"params": {"on": np.array(True)}}, r"params\['on'\] is of dtype bool"),
     "array of texts": ({"params": [1.0, np.array(["a"])]}, r"params\[1\] is an array of dtype <U1.*astype\(float\)"),
     "array of objects": (
@@ -65,21 +65,21 @@ BAD = {
         {"params": [1.0, np.array(["2001-01-01"], "M8[D]")]},
         r"params\[1\] is an array of dtype datetime",
     ),
-    "masked array": ({"params": {"w": MASKED}}, r"params\['w'\] is a masked array.*: pass its .filled\(value\)"),
+    "masked array": ({"params": {"w": MASKED}}, r"params\['w'\] is a masked array.* Pass its .filled\(value\)"),
     "keys of two types": (
         {"params": {"w": [{1: 1.0, "a": 2.0}]}},
-        r"params\['w'\]\[0\] is a dict whose keys are of the types int and str, .*: give them one type",
+        r"params\['w'\]\[0\] is a dict whose keys are of the types int and str, .* Use keys of one type",
     ),
     "deleted leaf": (
         {"params": {"w": [DELETED]}},
-        r"params\['w'\]\[0\] is an array of dtype float32 and shape \(3, 2\) that was deleted, or donated.*: pass one",
+        r"params\['w'\]\[0\] is an array of dtype float32 and shape \(3, 2\) that was .* donated.* Pass an array",
     ),
-    "no float leaf": ({"params": ["a", None, jnp.tanh]}, "has no entries to optimise: pass at least one float"),
+    "no float leaf": ({"params": ["a", None, jnp.tanh]}, "has no entries to optimise. Pass at least one float"),
     "no leaves": ({"params": {}}, "params={} has no entries"),
     "zero-size leaf": ({"params": np.zeros((0, 3), np.float32)}, "no entries to optimise"),
     "all left out": ({"trainable": False}, "trainable= does not leave out"),
     "mask of another shape": ({"params": {"a": 1.0}, "trainable": {"b": True}}, "trainable=.* does not fit params"),
-    "mask of numbers": ({"trainable": 1}, "trainable has 1 where True or False"),
+    "mask of numbers": ({"trainable": 1}, "trainable holds 1. Pass only True or False"),
     "nan start": (
         {"params": {"w": np.array([0, np.nan], np.float32)}},
         r"params\['w'\] starts with nan at index \(1,\)",
@@ -89,24 +89,24 @@ BAD = {
     "one-entry loss": ({"loss": lambda x: x * jnp.ones(1)}, r"the loss returned shape \(1,\)"),
     "integer loss": ({"loss": lambda x: 3}, "the loss returned dtype int32"),
     "complex loss": ({"loss": lambda x: x * 1j}, "the loss returned dtype complex64"),
-    "loss without a value": ({"loss": lambda x: None}, "the loss returned a NoneType: return a scalar array"),
-    "list of a loss": ({"loss": lambda x: [x]}, "the loss returned a list of 1: return a scalar array"),
-    "dict of a loss": ({"loss": lambda x: {"loss": x}}, "the loss returned a dict: return a scalar array"),
-    "bool loss": ({"loss": lambda x: x > 0}, "the loss returned dtype bool: return a real floating-point scalar"),
+    "loss without a value": ({"loss": lambda x: None}, "the loss returned a NoneType. Return a scalar array"),
+    "list of a loss": ({"loss": lambda x: [x]}, "the loss returned a list of 1. Return a scalar array"),
+    "dict of a loss": ({"loss": lambda x: {"loss": x}}, "the loss returned a dict. Return a scalar array"),
+    "bool loss": ({"loss": lambda x: x > 0}, "the loss returned dtype bool. Return a real floating-point scalar"),
     "tuple without has_aux": ({"loss": lambda x: (x, x)}, "returned a tuple of 2.*has_aux=True"),
     "has_aux without a tuple": (
         {"has_aux": True},
-        r"needs a loss that returns \(value, aux\); it returned an array of",
+        r"needs a loss that returns \(value, aux\), but it returned an array of",
     ),
     "has_aux of three": (
         {"loss": lambda x: (x, x, x), "has_aux": True},
-        "it returned a tuple of 3: return both, or leave",
+        "it returned a tuple of 3. Return both, or leave",
     ),
     "aux of text": (
         {"loss": lambda x: (x**2, {"a": [x, "b"]}), "has_aux": True},
-        r"aux\['a'\]\[1\], which the loss returned, is a str: .* Leave the rest out",
+        r"aux\['a'\]\[1\], which the loss returned, is a str\. .* Leave the rest out",
     ),
-    "no rate": ({"learning_rate": None}, "learning_rate=None: leave it out"),
+    "no rate": ({"learning_rate": None}, "learning_rate=None is no rate. Pass .* leave it out"),
     "negative rate": ({"learning_rate": -0.1}, "learning_rate=-0.1 is not a finite number above 0"),
     "zero rate": ({"learning_rate": 0}, "learning_rate=0 is not a finite number above 0"),
     "nan rate": ({"learning_rate": float("nan")}, "learning_rate=nan is not a finite"),
@@ -114,17 +114,17 @@ BAD = {
     "vector rate": ({"learning_rate": np.ones(3)}, r"learning_rate=array\(\[1., 1., 1.\]\) is not"),
     "rate of text": ({"learning_rate": "fast"}, "learning_rate='fast' is not a finite number.* nor a schedule"),
     "rate of bool": ({"learning_rate": True}, "learning_rate=True is not a finite number"),
-    "schedule of vectors": ({"learning_rate": lambda step: jnp.ones(2)}, r"the schedule gave shape \(2,\)"),
+    "schedule of vectors": ({"learning_rate": lambda step: jnp.ones(2)}, r"the schedule returned shape \(2,\)"),
     "schedule of nothing": (
         {"learning_rate": lambda step: None},
-        "the schedule gave a NoneType for a step: return one",
+        "the schedule returned a NoneType for a step. Return one",
     ),
-    "complex schedule": ({"learning_rate": lambda step: 1j}, "the schedule gave dtype complex64 .*: return one real"),
+    "complex schedule": ({"learning_rate": lambda step: 1j}, "schedule returned dtype complex64 .* Return one real"),
     "schedule with an if": (
         {"learning_rate": lambda step: 0.1 if step < 3 else 0.2},
-        "does not work as a schedule: .*choose with jnp.where or jax.lax.cond in place of if",
+        "does not work as a schedule, .*choose with jnp.where or jax.lax.cond instead of if",
     ),
-    "schedule of no step": ({"learning_rate": lambda: 0.1}, "does not work as a schedule: it is called with the step"),
+    "schedule of no step": ({"learning_rate": lambda: 0.1}, "work as a schedule, which is called with the step"),
     "complex rate": ({"learning_rate": 1j}, "learning_rate=1j is not a finite number above 0"),
     "rate for a ready optimizer": ({"optimizer": optax.adam(1e-3)}, "learning_rate=0.1 was given with an optimizer"),
     "optimizer by name": ({"optimizer": "adam"}, "optimizer='adam' is unknown.*optax.adam"),
@@ -137,11 +137,11 @@ BAD = {
     "optimizer of another": ({"optimizer": optax.apply_if_finite}, "optimizer=optax.apply_if_finite takes no learning"),
     "optimizer that is used wrongly": (
         {"optimizer": lambda rate: optax.chain(rate)},
-        "optimizer=<function .* does not work as one: pass .*AttributeError: .* no attribute init",
+        "optimizer=<function .* does not work as an optimizer. Pass .*AttributeError: .* no attribute init",
     ),
     "optimizer that chooses its steps": (
         {"optimizer": optax.lbfgs, "learning_rate": "auto"},
-        r"optimizer=optax.lbfgs needs no learning rate: call it, optimizer=optax.lbfgs\(\)\.",
+        r"optimizer=optax.lbfgs needs no learning rate. Pass optimizer=optax.lbfgs\(\)\.",
     ),
     "optimizer with a rate": ({"optimizer": functools.partial(optax.adam, 0.1)}, "takes no learning rate"),
     "optimizer of nothing at all": (
@@ -155,11 +155,11 @@ BAD = {
     ),
     "optimizer of other params": (
         {"optimizer": optax.lookahead(optax.sgd(0.1), 2, 0.5), "learning_rate": "auto"},
-        "does not work as one: .*see what it takes as params",
+        "does not work as an optimizer. .*check which params it takes",
     ),
     "factory of no optimizer": ({"optimizer": lambda rate: rate}, "returned a .* for a learning rate"),
     "unequal lengths": (BATCHES | {"data": (X, y[:4])}, r"data\[0\] has 6, data\[1\] has 4"),
-    "no arrays in data": (BATCHES | {"data": ()}, "one number of rows"),
+    "no arrays in data": (BATCHES | {"data": ()}, "the same number of rows"),
     "lists in data": (BATCHES | {"data": ([1.0], y)}, r"data\[0\]\[0\] is a float, not an array"),
     "scalar in data": (BATCHES | {"data": (X, np.float32(1))}, r"data\[1\] is a scalar"),
     "text as data": (BATCHES | {"data": "digits"}, "data is a str, not an array"),
@@ -212,32 +212,35 @@ BAD = {
     "tol for batches": (BATCHES | {"tol": 1e-3, "batch_size": 2}, "tol=0.001 was given for a noisy loss"),
     "tol with keys": ({"tol": 1e-3, "with_key": True}, "tol=0.001 was given for a noisy loss"),
     "nan target": ({"target": float("nan")}, "target=nan is not a finite number"),
-    "key of int": ({"key": 0}, r"key=0 is not one random key: pass jax.random.key\(0\)"),
+    "key of int": ({"key": 0}, r"key=0 is not one random key. Pass one .*jax.random.key\(0\)"),
     "two keys": ({"key": jax.random.split(jax.random.key(0))}, "is not one random key"),
     "a searched rate without the best": (
         {"learning_rate": "auto", "keep_best": False},
         "keep_best=False was given with a rate that is found at each step.*Pass a learning_rate, or leave keep_best",
     ),
-    "callback no function": ({"callback": 3}, "callback=3 is not a function: pass one that is called with a gdopt.Rep"),
-    "flag of text": ({"has_aux": "no"}, "has_aux='no' is neither True nor False"),
+    "callback no function": ({"callback": 3}, "callback=3 is not a function. Pass one that is called with a gdopt.Rep"),
+    "flag of text": ({"has_aux": "no"}, "has_aux='no' is not a bool. Pass True or False"),
     "another byte order": (
         {"params": {"w": np.ones(2, ">f4")}},
-        r"params\['w'\] is of dtype >f4, which JAX does not know: convert it with .astype\('float32'\)",
+        r"params\['w'\] is of dtype >f4, which JAX does not support: convert it with .astype\('float32'\)",
     ),
     "a long number": (
         {"params": np.clongdouble(1)},
         r"is of dtype complex256, .* convert it with .astype\('complex128'\)",
     ),
-    "records": ({"params": np.zeros(2, [("a", "f4")])}, "which JAX does not know: pass its fields as arrays of their"),
+    "records": ({"params": np.zeros(2, [("a", "f4")])}, "which JAX does not support: pass its fields as sep"),
     "another byte order in data": (BATCHES | {"data": (X, y.astype(">f4"))}, r"data\[1\] is of dtype >f4, which JAX"),
     "another byte order in a batch": (
         BATCHES | {"data": lambda: [(X, y.astype(">f4"))]},
-        r"a batch of data\[1\] is of dtype >f4, which JAX does not know",
+        r"a batch of data\[1\] is of dtype >f4, which JAX does not support",
     ),
-    "another byte order in args": ({"args": (y.astype(">f4"),)}, r"args\[0\] is of dtype >f4, which JAX does not know"),
+    "another byte order in args": (
+        {"args": (y.astype(">f4"),)},
+        r"args\[0\] is of dtype >f4, which JAX does not support",
+    ),
     "another byte order in aux": (
         {"loss": lambda x: (x**2, [y.astype(">f4")]), "has_aux": True},
-        r"aux\[0\] is of dtype >f4, which JAX does not know",
+        r"aux\[0\] is of dtype >f4, which JAX does not support",
     ),
     "keys of two types in aux": (
         {"loss": lambda x: (x**2, {1: x, "a": x}), "has_aux": True},
@@ -249,47 +252,47 @@ BAD = {
     ),
     "shape among params": (
         {"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32), "b": 1.0}},
-        r"params\['w'\] is a jax.ShapeDtypeStruct, no array",
+        r"params\['w'\] is a jax.ShapeDtypeStruct, not an array",
     ),
-    "decimal among params": ({"params": [decimal.Decimal(1), 1.0]}, r"params\[0\] is a Decimal: write float"),
+    "decimal among params": ({"params": [decimal.Decimal(1), 1.0]}, r"params\[0\] is a Decimal: pass float"),
     "integers that would wrap": (
         BATCHES | {"data": (X, np.full(6, 1_700_000_000_000))},
         r"data\[1\] holds integers up to 1700000000000, beyond the range of int32: convert it with .astype\(float\)",
     ),
     "a large integer": (
         {"args": (2**40,)},
-        r"args\[0\] is an int of 41 bits, beyond the range of int32: write it as a float",
+        r"args\[0\] is an int of 41 bits, beyond the range of int32. Pass it as a float",
     ),
     "sparse data": (BATCHES | {"data": scipy.sparse.eye(6).tocsr()}, "data is a csr_matrix, not an array of numbers"),
-    "batch without rows": (BATCHES | {"data": lambda: [X[:0]]}, "a batch of data has zero rows: leave it out"),
+    "batch without rows": (BATCHES | {"data": lambda: [X[:0]]}, "a batch of data has zero rows. Leave it out"),
     "batch of nothing": (BATCHES | {"data": lambda: [None] * 3}, "a batch of data is None, which holds no arrays"),
     "huge rate": (
         {"learning_rate": 1e39},
-        r"learning_rate=1e\+39 is out of the range of float32, from 1.2e-38 to 3.4e",
+        r"learning_rate=1e\+39 is out of the range of float32. Pass a number from 1.2e-38 to 3.4e",
     ),
     "tiny rate": ({"learning_rate": 1e-300}, "learning_rate=1e-300 is out of the range of float32"),
-    "optimizer for a rate": ({"learning_rate": optax.adam}, "An optimizer is given as optimizer=."),
+    "optimizer for a rate": ({"learning_rate": optax.adam}, "Pass an optimizer as optimizer=."),
     "schedule of numpy": (
         {"learning_rate": lambda step: np.exp(-step)},
-        "does not work as a schedule: .*compute with jax.numpy in place of numpy",
+        "does not work as a schedule, .*compute with jax.numpy instead of numpy",
     ),
     "update of nothing": (
         {"optimizer": lambda rate: optax.GradientTransformation(lambda p: (), lambda g, s, p: None)},
-        "has an update that returned a NoneType: return",
+        "has an update that returned a NoneType. Return",
     ),
     "update of another shape": (
         {"optimizer": lambda rate: optax.GradientTransformation(lambda p: (), lambda g, s, p: (jnp.ones(3), s))},
-        r"returned updates of another structure or other shapes than it was given: float32\[3\] in place of float32",
+        r"returned updates with another structure or other shapes than it received: float32\[3\] instead of float32",
     ),
-    "key of three words": ({"key": np.zeros(3, np.uint32)}, "is not one random key: pass"),
-    "args no tuple": ({"args": [1.0]}, r"args is a list: pass a tuple, such as args=\(x,\)"),
+    "key of three words": ({"key": np.zeros(3, np.uint32)}, "is not one random key. Pass"),
+    "args no tuple": ({"args": [1.0]}, r"args is a list. Pass a tuple \(for example args=\(x,\)\)"),
 }
 
 
 BAD_TENSORS = {
     "among params": (
         lambda torch: {"params": {"w": torch.ones(3), "b": 1.0}},
-        r"params\['w'\] is a torch.Tensor, no array of NumPy's or JAX's: convert it with numpy.asarray",
+        r"params\['w'\] is a torch.Tensor, not an array of NumPy or JAX: convert it with numpy.asarray",
     ),
     "with a gradient": (
         lambda torch: BATCHES | {"data": (X, torch.ones(6, requires_grad=True))},
@@ -440,7 +443,7 @@ def test_optimizers_of_all_kinds_are_accepted(optimizer):
 
 def test_the_message_names_a_negative_rate():
     message = gdopt.minimize(square, 1.0, learning_rate=lambda step: -0.1, max_steps=3).message
-    assert message.endswith("The schedule gave a negative rate, -0.1: with a rate above 0 the loss can fall.")
+    assert message.endswith("The schedule gave a negative rate, -0.1. With a rate above 0 the loss can fall.")
 
 
 # Errors of the caller's own functions
@@ -453,17 +456,17 @@ def branch(x):
 
 
 WRONG = {
-    "if": (branch, jax.errors.TracerBoolConversionError, "jnp.where or jax.lax.cond in place of if"),
+    "if": (branch, jax.errors.TracerBoolConversionError, "jnp.where or jax.lax.cond instead of if"),
     "if in a jit": (jax.jit(branch), jax.errors.TracerBoolConversionError, "jnp.where or jax.lax.cond"),
     "float": (lambda x: jnp.sin(float(x)), jax.errors.ConcretizationTypeError, r"leave out float\(\)"),
-    "math": (lambda x: math.sin(x), jax.errors.ConcretizationTypeError, "take jnp.sin for math.sin"),
+    "math": (lambda x: math.sin(x), jax.errors.ConcretizationTypeError, "use jnp.sin instead of math.sin"),
     "numpy": (
         lambda x: np.asarray(x),
         jax.errors.TracerArrayConversionError,
-        "compute with jax.numpy in place of numpy",
+        "compute with jax.numpy instead of numpy",
     ),
     "list": (lambda x: [1.0, 2.0][x.astype(int)], jax.errors.TracerIntegerConversionError, r"jnp.asarray\(...\)"),
-    "mask": (lambda x: jnp.ones(3)[x > 0].sum(), jax.errors.NonConcreteBooleanIndexError, "take jnp.where"),
+    "mask": (lambda x: jnp.ones(3)[x > 0].sum(), jax.errors.NonConcreteBooleanIndexError, "use jnp.where"),
 }
 
 
@@ -581,9 +584,7 @@ def test_an_exception_keeps_the_result_that_it_has():
 
 @pytest.mark.parametrize("answer", ["go on", np.ones(3), 17, 0, {}])
 def test_invalid_return_values_of_a_callback(answer):
-    with pytest.raises(
-        gdopt.InputError, match=r"callback returned .*: return True to stop the run, and None"
-    ) as caught:
+    with pytest.raises(gdopt.InputError, match=r"callback returned .* Return True to stop the run, and None") as caught:
         gdopt.minimize(square, 1.0, learning_rate=0.1, callback=lambda report: answer)
     assert caught.value.result.steps > 0
 
@@ -624,7 +625,7 @@ IGNORES = {
 
 @pytest.mark.parametrize("loss", IGNORES.values(), ids=IGNORES.keys())
 def test_a_loss_that_ignores_its_params_gets_a_warning(loss):
-    with pytest.warns(UserWarning, match="gradient is exactly zero everywhere: the loss does not depend on") as caught:
+    with pytest.warns(UserWarning, match="exactly zero everywhere, and nothing was optimised") as caught:
         result = gdopt.minimize(loss, W, learning_rate=0.1)
     assert [warning.filename for warning in caught] == [__file__]
     flat = loss not in (IGNORES["argmax"], IGNORES["round"])  # a neighbour of the start is lower
@@ -709,7 +710,7 @@ def generators():
 
 @pytest.mark.parametrize("name", generators())
 def test_random_numbers_that_are_drawn_once_get_a_warning(name):
-    with pytest.warns(UserWarning, match=f"the loss draws from {name}, and does so once, as it is traced") as caught:
+    with pytest.warns(UserWarning, match=f"the loss draws from {name} only once, during tracing") as caught:
         gdopt.minimize(generators()[name], W, learning_rate=0.1, max_steps=2)
     assert [warning.filename for warning in caught] == [__file__]
 

@@ -417,16 +417,16 @@ class Weight(nnx.Variable):
 
 
 NOTHING = {
-    "equinox": (eqx.nn.Dropout(0.5), {}, r"params=Dropout\(p=0.5, inference=False\) has no entries.*make arrays of"),
+    "equinox": (eqx.nn.Dropout(0.5), {}, r"params=Dropout\(p=0.5, inference=False\) has no entries.*Make arrays of"),
     "a mask of False": (
         linear(),
         {"trainable": False},
         "params=<Linear of 2 leaves> .*one that trainable= does not leave out",
     ),
-    "nnx": (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), {}, "params=<Dropout of 2 leaves> has no.*only Param.*trainable="),
-    "nnx variable": ({"w": Weight(jnp.ones(2))}, {}, "only Param is optimised: name others with trainable="),
-    "dataclass of numbers": (Line(1.0, 2.0), {}, r"params=Line\(slope=1.0, .*settings: make arrays of those"),
-    "a function": (jnp.tanh, {}, "params=.* has no entries to optimise: pass at least one float or complex array"),
+    "nnx": (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), {}, "params=<Dropout of 2 leaves> has no.*Only Params .*trainable="),
+    "nnx variable": ({"w": Weight(jnp.ones(2))}, {}, "Only Params are optimised .* Name others"),
+    "dataclass of numbers": (Line(1.0, 2.0), {}, r"params=Line\(slope=1.0, .*settings. Make arrays of those"),
+    "a function": (jnp.tanh, {}, "params=.* has no entries to optimise. Pass at least one float or complex array"),
     "None": (None, {}, "params=None has no entries to optimise"),
     "a key": ({"key": jax.random.key(0)}, {}, "has no entries to optimise"),
 }

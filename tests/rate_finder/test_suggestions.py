@@ -91,18 +91,18 @@ def test_it_has_no_scale_and_no_origin(scale: float, offset: float, seed: int) -
 @pytest.mark.parametrize(
     ("losses", "rates", "says", "missing"),
     [
-        (curve(100.0), RATES, r"falls, or stays low, up to the rate 10: raise end_lr", "higher"),
-        (np.full(300, 2.0), RATES, r"flat from 1e-05 to 10: raise end_lr", "higher"),
+        (curve(100.0), RATES, r"falls, or stays low, up to the rate 10. Raise end_lr", "higher"),
+        (np.full(300, 2.0), RATES, r"flat from 1e-05 to 10. Raise end_lr", "higher"),
         (2 + np.random.default_rng(0).normal(size=300), RATES, r"noise hides the fall: raise batch_size", "higher"),
-        (np.geomspace(1, 1e9, 300), RATES, r"rises from the rate 1e-05 on: lower start_lr", "lower"),
+        (np.geomspace(1, 1e9, 300), RATES, r"rises from the rate 1e-05 on. Lower start_lr", "lower"),
         (
             np.exp(-np.arange(300) / 3) + 1e3 * (RATES > 1),
             RATES,
-            r"falls at once, at the rate 1e-05 already: lower start_lr",
+            r"falls already at the rate 1e-05. Lower start_lr",
             "lower",
         ),
         (np.append(np.ones(250), np.full(50, 99.0)), RATES, r"not fall by more than its noise .* sign of the loss", ""),
-        (curve()[::20], RATES[::20], r"15 points, which is too few: raise num_steps", ""),
+        (curve()[::20], RATES[::20], r"15 points, which is too few. Raise num_steps", ""),
     ],
 )
 def test_a_missing_suggestion_comes_with_advice(losses: np.ndarray, rates: np.ndarray, says: str, missing: str) -> None:

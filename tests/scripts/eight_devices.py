@@ -224,17 +224,16 @@ OTHER = Mesh(np.array(jax.devices()[:4]), ("data",))
 BAD = {
     "rows": (
         lambda: gdopt.shard(ROWS[:60], MESH, rows="data"),
-        r"data has 60 rows, which do not divide over the 8 .*: "
-        "give 56 or 64, or another multiple of 8",
+        r"data has 60 rows, which is not divisible by the 8 .*\. Pass 56 or 64 rows, or another multiple of 8",
     ),
-    "few rows": (lambda: gdopt.shard({"x": ROWS[:3]}, MESH, rows="data"), r"data\['x'\] has 3 rows.*: give 8, or"),
+    "few rows": (lambda: gdopt.shard({"x": ROWS[:3]}, MESH, rows="data"), r"data\['x'\] has 3 rows.* Pass 8 rows, or"),
     "no rows": (lambda: gdopt.shard(np.zeros(()), MESH, rows="data"), "is a scalar and has no rows"),
-    "axis": (lambda: gdopt.shard(ROWS, MESH, rows="batch"), "rows='batch' is no axis of the mesh: it has 'data'"),
-    "both": (lambda: gdopt.shard(ROWS, MESH, rows="data", largest="data"), "rows is for data, largest for params"),
-    "no mesh": (lambda: gdopt.shard(ROWS, jax.devices()), "is no mesh of devices"),
+    "axis": (lambda: gdopt.shard(ROWS, MESH, rows="batch"), "rows='batch' is no axis of the mesh. It has 'data'"),
+    "both": (lambda: gdopt.shard(ROWS, MESH, rows="data", largest="data"), "Pass rows for data, largest for params"),
+    "no mesh": (lambda: gdopt.shard(ROWS, jax.devices()), r"is not a mesh\. Pass"),
     "batch_size": (
         lambda: gdopt.minimize(loss, START, data=sharded()[1], batch_size=12, learning_rate=0.1),
-        "batch_size=12 does not divide over the 8 devices that data is split over: give 8 or 16",
+        r"batch_size=12 is not divisible by the 8 devices that data is split over\. Pass 8 or 16",
     ),
     "two meshes": (
         lambda: gdopt.minimize(loss, gdopt.shard(START, OTHER), data=sharded()[1], learning_rate=0.1),

@@ -1,1 +1,1 @@
-"""Saves of a run, and resuming from them."""
+"""Checkpoints of a run, and resuming from them."""

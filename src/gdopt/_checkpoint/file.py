@@ -1,4 +1,4 @@
-"""The file of a save, checked to the last byte.
+"""The file of a checkpoint, checked to the last byte.
 
 A file is, with all numbers little-endian::
 
@@ -7,11 +7,11 @@ A file is, with all numbers little-endian::
     header   JSON: {"arrays": [{"name", "shape", "dtype", "offset", "nbytes", "crc32"}, ...], "meta": {...}}
     arrays   their bytes in C order, one after the other without gaps; offsets count from the end of the header
 
-so every byte is under a checksum, and how many there are is known before any is taken for what it says.
+So every byte is under a checksum, and the number of bytes is known before any of them is interpreted.
 
-Where arrays are spread over processes, a directory of orbax's beside the file holds them, and ``meta`` tells under
-"spread" what is in it, with checksums: see `sharded`. The file is written last and removed first, so that it stands
-for both.
+Arrays that are spread over processes are in a directory of orbax's beside the file. The entry "spread" of ``meta``
+lists its contents with checksums: see `sharded`. The file is written last and removed first, so that it stands for
+both.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ import numpy as np
 from gdopt import _trees
 from gdopt._errors import CheckpointError
 
-_MAGIC = b"\x89gdopt\r\n"  # as PNG's: a transfer as text or in 7 bits damages it
+_MAGIC = b"\x89gdopt\r\n"  # the first bytes, as in PNG: a transfer as text or in 7 bits damages them
 _FORMAT = 1
-SPREAD = "spread"  # the entry of meta that tells of a directory beside the file
+SPREAD = "spread"  # the entry of meta that describes a directory beside the file
 _PREFIX = struct.Struct("<8sIQQI")
 _CRC = struct.Struct("<I")
-_START = _PREFIX.size + _CRC.size  # of the header
-_LARGEST_HEADER = 2**24  # bytes, of some 100,000 arrays: so that a wrong length costs no memory
-_MOST_AXES = 64  # that NumPy can do
+_START = _PREFIX.size + _CRC.size  # the offset of the header
+_LARGEST_HEADER = 2**24  # bytes, enough for some 100,000 arrays; so a wrong length costs no memory
+_MOST_AXES = 64  # the most axes that NumPy supports
 _FIELDS = {"name": str, "shape": list, "dtype": str, "offset": int, "nbytes": int, "crc32": int}
-# By name, and no other: `np.dtype` would take what is no plain number, pointers among it.
+# The known dtypes by name: `np.dtype` would also accept types that are not plain numbers, such as pointers.
 _DTYPES = {dtype.name: dtype for dtype in _trees.NUMBERS}
-Meta = dict[str, Any]  # of what JSON holds
+Meta = dict[str, Any]  # values that JSON can hold
 Arrays = Mapping[str, Any]  # JAX's or NumPy's, by name
 
 
 def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
-    """Writes a file that after a crash at any moment is the whole new one, or what it was before.
+    """Write a file that after a crash at any moment is either the whole new one or the old one.
 
-    Raises OSError for what the disk refuses, CheckpointError for arrays of anything but numbers, TypeError for a
-    ``meta`` that JSON cannot hold. Then, too, the file is what it was.
+    Raise OSError for failures of the disk, CheckpointError for arrays of anything but numbers, TypeError for a ``meta``
+    that JSON cannot hold. In these cases, too, the old file stays.
     """
     data, entries, offset = [], [], 0
     for name in sorted(arrays):
@@ -63,10 +63,10 @@ def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
         offset += array.nbytes
     header = json.dumps({"arrays": entries, "meta": meta}, sort_keys=True).encode()
     if len(header) > _LARGEST_HEADER:
-        raise CheckpointError(f"{file!r} cannot be written: meta is too large, give long lists as arrays.")
+        raise CheckpointError(f"{file!r} cannot be written: meta is too large. Pass long lists as arrays.")
     length = _START + len(header) + offset
     prefix = _PREFIX.pack(_MAGIC, _FORMAT, len(header), length, zlib.crc32(header))
-    # A name that nobody else has: what a writer that was given up does late is then no harm to the next.
+    # The name is unique, so a writer that was given up cannot harm the next one.
     temporary = f"{file}.{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "xb") as stream:
@@ -83,11 +83,11 @@ def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
 
 
 def _native(name: str, array: Any) -> np.ndarray:
-    """The array in C order and in the file's order of bytes, if it is one of numbers."""
+    """Return the array in C order and in the byte order of the file, if it holds numbers."""
     array = np.asarray(_trees.on_host(array), order="C")
     dtype = _DTYPES.get(array.dtype.name)
     if dtype is None:
-        raise CheckpointError(f"the array {name!r} is of {array.dtype}, which cannot be saved: give one of numbers.")
+        raise CheckpointError(f"the array {name!r} is of {array.dtype}, which cannot be saved. Pass one of numbers.")
     return _little_endian(array.astype(dtype, copy=False))
 
 
@@ -100,7 +100,7 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 
 def sync_directory(directory: str) -> None:
-    """Makes a new name last, where that can be asked for: not on Windows, nor on some disks of a network."""
+    """Make a new name durable, if the system can: Windows cannot, nor can some network disks."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -114,9 +114,9 @@ def sync_directory(directory: str) -> None:
 
 
 def read(file: str) -> tuple[dict[str, np.ndarray], Meta]:
-    """Return what `write` was given, the arrays in memory of their own.
+    """Return the arrays and the meta that `write` got, the arrays in new memory.
 
-    Raises CheckpointError, which says what is wrong, for every other file; before that it takes no more memory than the
+    Raise CheckpointError, which says what is wrong, for every other file. Before that, take no more memory than the
     file has bytes.
     """
 
@@ -125,16 +125,16 @@ def read(file: str) -> tuple[dict[str, np.ndarray], Meta]:
             raise CheckpointError(f"{file!r} cannot be read: {why}.")
 
     try:
-        check(stat.S_ISREG(os.stat(file).st_mode), "it is not a regular file")  # to open a pipe would take for ever
+        check(stat.S_ISREG(os.stat(file).st_mode), "it is not a regular file")  # Opening a pipe would block.
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(_START)
-            check(prefix[: len(_MAGIC)] == _MAGIC[: len(prefix)], "it is no checkpoint of gdopt's")
+            check(prefix[: len(_MAGIC)] == _MAGIC[: len(prefix)], "it is not a checkpoint of gdopt")
             check(len(prefix) == _START, f"it ends after {size} bytes, within the first {_START}")
             crc = zlib.crc32(prefix[: _PREFIX.size])
             check(_CRC.unpack_from(prefix, _PREFIX.size) == (crc,), "it is damaged in its first bytes")
             _, version, header_length, length, header_crc = _PREFIX.unpack_from(prefix)
-            check(version == _FORMAT, f"it is of format {version}, this version of gdopt reads format {_FORMAT}")
+            check(version == _FORMAT, f"it is of format {version}, but this version of gdopt reads format {_FORMAT}")
             check(size == length, f"it has {size} bytes and should have {length}")
             fits = header_length <= min(_LARGEST_HEADER, size - _START)
             check(fits, f"its header is of {header_length} bytes, which is too long")
@@ -145,7 +145,7 @@ def read(file: str) -> tuple[dict[str, np.ndarray], Meta]:
             for name, shape, dtype, crc in entries:
                 try:
                     array = np.empty(shape, dtype)
-                except ValueError:  # an axis is longer than any can be, and another one empty
+                except ValueError:  # One axis is longer than possible, and another one is empty.
                     raise CheckpointError(f"{file!r} cannot be read: {name!r} has the shape {shape}.") from None
                 view = _bytes(array)
                 complete = stream.readinto(view) == len(view)
@@ -157,7 +157,7 @@ def read(file: str) -> tuple[dict[str, np.ndarray], Meta]:
 
 
 def _parsed(header: bytes, room: int, check: Callable[[bool, str], None]) -> tuple[list[tuple], Meta]:
-    """Name, shape, dtype and checksum of each array, and the meta; the arrays fill the room exactly."""
+    """Return the name, shape, dtype and checksum of each array, and the meta; the arrays fill the room exactly."""
     why = "its header is not that of a checkpoint"
     try:
         tree = json.loads(header)
@@ -170,16 +170,16 @@ def _parsed(header: bytes, room: int, check: Callable[[bool, str], None]) -> tup
     entries, position, names = [], 0, set()
     for entry in listed:
         check(isinstance(entry, dict) and entry.keys() == _FIELDS.keys(), why)
-        check(all(type(entry[field]) is kind for field, kind in _FIELDS.items()), why)  # True is no int here
+        check(all(type(entry[field]) is kind for field, kind in _FIELDS.items()), why)  # True does not count as an int.
         name, shape, dtype = entry["name"], entry["shape"], _DTYPES.get(entry["dtype"])
         check(name not in names, f"it holds two arrays with the name {name!r}")
         check(len(shape) <= _MOST_AXES and all(type(n) is int and 0 <= n < 2**63 for n in shape), why)
-        check(dtype is not None, f"{name!r} is of a dtype that is not known here, {entry['dtype'][:60]!r}")
+        check(dtype is not None, f"{name!r} is of an unknown dtype, {entry['dtype'][:60]!r}")
         assert dtype is not None
         exact = entry["nbytes"] == math.prod(shape) * dtype.itemsize and entry["offset"] == position
         position += entry["nbytes"]
         check(exact and position <= room, f"the bytes of {name!r} are not where they should be")
         names.add(name)
         entries.append((name, tuple(shape), dtype, entry["crc32"]))
-    check(position == room, f"its arrays take {position} bytes, where it has {room}")
+    check(position == room, f"its arrays take {position} bytes, but it has {room}")
     return entries, meta

@@ -1,4 +1,4 @@
-"""The saves at a path: where they are, and the newest that can be read."""
+"""The checkpoints at a path: where they are, and the newest that can be read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gdopt._errors import CheckpointError, InputError
 
 
 class Saved(NamedTuple):
-    """The contents of a save, and its file."""
+    """The contents of a checkpoint, and its file."""
 
     file: str
     arrays: dict[str, np.ndarray]
@@ -25,22 +25,23 @@ class Saved(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The path at which a run saves itself, how often it does, and how many saves it keeps.
+    """The path at which a run saves itself, how often it does, and how many checkpoints it keeps.
 
-    A save is one file beside the others, ``path`` with its step behind: ``run.000000001200.gdopt`` for the path
-    ``run``. It is complete or not there at all, and checked to the last byte when it is read. A thread writes it while
-    the run goes on, from a copy that the run waits for, and whose memory a run on a CPU keeps for the next one. A save
-    that fails, on a full disk say, is a warning; the older ones stay, and it is tried again. Only one run at a time can
-    use a path. Arrays that are split over several processes are in a directory beside the file,
+    Each checkpoint is one file, ``path`` followed by its step: ``run.000000001200.gdopt`` for the path ``run``. The
+    file is complete or not there at all, and checked to the last byte when it is read. A thread writes it from a copy
+    while the run continues. The run waits for that copy, and on a CPU keeps its memory for the next one. A checkpoint
+    that cannot be written (for example on a full disk) is a warning. The older ones stay, and the run tries again. Only
+    one run at a time can use a path. Arrays that are split over several processes are in a directory beside the file,
     ``run.000000001200.5f0c66d2.orbax``, written by orbax.
 
     Attributes:
-        path: the saves' common path, without the step; its directory has to be there.
-        every_seconds: from the end of one save to the next; 0 for as often as possible.
-        keep: the newest saves that are kept. Older ones are removed once a new one is safely on the disk.
+        path: the common path of the checkpoints, without the step; its directory has to exist.
+        every_seconds: from the end of one checkpoint to the next; 0 for as often as possible.
+        keep: the number of checkpoints that are kept, the newest. Older ones are removed once a new one is safely on
+            the disk.
 
     Raises:
-        InputError: for a path that is a directory, or in a directory that is not there; for numbers out of range.
+        InputError: for a path that is a directory, or in a directory that does not exist; for numbers out of range.
 
     Example:
         >>> import os, tempfile
@@ -64,15 +65,15 @@ class Checkpoint:
             raise InputError(f"checkpoint path={self.path!r} is not a path: pass a str or a pathlib.Path.")
         if os.path.basename(path) in ("", ".", "..") or os.path.isdir(path):
             cure = os.path.join(path, "run")
-            raise InputError(f"checkpoint path={path!r} is no file's name but a directory's: pass {cure!r}, say.")
+            raise InputError(f"checkpoint path={path!r} names a directory. Pass a file name (for example {cure!r}).")
         one = re.fullmatch(r"(.+)\.\d{12}\.gdopt", path)
         if one:
             raise InputError(
-                f"checkpoint path={path!r} is a single save, not the path of all of them: pass {one[1]!r}; the newest "
-                "save that can be read is taken."
+                f"checkpoint path={path!r} is a single checkpoint, not the path of all. Pass {one[1]!r}: the run "
+                "resumes from the newest checkpoint that can be read."
             )
         check_directory(path)
-        object.__setattr__(self, "path", os.path.abspath(path))  # so that a change of directory changes nothing
+        object.__setattr__(self, "path", os.path.abspath(path))  # The working directory may change later.
         every_seconds = number("every_seconds", self.every_seconds, lambda x: x >= 0, "a finite number, 0 or above")
         object.__setattr__(self, "every_seconds", every_seconds)
         object.__setattr__(self, "keep", whole_number("keep", self.keep))
@@ -83,26 +84,26 @@ def check_directory(path: str) -> None:
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise InputError(
-            f"checkpoint path={path!r} is in {directory!r}, which {what}: make it before, or pass a path in another."
+            f"checkpoint path={path!r} is in {directory!r}, which {what}. Make that directory first, or pass another "
+            "path."
         )
     if not os.access(directory, os.W_OK | os.X_OK):
         raise InputError(
-            f"checkpoint path={path!r} is in {directory!r}, where this process may not write: allow it, or pass a path "
+            f"checkpoint path={path!r} is in {directory!r}, where this process may not write. Allow it, or pass a path "
             "in another directory."
         )
     longest = os.pathconf(directory, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     room = longest - len(f".{0:012d}.gdopt.{0:08x}.tmp")
     if len(os.fsencode(os.path.basename(path))) > room:
         raise InputError(
-            f"checkpoint path={path!r} has a name that is too long for the files of its saves: pass one of at most "
-            f"{room} bytes."
+            f"checkpoint path={path!r} has a name that is too long for its files. Pass a name of at most {room} bytes."
         )
 
 
 def newest(checkpoint: Checkpoint) -> Saved | None:
-    """The newest save that can be read, with a warning that names each newer one; None where there are no saves.
+    """Return the newest checkpoint that can be read, and warn of each newer one; None if there are no checkpoints.
 
-    Raises CheckpointError where there are some and none can be read: to begin anew would replace them in time.
+    Raise CheckpointError if none of them can be read: a new run would replace them in time.
     """
     skipped = []
     for file in reversed(saves_of(os.fspath(checkpoint.path)).values()):
@@ -114,7 +115,7 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
             skipped.append(str(error))
             continue
         if skipped:
-            warn(f"the checkpoint {file!r} is taken, as newer ones were skipped: {' '.join(skipped)}")
+            warn(f"resuming from the checkpoint {file!r}, because newer ones cannot be read: {' '.join(skipped)}")
         return saved
     if skipped:
         raise CheckpointError(
@@ -125,19 +126,19 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
 
 
 def save_at(base: str, step: int) -> str:
-    """The file of the save of a step."""
+    """Return the file of the checkpoint of a step."""
     return f"{base}.{step:012d}.gdopt"
 
 
 def saves_of(base: str) -> dict[int, str]:
-    """The files of a path by their steps, from the first to the last."""
+    """Return the files of a path by their steps, in ascending order."""
     files = {int(match[1]): match.string for match in beside(base, r"\.(\d{12})\.gdopt")}
     directory = os.path.dirname(base)
     return {step: os.path.join(directory, files[step]) for step in sorted(files)}
 
 
 def directories(base: str) -> dict[int, set[str]]:
-    """The directories of a path's saves, whole or not, by their steps."""
+    """Return the directories of a path's checkpoints, complete or not, by their steps."""
     found: dict[int, set[str]] = {}
     for match in beside(base, r"\.(\d{12})\.[0-9a-f]{8}\.orbax"):
         found.setdefault(int(match[1]), set()).add(os.path.join(os.path.dirname(base), match.string))
@@ -145,7 +146,7 @@ def directories(base: str) -> dict[int, set[str]]:
 
 
 def beside(base: str, ending: str) -> list[re.Match[str]]:
-    """The names in the directory that are the base's with such an ending."""
+    """Return the file names in the directory that are the base with such an ending."""
     directory, name = os.path.split(base)
     pattern = re.compile(re.escape(name) + ending, re.ASCII)
     return [match for match in map(pattern.fullmatch, os.listdir(directory)) if match]

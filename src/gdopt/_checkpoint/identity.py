@@ -1,4 +1,4 @@
-"""The identity of a run: a checkpoint is resumed by the same call alone."""
+"""The identity of a run: only the same call resumes a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gdopt._problem.task import Task
 from gdopt._stopping import Limits
 from gdopt._types import PyTree
 
-_LONGEST = 200  # characters of a description
+_LONGEST = 200  # the most characters of a description
 
 
 def identity_of(task: Task, *, keep_best: bool) -> dict[str, str]:
-    """Describe by name what has to be the same when a run is resumed."""
+    """Describe, by name, everything that has to be the same when a run is resumed."""
     return {
         "params": _described(task.problem.params),
         "data": "a stream" if task.stream else _with_checksum(task.data),
@@ -34,7 +34,7 @@ def identity_of(task: Task, *, keep_best: bool) -> dict[str, str]:
 
 
 def layout_of(carry: Carry) -> str:
-    """Describe what the last bits depend on: kind and number of devices; of a CPU the cores, by which XLA cuts work."""
+    """Describe what the last bits depend on: kind and number of devices and, on a CPU, cores, by which XLA splits."""
     arrays = [leaf for leaf in jax.tree.leaves(carry) if isinstance(leaf, jax.Array)]
     devices = set().union(*(array.sharding.device_set for array in arrays))
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
@@ -46,7 +46,7 @@ def layout_of(carry: Carry) -> str:
 
 
 def numbers_of(limits: Limits) -> list[str]:
-    """Write the limits in full, but for the number of steps, which the state tells."""
+    """Write the limits in full, but for the number of steps, which is in the state."""
     return [repr(limit if limit is None else float(limit)) for limit in limits[1:]]
 
 
@@ -60,13 +60,13 @@ def _with_checksum(tree: PyTree) -> str:
 
 
 def _described(tree: PyTree) -> str:
-    """Paths, dtypes and shapes; of many leaves a checksum."""
+    """Describe a tree by paths, dtypes and shapes, and by a checksum if it has many leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     text = ", ".join(
         f"{jax.tree_util.keystr(path)} {leaf.dtype.name}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
         for path, leaf in leaves
     )
-    text = text.strip()  # a single array has no path
+    text = text.strip()  # A single array has no path.
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}... ({len(leaves)} leaves, {zlib.crc32(text.encode()):x})"

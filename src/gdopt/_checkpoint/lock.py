@@ -1,4 +1,4 @@
-"""The lock of a path: one live run saves there at a time."""
+"""The lock of a path: only one live run at a time saves there."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gdopt._errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows, where a second run at the same path is not noticed
+except ImportError:  # On Windows, a second run at the same path goes unnoticed.
     fcntl = None
 
 
 def acquire(base: str) -> int:
-    """The lock of a path, which ends with this process however that ends."""
+    """Take the lock of a path, which ends with this process, however that ends."""
     lock = f"{base}.lock"
     while True:
         try:
@@ -31,9 +31,9 @@ def acquire(base: str) -> int:
             holder = os.read(descriptor, 200).decode(errors="replace") or "not known which"
             os.close(descriptor)
             raise InputError(
-                f"checkpoint path={base!r} is in use by a live run ({holder}): wait for its end, or pass another path."
+                f"checkpoint path={base!r} is in use by a live run ({holder}). Wait for its end, or pass another path."
             ) from None
-        with contextlib.suppress(OSError):  # the one who had it may have removed it since it was opened here
+        with contextlib.suppress(OSError):  # Its last holder may have removed the file after it was opened here.
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 break
         os.close(descriptor)
@@ -49,12 +49,12 @@ def _flock(descriptor: int) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
-        except OSError:  # a file system without locks
+        except OSError:  # The file system has no locks.
             pass
 
 
 def holder_of(base: str) -> str:
-    """Who has the lock of a path, as far as its file tells; empty where there is none."""
+    """Return the holder of a path's lock, as its file reports it; "" if there is none."""
     try:
         with open(f"{base}.lock", encoding="utf-8", errors="replace") as stream:
             return stream.read(200)

@@ -1,10 +1,10 @@
-"""The saves of a run that is spread over several processes.
+"""The checkpoints of a run that is spread over several processes.
 
-Each process writes its own parts of the arrays that no process holds, in a thread; see `sharded`. The first one
-writes all else: it has the lock, decides by its clock when a save is due, and when all have written their parts, it
-writes the file that makes a save of them. Nothing in a thread waits for what another process does there. What the
-processes have to hear of each other they tell where they agree on the next chunk anyway; so a failure anywhere is known
-to all, and the save is given up and tried again.
+Each process writes its own parts of the arrays that no process holds, in a thread; see `sharded`. The first one writes
+everything else. It has the lock, decides by its clock when a checkpoint is due, and writes the file that completes it
+once all have written their parts. No thread waits for the thread of another process. The processes exchange their
+progress when they agree on the next chunk. So all of them hear of a failure anywhere, give the checkpoint up, and try
+again.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from gdopt._checkpoint.saver import Saver
 from gdopt._devices.processes import Alone, Peers
 from gdopt._errors import CheckpointError, InputError
 
-_LONGEST = 500  # characters of a failure
+_LONGEST = 500  # the most characters of a failure
 
 
 @contextlib.contextmanager
 def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Generator[tuple[JointSaver, Saved | None]]:
-    """The saves at a path, for all processes to enter together, and the save that they go on from.
+    """Open the checkpoints at a path in all processes together, and find the one from which they resume.
 
-    The first process finds it, so that all take the same one.
+    The first process finds it, so that all resume from the same one.
     """
     base, first = os.fspath(checkpoint.path), not peers.several or jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -43,7 +43,7 @@ def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Generator[tuple[Join
         told = peers.exchange(step=step, holder=holder_of(base))[0]
         if holder_of(base) != told["holder"]:
             raise InputError(
-                f"checkpoint path={base!r} is another place in process {jax.process_index()} than in process 0: pass "
+                f"checkpoint path={base!r} is another place in process {jax.process_index()} than in process 0. Pass "
                 "one on a disk that all of them share."
             )
         if not first and told["step"] is not None:
@@ -55,36 +55,36 @@ def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Generator[tuple[Join
 
 
 class JointSaver:
-    """The part of a `Saver` in each of several processes; that of the first one has a `Saver`.
+    """The `Saver` of a run on several processes, of which only the first one has an actual `Saver`.
 
-    All processes call `save` at the same step, and `close` with a final save; each `due` comes after an exchange of
+    All processes call `save` at the same step, and `close` with a final checkpoint. Before each `due` they exchange
     what `tells` returns.
     """
 
     def __init__(self, base: str, peers: Alone | Peers, saver: Saver | None):
         self._base, self._peers, self._saver = base, peers, saver
-        self._part: _Part | None = None  # of the save on its way
+        self._part: _Part | None = None  # the part of the checkpoint that is being written
         self._thread: threading.Thread | None = None
         self._begin: str | None = None
         self._closed = False
 
     def tells(self) -> dict[str, Any]:
-        """Return how far this process is; the first one also tells whether a save is to begin."""
+        """Return the progress of this process; the first one also tells whether a checkpoint is to begin."""
         due = self._saver is not None and self._saver.due()
         return {"begin": _token() if due else None, "part": self._part and self._part.told}
 
     def hears(self, told: list[dict[str, Any]]) -> None:
-        """Take what all processes have told, in their order."""
+        """Take in the progress of all processes, in their order."""
         self._begin = told[0]["begin"]
         if self._part is not None and self._part.settled([note["part"] for note in told]):
             self._part = None
 
     def due(self) -> bool:
-        """Tell whether all have heard that a save is to begin."""
+        """Tell whether all have heard that a checkpoint is to begin."""
         return self._begin is not None
 
     def save(self, step: int, arrays: Arrays, meta: Meta) -> None:
-        """Begins to save, and returns: see `Saver.save`."""
+        """Begin to save, and return: see `Saver.save`."""
         assert self._begin is not None
         spread, here = _sorted(arrays)
         token, self._begin = self._begin, None
@@ -102,8 +102,9 @@ class JointSaver:
         part.try_to(self._thread.start)
 
     def close(self, final: tuple[int, Arrays, Meta] | None = None) -> None:
-        """Waits for the save on its way, and saves the final one where all processes have come to it: it is on the disk
-        then. Without one, nothing is waited for that another process has to do.
+        """Finish the checkpoint that is being written, and write the final one together with all other processes.
+
+        Without a final one, do not wait for other processes.
         """
         if self._closed:
             return
@@ -124,7 +125,7 @@ class JointSaver:
             self._part.written.wait()
             self._part.settled([note["part"] for note in self._peers.exchange(part=self._part.told)])
         if self._saver is not None:
-            self._saver.wait()  # before anybody writes on: at its end a save removes what belongs to none
+            self._saver.wait()  # A save ends by removing files that belong to no checkpoint, so nobody may write yet.
         token = self._peers.exchange(begin=_token())[0]["begin"]
         spread, here = _sorted(arrays)
         complete = None
@@ -139,49 +140,49 @@ class JointSaver:
 
 
 class _Part:
-    """The part of one save that one process has to write, and what it knows of the others."""
+    """The part of one checkpoint that one process has to write, and what it knows of the others."""
 
     def __init__(self, directory: str, arrays: dict[str, jax.Array]):
-        self.told: str | None = None  # to the others: nothing until it is written, then "" or what failed
-        self.written = threading.Event()  # or failed
+        self.told: str | None = None  # the note to the others: None until it is written, then "" or the failure
+        self.written = threading.Event()  # set when it is written, or has failed
         self._directory = directory
         self._arrays, self._kinds = arrays, {name: jax.typeof(array) for name, array in arrays.items()}
         self._all_told = threading.Event()
         self._failures = ["the run ended before all of it was written"]
 
     def tell(self, what: str) -> None:
-        """Keep what comes first."""
+        """Keep the first note."""
         if self.told is None:
             self.told = what
         self.written.set()
 
     def try_to(self, do: Callable[[], None]) -> None:
-        """Call a function. All processes hear of its failure, and none raises it."""
+        """Call a function. If it fails, all processes hear of it, and none raises."""
         try:
             do()
         except Exception as error:
             self.tell(f"{type(error).__name__}: {error}"[:_LONGEST])
 
     def copy(self) -> None:
-        """Makes the arrays the caller's again."""
+        """Copy the arrays, so that the caller may donate them."""
         self._arrays = sharded.copies(self._arrays)
 
     def write(self) -> None:
-        """Writes this process's part."""
+        """Write this process's part."""
         if self.told is None:
             self.try_to(lambda: sharded.write(self._directory, self._arrays))
         self._arrays = {}
         self.tell("")
 
     def complete(self) -> Meta:
-        """Make one save of the parts, in the first process, when all have written or failed."""
+        """Complete the checkpoint, in the first process, when all have written their parts or failed."""
         self._all_told.wait()
         if self._failures:
             raise CheckpointError("; ".join(self._failures))
         return sharded.complete(self._directory, self._kinds)
 
     def write_and_complete(self) -> Meta:
-        """Both, in the thread of a `Saver`."""
+        """Do both, in the thread of a `Saver`."""
         self.write()
         return self.complete()
 
@@ -194,7 +195,7 @@ class _Part:
         return True
 
     def give_up(self) -> None:
-        """There will be no more to hear."""
+        """Stop waiting: the others will report nothing more."""
         self._all_told.set()
 
 
@@ -203,7 +204,7 @@ def _token() -> str:
 
 
 def _sorted(arrays: Arrays) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """The arrays that no process holds, and the others as this one holds them."""
+    """Return the arrays that no process holds, and the others as this one holds them."""
     spread = {name: array for name, array in arrays.items() if sharded.is_spread(array)}
     here = {name: _own(array) for name, array in arrays.items() if name not in spread}
     return spread, here

@@ -1,7 +1,7 @@
-"""Saves of a run, and resuming from them: bit for bit as if the run had never stopped.
+"""Checkpoints of a run, and resuming from them: bit-for-bit as if the run had never stopped.
 
-A save holds the state between two steps and the history up to it. All random numbers are drawn from the run's key and
-the number of the step, so nothing else is needed; but for a stream, of which it holds where that was.
+A checkpoint holds the state between two steps and the history up to it. All random numbers are drawn from the run's key
+and the number of the step. So nothing else is needed, but for the position of a stream.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ class NoSaves:
         return carry, []
 
     def limited(self, step: int, limit: int, limits: Limits) -> int:
-        """Return the limit of a chunk."""
+        """Return the limit of a chunk unchanged."""
         return limit
 
 
 class Saves:
-    """The saves of a run: the one that it goes on from, if there is one, and those that it makes."""
+    """The checkpoints of a run: the one from which it resumes, if there is one, and those that it makes."""
 
     def __init__(self, saver: JointSaver, found: Saved | None):
         self.found = found
         self.range_test: RangeTest | None = None if found is None else _range_test(found)
-        self.feed: Feed | None = None  # of a run on a stream
+        self.feed: Feed | None = None  # None without a stream
         self._stream: dict[str, Any] = {} if found is None else found.meta.get("stream", {})
         self._saver = saver
         self._meta: dict[str, Any] = {}
-        self._ended: Status | None = None  # how the run that was saved did, where nothing goes on
+        self._ended: Status | None = None  # how the saved run ended, if it does not continue
 
     @property
     def position(self) -> Position | None:
-        """The place of the stream; None if there is none, or the stream could not tell."""
+        """The position of the stream; None if there is none, or the stream did not report it."""
         told = self._stream
         if self.found is None or "state" not in told:
             return None
@@ -85,30 +85,30 @@ class Saves:
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether the place of a stream is saved, too. Several processes have a stream each, which they replay."""
+        """Tell whether the position of a stream is saved, too. Several processes replay a stream each."""
         return not peers().several
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """The steps of an epoch of the stream, as far as they were known."""
+        """The steps of an epoch of the stream, if they were known."""
         return self._stream.get("steps_per_epoch")
 
     @property
     def told(self) -> str:
-        """A sentence on where the run went on from, to be put behind others; "" if it began anew."""
+        """A sentence on the step from which the run resumed, to follow others; "" if it began anew."""
         if self.found is None:
             return ""
         step, again = int(self.found.arrays["state.step"]), ""
         if self.feed is not None and self.feed.pulled and self.feed.first == 0 and step > 0:
             before = "the batch before it was" if step == 1 else f"the {step} batches before it were"
-            again = f", and {before} gone through again"
+            again = f", and {before} replayed"
         file = os.path.basename(self.found.file)
         if self._ended in (*FAILURES, Status.PRECISION_LIMIT):
-            return f" That was the end of the run saved in {file!r}: to make another one, pass another path."
-        return f" It went on from step {step}, saved in {file!r}{again}."
+            return f" That was the end of the run saved in {file!r}. Pass another path to make another one."
+        return f" It resumed from step {step}, saved in {file!r}{again}."
 
     def compare(self, task: Task, *, keep_best: bool) -> None:
-        """Raises InputError where the save is of another run."""
+        """Raise InputError if the checkpoint is of another run."""
         sharded.check_installed(task.problem.params)
         given = identity_of(task, keep_best=keep_best)
         self._meta = {"given": given, "start": program.checksum(task.problem.params)}
@@ -116,18 +116,18 @@ class Saves:
             return
         theirs = self.found.meta.get("given", {})
         for name, mine in given.items():
-            # Saves of old tell of no scale.
+            # Old checkpoints have no scale.
             self._refuse_other(name, theirs.get(name, "nothing" if name == "scale" else None), mine)
         if self.found.meta.get("start") != self._meta["start"]:
-            warn(f"params are others than those that the run of {self.found.file!r} began with: it goes on from there.")
+            warn(f"params differ from the start of the run saved in {self.found.file!r}, which resumes all the same.")
 
     def compare_programs(self, task: Task, method: Method) -> None:
-        """Raise InputError if the save is of another optimizer; another loss or learning rate is a warning."""
+        """Raise InputError if the checkpoint is of another optimizer; warn of another loss or learning rate."""
         loss, updates = loop.digests(task, method)
         text = short(repr(method.optimizer))
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
         self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
-        if self.range_test is None:  # by which a run with more steps has longer cycles
+        if self.range_test is None:  # After a range test, a run with more steps has longer cycles.
             schedule = method.schedule
             with own_promotion():
                 rate = repr(method.rate) if schedule is None else program.digest(schedule, np.int32(0))
@@ -135,60 +135,60 @@ class Saves:
         if self.found is None:
             return
         theirs = self.found.meta.get("optimizer", {})
-        if theirs.get("versions") != versions:  # by which traces differ
+        if theirs.get("versions") != versions:  # Traces differ between versions.
             self._refuse_other("optimizer", theirs.get("text"), text)
         elif theirs["updates"] != updates:
             told = f"{theirs['text']} with updates of the checksum {theirs['updates']}"
             self._refuse_other("optimizer", told, f"{text} with {updates}")
         if self.found.meta.get("loss") != loss:
-            warn(f"the loss is no longer that of the checkpoint {self.found.file!r}: the run goes on with the new one.")
+            warn(f"the loss is not that of the checkpoint {self.found.file!r}. The run resumes with the new loss.")
 
     def _refuse_other(self, name: str, theirs: Any, mine: Any) -> None:
         if theirs != mine:
             raise InputError(
-                f"the checkpoint {self.found and self.found.file!r} is of another run: its {name} is {theirs}, and "
+                f"the checkpoint {self.found and self.found.file!r} is of another run: its {name} is {theirs}, but "
                 f"here it is {mine}. Make the same call, or pass another path."
             )
 
     def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
-        """Return the carry that takes the place of a fresh one, and the history so far."""
+        """Return the carry that replaces a fresh one, and the history so far."""
         fresh = carry[0].tree()
         sharded.check_installed(fresh)
         self._meta["layout"] = here = layout_of(carry)
         found = self.found
         if found is None:
             return carry, []
-        there = found.meta.get("layout", here)  # old checkpoints have no layout
+        there = found.meta.get("layout", here)  # Old checkpoints have no layout.
         if there != here:
             warn(
-                f"the checkpoint {found.file!r} was made on {there}, and here it is {here}: the run goes on, but "
-                "not to the same last bits as one that never stopped."
+                f"the checkpoint {found.file!r} was made on {there}, but this is {here}. The run resumes, but its last "
+                "bits will differ from those of an uninterrupted run."
             )
         state = self._state(found, fresh)
         history = History(*(found.arrays[f"history.{name}"] for name in History._fields))
         ended = int(state.code)
         others = found.meta["limits"] != numbers_of(limits)
-        if found.meta["loss"] != self._meta["loss"]:  # what was measured of the old one says nothing
+        if found.meta["loss"] != self._meta["loss"]:  # Measurements of the old loss do not hold for the new one.
             others, best = True, np.full_like(state.kept.loss, np.inf)
             state = state._replace(watch=fresh.watch, kept=state.kept._replace(loss=best))
             if search(state.optimizer) is not None:
                 state = state._replace(optimizer=fresh.optimizer)
-        # What ended by limits goes on where these are others now: its last point is evaluated once more.
+        # A run that ended at its limits continues if the limits have changed: its last point is evaluated once more.
         if ended == Status.MAX_STEPS or (ended != RUNNING and others):
             state = state._replace(code=np.int32(RUNNING))
             history = History(*(entries[:-1] for entries in history))
         elif ended != RUNNING:
             self._ended = Status(ended)
         rate = self._meta.get("learning_rate")
-        if self._ended is None and found.meta.get("learning_rate", rate) != rate:  # old checkpoints have none
+        if self._ended is None and found.meta.get("learning_rate", rate) != rate:  # Old checkpoints have none.
             warn(
-                f"learning_rate is not the one with which the checkpoint {found.file!r} was made: the run goes on "
-                "with the new one."
+                f"learning_rate is not that of the checkpoint {found.file!r}. The run resumes with the new "
+                "learning_rate."
             )
         return (_trees.pack(state), carry[1]), [history]
 
     def _state(self, found: Saved, fresh: State) -> State:
-        """Return the saved state, each leaf in the place of the fresh one."""
+        """Return the saved state, each leaf on the devices of the fresh one."""
         arrays = found.arrays
         kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         spread = found.meta.get(SPREAD)
@@ -217,22 +217,22 @@ class Saves:
         return jax.tree_util.tree_map_with_path(put, fresh)
 
     def tells(self) -> Any:
-        """Return what the other processes have to hear of the saves before each `due`."""
+        """Return what the other processes have to know about the checkpoints before each `due`."""
         return self._saver.tells()
 
     def hears(self, told: list) -> None:
-        """Take what all processes have told."""
+        """Take in the notes of all processes."""
         self._saver.hears(told)
 
     def limited(self, step: int, limit: int, limits: Limits) -> int:
-        """Return a limit at which a chunk ends at max_steps: that state is saved before its point is evaluated."""
+        """Limit a chunk to end at max_steps, so that this state is saved before its point is evaluated."""
         most = int(limits.max_steps)
         return min(limit, most) if step < most else limit
 
     def update(self, state: State, records: list[History], limits: Limits, *, last: bool) -> None:
         """Save the state between two steps if it is time; its arrays may then be donated to the next step.
 
-        The ``last`` state, and one at max_steps, which another call may raise, are saved in any case.
+        The ``last`` state is always saved, and so is one at max_steps, which another call may raise.
         """
         if last or int(state.step) >= int(limits.max_steps):
             self.finish(state, records, limits)
@@ -266,7 +266,7 @@ class Saves:
 
 @contextlib.contextmanager
 def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Generator[Saves | NoSaves]:
-    """The saves at a path, which are this run's alone until it ends."""
+    """Open the checkpoints at a path for this run alone, until it ends."""
     if checkpoint is None:
         yield NoSaves()
         return

@@ -1,4 +1,4 @@
-"""The saver: a thread that writes saves beside the run."""
+"""The saver: a thread that writes checkpoints beside the run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from gdopt._errors import CheckpointError
 
 
 class Saver:
-    """Saves at one path, of which it has the lock from entry to exit; until then the caller waits for no disk.
+    """A writer of checkpoints at one path. It holds the lock from entry to exit; until exit nobody waits for the disk.
 
-    Call `newest` within: before, another run may still be writing.
-    Use it from one thread. Nothing but `__enter__` raises: what goes wrong later is a warning, once for each save,
-    given in the caller's thread by the next call of whichever method.
+    Call `newest` inside, because before that another run may still be writing. Use it from one thread. Nothing but
+    `__enter__` raises. A later failure becomes one warning per checkpoint, issued in the caller's thread by the next
+    call of any method.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -37,15 +37,15 @@ class Saver:
         self._every, self._keep = checkpoint.every_seconds, checkpoint.keep
         self._lock: int | None = None
         self._writer: threading.Thread | None = None
-        self._host: dict[str, np.ndarray] = {}  # the last copies, which the next ones are written over
+        self._host: dict[str, np.ndarray] = {}  # the last copies, whose memory the next ones reuse
         self._failures: list[str] = []
         self._since = math.inf
 
     def __enter__(self) -> Saver:
-        """Takes the lock, and removes what a writer that was killed left behind.
+        """Take the lock, and remove what a killed writer left behind.
 
-        Raises InputError for a directory that is not there or not to be written in, and for a path that a live run
-        uses, in this process or another.
+        Raise InputError for a directory that does not exist or is not writable, and for a path that a live run uses, in
+        this process or another.
         """
         check_directory(self._base)
         self._lock = acquire(self._base)
@@ -61,18 +61,18 @@ class Saver:
         self.close()
 
     def due(self) -> bool:
-        """Tell whether it is time for a save, and none is being written."""
+        """Tell whether it is time for a checkpoint, and none is being written."""
         self._report()
         return not self._busy() and time.monotonic() - self._since >= self._every
 
     def save(self, step: int, arrays: Arrays, meta: Meta, spread: Callable[[], Meta] | None = None) -> bool:
-        """Begins to save, and returns; False where the last save is still being written, or this one cannot begin.
+        """Begin to save, and return; return False if the last save is still being written, or this one cannot begin.
 
-        After the return the arrays are the caller's again, to be changed or donated. Those of an accelerator are copied
-        there, which the caller does not wait for but what it runs next does; the way to the host is the thread's. Those
-        in the host's memory, NumPy's and those of JAX on a CPU, are copied at once. An array that is spread over
-        processes, and a typed key, must be made a plain one before. ``spread`` is called in the
-        thread before the file is written, to save what is not in ``arrays``, and to tell of it.
+        After the return the caller may change or donate the arrays. Arrays on an accelerator are copied there. The
+        caller does not wait for that copy, but its next program does; the thread moves the copy to the host. Arrays in
+        the host's memory, NumPy's and those of JAX on a CPU, are copied at once. Arrays that are spread over processes,
+        and typed keys, have to be converted to plain arrays first. The thread calls ``spread`` before it writes the
+        file, to save and describe what is not in ``arrays``.
         """
         self._report()
         if self._busy() or self._lock is None:
@@ -82,22 +82,22 @@ class Saver:
             given = (step, {**_device_copies(arrays), **self._host}, copy.deepcopy(meta), spread)
             self._writer = threading.Thread(target=self._write, args=given, name="gdopt checkpoint", daemon=True)
             self._writer.start()
-        except Exception as error:  # no memory for the copies, or for a thread
+        except Exception as error:  # There is no memory for the copies, or for a thread.
             self._writer = None
             self._fail(step, error)
             return False
         return True
 
     def wait(self) -> None:
-        """Waits for the save on its way."""
+        """Wait until the checkpoint that is being written is complete."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
 
     def close(self, final: tuple[int, Arrays, Meta] | None = None, spread: Callable[[], Meta] | None = None) -> None:
-        """Waits for the save on its way, saves the final one, given as to `save`, and gives the lock back.
+        """Finish the checkpoint that is being written, write the final one (see `save`), and release the lock.
 
-        All that is done when it returns. It may be called again, and does nothing then.
+        All of that is done when it returns. A second call does nothing.
         """
         try:
             self.wait()
@@ -126,13 +126,13 @@ class Saver:
             write(save_at(self._base, step), {name: _trees.on_host(arrays[name]) for name in arrays}, meta)
         except Exception as error:
             self._fail(step, error)
-            self._remove_parts()  # a full disk would stay full
+            self._remove_parts()  # Otherwise a full disk would stay full.
         else:
             self._remove_old(step)
         self._since = time.monotonic()
 
     def _remove_old(self, step: int) -> None:
-        """Later saves than this one are damaged, or it would not have been made: they count when it has passed them."""
+        """Remove old checkpoints. Later ones than this are damaged, and stay until the run has passed their step."""
         with contextlib.suppress(OSError):
             files = [file for at, file in saves_of(self._base).items() if at <= step]
             for file in files[: -self._keep]:
@@ -140,7 +140,7 @@ class Saver:
         self._remove_parts()
 
     def _remove_parts(self) -> None:
-        """Removes the directories that belong to no save."""
+        """Remove the directories that belong to no checkpoint."""
         with contextlib.suppress(OSError):
             saves = saves_of(self._base)
             for step, found in directories(self._base).items():
@@ -157,7 +157,7 @@ class Saver:
 
 
 def _named(file: str | None, found: set[str]) -> set[str]:
-    """Return the directories of a step that its save names; all of them if the save cannot be read."""
+    """Return the directories of a step that its checkpoint names; all of them if it cannot be read."""
     if file is None:
         return set()
     if len(found) == 1:
@@ -179,8 +179,8 @@ def _device_copies(arrays: Arrays) -> dict[str, jax.Array]:
 def _host_copies(arrays: Arrays, old: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Copy the arrays in the host's memory, over the old copies if these fit: nobody reads them any more.
 
-    To copy is the smaller part. Each page of fresh memory has to come from the system first, and of the small pages
-    that `jax.device_put` takes there are so many that it all takes five times as long.
+    Copying is the smaller part: each page of fresh memory has to come from the system first. `jax.device_put` takes so
+    many small pages that all of it takes five times as long.
     """
     copies = {}
     for name, array in arrays.items():
@@ -196,7 +196,7 @@ def _host_copies(arrays: Arrays, old: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _in_memory(array: Any) -> bool:
-    """Tell whether NumPy sees the array's own memory: one on several devices would be put together first."""
+    """Tell whether NumPy sees the array's own memory: an array on several devices would be gathered first."""
     if not isinstance(array, jax.Array):
         return True
     devices = array.sharding.device_set
@@ -207,7 +207,7 @@ _holding: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """A lock lives as long as any process has it open. It is not for a loader's workers to outlive the run with it."""
+    """Close the locks in a loader's workers: a lock lives as long as any process has it open."""
     for saver in _holding:
         saver.let_go()
 

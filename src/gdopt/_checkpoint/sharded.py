@@ -1,12 +1,12 @@
-"""Arrays that are spread over processes, on the disk: a directory of orbax's for each save, checked to the last byte.
+"""Arrays that are spread over processes, on disk: one directory of orbax's per checkpoint, checked to the last byte.
 
-Each process writes the parts that are on its own devices, and the first one makes one checkpoint of them. Orbax would
-have its processes wait for each other, at barriers and in common computations; so its handler is called here, and none
-of its checkpointers. That may be done in a thread while the run computes, and where one process fails no other one
-waits for it. Whether all have written is for the caller to find out.
+Each process writes the parts that are on its own devices, and the first one makes one checkpoint of them. Orbax's
+checkpointers make processes wait for each other, at barriers and in common computations. So only its handler is called
+here. It may run in a thread while the run computes, and if one process fails, no other one waits for it. The caller has
+to find out whether all have written.
 
-Orbax loads a flipped bit without a word, converts dtypes, and takes half a directory for a whole one. So every file is
-listed with its size and checksum, and looked at before orbax sees it; and shapes and dtypes are written down, too.
+Orbax silently loads flipped bits, converts dtypes, and takes half a directory for a whole one. So every file is listed
+with its size and checksum, and checked before orbax reads it. Shapes and dtypes are listed, too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from gdopt._errors import CheckpointError, GdoptError
 from gdopt._types import PyTree
 
 _BLOCK = 2**20  # bytes that are read at once
-_TOKEN = re.compile(r"\.[0-9a-f]{8}\.orbax", re.ASCII)  # behind a path with its step
+_TOKEN = re.compile(r"\.[0-9a-f]{8}\.orbax", re.ASCII)  # the ending after a path with its step
 
-Listing = dict[str, Any]  # what `complete` writes down, for `check` and `load`
+Listing = dict[str, Any]  # the record that `complete` makes for `check` and `load`
 
 
 def is_spread(leaf: Any) -> bool:
@@ -41,30 +41,31 @@ def is_spread(leaf: Any) -> bool:
 
 
 def check_installed(tree: PyTree) -> None:
-    """Raises GdoptError where saves of the tree need orbax, and it is missing: said before the first save is due."""
+    """Raise GdoptError, before the first checkpoint is due, if the tree needs orbax and it is missing."""
     if any(map(is_spread, jax.tree.leaves(tree))):
         _orbax()
 
 
 def _orbax() -> tuple[Any, Any]:
-    """Orbax, and its class of paths."""
+    """Import orbax, and its class of paths."""
     try:
         import orbax.checkpoint
         from etils import epath
     except ImportError as error:
         raise GdoptError(
-            'checkpoint= needs orbax for params that are spread over several processes: pip install "gdopt[checkpoint]"'
+            "checkpoint= needs orbax for params that are spread over several processes. Run "
+            'pip install "gdopt[checkpoint]"'
         ) from error
     return orbax.checkpoint, epath.Path
 
 
 @contextlib.contextmanager
 def _handler() -> Any:
-    """A new one each time: one that failed would tell of it again at the next save, and not perform that."""
+    """Make a new handler each time: one that failed would report that again at the next save, and not make that one."""
     orbax, _ = _orbax()
     everyone = set(range(jax.process_count()))
     options = orbax.options.MultiprocessingOptions(primary_host=0, active_processes=everyone)
-    # Numbers of a run hardly shrink by compression, and the processor has a run to compute.
+    # The numbers of a run hardly compress, and the run needs the processor.
     handler = orbax.PyTreeCheckpointHandler(multiprocessing_options=options, use_compression=False)
     try:
         yield handler
@@ -73,7 +74,7 @@ def _handler() -> Any:
 
 
 def copies(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Copies that are nobody else's, each part on its device; nothing is compiled, and no process waits for another."""
+    """Copy each part on its device, without compiling, and without waiting for another process."""
     copied = {}
     for name, array in arrays.items():
         own = [shard.data for shard in array.addressable_shards]
@@ -83,20 +84,20 @@ def copies(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def directory_name(base: str, step: int, token: str) -> str:
-    """Name one attempt at a save. It ends in 8 random hexadecimal digits, so that no leftovers are in its way."""
+    """Name one attempt at a checkpoint, with 8 random hexadecimal digits, so that no leftovers are in its way."""
     return f"{base}.{step:012d}.{token}.orbax"
 
 
 def write(directory: str, arrays: Mapping[str, jax.Array]) -> None:
-    """Writes the parts that are on this process's devices, and returns when they are on the disk."""
+    """Write the parts that are on this process's devices, and return when they are on the disk."""
     orbax, path_class = _orbax()
-    os.makedirs(directory, exist_ok=True)  # whoever comes first
+    os.makedirs(directory, exist_ok=True)  # Any process may be the first.
     with _handler() as handler:
         handler.save(path_class(directory), args=orbax.args.PyTreeSave(_numbered(arrays)))
 
 
 def complete(directory: str, arrays: Mapping[str, Any]) -> Listing:
-    """Makes one checkpoint of what all processes have written, for the first one to call."""
+    """Make one checkpoint of the parts of all processes, in the first one."""
     _, path_class = _orbax()
     with _handler() as handler:
         handler.finalize(path_class(directory))
@@ -106,7 +107,7 @@ def complete(directory: str, arrays: Mapping[str, Any]) -> Listing:
 
 
 def _numbered(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """By numbers: names that orbax would take for paths might come to be the same."""
+    """Name the arrays by numbers: orbax would take names for paths, which might collide."""
     return {str(number): arrays[name] for number, name in enumerate(sorted(arrays))}
 
 
@@ -116,8 +117,8 @@ def _files(directory: str) -> list[str]:
 
 
 def _checksum(file: str) -> tuple[int, int]:
-    """The size and the CRC-32 of a file."""
-    if not stat.S_ISREG(os.stat(file).st_mode):  # to open a pipe would take for ever
+    """Return the size and the CRC-32 of a file."""
+    if not stat.S_ISREG(os.stat(file).st_mode):  # Opening a pipe would block.
         raise OSError(f"{os.path.basename(file)!r} is not a regular file")
     size = crc = 0
     with open(file, "rb", buffering=0) as stream:
@@ -127,7 +128,7 @@ def _checksum(file: str) -> tuple[int, int]:
 
 
 def check(file: str, listing: Any) -> None:
-    """Raises CheckpointError where a file of the directory that belongs to the save ``file`` is not as it was."""
+    """Raise CheckpointError if a file in the directory of the checkpoint ``file`` has changed."""
     place = directory(file, listing)
     try:
         kinds(listing)
@@ -152,21 +153,21 @@ def check(file: str, listing: Any) -> None:
 
 
 def directory(file: str, listing: Listing) -> str:
-    """Return the directory of a save: beside it, under a name with its step, whatever else the listing may say."""
+    """Return the directory of a checkpoint: it is beside the file, and its name has the step, whatever is listed."""
     name = listing.get("directory") if isinstance(listing, dict) else None
     stem = os.path.basename(file).removesuffix(".gdopt")
     if not isinstance(name, str) or not name.startswith(stem) or not _TOKEN.fullmatch(name[len(stem) :]):
-        raise CheckpointError(f"{file!r} cannot be read: {name!r} is no directory of its.")
+        raise CheckpointError(f"{file!r} cannot be read: {name!r} is not its directory.")
     return os.path.join(os.path.dirname(file), name)
 
 
 def kinds(listing: Listing) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """The shapes and dtypes of the arrays, by name."""
+    """Return the shapes and dtypes of the arrays, by name."""
     return {name: (tuple(shape), jnp.dtype(dtype)) for name, (shape, dtype) in listing["arrays"].items()}
 
 
 def load(file: str, listing: Listing, places: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays of the save ``file`` that have places, there: on as many devices and processes as there are now.
+    """Load the arrays of the checkpoint ``file`` that have places, on the devices and processes that there are now.
 
     The caller has compared the shapes and dtypes, and the first process has checked the files.
     """
@@ -179,11 +180,11 @@ def load(file: str, listing: Listing, places: Mapping[str, Any]) -> dict[str, ja
     try:
         with _handler() as handler:
             loaded = handler.restore(path_class(directory(file, listing)), args=args)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # orbax raises many kinds.
         raise CheckpointError(f"{file!r} cannot be read: {type(error).__name__}: {error}") from error
     return {name: loaded[number] for number, name in names.items()}
 
 
 def remove(directory: str) -> None:
-    """Removes a directory of orbax's, as far as the disk lets it."""
+    """Remove a directory of orbax's, as far as the disk permits."""
     shutil.rmtree(directory, ignore_errors=True)

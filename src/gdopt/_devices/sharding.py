@@ -1,4 +1,4 @@
-"""Params and data on many devices: placing them there, and keeping a run where they are."""
+"""Params and data on many devices: placing them there, and keeping a run on their devices."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from gdopt._compile import replays
 from gdopt._errors import InputError
 from gdopt._types import PyTree
 
-_LARGE = 2**14  # entries: below, a copy on each device costs less than bringing the parts together
+_LARGE = 2**14  # entries; a copy of a smaller array on each device costs less than gathering its parts
 
 
 def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | None = None) -> PyTree:
-    """Places params or data on the devices of a mesh, for `minimize` to work there.
+    """Place params or data on the devices of a mesh, for `minimize` to work there.
 
     Args:
-        tree: any pytree of arrays, JAX's or NumPy's. Leaves that are no arrays are left as they are.
+        tree: any pytree of arrays, JAX's or NumPy's. Other leaves are left as they are.
         mesh: the devices, such as ``jax.make_mesh((8,), ("data",))``.
         rows: for data: the axis of the mesh over which the leading axis of every array is split.
-        largest: for params: the axis of the mesh over which the largest axis of each large array is split, of those
-            that divide evenly. Arrays of fewer than 16,384 entries, and those that do not divide, are copied to each
-            device. The optimizer's state is split in the same way, so each device holds its share of it.
+        largest: for params: the axis of the mesh over which each large array is split, along its largest axis that is
+            divisible by the number of devices there. Arrays of fewer than 16,384 entries, and those without such an
+            axis, are copied to each device. The optimizer's state is split in the same way, so each device holds its
+            share of it.
 
     Returns:
-        The tree with its arrays on the mesh; with neither ``rows`` nor ``largest``, a copy on each device. Where there
-        are several processes, each of them passes the same arrays and keeps the part for its own devices;
-        ``jax.make_array_from_process_local_data`` is for data of which no process holds all.
+        The tree with its arrays on the mesh; with neither ``rows`` nor ``largest``, a copy on each device. If there are
+        several processes, each passes the same arrays and keeps the part for its own devices. If no process holds all
+        data, use ``jax.make_array_from_process_local_data`` instead.
 
     Raises:
-        InputError: for an axis that the mesh does not have, rows that do not divide over it (with the numbers that do),
-            and for both axes at once.
+        InputError: for an axis that the mesh does not have, for a number of rows that is not divisible by the number of
+            devices (with the numbers that are), and for both axes at once.
 
     Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", 2023 (splitting params with
     their state over the axis of the data).
@@ -54,13 +55,13 @@ def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | N
         'CONVERGED'
     """
     if not isinstance(mesh, Mesh):
-        raise InputError(f"mesh={mesh!r} is no mesh of devices: pass jax.make_mesh((jax.device_count(),), ('data',)).")
+        raise InputError(f"mesh={mesh!r} is not a mesh. Pass jax.make_mesh((jax.device_count(),), ('data',)).")
     if rows is not None and largest is not None:
-        raise InputError(f"rows={rows!r} and largest={largest!r} were given: rows is for data, largest for params.")
+        raise InputError(f"rows={rows!r} and largest={largest!r} were given. Pass rows for data, largest for params.")
     axis = rows if rows is not None else largest
     if axis is not None and axis not in mesh.axis_names:
         name = "rows" if rows is not None else "largest"
-        raise InputError(f"{name}={axis!r} is no axis of the mesh: it has {', '.join(map(repr, mesh.axis_names))}.")
+        raise InputError(f"{name}={axis!r} is no axis of the mesh. It has {', '.join(map(repr, mesh.axis_names))}.")
     mesh = _auto(mesh)
 
     def placed(path: tuple, leaf: Any) -> Any:
@@ -80,18 +81,18 @@ def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | N
 
 def _check_rows(name: str, shape: tuple[int, ...], parts: int, axis: str) -> None:
     if not shape:
-        raise InputError(f"{name} is a scalar and has no rows: leave it out, and pass it in args=.")
+        raise InputError(f"{name} is a scalar and has no rows. Leave it out, and pass it in args=.")
     if shape[0] % parts:
         fewer = shape[0] // parts * parts
         sizes = f"{fewer} or {fewer + parts}" if fewer else f"{parts}"
         raise InputError(
-            f"{name} has {shape[0]} rows, which do not divide over the {parts} devices of axis {axis!r}: give {sizes}, "
-            f"or another multiple of {parts}."
+            f"{name} has {shape[0]} rows, which is not divisible by the {parts} devices of axis {axis!r}. Pass {sizes} "
+            f"rows, or another multiple of {parts}."
         )
 
 
 def put_on(leaf: Any, sharding: Sharding) -> jax.Array:
-    """The array there; of an array that each process holds, each its part, without comparing them."""
+    """Place an array. If each process holds all of it, each places its part, without comparing them."""
     if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -103,28 +104,28 @@ def put_on(leaf: Any, sharding: Sharding) -> jax.Array:
 
 
 def _auto(mesh: Mesh) -> Mesh:
-    """The mesh with axes over which XLA splits by itself; of others every operation of a loss had to be told how."""
+    """Return the mesh with Auto axes, over which XLA splits by itself; Explicit ones restrict the loss's operations."""
     if all(kind is AxisType.Auto for kind in mesh.axis_types):
         return mesh
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def explicit_mesh(*trees: PyTree) -> Mesh | None:
-    """The mesh with Explicit axes that some arrays are on."""
+    """Return the mesh with Explicit axes that some arrays are on."""
     meshes = [mesh for leaf in jax.tree.leaves(trees) if (mesh := _mesh(leaf)) is not None]
     return next((mesh for mesh in meshes if _auto(mesh) is not mesh), None)
 
 
 def mapped_mesh(function: Callable, *args: PyTree) -> Mesh | None:
-    """The mesh with Explicit axes that a function maps over by `shard_map`."""
+    """Return the mesh with Explicit axes that a function maps over by `shard_map`."""
     meshes = [eqn.params.get("mesh") for eqn in _jax.calls(replays.trace(function, *args)[0], "shard_map")]
     return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and _auto(mesh) is not mesh), None)
 
 
 def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
-    """The function called with its arrays as Explicit ones, split over the mesh as those ``given`` are.
+    """Wrap a function so that its arrays are on Explicit axes, split over the mesh as those ``given`` are.
 
-    The loop around it works on Auto ones. The structure of what is passed must be that of what is given.
+    The loop around it works on Auto axes. The arguments must have the structure of ``given``.
     """
 
     def spec(leaf: Any) -> PartitionSpec:
@@ -134,7 +135,7 @@ def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
     def call(*args: Any) -> Any:
         leaves, treedef = jax.tree.flatten(args)
         wanted = tuple(map(spec, jax.tree.leaves(given)))
-        wanted += (PartitionSpec(),) * (len(leaves) - len(wanted))  # a key that is drawn, not given
+        wanted += (PartitionSpec(),) * (len(leaves) - len(wanted))  # A key is drawn, not given.
         with jax.sharding.use_abstract_mesh(_auto(mesh).abstract_mesh):
             inside = jax.sharding.explicit_axes(
                 lambda *leaves: function(*treedef.unflatten(leaves)), axes=mesh.axis_names, in_sharding=wanted
@@ -145,17 +146,17 @@ def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
 
 
 class Layout(NamedTuple):
-    """The placement of a run's arrays, as a part of what its program is known by."""
+    """The placement of a run's arrays, a part of the identity of its program."""
 
     mesh: Mesh
     params: tuple[tuple[tuple, tuple[int, ...], NamedSharding], ...]  # paths, shapes and places
     data: tuple[NamedSharding, ...]
 
     def like_params(self, tree: PyTree) -> PyTree:
-        """A tree with everything in it that looks like one of the params in the same place as that.
+        """Place every array of a tree that looks like one of the params in the same way as that one.
 
-        An optimizer keeps for each of the params some arrays like it, at the end of a path that ends alike. Made anew
-        within a program they would be on each device as a whole.
+        For each of the params an optimizer keeps arrays of the same shape, whose paths end alike. Without this, arrays
+        that a program makes would be on each device as a whole.
         """
 
         def constrained(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -167,26 +168,26 @@ class Layout(NamedTuple):
         return jax.tree_util.tree_map_with_path(constrained, tree)
 
     def packed(self, packed: _trees.Packed) -> _trees.Packed:
-        """Packed params in the places of the params."""
+        """Place packed params on the devices of the params."""
         places = [sharding for _, _, sharding in self.params]
         pairs = zip(packed.others, places, strict=True)
         others = [leaf if leaf is None else lax.with_sharding_constraint(leaf, place) for leaf, place in pairs]
         return _trees.Packed(self.everywhere(packed.vectors), others, packed.treedef, packed.places)
 
     def batch(self, batch: PyTree) -> PyTree:
-        """A batch of the data, with its rows over the same devices."""
+        """Place a batch with its rows over the same devices as the data."""
         return lax.with_sharding_constraint(batch, jax.tree.structure(batch).unflatten(self.data))
 
     def everywhere(self, tree: PyTree) -> PyTree:
-        """A copy on each device, which the host of each process can read."""
+        """Copy a tree to each device, so that the host of each process can read it."""
         return lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
 
 def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[str, PyTree], Layout | None]:
-    """All of these on the mesh that some of them are on, copied to each device where they are on none.
+    """Place all trees on the mesh that some arrays are on; arrays on no mesh are copied to each device.
 
-    Those of the names ``kept`` stay on Explicit axes, if they are. Raises InputError where they are on two meshes; the
-    names are for its message, too.
+    The trees named in ``kept`` stay on Explicit axes, if they are. Raise InputError, with the names, if the arrays are
+    on two meshes.
     """
     if not any(map(_mesh, jax.tree.leaves(trees))):
         return trees, None
@@ -196,8 +197,8 @@ def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[st
     for name, other in others:
         if list(other.devices.flat) != list(mesh.devices.flat):
             raise InputError(
-                f"{first} is on {_described(mesh)}, and {name} on {_described(other)}: place both on one mesh, "
-                "with gdopt.shard, say."
+                f"{first} is on {_described(mesh)}, and {name} on {_described(other)}. Place both on one mesh (for "
+                "example with gdopt.shard)."
             )
     auto_mesh = _auto(mesh)
 
@@ -218,7 +219,7 @@ def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[st
 
 
 def _mesh(leaf: Any) -> Mesh | None:
-    """The mesh that an array is on; an Auto one of a single device is none."""
+    """Return the mesh that an array is on; None for an Auto mesh of a single device."""
     if not isinstance(leaf, jax.Array) or _jax.is_tracer(leaf):
         return None
     sharding = leaf.sharding
@@ -227,7 +228,7 @@ def _mesh(leaf: Any) -> Mesh | None:
 
 
 def check_batch_size(data: PyTree, batch_size: int) -> None:
-    """Raises InputError where a batch does not divide over the devices that the rows of the data are split over."""
+    """Raise InputError if a batch is not divisible by the number of devices that the data is split over."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
@@ -237,8 +238,8 @@ def check_batch_size(data: PyTree, batch_size: int) -> None:
         if batch_size % parts:
             fewer = batch_size // parts * parts
             raise InputError(
-                f"batch_size={batch_size} does not divide over the {parts} devices that "
-                f"{_trees.path_name(path, 'data')} is split over: give {f'{fewer} or ' if fewer else ''}"
+                f"batch_size={batch_size} is not divisible by the {parts} devices that "
+                f"{_trees.path_name(path, 'data')} is split over. Pass {f'{fewer} or ' if fewer else ''}"
                 f"{fewer + parts}, or another multiple of {parts}."
             )
 

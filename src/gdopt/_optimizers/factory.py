@@ -15,20 +15,20 @@ from gdopt._errors import InputError
 
 
 def check_optimizer(optimizer: Any, *, searched: bool) -> None:
-    """Raise InputError for what is neither a transformation nor a factory.
+    """Raise InputError if it is neither a transformation nor a factory.
 
-    A rate is ``searched`` for with "auto" and in a range test. That makes sense only if the factory needs one.
+    A rate is ``searched`` with "auto" and in a range test. That makes sense only if the factory needs one.
     """
     if optimizer is None or is_transformation(optimizer):
         return
     if not callable(optimizer) or isinstance(optimizer, type):
         raise InputError(
-            f"optimizer={optimizer!r} is unknown: pass an optax transformation such as optax.adam(1e-3), or a factory "
-            "learning_rate -> transformation such as optax.adam or gdopt.gd."
+            f"optimizer={optimizer!r} is unknown. Pass an optax transformation (for example optax.adam(1e-3)), or a "
+            "factory learning_rate -> transformation (for example optax.adam or gdopt.gd)."
         )
     try:
         known = _known.setdefault(optimizer, {})
-    except TypeError:  # it is not hashable, or takes no weak reference
+    except TypeError:  # It is not hashable, or takes no weak reference.
         known = {}
     if searched not in known:
         known[searched] = _no_factory(optimizer, searched)
@@ -36,19 +36,19 @@ def check_optimizer(optimizer: Any, *, searched: bool) -> None:
         raise InputError(f"optimizer={_name(optimizer)} {why}")
 
 
-# What `_no_factory` says of a function, with and without a search: a signature takes as long as two checks of a call.
+# Answers of `_no_factory`, with and without a search: reading a signature takes as long as two checks of a call.
 _known: weakref.WeakKeyDictionary[Any, dict[bool, str]] = weakref.WeakKeyDictionary()
 
 
 def _no_factory(function: Any, searched: bool) -> str:
-    """Say why a function does not make an optimizer of a learning rate, with the cure; "" if it may.
+    """Say why a function does not make an optimizer of a learning rate, with the fix; "" if it may.
 
-    Functions of optax's and gdopt's call the rate ``learning_rate``, or a name that ends like that, and put it first.
-    If it has a default, the optimizer needs none: it chooses its own steps. Other functions may use any name.
+    Functions of optax and gdopt call the rate ``learning_rate``, or a name that ends in it, and put it first. If it has
+    a default, the optimizer needs no rate: it chooses its own steps. Other functions may use any name.
     """
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions that are written in C have none
+    except (TypeError, ValueError):  # Some functions that are written in C have no signature.
         return ""
     name, needed = _name(function), [p.name for p in signature.parameters.values() if p.default is p.empty]
     called = "." if name.startswith("<") else f": optimizer={name}({'...' if needed else ''})."
@@ -59,7 +59,7 @@ def _no_factory(function: Any, searched: bool) -> str:
             return f"takes no learning rate, as optax.adam does. Pass the optimizer that it returns{called}"
         if first.default is not first.empty and searched:
             return (
-                f"needs no learning rate: call it, optimizer={name}(). To search for a rate all the same, pass "
+                f"needs no learning rate. Pass optimizer={name}(). To search for a rate all the same, pass "
                 f"optimizer=lambda rate: {name}(rate)."
             )
     try:
@@ -69,20 +69,20 @@ def _no_factory(function: Any, searched: bool) -> str:
             return f"takes no learning rate. Pass the optimizer that it returns{called}"
         others = ", ".join(f"{other}=..." for other in needed[1:])
         if not others:
-            return "takes no learning rate as its first argument: pass a function that does."
+            return "takes no learning rate as its first argument. Pass a function that does."
         return f"needs more than a learning rate. Pass functools.partial of it, with {others}."
     return ""
 
 
 def _is_optaxs(function: Any) -> bool:
-    """Tell whether a function, or what a partial calls, is one of optax's or gdopt's."""
+    """Tell whether a function, or the function of a partial, is one of optax's or gdopt's."""
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__module__", None)).split(".")[0] in ("optax", "gdopt")
 
 
 def _name(function: Any) -> str:
-    """The function as one writes it, if it is public in optax or gdopt; otherwise its repr."""
+    """Return the public name of a function of optax or gdopt; for others the repr."""
     if isinstance(function, functools.partial):
         return f"functools.partial({_name(function.func)}, ...)"
     for place in ("optax", "optax.contrib", "gdopt"):
@@ -93,14 +93,14 @@ def _name(function: Any) -> str:
 
 
 def is_transformation(optimizer: Any) -> bool:
-    """Tell whether it is ready: optax's protocol is a pair of functions (MultiSteps has it without being a tuple)."""
-    if isinstance(optimizer, type):  # the class itself, MultiSteps say
+    """Tell whether it has optax's protocol, ``init`` and ``update`` (MultiSteps has it without being a tuple)."""
+    if isinstance(optimizer, type):  # The class itself (for example MultiSteps) is no transformation.
         return False
     return callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
 
 
 def identity_of(function: Any) -> Hashable | None:
-    """The identity of a function that nobody changes, or of a partial that gives numbers to one; None for others."""
+    """Return the identity of a function that nobody changes, or of its partial with numbers; None for others."""
     if type(function) is not functools.partial:
         return function if _is_fixed(function) else None
     numbers = (*function.args, *function.keywords.values())

@@ -1,4 +1,4 @@
-"""An optimizer and its rate as the loop uses them: checked to fit together, and asked in one way whatever they are."""
+"""An optimizer and its rate as the loop uses them: checked to fit together, with one interface for all kinds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gdopt._types import Optimizer, PyTree, Schedule
 
 
 class Rates(enum.Enum):
-    """Who decided the rates of a run, which says what to try next."""
+    """The party that decided the rates of a run, which determines what a message suggests to try next."""
 
     PLAIN = "given, and each step was x - lr * g"
     GIVEN = "given to another optimizer"
@@ -39,11 +39,11 @@ class Method(NamedTuple):
 
     optimizer: Any
     rate: Rate = None
-    chosen: int | None = None  # the pairs of the `quasi_newton` that the caller left to be chosen
+    chosen: int | None = None  # the number of pairs, if gdopt chose `quasi_newton`
 
     @property
     def owns_rate(self) -> bool:
-        """Tell whether the optimizer is ready and has its own rate: see `rate_used`."""
+        """Whether the optimizer is a transformation with its own rate: see `rate_used`."""
         return self.rate is None
 
     def rates(self, state: PyTree) -> Rates:
@@ -59,19 +59,19 @@ class Method(NamedTuple):
         return owned_rate(state) if self.owns_rate else rate
 
     def with_rate(self, rate: Any) -> Any:
-        """The transformation for a rate, built inside the trace, so that no rate is ever compiled in."""
+        """Build the transformation for a rate inside the trace, so that no rate is ever compiled in."""
         if self.owns_rate:
             return self.optimizer
         built = self.optimizer(rate)
         if not is_transformation(built):
             raise InputError(
-                f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate: a factory such "
-                "as optax.adam returns an optax transformation."
+                f"optimizer={self.optimizer!r} returned a {type(built).__name__} for a learning rate. Pass a factory "
+                "that returns an optax transformation (for example optax.adam)."
             )
         return built
 
     def init(self, rate: Any, params: PyTree) -> PyTree:
-        """The optimizer's state before the first update."""
+        """Return the optimizer's state before the first update."""
         with self._told():
             return self.with_rate(rate).init(params)
 
@@ -84,31 +84,31 @@ class Method(NamedTuple):
             out = apply(self.with_rate(rate), updates, state, params, **extras)
         if not (isinstance(out, tuple | list) and len(out) == 2):
             raise InputError(
-                f"optimizer={self.optimizer!r} has an update that returned a {type(out).__name__}: return (updates, "
+                f"optimizer={self.optimizer!r} has an update that returned a {type(out).__name__}. Return (updates, "
                 "state)."
             )
         for what, new, old in (("updates", out[0], params), ("a state", out[1], state)):
             if not _fits(new, old):
                 raise InputError(
-                    f"optimizer={self.optimizer!r} returned {what} of another structure or other shapes than it was "
-                    f"given: {_trees.summary(new)} in place of {_trees.summary(old)}."
+                    f"optimizer={self.optimizer!r} returned {what} with another structure or other shapes than it "
+                    f"received: {_trees.summary(new)} instead of {_trees.summary(old)}. Return the same structure."
                 )
         return tuple(out)
 
     @contextlib.contextmanager
     def _told(self) -> Generator[None]:
-        """Errors of the optimizer, with its name: many functions that take one argument look like a factory."""
+        """Name the optimizer in its errors: many functions that take one argument look like a factory."""
         try:
             yield
         except (AttributeError, TypeError) as error:
             raise InputError(
-                f"optimizer={self.optimizer!r} does not work as one: pass an optax transformation such as "
-                "optax.adam(1e-3), or a factory learning_rate -> transformation such as optax.adam; and see what it "
-                f"takes as params. ({type(error).__name__}: {error})"
+                f"optimizer={self.optimizer!r} does not work as an optimizer. Pass an optax transformation (for "
+                "example optax.adam(1e-3)) or a factory learning_rate -> transformation (for example optax.adam), and "
+                f"check which params it takes. ({type(error).__name__}: {error})"
             ) from error
         except Exception as error:
             if not isinstance(error, InputError):
-                error.add_note(f"gdopt: raised by optimizer={self.optimizer!r}, as it was traced.")
+                error.add_note(f"gdopt: raised by optimizer={self.optimizer!r} during tracing.")
             raise
 
     @property
@@ -121,10 +121,10 @@ class Method(NamedTuple):
         schedule = self.schedule
         try:
             rate = schedule(step)
-        except TypeError as error:  # JAX's complaints of Python's `if` on traced values are type errors, too
+        except TypeError as error:  # JAX also raises type errors for Python's `if` on traced values.
             hint = _error_notes.hint(error)
             raise InputError(
-                f"learning_rate={schedule!r} does not work as a schedule: it is called with the step, a traced "
+                f"learning_rate={schedule!r} does not work as a schedule, which is called with the step, a traced "
                 f"integer{hint and ': '}{hint}. ({error})"
             ) from error
         except Exception as error:
@@ -132,29 +132,29 @@ class Method(NamedTuple):
             raise
         if not _trees.is_array(rate) or jnp.ndim(rate) != 0:
             what = f"shape {jnp.shape(rate)}" if _trees.is_array(rate) else f"a {type(rate).__name__}"
-            other = " An optimizer is given as optimizer=." if is_transformation(rate) else ""
-            raise InputError(f"the schedule gave {what} for a step: return one number.{other}")
+            other = " Pass an optimizer as optimizer=." if is_transformation(rate) else ""
+            raise InputError(f"the schedule returned {what} for a step. Return one number.{other}")
         dtype = jnp.result_type(rate)
         if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-            raise InputError(f"the schedule gave dtype {dtype} for a step: return one real number.")
+            raise InputError(f"the schedule returned dtype {dtype} for a step. Return one real number.")
         return rate
 
     @property
     def name(self) -> str:
-        """The name for messages of an optimizer that gdopt chose; "" for others."""
+        """The name of an optimizer that gdopt chose, for messages; "" for others."""
         if self.chosen is None:
             return ""
-        fewer = "" if self.chosen == PAIRS else f"(memory={self.chosen}), as more pairs would take too much memory"
+        fewer = "" if self.chosen == PAIRS else f"(memory={self.chosen}), because more pairs would take too much memory"
         return f"gdopt.quasi_newton{fewer}"
 
     @property
     def may_project(self) -> bool:
-        """Tell whether the optimizer may hold params at a bound: one that is put together, or not known, may."""
+        """Whether the optimizer may hold params at a bound, as a composed or an unknown one may."""
         return identity_of(self.optimizer) is None and self.identity is None
 
     @property
     def identity(self) -> Hashable | None:
-        """Equal only for optimizers that make the same updates; None where that shows in their trace alone."""
+        """An identity, equal only for optimizers that make the same updates; None if only their traces show that."""
         if not self.owns_rate:
             return identity_of(self.optimizer)
         both = identity_of(self.optimizer.init), identity_of(self.optimizer.update)
@@ -162,7 +162,7 @@ class Method(NamedTuple):
 
 
 def _fits(new: PyTree, old: PyTree) -> bool:
-    """Tell whether the structures are one, and the shapes come to be the old ones by broadcasting."""
+    """Tell whether the structures are equal, and the new shapes broadcast to the old ones."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         return False
     pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
@@ -173,15 +173,15 @@ def _fits(new: PyTree, old: PyTree) -> bool:
 
 
 def make_method(optimizer: Optimizer | None, learning_rate: Any, params: PyTree = None) -> Method:
-    """Check that one party decides the rate, the optimizer or the caller.
+    """Check that either the optimizer or the caller decides the rate.
 
-    "auto" makes it `spectral`, and without an optimizer `quasi_newton`, with as many pairs as there is memory for.
+    "auto" stands for `spectral`, and without an optimizer for `quasi_newton` with as many pairs as there is memory for.
     """
     if is_transformation(optimizer):
         if not is_auto(learning_rate):
             raise InputError(
-                f"learning_rate={learning_rate!r} was given with an optimizer that is ready and owns its rate: leave "
-                "learning_rate out, or pass the factory itself, such as optax.adam in place of optax.adam(1e-3)."
+                f"learning_rate={learning_rate!r} was given with an optimizer that owns its rate. Leave learning_rate "
+                "out, or pass the factory itself (for example optax.adam instead of optax.adam(1e-3))."
             )
         return Method(optimizer)
     if is_auto(learning_rate):
@@ -190,11 +190,11 @@ def make_method(optimizer: Optimizer | None, learning_rate: Any, params: PyTree 
         memory = affordable_memory(params)
         return Method(quasi_newton(memory), chosen=memory)
     if learning_rate is None:
-        raise InputError("learning_rate=None: leave it out to have it chosen, or pass a number or a schedule.")
+        raise InputError('learning_rate=None is no rate. Pass a number or a schedule, or leave it out for "auto".')
     checked = check_learning_rate(learning_rate)
     return Method(optimizer, checked)
 
 
 def is_auto(learning_rate: Any) -> bool:
-    """Tell whether the rate is to be chosen."""
+    """Tell whether gdopt is to choose the rate."""
     return isinstance(learning_rate, str) and learning_rate == "auto"

@@ -1,4 +1,4 @@
-"""An optimizer's update and state, asked in one way whatever the optimizer is."""
+"""An optimizer's update and state, with one interface for all optimizers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gdopt._types import PyTree
 def apply(
     transformation: Any, updates: PyTree, state: PyTree, params: PyTree, /, **extras: Any
 ) -> tuple[PyTree, PyTree]:
-    """``update`` with those of the extra arguments that it takes: some optimizers need them and others reject them.
+    """Call ``update`` with those extra arguments that it takes: some optimizers need them and others reject them.
 
-    What it takes cannot be read off: wrappers declare that they take everything, and hand it on to what does not.
+    Its signature does not say what it takes: wrappers accept everything, and pass it on to others that do not.
     """
     while True:
         try:
@@ -35,9 +35,9 @@ def apply(
 
 
 def extra_arguments(loss: Callable[[PyTree], jax.Array], value: jax.Array, grad: PyTree) -> dict[str, Any]:
-    """All that the update of an optimizer may ask for, under each of the names that optax has for it."""
+    """Return all that the update of an optimizer may ask for, under each of the names that optax has for it."""
 
-    # optax's line searches refuse extra arguments that nobody takes: these names are for other optimizers.
+    # optax's line searches reject unknown extra arguments. These two names are for other optimizers.
     def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
         return loss(params)
 
@@ -52,7 +52,7 @@ def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
     for averaged in _parts(state, ScheduleFreeState):
 
         def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:
-            if isinstance(z, optax.MaskedNode):  # left to another optimizer
+            if isinstance(z, optax.MaskedNode):  # This leaf is left to another optimizer.
                 return y
             return schedule_free_eval_params(averaged._replace(z=z), y).astype(y.dtype)
 
@@ -61,14 +61,14 @@ def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
 
 
 def owned_rate(state: PyTree) -> jax.Array:
-    """The rate of the last update of an optimizer that owns it, by optax's name for it; NaN where it does not tell."""
+    """Return the rate that the state reports of the last update, by optax's name for it; NaN if it reports none."""
     found = [leaf for _, leaf in optax.tree.get_all_with_path(state, "learning_rate") if _trees.is_array(leaf)]
     rates = [rate for rate in found if jnp.ndim(rate) == 0]
     return rates[0] if len(rates) == 1 else jnp.asarray(jnp.nan)
 
 
 def inject(state: PyTree, rate: jax.Array) -> PyTree:
-    """The state with this rate in it, where ``optax.inject_hyperparams`` keeps one: it would go on with its first."""
+    """Put this rate into a state of ``optax.inject_hyperparams``, which would otherwise keep using its first rate."""
     kept = [part for part in _parts(state, optax.InjectStatefulHyperparamsState) if "learning_rate" in part.hyperparams]
     if len(kept) != 1:
         return state
@@ -83,23 +83,23 @@ def inject(state: PyTree, rate: jax.Array) -> PyTree:
 
 
 def search(state: PyTree) -> Trials | None:
-    """The trials of an optimizer that takes bad points back, wherever they stand in its state; None for all others."""
+    """Return the trials in the state of an optimizer that takes bad points back; None for other optimizers."""
     return next(iter(_parts(state, Trials)), None)
 
 
 def restarted(state: PyTree) -> PyTree:
-    """The state of an optimizer that takes bad points back, in which the next one is where its search starts."""
+    """Restart an optimizer that takes bad points back: its search starts at the next point."""
     fresh = lambda node: node._replace(rejected=node.rejected * 0, accepted=node.accepted * 0)
     is_trials = lambda node: isinstance(node, Trials)
     return jax.tree.map(lambda node: fresh(node) if is_trials(node) else node, state, is_leaf=is_trials)
 
 
 def learns_scales(state: PyTree) -> bool:
-    """Tell whether an optimizer of ours learns a scale for each entry of the params."""
+    """Tell whether the optimizer learns a scale for each entry of the params, as `quasi_newton` does."""
     return bool(_parts(state, QuasiNewtonState))
 
 
 def _parts(state: PyTree, kind: type) -> list[Any]:
-    """The states of this kind within an optimizer's."""
+    """Return the states of this kind within an optimizer's state."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]

@@ -20,20 +20,20 @@ from gdopt._settings import own_promotion
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 
-PAIRS = 5  # by default
+PAIRS = 5  # the default number of pairs
 _AVERAGE = 0.5  # Zhang and Hager's eta
-_TELLS = 1e-8  # of |s| |y|: the least curvature that is learned from a trial that was rejected
-_LEAST = 1e-12  # of the largest entry of the diagonal
-_FARTHER = 4  # times the last step, where the loss is not convex along it
-_NEARER = 0.9  # times a rejected step
+_TELLS = 1e-8  # the least curvature that is learned from a rejected trial, over |s| |y|
+_LEAST = 1e-12  # the least entry of the diagonal, over the largest
+_FARTHER = 4  # the longest step after one along which the loss is not convex, over the length of that
+_NEARER = 0.9  # the longest step after a rejected one, over the length of that
 
 
 class Pairs(NamedTuple):
     """The last steps and the changes of the gradient along them, each in units of its largest entry."""
 
-    steps: Packed  # with a leading axis, in turn the newest
+    steps: Packed  # with a leading axis, whose rows are replaced in turn
     changes: Packed
-    products: jax.Array  # (memory, memory) of the steps with the changes
+    products: jax.Array  # (memory, memory) the inner products of the steps with the changes
     ratios: jax.Array  # (memory,) the unit of each change over that of its step
 
 
@@ -44,41 +44,42 @@ class QuasiNewtonState(NamedTuple):
     diagonal: Packed  # of the Hessian, over its largest entry
     largest: jax.Array  # that entry
     pairs: Pairs | None  # None without memory
-    learned: jax.Array  # pairs since the last were forgotten
+    learned: jax.Array  # the number of pairs learned since the last ones were forgotten
 
     name, next = "quasi_newton", lambda *given: _next(*given)
     params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
 
 
 def quasi_newton(memory: int = PAIRS) -> optax.GradientTransformationExtraArgs:
-    """Limited-memory BFGS around a diagonal that it learns, for a loss that is the same function each time.
+    """Return limited-memory BFGS around a diagonal that it learns. Use it for deterministic losses.
 
-    Each update takes one value and one gradient; nothing is evaluated inside, and nothing has to be tuned. A diagonal
+    Each update takes one value and one gradient. It evaluates nothing inside, and nothing has to be tuned. A diagonal
     approximation of the Hessian follows the scales of the params, which may differ by many orders of magnitude. The
     last ``memory`` steps, with the changes of the gradient along them, correct it. The loss may rise on the way: a
     trial point is accepted if its loss is sufficiently below a running average of the accepted ones. Otherwise the next
-    update leads back to the last accepted point and from there on a smaller or a better step. Where the loss is not
+    update leads back to the last accepted point, and from there makes a smaller or a better step. If the loss is not
     convex along a step, the next one goes up to four times as far. `minimize` uses this by default.
 
     Args:
         memory: the number of pairs (default 5, which solved most of 219 problems among 1 to 10). The state takes
-            2 * memory + 3 times the memory of the params. With 0 it takes three times, and steps are those of a
-            conjugate gradient method in the diagonal's metric, which needs about a fifth more evaluations.
+            2 * memory + 3 times the memory of the params. With 0 it takes three times that memory. Its steps are then
+            those of a conjugate gradient method in the diagonal's metric, which needs about a fifth more evaluations.
 
     Returns:
-        An optax transformation whose ``update`` needs ``params`` and ``value=``, the loss there, with the gradient of
-        the same point. Works for any pytree of float and complex leaves, in their own dtypes, under ``jit`` and
-        ``vmap``; inner products are real, and a complex entry has one real curvature. The state has ``params``,
+        An optax transformation. Its ``update`` needs ``params``, the loss there as ``value=``, and the gradient of the
+        same point. It works for any pytree of float and complex leaves, in their own dtypes, under ``jit`` and
+        ``vmap``. Inner products are real, and a complex entry has one real curvature. The state has ``params``,
         ``grad`` and ``value`` of the last accepted point, and ``rejected``, the number of trials in a row that were
         taken back. After 60 of them, or when a step changes no entry any more, the update leads back to the accepted
         point, and the search starts anew there.
 
         The trial points are no result: their loss may be higher, infinite or NaN. Keep ``state.params``, or the best
-        point seen. For complex leaves conjugate the gradient that JAX gives, as for all of optax. Not for mini-batches,
-        where a change of the batch would be taken for a change of the gradient.
+        point seen. Conjugate the gradient that JAX gives for complex leaves, as for all of optax. Not for mini-batches:
+        a change of the batch would be taken for a change of the gradient.
 
     Raises:
-        InputError: for a memory that is negative or no whole number; from ``update``, when it is called without params.
+        InputError: for a memory that is negative or not a whole number; from ``update``, if it is called without
+            params.
 
     Source: Nocedal, "Updating quasi-Newton matrices with limited storage", 1980 (the pairs); Gilbert & Lemaréchal,
     "Some numerical experiments with variable-storage quasi-Newton algorithms", 1989 (the diagonal); Zhang & Hager, "A
@@ -101,7 +102,7 @@ def quasi_newton(memory: int = PAIRS) -> optax.GradientTransformationExtraArgs:
 
 
 def affordable_memory(params: PyTree) -> int:
-    """The number of pairs, up to the default, whose state takes at most half of the memory of a device."""
+    """Return the number of pairs, up to the default, whose state takes at most half of the memory of a device."""
     size = 0
     for leaf in jax.tree.leaves(params):
         shape = leaf.shape if _jax.is_tracer(leaf) else leaf.sharding.shard_shape(leaf.shape)
@@ -109,7 +110,7 @@ def affordable_memory(params: PyTree) -> int:
     try:
         total = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # neither the device nor the system tells
+    except (AttributeError, ValueError, OSError):  # Neither the device nor the system reports its memory.
         return PAIRS
     return max((memory for memory in range(PAIRS + 1) if (2 * memory + 3) * size <= total / 2), default=0)
 
@@ -131,7 +132,7 @@ def _init(memory: int, params: PyTree) -> QuasiNewtonState:
 
 
 def _wide(leaf: jax.Array) -> Any:
-    """The real dtype of an entry's curvature: its range is beyond that of 16 bits."""
+    """Return the real dtype for the curvature of an entry, which may be out of the range of 16 bits."""
     return jnp.finfo(jnp.promote_types(leaf.dtype, jnp.float32)).dtype
 
 
@@ -169,7 +170,7 @@ def _next(
 
 
 def _pair(verdict: trials.Verdict, here: Packed) -> _Pair:
-    """Return the pair of the last trial, and whether it tells a curvature."""
+    """Return the pair of the last trial, and whether it reveals a curvature."""
     step, change = verdict.step, verdict.change
     ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
     tiny = float(jnp.finfo(_trees.norm_dtype(here)).eps) ** 2
@@ -178,7 +179,7 @@ def _pair(verdict: trials.Verdict, here: Packed) -> _Pair:
 
 
 def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Array) -> QuasiNewtonState:
-    """Return the state whose Hessian has one curvature alone."""
+    """Return the state whose Hessian has a single curvature."""
     learned = jnp.where(pair.curved, pair.change[1] / pair.step[1] * pair.yy / pair.sy, state.largest)
     return state._replace(
         diagonal=jax.tree.map(jnp.ones_like, state.diagonal),
@@ -190,9 +191,9 @@ def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Ar
 def _descent(
     new: QuasiNewtonState, plain: QuasiNewtonState, first: jax.Array, point: Trials, pair: _Pair
 ) -> tuple[QuasiNewtonState, Packed, jax.Array, jax.Array]:
-    """Return the direction in units of the size that comes with it, and what is left to gain along it.
+    """Return the new state, the direction, its unit, and the gain that is left along it.
 
-    If it does not lead down, what was learned is forgotten.
+    If the direction does not lead down, the state forgets what it learned.
     """
     new = _forget(first, plain, new)
     wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
@@ -217,7 +218,7 @@ def _lengths(
     way: Packed,
     size: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return how far to go along the direction, or else which part of a rejected step to make again."""
+    """Return how far to go along the direction, or which share of a rejected step to make again."""
     length, before = size * jnp.sqrt(_trees.vdot(way, way)), pair.step[1] * jnp.sqrt(pair.ss)
     ahead = jnp.where(pair.curved | verdict.first, 1, jnp.maximum(1, _FARTHER * before / length))
     back = jnp.minimum(1, _NEARER * before / length)
@@ -231,7 +232,7 @@ def _lengths(
 
 
 def _forget(condition: jax.Array, plain: QuasiNewtonState, state: QuasiNewtonState) -> QuasiNewtonState:
-    """Return the state without what it learned, where it is of no use."""
+    """Return the state without what it learned if the condition holds."""
     names = ("diagonal", "largest", "learned")
     return state._replace(
         **{name: _trees.select(condition, getattr(plain, name), getattr(state, name)) for name in names}
@@ -239,7 +240,7 @@ def _forget(condition: jax.Array, plain: QuasiNewtonState, state: QuasiNewtonSta
 
 
 def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
-    """Return the state with the diagonal that a pair leads to (Gilbert & Lemaréchal, 1989, eq. 4.7).
+    """Update the diagonal by a pair (Gilbert & Lemaréchal, 1989, eq. 4.7).
 
     With B the diagonal and c = y'y/B / s'y, it is c B + y*y / s'y - c (B*s)^2 / s'Bs, in the unit of y over that of s.
     """
@@ -268,7 +269,7 @@ def _total(function: Any, *trees: PyTree) -> jax.Array:
 
 
 def _keep_pairs(new: QuasiNewtonState, old: QuasiNewtonState, learns: jax.Array, pair: _Pair) -> QuasiNewtonState:
-    """Return the state with the pair in place of the oldest, if it tells something."""
+    """Replace the oldest pair by the new one, if it reveals a curvature."""
     pairs, step, change = old.pairs, pair.step, pair.change
     diagonal, largest = _trees.select(learns, (new.diagonal, new.largest), (old.diagonal, old.largest))
     if pairs is not None:
@@ -289,7 +290,7 @@ def _keep_pairs(new: QuasiNewtonState, old: QuasiNewtonState, learns: jax.Array,
 
 
 def _with_rows(rows: PyTree, tree: PyTree) -> jax.Array:
-    """The real inner products of a tree with each row."""
+    """Return the real inner products of a tree with each row."""
     dtype = _trees.norm_dtype(tree)
 
     def leaf(rows: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -302,7 +303,7 @@ def _with_rows(rows: PyTree, tree: PyTree) -> jax.Array:
 
 
 def _combined(weights: jax.Array, rows: PyTree, like: PyTree) -> PyTree:
-    """The sum of the rows, each times its weight."""
+    """Return the sum of the rows, each times its weight."""
 
     def leaf(rows: jax.Array, like: jax.Array) -> jax.Array:
         return jnp.tensordot(weights.astype(like.dtype), rows.astype(like.dtype), 1, precision="highest")
@@ -323,7 +324,7 @@ def _direction(state: QuasiNewtonState, grad: PyTree, pair: _Pair) -> PyTree:
     products = jnp.where(both, pairs.products[newest][:, newest], jnp.eye(memory)).astype(dtype)
     unit = (state.largest / pairs.ratios[newest]).astype(dtype)
 
-    # Nocedal's two loops solve for the coefficients: what they leave of the vectors are four products with all rows.
+    # Nocedal's two loops solve for the coefficients. Only four products of vectors with all rows remain.
     right = jnp.where(known, _with_rows(pairs.steps, grad)[newest], 0)
     first = lax.linalg.triangular_solve(products, right[:, None], left_side=True, lower=True)[:, 0]
     rest = jax.tree.map(jnp.subtract, grad, _combined(jnp.zeros_like(first).at[newest].set(first), pairs.changes, grad))
@@ -336,7 +337,7 @@ def _direction(state: QuasiNewtonState, grad: PyTree, pair: _Pair) -> PyTree:
 
 
 def _conjugate(state: QuasiNewtonState, g: PyTree, pair: _Pair) -> PyTree:
-    """Return Dai and Kou's direction in the diagonal's metric, or that of steepest descent there if it is of no use."""
+    """Return Dai and Kou's direction in the diagonal's metric, or that of steepest descent if it does not lead down."""
     (s, step_size), (y, change_size), sy, curved = pair.step, pair.change, pair.sy, pair.curved
     over = lambda tree: jax.tree.map(jnp.divide, tree, state.diagonal)
     scaled, unit = over(g), (state.largest * step_size / change_size)

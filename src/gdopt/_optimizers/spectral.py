@@ -1,4 +1,4 @@
-"""gdopt's own optimizers, as optax transformations: gradient descent with a rate given, and with one chosen."""
+"""Gradient descent as optax transformations: with a given rate, and with one that it finds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from gdopt._types import PyTree, Scalar, Schedule
 
 
 def gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
-    """Vanilla gradient descent, ``x - learning_rate * g``, as an optax transformation.
+    """Return vanilla gradient descent, ``x - learning_rate * g``, as an optax transformation.
 
     Args:
-        learning_rate: a positive number, or a schedule ``step -> rate``, step 0 first. May be traced.
+        learning_rate: a positive number, or a schedule ``step -> rate``, step 0 first. It may be traced.
 
     Returns:
         A transformation whose updates equal those of ``optax.sgd(learning_rate)`` bit for bit. It keeps no state but
@@ -45,9 +45,9 @@ def gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
 
 
 def check_learning_rate(learning_rate: Any) -> Any:
-    """The rate as it plugs in: a schedule or a traced rate as it is, a number as Python's float.
+    """Return a schedule or a traced rate as it is, and a number as Python's float.
 
-    Python's float stays weakly typed in a trace: bfloat16 params keep their dtype then, and float64 ones their digits.
+    Python's float stays weakly typed in a trace, so bfloat16 params keep their dtype, and float64 ones their digits.
     """
     if callable(learning_rate):
         return learning_rate
@@ -59,11 +59,11 @@ def check_learning_rate(learning_rate: Any) -> Any:
         return learning_rate
     wanted = "a finite number above 0, such as 0.1, nor a schedule step -> rate"
     rate = number("learning_rate", learning_rate, lambda x: x > 0, wanted)
-    limits = jnp.finfo(jax.dtypes.canonicalize_dtype(float))  # beyond, it would be infinite or 0
+    limits = jnp.finfo(jax.dtypes.canonicalize_dtype(float))  # Beyond these, the rate would be infinite or 0.
     if not float(limits.tiny) <= rate <= float(limits.max):
         raise InputError(
-            f"learning_rate={learning_rate!r} is out of the range of {limits.dtype}, from {float(limits.tiny):.2g} to "
-            f"{float(limits.max):.2g}."
+            f"learning_rate={learning_rate!r} is out of the range of {limits.dtype}. Pass a number from "
+            f"{float(limits.tiny):.2g} to {float(limits.max):.2g}."
         )
     return rate
 
@@ -73,49 +73,50 @@ class SpectralState(NamedTuple):
 
     trials: Trials
     learning_rate: jax.Array  # of the last update
-    threshold: jax.Array  # the short rate is used where it is below this share of the long one
-    long: jax.Array  # both rates of the accepted step before; 0: it had none
-    short: jax.Array
+    threshold: jax.Array  # the short rate is used if it is below this share of the long one
+    long: jax.Array  # the long rate of the accepted step before; 0: it had none
+    short: jax.Array  # the short rate of that step
 
     name, next = "spectral", lambda *given: _next(*given)
     params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
 
 
-_MEMORY = 0.95  # Zhang and Hager's eta: 0 measures against the last loss, 1 against the mean of all
-_THRESHOLD, _ADAPT = 0.5, 1.02  # each use of one rate makes the other likelier by this factor
-_TURN = 4  # accepted steps: so many alternate between the rates, so many choose by the threshold
-_RESOLUTION = 8  # eps: by so much of itself a step moves the largest entry at least
-_UNCURVED = 10  # times the last rate, where the gradient did not change at all
+_MEMORY = 0.95  # Zhang and Hager's eta: 0 compares with the last loss, 1 with the mean of all
+_THRESHOLD, _ADAPT = 0.5, 1.02  # the first threshold, and the factor by which each use of one rate favours the other
+_TURN = 4  # the accepted steps that alternate between the rates, and then those that choose by the threshold
+_RESOLUTION = 8  # the least move of the largest entry, in eps of it
+_UNCURVED = 10  # the rate over the last one, if the gradient did not change at all
 
 
 def spectral() -> optax.GradientTransformationExtraArgs:
-    """Gradient descent that finds its rate at every step, for a loss that is the same function each time.
+    """Return gradient descent that finds its rate at every step. Use it for deterministic losses.
 
     Every step is ``x - learning_rate * g``. With the last step ``s`` and the change ``y`` of the gradient along it, the
-    rate is the long ``s.s / s.y`` or the short ``s.y / y.y`` of Barzilai and Borwein, or the still shorter one of Huang
-    et al., which would end at the minimum of a quadratic in two dimensions: in turn, four steps alternate between the
-    first two, and four choose by how far these lie apart. The loss may rise on the way: a trial point is accepted if
-    its loss is sufficiently below a running average of the accepted ones. Otherwise the next update leads back to the
-    last accepted point and from there a smaller step. So an update takes one value and one gradient, nothing is
-    evaluated inside, and nothing has to be tuned. `minimize` uses it for ``optimizer=gdopt.gd`` without a rate.
+    rate is one of three: the long ``s.s / s.y`` or the short ``s.y / y.y`` of Barzilai and Borwein, or the still
+    shorter one of Huang et al., which would end at the minimum of a quadratic in two dimensions. Four steps alternate
+    between the first two, then four choose by how far these lie apart. The loss may rise on the way: a trial point is
+    accepted if its loss is sufficiently below a running average of the accepted ones. Otherwise the next update leads
+    back to the last accepted point, and from there makes a smaller step. So an update takes one value and one gradient.
+    It evaluates nothing inside, and nothing has to be tuned. `minimize` uses this for ``optimizer=gdopt.gd`` without a
+    rate.
 
     Returns:
-        An optax transformation whose ``update`` needs ``params`` and ``value=``, the loss there, with the gradient of
-        the same point. Works for any pytree of float and complex leaves, in their own dtypes, under ``jit`` and
+        An optax transformation. Its ``update`` needs ``params``, the loss there as ``value=``, and the gradient of the
+        same point. It works for any pytree of float and complex leaves, in their own dtypes, under ``jit`` and
         ``vmap``. Its state takes twice the memory of the params: ``params``, ``grad`` and ``value`` of the last
         accepted point, ``learning_rate`` of the last update, and ``rejected``, the number of trials in a row that were
         taken back. After 60 of them, or when a step changes no entry any more, the update leads back to the accepted
         point, and the search starts anew there.
 
         The trial points are no result: their loss may be higher, infinite or NaN. Keep ``state.params``, or the best
-        point seen. For complex leaves conjugate the gradient that JAX gives, as for all of optax. Not for mini-batches,
-        where a change of the batch would be taken for a change of the gradient.
+        point seen. Conjugate the gradient that JAX gives for complex leaves, as for all of optax. Not for mini-batches:
+        a change of the batch would be taken for a change of the gradient.
 
     Raises:
-        InputError: from ``update``, when it is called without params.
+        InputError: from ``update``, if it is called without params.
 
     Source: Barzilai & Borwein, "Two-point step size gradient methods", 1988, and Huang, Dai, Liu & Zhang, "On the
-    acceleration of the Barzilai-Borwein method", 2022 (the rates; that they take turns is our own measurement); Zhang &
+    acceleration of the Barzilai-Borwein method", 2022 (the rates; we measured that they should take turns); Zhang &
     Hager, "A nonmonotone line search technique and its application to unconstrained optimization", 2004 (what is
     accepted); Hager & Zhang, "Algorithm 851: CG_DESCENT", 2006 (the first step); Birgin, Martínez & Raydan,
     "Nonmonotone spectral projected gradient methods on convex sets", 2000 (the safeguards).
@@ -133,11 +134,11 @@ def spectral() -> optax.GradientTransformationExtraArgs:
         Array([3., 3.], dtype=float32)
     """
 
-    # optax knows neither states of others nor extra arguments.
+    # optax's types know neither states of others nor extra arguments.
     return optax.GradientTransformationExtraArgs(cast(Any, _init), cast(Any, trials.update))
 
 
-# Not inside of `spectral`, so that each of its transformations is known to be the same.
+# A function outside `spectral`, so that all of its transformations are known to be the same.
 def _init(params: PyTree) -> SpectralState:
     with own_promotion():
         first = trials.begin(params)
@@ -165,7 +166,7 @@ def _next(
 
 
 def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array, verdict: Verdict) -> SpectralState:
-    """The rate of the step from a trial that is accepted, and what the next one is chosen by."""
+    """Choose the rate of the step from an accepted trial, and update what decides on the next rate."""
     first, step, change, number = verdict.first, verdict.step, verdict.change, state.trials.accepted
     eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps
     ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
@@ -180,7 +181,7 @@ def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array
     rate = jnp.where(first, trials.first_rate(params, grad, value), rate)
     adapted = state.threshold * jnp.where(wants_short, 1 / _ADAPT, _ADAPT)
 
-    # A step below the resolution of the params tells nothing of the curvature.
+    # A step below the resolution of the params reveals nothing about the curvature.
     x_size, grad_size = _trees.largest(params), _trees.largest(grad)
     least = _RESOLUTION * eps * x_size / grad_size
     rate = jnp.where(rate < least, jnp.maximum(least, jnp.where(curved, long, 0)), rate)
@@ -198,10 +199,10 @@ def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array
 
 
 def _shortest(state: SpectralState, long: jax.Array, short: jax.Array) -> jax.Array:
-    """The least of this step's short rate, the last step's, and Huang et al.'s.
+    """Return the least of this step's short rate, the last step's, and Huang et al.'s.
 
-    Theirs is the one from which a quadratic in two dimensions is at its minimum two steps later. It is computed in
-    shares of the long rate, as products of rates leave the range of float32.
+    Two steps after theirs, a quadratic in two dimensions is at its minimum. It is computed in shares of the long rate,
+    because products of rates leave the range of float32.
     """
     last_long, last_short, this = state.long / long, state.short / long, short / long
     scale = last_short * this * (last_long - 1)

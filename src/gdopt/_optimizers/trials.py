@@ -1,4 +1,4 @@
-"""Trial points: what the optimizers share that accept a point or lead back from it by its loss."""
+"""Trial points: shared by the optimizers that accept a point, or lead back from it, by its loss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gdopt._settings import own_promotion
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 
-MAX_REJECTED = 60  # a step halved that often is below 1e-18 of what it was
-_FIRST_STEP = 0.01  # of the largest entry of the params; CG_DESCENT's psi_0
-_SUFFICIENT = 1e-4  # of the decrease that the slope promises; Armijo's constant
-_SHORTEST, _LONGEST = 0.1, 0.5  # of a rejected step; SPG's safeguard
-_ROUNDING = 10  # losses within this many eps of each other count as equal
+MAX_REJECTED = 60  # trials in a row; a step that is halved as often shrinks below 1e-18
+_FIRST_STEP = 0.01  # the first step, over the largest entry of the params; CG_DESCENT's psi_0
+_SUFFICIENT = 1e-4  # the least decrease, over the one that the slope promises; Armijo's constant
+_SHORTEST, _LONGEST = 0.1, 0.5  # the next step over a rejected one; SPG's safeguard
+_ROUNDING = 10  # the difference of losses that count as equal, in eps
 
 Unit = tuple[PyTree, jax.Array]  # a tree over the size of its largest entry, and that size
 
@@ -28,8 +28,8 @@ Unit = tuple[PyTree, jax.Array]  # a tree over the size of its largest entry, an
 class Trials(NamedTuple):
     """The last accepted point, and what decides on the next one.
 
-    Params and gradients are packed: their small leaves are computed with as one vector of each dtype, so that many of
-    them compile as fast as one.
+    Params and gradients are packed: their small leaves form one vector of each dtype, so that many of them compile as
+    fast as one.
     """
 
     point: Packed
@@ -37,12 +37,12 @@ class Trials(NamedTuple):
     value: jax.Array
     reference: jax.Array  # the average of accepted losses that a new one is measured against
     weight: jax.Array  # the sum of that average's weights
-    left: jax.Array  # what the curvature that was learned says is left to gain at the accepted point: g'Hg / 2
-    accepted: jax.Array  # points; 0: the next one is where the search starts
-    rejected: jax.Array  # trials in a row; at MAX_REJECTED no step was found
+    left: jax.Array  # the gain that is left at the accepted point by the curvature that was learned: g'Hg / 2
+    accepted: jax.Array  # the number of accepted points; 0: the search starts at the next one
+    rejected: jax.Array  # the number of rejected trials in a row; at MAX_REJECTED no step was found
 
 
-# What a state that holds trials shows of them.
+# The properties of each state that holds trials.
 PARAMS = property(lambda state: _trees.unpack(state.trials.point), doc="The last accepted point.")
 GRAD = property(lambda state: _trees.unpack(state.trials.grad), doc="The gradient there.")
 VALUE = property(lambda state: state.trials.value, doc="The loss there.")
@@ -52,17 +52,17 @@ REJECTED = property(lambda state: state.trials.rejected, doc="Trials in a row th
 class Verdict(NamedTuple):
     """The verdict on a trial."""
 
-    first: jax.Array  # it is where the search starts
+    first: jax.Array  # whether the search starts at it
     accepted: jax.Array
     step: Unit  # from the accepted point to the trial
-    change: Unit  # of the gradient along it
-    slope: jax.Array  # of the loss along the step, at the accepted point
-    rejected: jax.Array  # trials in a row, with this one
+    change: Unit  # the change of the gradient along the step
+    slope: jax.Array  # the slope of the loss along the step, at the accepted point
+    rejected: jax.Array  # the number of rejected trials in a row, with this one
     gave_up: jax.Array
 
 
 def begin(params: PyTree) -> Trials:
-    """The state before the first trial."""
+    """Return the state before the first trial."""
     blank = jax.tree.map(jnp.zeros_like, pack(params))
     zero = jnp.zeros((), jnp.promote_types(_trees.norm_dtype(blank), float))  # the loss's dtype is not known yet
     left, none = jnp.full_like(zero, jnp.inf), jnp.int32(0)
@@ -70,7 +70,7 @@ def begin(params: PyTree) -> Trials:
 
 
 def pack(tree: PyTree) -> Packed:
-    """A tree with its small leaves together."""
+    """Pack the small leaves of a tree together."""
     return _trees.pack(_trees.strong(tree), _trees.SMALL)
 
 
@@ -80,12 +80,12 @@ def update(
     """The update of an optimizer whose state holds trials, and has a ``name`` and a function for the ``next`` one."""
     del extra_args
     if params is None:
-        raise InputError(f"{state.name} was updated without params: call update(grad, state, params, value=loss).")
+        raise InputError(f"{state.name} was updated without params. Call update(grad, state, params, value=loss).")
     with own_promotion():
         return _update(updates, state, params, value)
 
 
-# jit, inlined, so that these many small operations are traced once for params of a kind and not at each call.
+# With an inlined jit, these many small operations are traced once for each structure of params, not at each call.
 @functools.partial(jax.jit, inline=True)
 def _update(grad: PyTree, state: Any, params: PyTree, value: Any) -> tuple[PyTree, Any]:
     """Return the way to the next trial, from the loss and the gradient at the last one."""
@@ -97,7 +97,7 @@ def _update(grad: PyTree, state: Any, params: PyTree, value: Any) -> tuple[PyTre
 
 def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any) -> Verdict:
     """Accept a trial whose loss is sufficiently below the average of the accepted ones (Zhang & Hager, 2004)."""
-    # The step as it really is: what leads back from far off, x + (accepted - x), has the rounding of that far x.
+    # The step that was really made: an update back from a far x, x + (accepted - x), has the rounding of that x.
     step = _trees.unit(jax.tree.map(jnp.subtract, params, last.point))
     change = _trees.unit(jax.tree.map(jnp.subtract, grad, last.grad))
     slope = dot(_trees.unit(last.grad), step)
@@ -106,14 +106,17 @@ def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any
     first = last.accepted == 0
     grad_size = _trees.largest(grad)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_size)
-    leads_on = (grad_size > 0) | (value <= last.value)  # a plateau may lie below the average, and ends all
+    leads_on = (grad_size > 0) | (value <= last.value)  # A plateau below the average would end the search.
     accepted = first | (moves & finite & leads_on & (value <= bound))
     rejected = jnp.where(accepted, 0, jnp.where(moves, last.rejected + 1, MAX_REJECTED))
     return Verdict(first, accepted, step, change, slope, rejected, rejected == MAX_REJECTED)
 
 
 def follow(last: Trials, verdict: Verdict, params: Packed, grad: Packed, value: jax.Array, memory: float) -> Trials:
-    """The state after a trial; ``memory`` is Zhang and Hager's eta: 0 compares with the last loss, 1 with the mean."""
+    """Return the state after a trial.
+
+    ``memory`` is Zhang and Hager's eta: 0 compares with the last loss, 1 with the mean.
+    """
     weight = jnp.where(verdict.first, 1, memory * last.weight + 1)
     reference = jnp.where(verdict.first, value, last.reference + (value - last.reference) / weight)
     new = Trials(params, grad, value, reference, weight, last.left, last.accepted + 1, jnp.zeros_like(last.rejected))
@@ -123,27 +126,27 @@ def follow(last: Trials, verdict: Verdict, params: Packed, grad: Packed, value: 
 
 
 def dot(a: Unit, b: Unit) -> jax.Array:
-    """The inner product."""
+    """Return the inner product."""
     return a[1] * b[1] * _trees.vdot(a[0], b[0])
 
 
 def square(tree: PyTree) -> jax.Array:
-    """The squared 2-norm; infinite or 0 where it leaves the range."""
+    """Return the squared 2-norm; infinite or 0 if it is out of range."""
     unit, size = _trees.unit(tree)
     return size * (size * _trees.vdot(unit, unit))
 
 
 def first_rate(params: PyTree, grad: PyTree, value: jax.Array) -> jax.Array:
-    """CG_DESCENT's I0: a hundredth of the largest entry; at zero, a hundredth of the way to a loss of zero."""
+    """Return CG_DESCENT's I0: a hundredth of the largest entry; at zero, a hundredth of the way to a loss of zero."""
     unit_grad, grad_size = _trees.unit(grad)
     x_size = _trees.largest(params)
-    # XLA would make (a / b) / b a / b**2, which leaves float32 early.
+    # XLA would turn (a / b) / b into a / b**2, which leaves the range of float32 early.
     to_zero = lax.optimization_barrier(jnp.abs(value) / grad_size / _trees.vdot(unit_grad, unit_grad)) / grad_size
     return jnp.where(x_size > 0, _FIRST_STEP * x_size / grad_size, jnp.where(value != 0, _FIRST_STEP * to_zero, 1))
 
 
 def shorter(last: Trials, value: jax.Array, slope: jax.Array, curvature: jax.Array) -> jax.Array:
-    """The share of a rejected step that leads to the minimum of the cubic through both values and slopes.
+    """Return the share of a rejected step that leads to the minimum of the cubic through both values and slopes.
 
     Source: Nocedal & Wright, "Numerical Optimization", eq. 3.59, safeguarded.
     """
@@ -156,10 +159,10 @@ def shorter(last: Trials, value: jax.Array, slope: jax.Array, curvature: jax.Arr
 
 
 def updates(verdict: Verdict, here: Packed, new: Trials, leaf_update: Callable, *trees: Packed) -> PyTree:
-    """Return the way from a trial to the next: ``leaf_update(x, accepted_x, ...)``, or back if the search gave up.
+    """Return the update from a trial to the next: ``leaf_update(x, accepted_x, ...)``, or back if the search gave up.
 
-    Under a ``cond``, so that XLA computes whole vectors of small leaves once, and not anew in each leaf that is cut
-    from them: a hundred leaves then compile in half of the time.
+    A ``cond`` makes XLA compute whole vectors of small leaves once, and not anew in each leaf that is cut from them. A
+    hundred leaves then compile in half of the time.
     """
     back = lambda: jax.tree.map(jnp.subtract, new.point, here)
     onward = lambda: jax.tree.map(leaf_update, here, new.point, *trees)
@@ -167,6 +170,6 @@ def updates(verdict: Verdict, here: Packed, new: Trials, leaf_update: Callable, 
 
 
 def farthest(params: PyTree) -> jax.Array:
-    """Return how far a step may move an entry: from beyond half the range of the dtype there is no way back."""
+    """Return how far a step may move an entry: no update leads back from beyond half the range of the dtype."""
     highest = min(float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(params))
     return jnp.maximum(highest / 2 - _trees.largest(params), 0)

@@ -1,1 +1,1 @@
-"""What is said of a run that has ended."""
+"""The outcome of a run: its message, its success, and the origin of a NaN."""

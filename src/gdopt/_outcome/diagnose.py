@@ -1,4 +1,4 @@
-"""The origin of NaN and infinity: the step that ended a run is computed once more, operation by operation."""
+"""The origin of NaN and infinity, found by computing the step that ended a run again, operation by operation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gdopt._settings import as_own_work, own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
 
-_NAMED = 3  # leaves, in a message
-_SHOWN = 6  # entries of an array, as they are
+_NAMED = 3  # the most leaves that a message names
+_SHOWN = 6  # the most entries of an array that a message shows
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -31,13 +31,13 @@ class Diagnosis:
 
     Attributes:
         step: the number of the evaluation, as in ``Result.steps``.
-        learning_rate: of the update that led to it; None at the start, and where the optimizer does not tell.
-        leaves: the paths of the params that are not finite there or else, of finite params, of those whose gradient is
-            not; such as ``"params['w']"``.
+        learning_rate: of the update that led to it; None at the start, and if the optimizer does not report it.
+        leaves: the paths of the params that are not finite there (such as ``"params['w']"``). If all params are finite,
+            the paths of those whose gradient is not.
         primitive: JAX's name of the operation that made the first NaN or, without a NaN, the first infinity: ``"log"``.
-            None where no operation of the loss did: the update before made the params infinite, or it was in the data.
-        place: the line of your code which that operation comes from, with its file and function; of an operation in the
-            gradient, the line that it is the gradient of. None where there is none.
+            None if no operation of the loss did: the update before made the params infinite, or it was in the data.
+        place: the line of your code that the operation comes from, with its file and function; for an operation of the
+            gradient, the line whose gradient it is. None if there is none.
         message: all of this in sentences, and what to try.
 
     Example:
@@ -63,17 +63,17 @@ class Diagnosis:
 
 
 class Evidence(NamedTuple):
-    """An evaluation that was not finite, to be made once more."""
+    """An evaluation that was not finite, ready to be computed again."""
 
     step: int
     learning_rate: float | None
-    trace: Any  # of ((loss, aux), gradient)
+    trace: Any  # the trace of ((loss, aux), gradient)
     arguments: list[Any]
-    names: list[str]  # of the arguments, those of params first
-    outputs: list[str]  # what they are called; nothing for those of aux
-    bad_params: list[str]  # paths of leaves
+    names: list[str]  # the names of the arguments, those of params first
+    outputs: list[str]  # the names of the outputs; "" for those of aux
+    bad_params: list[str]  # the paths of leaves
     bad_gradients: list[str]
-    bad_inputs: list[str]  # paths of data, args and frozen params by which it came
+    bad_inputs: list[str]  # the paths of data, args and frozen params that brought in NaN or infinity
 
     @property
     def leaves(self) -> list[str]:
@@ -86,10 +86,10 @@ class Evidence(NamedTuple):
         if self.bad_inputs:
             return f" {_hold(self.bad_inputs)} {'NaN' if self._holds_nan(self.bad_inputs) else 'infinity'}."
         if not self.leaves:
-            return " gdopt.diagnose(result) says what made it so."
+            return " gdopt.diagnose(result) finds the cause."
         some, verb = _some(self.leaves), "is" if len(self.leaves) == 1 else "are"
         what = f"{some} {verb} not finite" if self.bad_params else f"the gradient of {some} is not finite"
-        return f" There {what}; gdopt.diagnose(result) says what made it so."
+        return f" There {what}; gdopt.diagnose(result) finds the cause."
 
     @property
     def cure(self) -> str:
@@ -103,7 +103,7 @@ class Evidence(NamedTuple):
             return ""
         cure = "Try a smaller learning rate, or an optimizer that clips gradients"
         if self._holds_nan(self.bad_params):
-            cure += "; where a gradient is zero, an optimizer that divides by its size needs an eps above 0"
+            cure += "; if a gradient is zero, an optimizer that divides by its size needs an eps above 0"
         return f"{cure}."
 
     @as_own_work
@@ -121,15 +121,15 @@ def _hold(names: list[str]) -> str:
 
 
 def _named(**trees: PyTree) -> list[tuple[str, Any]]:
-    """The leaves with their paths."""
+    """Return the leaves with their paths."""
     leaves = [(root, leaf) for root, tree in trees.items() for leaf in jax.tree_util.tree_leaves_with_path(tree)]
     return [(_trees.path_name(path, root), leaf) for root, (path, leaf) in leaves]
 
 
 def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: float | None) -> Evidence | None:
-    """Collect what is known of a step whose loss or gradient is not finite.
+    """Collect the facts on a step whose loss or gradient is not finite.
 
-    None where not even that could be computed once more: the result matters more than what is said about it.
+    Return None if that step cannot be computed again: the result matters more than its explanation.
     """
     try:
         problem = task.problem
@@ -140,7 +140,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
             problem = task.problem._replace(rest=dataclasses.replace(rest, arrays=held))
             return task._replace(problem=problem).value(params, *given)
 
-        # The loss anew, not the trace that the loop was made of: a replay has lost the lines of its source.
+        # The loss is traced anew, because the trace of the loop has lost the lines of its source.
         trace, out = replays.trace(value_and_grad(value), params, rest.arrays, *given)
         named, whole = _named(params=params), _named(params=rest.combine(params))
         count = len(named)
@@ -153,7 +153,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 
         @jax.jit
         def finite(constants: list, arguments: list) -> list[list]:
-            """Tell which params and gradients are finite, and whether the loss is: in one program, as in the run."""
+            """Tell which params and gradients are finite, and whether the loss is, in one program, as in the run."""
             value, *results = replays.as_it_is(trace, arguments, constants)
             some = arguments[:count], results[-count:], [value]
             return [[jnp.isfinite(leaf).all() for leaf in leaves] for leaves in some]
@@ -163,9 +163,9 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
         bad_inputs = [name for name, leaf in named[count:] if nan_search.is_bad(leaf)]
         if bad_inputs and (task.noisy or step == 0):
             filled = [nan_search.filled(leaf) if name in bad_inputs else leaf for name, leaf in named]
-            # They may be masked out by the loss, or be meant: they are to blame where it is finite without them.
+            # The loss may mask them out, or they may be intended. They are to blame if it is finite without them.
             bad_inputs = bad_inputs if all(itertools.chain(*finite(_jax.consts(trace), filled))) else []
-        else:  # they did no harm at the start
+        else:  # They did no harm at the start.
             bad_inputs = []
         return Evidence(step, rate, trace, arguments, names, outputs, bad(here), bad(gradient), bad_inputs)
     except Exception:
@@ -174,28 +174,27 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 
 @as_own_work
 def named_inputs(task: Task) -> str:
-    """A sentence on the data and args that hold NaN; "" where none does."""
+    """Return a sentence on the data and args that hold NaN; "" if none does."""
     names = [name for name, leaf in _named(data=task.data, args=task.args) if nan_search.is_nan(leaf)]
-    return f" {_hold(names)} NaN: leave it out, or fill it." if names else ""
+    return f" {_hold(names)} NaN. Leave it out, or fill it." if names else ""
 
 
 def diagnose(result: Result) -> Diagnosis:
-    """Says what made the loss or its gradient NaN or infinite, by computing that one step once more.
+    """Find the operation that made the loss or its gradient NaN or infinite, by computing that step again.
 
-    Each operation of the loss and of its gradient is computed by itself, and what is not finite is followed back to the
-    operation that made it, through jit, checkpoint, cond, scan and while. That takes seconds, and the memory of all
-    that is computed in between. It may find nothing: where only the compiled program, which rounds some things
-    otherwise, came to infinity.
+    It computes each operation of the loss and of its gradient by itself, and follows the first NaN or infinity back to
+    the operation that made it, through jit, checkpoint, cond, scan and while. That takes seconds, and the memory of all
+    intermediate values. It finds nothing if only the compiled program, which rounds differently, became infinite.
 
     Args:
-        result: one that ended with NON_FINITE. It holds on to the params of that point and to the data of that step.
+        result: one that ended with NON_FINITE. It holds the params of that point and the data of that step.
 
     Returns:
-        A `Diagnosis`. Of several processes, all have to call it.
+        A `Diagnosis`. If there are several processes, all have to call it.
 
     Raises:
-        InputError: for any other result: one that ended well, one from inside of jit, vmap or grad, and one that was
-            pickled, as that takes neither the loss nor the data along.
+        InputError: for any other result: one that ended well, one from inside jit, vmap or grad, and one that was
+            pickled, because a pickle holds neither the loss nor the data.
 
     Example:
         >>> import gdopt, jax.numpy as jnp
@@ -206,10 +205,10 @@ def diagnose(result: Result) -> Diagnosis:
         ('NON_FINITE', 'log')
     """
     if not isinstance(result, Result):
-        raise InputError(f"result={result!r} is not a gdopt.Result: pass what gdopt.minimize returned.")
+        raise InputError(f"result={result!r} is not a gdopt.Result. Pass what gdopt.minimize returned.")
     if result.history is None:
         raise InputError(
-            "result is of a run inside jit, vmap or grad, which nobody could look into: call gdopt.minimize outside."
+            "result is of a run inside jit, vmap or grad, which leaves no record. Call gdopt.minimize outside of these."
         )
     ended = ends(result.status)
     if ended != Status.NON_FINITE.name:
@@ -217,8 +216,8 @@ def diagnose(result: Result) -> Diagnosis:
     case: Evidence | None = result._evidence  # pyright: ignore[reportPrivateUsage]
     if case is None:
         raise InputError(
-            "result holds no record of its last step, as it was pickled or copied, or as that could not be computed "
-            "again: call gdopt.minimize again, from result.params say, and pass its result."
+            "result holds no record of its last step: either it was pickled or copied, or that step could not be "
+            "computed again. Call gdopt.minimize again (for example from result.params), and pass its result."
         )
     with own_work():
         primitive, place, message = _of_update(case, result.history) if case.bad_params else _of_loss(case)
@@ -232,13 +231,13 @@ def _of_update(case: Evidence, history: History) -> tuple[None, None, str]:
     return (
         None,
         None,
-        f"At step {case.step} {name} is {_shown(array)} before anything is computed: the update{rate} made it, of a "
+        f"At step {case.step} {name} is {_shown(array)} before anything is computed: the update{rate} made it from a "
         f"gradient of norm {norm:.3g} at the step before. {case.cure}",
     )
 
 
 def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
-    """The primitive, its place, and what to say."""
+    """Return the primitive, its place, and the message."""
     values = replays.as_it_is(case.trace, case.arguments)
     bad = [number for number, name in enumerate(case.outputs) if name and not jnp.isfinite(values[number]).all()]
     if not bad:
@@ -246,7 +245,7 @@ def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
             None,
             None,
             f"At step {case.step} the loss and its gradient are finite when each operation is computed by itself: the "
-            "compiled program rounds otherwise, and left the range of the dtype. Scale the loss, or use float64.",
+            "compiled program rounds differently, and left the range of the dtype. Scale the loss, or use float64.",
         )
     number = bad[0]
     found, source = nan_search.origins(case.trace, case.arguments, number)
@@ -259,9 +258,9 @@ def _of_loss(case: Evidence) -> tuple[str | None, str | None, str]:
         return None, None, " ".join(told)
     if number > 0 and _kind(made.value) == "NaN":
         told.append(
-            "The loss is finite there, but in its gradient NaN times zero is NaN. If that is of the branch of a "
-            "jnp.where that was not picked, choose a harmless argument for it before; else keep away from that point, "
-            "with jnp.sqrt(x + 1e-12), say."
+            "The loss is finite there, but in its gradient NaN times zero is NaN. If it comes from the branch that a "
+            "jnp.where did not pick, give that branch a harmless argument. Otherwise keep away from that point (for "
+            "example with jnp.sqrt(x + 1e-12))."
         )
     return made.primitive, _error_notes.line(made.lines), " ".join(told)
 
@@ -273,11 +272,11 @@ def _told(origin: nan_search.Origin, which: str) -> str:
     of = " and ".join(map(_shown, origin.inputs)) or "nothing"
     line = _error_notes.line(origin.lines)
     at = "" if line is None else f", in the gradient of {line}" if origin.backward else f", at {line}"
-    return f"{which} {what} was made by {origin.primitive}, of {of}{at}."
+    return f"{which} {what} was made by {origin.primitive} from {of}{at}."
 
 
 def _where(case: Evidence, number: int) -> str:
-    """Which entries of an argument are not finite."""
+    """Say which entries of an argument are not finite."""
     array = case.arguments[number]
     if not jnp.shape(array):
         return f"it is {array}"
@@ -292,7 +291,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Few numbers as they are; of many the dtype, the shape and the range."""
+    """Show a few numbers as they are, and many by their dtype, shape and range."""
     array = jnp.asarray(value)
     if array.size <= _SHOWN and array.is_fully_addressable:
         form: Any = {"float_kind": "{:.4g}".format}

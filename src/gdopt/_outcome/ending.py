@@ -1,4 +1,4 @@
-"""The end of a run: its success and its sentence, and the result of a run inside of a transformation."""
+"""The end of a run: its success and its message, and the result of a run inside a transformation."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ended:
-    """A run that has come to its end, with everything that its result and its message depend on."""
+    """A run that has ended, with everything that its result and its message depend on."""
 
     task: Task
     method: Method
     compiled: Compiled
-    inputs: Inputs  # of a stream, with the last batch
+    inputs: Inputs  # those of the last evaluation, with its batch
     state: State
     history: History
     status: Status
     params: PyTree  # to be returned
-    has_steps: bool  # or epochs
+    has_steps: bool  # whether the caller gave max_steps or epochs
     range_test: RangeTest | None
     steps_per_epoch: int | None
     why_exhausted: str
@@ -74,7 +74,7 @@ class Ended:
 
     @functools.cached_property
     def rates(self) -> Rates:
-        """Who decided the rates."""
+        """The party that decided the rates."""
         return self.method.rates(self.state.optimizer)
 
     @functools.cached_property
@@ -84,7 +84,7 @@ class Ended:
             return None
         task, state, step = self.task, self.state, self.steps
         rate = float(self.history.learning_rate[step - 1]) if step else None
-        if rate is not None and self.method.owns_rate and not math.isfinite(rate):  # it does not tell
+        if rate is not None and self.method.owns_rate and not math.isfinite(rate):  # The optimizer reports no rate.
             rate = None
         with own_work():
             given = loss_arguments(self.inputs, state.order, state.step, task.batches, with_key=task.with_key)
@@ -92,11 +92,11 @@ class Ended:
 
     @functools.cached_property
     def hindsight(self) -> Hindsight:
-        """A look at the loss, if gradient descent ended without a minimum."""
+        """An examination of the loss, if gradient descent ended without a minimum."""
         status, rates, learning_rate = self.status, self.rates, self.history.learning_rate
         ended = status in (Status.MAX_STEPS, Status.STALLED) and self.steps >= LEAST_STEPS
         failed = status in FAILURES and rates is Rates.PLAIN and self.steps > 0
-        # Others have scales of their own for the params, or may have.
+        # Other optimizers have their own scales for the params, or may have them.
         descent = rates is Rates.PLAIN or (rates is Rates.SEARCHED and not learns_scales(self.state.optimizer))
         if not ((ended and descent) or failed) or self.compiled.look_back is None:
             return Hindsight()
@@ -111,7 +111,7 @@ class Ended:
 
     @property
     def is_claim(self) -> bool:
-        """Tell whether what is known of the returned point belongs to this status."""
+        """Whether the status makes a claim about the returned point."""
         return self.status in (Status.CONVERGED, Status.PRECISION_LIMIT, Status.STALLED)
 
     @property
@@ -124,7 +124,7 @@ class Ended:
 
     @property
     def success(self) -> bool:
-        if self.status is Status.DATA_EXHAUSTED:  # all there is to ask for where nothing else was
+        if self.status is Status.DATA_EXHAUSTED:  # This is a success only if the caller set no other end.
             return not (self.has_steps or self.inputs.limits.has_target) and self.is_better
         return bool(succeeded(self.status, self.watch, noisy=self.task.noisy, has_target=self.inputs.limits.has_target))
 
@@ -145,18 +145,18 @@ class Ended:
 
 
 def refuse_host_visits(**options: Any) -> None:
-    """Raise InputError for what a run inside of a transformation cannot do."""
+    """Raise InputError for options that a run inside a transformation does not support."""
     for name, value in options.items():
         if value is not None and value is not False:
             raise InputError(
                 f"{name}={value!r} was given to minimize inside jit, vmap or grad, where the whole run is one compiled "
-                f"program that nobody can look into or stop: leave {name} out, and look at the result."
+                f"program that nobody can watch or stop. Leave {name} out, and look at the result."
             )
 
 
 @as_own_work
 def result_inside(whole: Whole, inputs: Inputs, task: Task) -> Result:
-    """Return the result of a run that is being traced: its numbers are arrays, so that no vmap has to move one."""
+    """Return the result of a traced run. Its numbers are arrays on the device, so that no vmap has to move them."""
     outcome: Any = whole.solve(whole.constants, inputs)
     zero: Any = _trees.on_device(0.0)
     return Result(

@@ -1,4 +1,4 @@
-"""The sentence on the end of a run, with its remedy."""
+"""The message on the end of a run, with its remedy."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from gdopt._status import FAILURES, Status
 from gdopt._stopping import BY_NEIGHBOURS, DROWNED, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE
 from gdopt._verify.counterexamples import TRIED
 
-_FAR = 1e15  # an entry of the params, beyond what anything is measured in
+_FAR = 1e15  # an entry of the params, larger than any quantity that people measure
 _RATE_OF_ZERO = "the learning rate was 0 at each step. With one above 0 the loss can fall."
-_COARSE = 1e-10  # eps: above it, a wider dtype has more digits
-_DECAYED = 1e-3  # of the highest rate
-_TURNS, _MOSTLY = 50, 0.8  # of the loss, which rises and falls in turn if the rate is too high
-_LAST = 1000  # steps: what they gained tells whether more of them would
-_PART = 10  # of a stream that ended in its first pass, so much at either end is compared
-_WORTHLESS = 1e4  # a gradient that grew so much in one step tells of no quadratic
+_COARSE = 1e-10  # the eps above which a wider dtype has more digits
+_DECAYED = 1e-3  # the last rate over the highest, for a schedule that decayed too far
+_TURNS, _MOSTLY = 50, 0.8  # the turns and their share of the steps that show a loss rising and falling in turn
+_LAST = 1000  # the last steps, whose gain shows whether more steps would help
+_PART = 10  # the steps over those averaged at either end, for a stream that ended in its first pass
+_WORTHLESS = 1e4  # the growth of a gradient in one step above which it reveals no curvature
 
 
 class _Words(NamedTuple):
     """Parts that several sentences share."""
 
-    first: str  # loss, and ...
-    last: str  # ... the one that the sentence ends with
-    end: int  # the evaluation of that
-    width: int  # evaluations that are averaged
-    falls: bool  # the mean of the last is below that of the first
+    first: str  # the first loss of the sentence
+    last: str  # its last loss
+    end: int  # the evaluation of the last loss
+    width: int  # the number of evaluations that are averaged
+    falls: bool  # whether the mean of the last losses is below that of the first
     after: str
-    back: str  # which point is returned, if not the last
+    back: str  # the sentence on which point is returned, if not the last
     slower: str  # advice on a lower rate
 
 
@@ -47,7 +47,7 @@ def explain(ended: Ended) -> str:
         if ended.rates is Rates.SEARCHED:
             other, out = "", "optimizer"
         message += (
-            f" {larger} and {smaller} differ in scale by 100 times or more: pass scale='curvature'{other}, or "
+            f" {larger} and {smaller} differ in scale by 100 times or more. Pass scale='curvature'{other}, or "
             f"leave the {out} out."
         )
     if ended.method.name:
@@ -96,8 +96,8 @@ def _explain(status: Status, ended: Ended) -> str:
 
 def _words(status: Status, ended: Ended) -> _Words:
     losses, steps, how, noisy = ended.history[0], ended.steps, ended.rates, ended.task.noisy
-    # A single batch says little: with mini-batches, the mean of the first and of the last epoch, without the evaluation
-    # after the last update. A full-batch run that did not fail speaks of the point that it returns.
+    # A single batch says little. So with mini-batches the sentence compares the means of the first and the last epoch,
+    # without the evaluation after the last update. A full-batch run that did not fail ends with the returned point.
     width = (ended.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
     end = steps if noisy or status in FAILURES else ended.returned_step
     seen = losses[: max(end, 1) if width > 1 and status is not Status.TARGET_REACHED else end + 1]
@@ -145,7 +145,7 @@ def _max_steps(ended: Ended, words: _Words) -> str:
     if not fell(losses, ended.compiled.eps):
         remedy = words.slower
         if ended.rates is Rates.SEARCHED and ended.steps >= MAX_REJECTED:
-            remedy = f"Of {ended.steps} points along the gradient none is lower, so it may not match the loss."
+            remedy = f"None of {ended.steps} points along the gradient is lower, so it may not match the loss."
         return f"stopped at max_steps={ended.steps}: the loss never fell below its start, {words.first}. {remedy}"
     if ended.farthest > _FAR:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
@@ -182,7 +182,7 @@ def _non_finite(ended: Ended, words: _Words) -> str:
     if ended.rates in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
         bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
         return f"the schedule gave the learning rate {rates[bad]:g} for step {bad}.{words.back} Correct the schedule."
-    what = "params became NaN or infinite"  # those that the loss does not read, or by which it is saturated
+    what = "params became NaN or infinite"  # The loss may not read these, or they may saturate it.
     if not np.isfinite(grad_norms[-1]):
         what = f"gradient norm became {grad_norms[-1]:g}"
     if not np.isfinite(losses[-1]):
@@ -193,7 +193,7 @@ def _non_finite(ended: Ended, words: _Words) -> str:
 
 
 def _left(ended: Ended) -> str:
-    """Say what is left, in units of the loss, and how that is known."""
+    """Say how much is left to gain, in units of the loss, and how that is known."""
     left = float(ended.ending.left)
     if ended.ending.verified == UP_TO_NOISE:
         return f", and less is left to gain than its rounding there, {left:.2g}."
@@ -210,18 +210,18 @@ def _unbounded(what: str, ended: Ended) -> str:
 
 
 def _more(ended: Ended) -> str:
-    """The remedy for a run that took all its steps."""
+    """Return the remedy for a run that took all its steps."""
     losses, how = ended.history[0], ended.rates
     before = np.fmin.reduce(losses[:-_LAST]) if losses.size > _LAST else losses[0]
     if before - np.fmin.reduce(losses) > ROUNDING * ended.compiled.eps * abs(before):
         return "Raise max_steps." if how is Rates.SEARCHED else f"Raise max_steps, or try {_other(ended)}."
     if ended.hindsight.apart:
         return f"The last {_LAST} steps gained no more than rounding."
-    return f"The last {_LAST} steps gained no more than rounding: try {_other(ended)}."
+    return f"The last {_LAST} steps gained no more than rounding. Try {_other(ended)}."
 
 
 def _other(ended: Ended, *, smaller: bool = False) -> str:
-    """Name what to try in place of what decided the rates."""
+    """Name an alternative to what decided the rates."""
     if ended.rates is Rates.SEARCHED:
         return "another start"
     if ended.rates is Rates.OWNED:
@@ -231,7 +231,7 @@ def _other(ended: Ended, *, smaller: bool = False) -> str:
     losses = ended.history[0][-_LAST:]
     turns = np.diff(np.sign(np.diff(losses)))
     if ended.hindsight.overshoots or (turns.size >= _TURNS and np.mean(np.abs(turns) == 2) > _MOSTLY):
-        return "a smaller learning_rate, as each step leads to the other side of the valley"
+        return "a smaller learning_rate, because each step leads to the other side of the valley"
     if losses.min() == losses.max() == ended.history[0].max():
         return "a larger learning_rate"
     return "another learning_rate"
@@ -242,15 +242,15 @@ def _stalled(ended: Ended, words: _Words) -> str:
     eps = ended.compiled.eps
     left = float(ended.ending.left)
     more = f"{f'about {left:.2g}' if np.isfinite(left) and left > 0 else 'more'} may be left to gain"
-    tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # the last trial that led elsewhere
+    tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # from the last trial with another loss
     if ended.farthest > _FAR:
         return _unbounded(f"stalled {after}", ended)
     if (decayed := _decayed(ended, words, more)) is not None:
         return decayed
     if ended.rates is Rates.SEARCHED and not np.isfinite(tried):
         return (
-            f"stalled {after} at a loss of {last}: however small the next step, the loss or its gradient is not "
-            "finite there. Start elsewhere, or make the loss finite around that point."
+            f"stalled {after} at a loss of {last}: the loss or its gradient is not finite after the next step, however "
+            "small it is. Start elsewhere, or make the loss finite around that point."
         )
     if (flawed := _flawed(ended, words, left)) is not None:
         return flawed
@@ -268,7 +268,7 @@ def _stalled(ended: Ended, words: _Words) -> str:
 
 
 def _decayed(ended: Ended, words: _Words, more: str) -> str | None:
-    """Blame a learning rate that died."""
+    """Say that the learning rate decayed too far, if it did."""
     rates, after, last = ended.history[2], words.after, words.last
     known = rates[np.isfinite(rates)]
     if ended.rates not in (Rates.PLAIN, Rates.GIVEN) or not known.size or known[-1] > _DECAYED * known.max():
@@ -288,14 +288,14 @@ def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
     (_, grad_norms, _), after, last = ended.history, words.after, words.last
     if ended.ending.flaw == SATURATED:
         return (
-            f"stalled {after} at a loss of {last}: it does not depend on some of the params any more, as it did at the "
-            "start, so they have gone too far. Start nearer to what you expect, or keep them within bounds."
+            f"stalled {after} at a loss of {last}: unlike at the start, the loss does not depend on some of the "
+            "params, so they have gone too far. Start nearer to what you expect, or keep them within bounds."
         )
     if ended.ending.flaw == DROWNED:
         return (
-            f"stalled {after} at a loss of {last}: most of what it gained is rounding, as it changes by {left:.2g} "
-            "where the params change by a few roundings. Compute the loss without large terms that cancel, or start "
-            "elsewhere."
+            f"stalled {after} at a loss of {last}: most of what it gained is rounding, because it changes by "
+            f"{left:.2g} if the params change by a few roundings. Compute the loss without large terms that cancel, or "
+            "start elsewhere."
         )
     saddle = ended.ending.flaw == SADDLE
     near = saddle and grad_norms[ended.returned_step] <= 1e-3 * grad_norms[0]
@@ -312,39 +312,39 @@ def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
 
 def _chosen_rates(rates: np.ndarray) -> str:
     """Return the sentence on the rates that were found."""
-    used = rates[rates > 0]  # not the one that leads back to where a search began
+    used = rates[rates > 0]  # A rate of 0 only leads back to the accepted point.
     if not used.size:
         return ""
     return f" The learning rate was chosen at each step, between {used.min():.2g} and {used.max():.2g}."
 
 
 def fell(losses: np.ndarray, eps: float) -> bool:
-    """Tell whether the loss has fallen by more than rounding; the trials of a search need not be finite."""
+    """Tell whether the loss has fallen by more than rounding; trials need not be finite."""
     first = losses[0]
-    with np.errstate(invalid="ignore"):  # of a loss that is infinite at the start, and did not fall
+    with np.errstate(invalid="ignore"):  # The loss may be infinite at the start, and not fall.
         return bool(first - np.nanmin(losses) > ROUNDING * eps * abs(first))
 
 
 def _slower(ended: Ended, plain: bool) -> str:
-    """The advice to lower the rate; with a number where the growth of the gradient betrays the curvature.
+    """Advise to lower the rate, with a number if the growth of the gradient reveals the curvature.
 
-    Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step, so the ratio r
+    Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step. So the ratio r
     of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
     """
     losses, grad_norms, rates = ended.history
     known = rates[np.isfinite(rates)]
     if not known.size:
         return (
-            "Try a smaller learning rate in the optimizer; one that is made of parts, such as optax.scale_by_adam(), "
-            "needs optax.scale_by_learning_rate(...) as its last."
+            "Try a smaller learning rate in the optimizer. If you chain parts (for example optax.scale_by_adam()), the "
+            "last one has to be optax.scale_by_learning_rate(...)."
         )
     highest = known.max()
     if known.min() < 0:
-        return f"The schedule gave a negative rate, {known.min():.3g}: with a rate above 0 the loss can fall."
+        return f"The schedule gave a negative rate, {known.min():.3g}. With a rate above 0 the loss can fall."
     if highest == 0:
         return _RATE_OF_ZERO[0].upper() + _RATE_OF_ZERO[1:]
     if losses.min() == losses.max():
-        return "It has not changed at all: raise max_steps, or try a larger learning_rate."
+        return "It has not changed at all. Raise max_steps, or try a larger learning_rate."
     with np.errstate(all="ignore"):
         ratio = grad_norms[1:] / grad_norms[:-1]
         stable = 2 * rates[:-1] / (1 + ratio)

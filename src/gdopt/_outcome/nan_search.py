@@ -1,4 +1,4 @@
-"""The operation of a trace that made the first NaN, found by computing one operation after the other."""
+"""The search for the operation that made the first NaN: it computes the operations of a trace one by one."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from gdopt._compile.replays import CALLS, RULES, as_it_is, scan_counts
 
 
 class Origin(NamedTuple):
-    """An equation that makes NaN or infinity of what is not."""
+    """An equation that makes NaN or infinity from other numbers."""
 
-    primitive: str | None  # None: a constant is it from the beginning
-    value: Any  # what came out
+    primitive: str | None  # None: a constant holds it from the beginning
+    value: Any  # the output
     inputs: list[Any]
-    backward: bool  # in the part of a trace that JAX's reverse mode added
+    backward: bool  # whether JAX's reverse mode added it to the trace
     lines: list[tuple[str, int, str]]  # file, line and function that it was traced from, innermost first
 
 
 def origins(closed: Any, arguments: Sequence, out: int) -> tuple[list[Origin], int | None]:
-    """Which equations made an output of a trace NaN or infinite, as all of it is computed one by one.
+    """Find the equations that made an output of a trace NaN or infinite, by computing all of them one by one.
 
-    The last one first: what made the first NaN and, where that was made of infinities, what made the first of these.
-    And the number of the argument that it came in by, where nothing else had made it.
+    The last one comes first: the equation that made the first NaN. If it made that from infinities, the one that made
+    the first infinity follows. If no equation made it, return the number of the argument that brought it in, too.
     """
     found: list[Origin] = []
     return found, _search(closed, arguments, out, [], found)
 
 
 def _search(closed: Any, arguments: Sequence, out: int, lines: list, found: list[Origin]) -> int | None:
-    """Goes back from an output to where it became what it is; adds to ``found``, or returns an argument's number."""
+    """Go back from an output to its origin. Add that to ``found``, or return the number of an argument."""
     jaxpr = _jax.opened(closed)
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*_jax.consts(closed), *arguments], strict=True))
     made = {}
@@ -58,7 +58,7 @@ def _search(closed: Any, arguments: Sequence, out: int, lines: list, found: list
             source = None if source is None else source + skipped
         else:
             source = _source(eqn, inputs, values[atom])
-            if eqn.primitive.name in ("concatenate", "stack"):  # of which a part may be used
+            if eqn.primitive.name in ("concatenate", "stack"):  # Only a part of these may be used.
                 source = _healing(jaxpr, values, eqn, inputs, jaxpr.outvars[out], source)
             if source is None or (is_nan(values[atom]) and not is_nan(inputs[source])):
                 found.append(_origin(eqn, values[atom], inputs, here))
@@ -72,14 +72,14 @@ def _search(closed: Any, arguments: Sequence, out: int, lines: list, found: list
 
 
 def _healing(jaxpr: Any, values: dict, eqn: Any, inputs: list, out: Any, source: int | None) -> int | None:
-    """Find the input, among several that are not finite, without which the output is; else return ``source``."""
+    """Find the input, among several that are not finite, without which the output is finite; else ``source``."""
     bad = [number for number, given in enumerate(inputs) if is_bad(given)]
     if len(bad) < 2 or not is_bad(values[out]):
         return source
     later = jaxpr.eqns[jaxpr.eqns.index(eqn) + 1 :]
 
     def without(number: int) -> Any:
-        """The output, as it is where this input is finite."""
+        """Return the output that a finite value of this input would give."""
         given = [filled(x) if n == number else x for n, x in enumerate(inputs)]
         new = dict(zip(eqn.outvars, _jax.bind(eqn, given), strict=True))
         for eqn_after in later:
@@ -92,7 +92,7 @@ def _healing(jaxpr: Any, values: dict, eqn: Any, inputs: list, out: Any, source:
 
 
 def _body(eqn: Any, inputs: list) -> tuple[Any, int] | None:
-    """The jaxpr that an equation calls, closed, and how many inputs come before those that it is called with."""
+    """Return the closed jaxpr that an equation calls, and the number of inputs before its arguments."""
     if eqn.primitive.name == "cond":
         branches = eqn.params["branches"]
         return branches[min(max(int(inputs[0]), 0), len(branches) - 1)], 1
@@ -102,7 +102,7 @@ def _body(eqn: Any, inputs: list) -> tuple[Any, int] | None:
 
 
 def _search_rounds(eqn: Any, inputs: list, place: int, value: Any, lines: list, found: list[Origin]) -> int | None:
-    """``_search`` in the first round of a loop that has made NaN, or before it the first infinity that led to it."""
+    """Search in the first round of a loop that made NaN, then in earlier rounds for the infinity that led to it."""
     params, is_scan = eqn.params, eqn.primitive.name == "scan"
     body = params["jaxpr"] if is_scan else params["body_jaxpr"]
     skipped = 0 if is_scan else params["cond_nconsts"]
@@ -112,7 +112,7 @@ def _search_rounds(eqn: Any, inputs: list, place: int, value: Any, lines: list, 
         rounds = itertools.islice(enumerate(_rounds(eqn, inputs, body, skipped, consts, carried)), before)
         hits = ((n, given, [at for at, x in enumerate(outputs) if bad(x)]) for n, (given, outputs) in rounds)
         number, given, places = next((hit for hit in hits if hit[-1]), (0, [], []))
-        if not places:  # computed by itself, no round makes it
+        if not places:  # No round makes it when computed by itself.
             found.append(_origin(eqn, value, inputs, lines))
             return None
         place = place if place in places else places[0]
@@ -123,7 +123,7 @@ def _search_rounds(eqn: Any, inputs: list, place: int, value: Any, lines: list, 
 
 
 def _rounds(eqn: Any, inputs: list, body: Any, skipped: int, consts: int, carried: int) -> Iterator[tuple[list, list]]:
-    """Arguments and outputs of a loop's body, round by round."""
+    """Yield the arguments and outputs of a loop's body, round by round."""
     run, first = _compiled(body), skipped + consts
     held, carry, rows = inputs[skipped:first], inputs[first : first + carried], inputs[first + carried :]
     if eqn.primitive.name == "scan":
@@ -138,7 +138,7 @@ def _rounds(eqn: Any, inputs: list, body: Any, skipped: int, consts: int, carrie
     while (on := goes_on(*inputs[:skipped], *carry)[0]).any():
         given = [*held, *carry]
         after = run(*given)
-        if on.ndim:  # under a vmap the runs that are over stay as they are
+        if on.ndim:  # Under vmap, runs that have ended stay as they are.
             kept = lambda new, old: jnp.where(jax.lax.expand_dims(on, range(on.ndim, new.ndim)), new, old)
             after = list(map(kept, after, carry))
         carry = after
@@ -150,7 +150,7 @@ def _compiled(body: Any) -> Callable[..., list]:
 
 
 def _source(eqn: Any, inputs: list, value: Any) -> int | None:
-    """The input that the value has its NaN or infinity of; of several the one that has it in the same place."""
+    """Return the input that brought in the NaN or infinity; among several, the one that has it in the same place."""
     kind = is_nan if is_nan(value) else is_bad
     if not any(map(is_bad, inputs)):
         return None
@@ -179,7 +179,7 @@ def is_bad(value: Any) -> bool:
 
 
 def filled(value: Any) -> Any:
-    """With zeros in the places of NaN and infinity."""
+    """Replace NaN and infinity by zeros."""
     return jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value))
 
 
@@ -187,6 +187,6 @@ def _is_inexact(value: Any) -> bool:
     return jnp.issubdtype(jax.dtypes.result_type(value), jnp.inexact)
 
 
-# jit, as they run on arrays that are spread over processes, too.
+# With jit, these also run on arrays that are spread over processes.
 _any_nan = jax.jit(lambda value: jnp.isnan(value).any())
 _all_finite = jax.jit(lambda value: jnp.isfinite(value).all())

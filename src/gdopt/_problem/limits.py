@@ -9,17 +9,17 @@ from gdopt._checks import number, whole_number
 from gdopt._errors import InputError
 from gdopt._problem.task import Task
 
-LAST_STEP = 2**31 - 1
-_MAX_STEPS = 10_000
-_TOL = 1e-4
+LAST_STEP = 2**31 - 1  # the largest number of a step
+_MAX_STEPS = 10_000  # the default number of steps
+_TOL = 1e-4  # the default tolerance
 
 
 class Steps(NamedTuple):
-    """The steps that a run is asked to make."""
+    """The number of steps that a run is asked to make."""
 
-    most: int  # steps
-    epochs: int | None  # where these are to be counted as they come
-    expected: int | None  # steps, as far as that can be told
+    most: int  # the most steps
+    epochs: int | None  # the passes over a stream, which are counted as they come
+    expected: int | None  # the expected steps; None if not known
 
 
 def check_steps(max_steps: Any, epochs: Any, task: Task) -> Steps:
@@ -27,7 +27,7 @@ def check_steps(max_steps: Any, epochs: Any, task: Task) -> Steps:
     asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
     if epochs is not None:
         if data is None:
-            raise InputError(f"epochs={epochs!r} was given without data: pass data=, or max_steps= in place of epochs.")
+            raise InputError(f"epochs={epochs!r} was given without data. Pass data=, or max_steps= instead of epochs.")
         epochs = whole_number("epochs", epochs)
     if stream is not None:
         most = asked[0] if asked else None if epochs else _MAX_STEPS
@@ -45,7 +45,7 @@ def check_grad_tol(grad_tol: Any, noisy: bool) -> float | None:
         return None
     if noisy:
         raise InputError(
-            f"grad_tol={grad_tol!r} was given for a noisy loss, whose gradients do not become small: with mini-batches "
+            f"grad_tol={grad_tol!r} was given for a noisy loss, whose gradients do not become small. With mini-batches "
             "or keys pass target=, max_steps= or epochs=."
         )
     return number("grad_tol", grad_tol, lambda x: x >= 0, "a number of at least 0, such as 1e-5")

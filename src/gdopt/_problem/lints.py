@@ -1,4 +1,4 @@
-"""Checks for losses that were hardly meant as they are written, by their traces."""
+"""Warnings of losses that probably do not mean what they compute, judged by their traces."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def warn_of_no_gradient(task: Task) -> None:
     grad = lambda *given: value_and_grad(task.value)(*given)[1]
     if not _depends(grad, task.problem.params, task.batch, task.args, key):
         warn(
-            "the gradient is exactly zero everywhere: the loss does not depend on the params, or only through what has "
-            "no gradient (stop_gradient, argmax, round, comparisons). Nothing was optimised."
+            "the gradient is exactly zero everywhere, and nothing was optimised: the loss does not depend on the "
+            "params, or only through operations without a gradient (stop_gradient, argmax, round, comparisons)."
         )
 
 
@@ -29,7 +29,7 @@ def warn_of_all_pairs(jaxpr: Any) -> None:
     if jaxpr is not None and (n := _rows_of_all_pairs(jaxpr)):
         warn(
             f"the loss subtracts shapes ({n}, 1) and ({n},), which gives all {n} * {n} differences, and sums up their "
-            "squares: bring both to one shape, with prediction[:, 0] or y[:, None], say."
+            "squares. Bring both to one shape (for example with prediction[:, 0] or y[:, None])."
         )
 
 
@@ -45,11 +45,11 @@ def _depends(function: Callable, *args: PyTree) -> bool:
 
 
 def _rows_of_all_pairs(jaxpr: Any) -> int | None:
-    """The n of a sum over all squares of (n, 1) - (n,), where surely the n differences were meant; None without one.
+    """Return the n of a sum over all squares of (n, 1) - (n,), which was surely meant for n pairs; None without one.
 
-    A trace does not tell ``a - b`` from ``a - b[None, :]``, and other sums over all pairs have their uses, such as that
-    of |a - b|. That of squares knows nothing of which is paired with which: its minimum is at the means. Left alone are
-    columns that were made of a vector: ``a[:, None] - b[None, :]`` is written on purpose.
+    A trace does not distinguish ``a - b`` from ``a - b[None, :]``, and other sums over all pairs have their uses, such
+    as that of |a - b|. A sum of squares ignores which entries are paired: its minimum is at the means. Columns that
+    were made from a vector are left alone: ``a[:, None] - b[None, :]`` is written on purpose.
     """
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "reduce_sum":
@@ -69,13 +69,13 @@ def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
     made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
 
     def by(atom: Any, *names: str) -> Any:
-        """The equation that made it, if it is one of these."""
+        """Return the equation that made it, if it is one of these."""
         eqn = None if _jax.is_literal(atom) else made.get(atom)
         return eqn if eqn is not None and eqn.primitive.name in names else None
 
     summed = total.invars[0]
     while (scaled := by(summed, "mul")) is not None and _jax.is_literal(scaled.invars[0]):
-        summed = scaled.invars[1]  # half of the square, say
+        summed = scaled.invars[1]  # The square may be halved.
     square = by(summed, "square", "integer_pow", "mul")
     if square is None or square.params.get("y", 2) != 2 or square.invars[0] is not square.invars[-1]:
         return False
@@ -90,15 +90,15 @@ def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
         return False
 
     def whole(atom: Any) -> Any:
-        """Return the array that the numbers were taken from, whatever its shape."""
+        """Return the array that the numbers come from, before changes of shape."""
         while (eqn := by(atom, *_SHAPES)) is not None:
             atom = eqn.invars[0]
         return atom
 
-    if whole(column) is whole(row):  # a column and itself: all pairs were meant
+    if whole(column) is whole(row):  # All pairs of an array with itself are intended.
         return False
     todo, seen = [column], set()
-    while todo:  # back to where the column is made as one
+    while todo:  # Go back to the equation that made the column.
         atom = todo.pop()
         eqn = made.get(atom)
         if eqn is None or atom in seen or eqn.primitive.name == "dot_general":

@@ -1,4 +1,4 @@
-"""Modules of Flax's nnx, whose variables are not all parameters, and may be written to. Flax is not imported here."""
+"""Modules of Flax's nnx: some variables are no parameters, and a loss may write to them. Flax is not imported here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gdopt._types import PyTree
 
 
 def in_state(treedef: Any) -> list[bool]:
-    """For each leaf, whether it is of a variable other than a Param: batch statistics, random keys, counts.
+    """Tell which leaves belong to variables other than Params: batch statistics, random keys, counts.
 
-    They are what ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` leaves alone.
+    ``nnx.Optimizer(model, tx, wrt=nnx.Param)`` leaves the same ones alone.
     """
-    nnx = sys.modules.get("flax.nnx")  # whoever has one of its modules has imported it
+    nnx = sys.modules.get("flax.nnx")  # A caller with such a module has imported it.
     if nnx is None:
         return [False] * treedef.num_leaves
 
@@ -32,7 +32,7 @@ def in_state(treedef: Any) -> list[bool]:
 
 
 def refuse_shared(params: PyTree) -> None:
-    """Raises InputError for a Param in two places: as leaves of a tree they would go different ways."""
+    """Raise InputError for a Param in two places: as two leaves of a tree, its values would differ soon."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return
@@ -41,13 +41,13 @@ def refuse_shared(params: PyTree) -> None:
         if isinstance(node, nnx.Param) and paths.setdefault(id(node), path) is not path:
             raise InputError(
                 f"{_trees.path_name(paths[id(node)])} and {_trees.path_name(path)} are one variable, and would be "
-                "optimised as two: pass the state of graphdef, state, rest = nnx.split(model, nnx.Param, ...), which "
-                "has it once, and let the loss put the model together, by nnx.merge(graphdef, state, rest)."
+                "optimised as two. Pass the state of graphdef, state, rest = nnx.split(model, nnx.Param, ...), which "
+                "has it once, and rebuild the model in the loss with nnx.merge(graphdef, state, rest)."
             )
 
 
 def refuse_writes(rest: _trees.Rest, whole: PyTree) -> None:
-    """Raises InputError where the loss has written to a variable that is carried along: that would be lost."""
+    """Raise InputError if the loss wrote to a variable that is carried along: the new value would be lost."""
     state = in_state(rest.treedef)
     if not any(state):
         return
@@ -57,7 +57,7 @@ def refuse_writes(rest: _trees.Rest, whole: PyTree) -> None:
         if state[place] and not rest.kept[place] and now.get(path) is not given[place]:
             raise InputError(
                 f"the loss writes to {_trees.path_name(path)}, and that would be lost: each step begins with the state "
-                "that was passed. For fresh random numbers pass with_key=True, and the key on, as rngs=nnx.Rngs(key). "
-                "Where it may be lost, as batch statistics may that are taken anew after the training, let the loss "
-                "begin with model = nnx.clone(model)."
+                "that was passed. For fresh random numbers pass with_key=True, and use the key as rngs=nnx.Rngs(key). "
+                "If it may be lost (for example batch statistics that are computed again after the training), let the "
+                "loss begin with model = nnx.clone(model)."
             )

@@ -1,4 +1,4 @@
-"""A loss with its parameters, checked: what is optimised, what is carried along, what is differentiated."""
+"""A loss with its parameters, checked, and split into leaves that are optimised and leaves that are carried along."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Problem(NamedTuple):
     """A loss as a function of the leaves that are optimised."""
 
     loss: Loss
-    params: PyTree  # strong-typed arrays; None in place of what is carried along
+    params: PyTree  # strong-typed arrays; None in place of leaves that are carried along
     rest: _trees.Rest
     has_aux: bool = False
-    sizes: PyTree = None  # powers of two that the params were divided by: see `scaling`
+    sizes: PyTree = None  # the powers of two that the params were divided by: see `scaling`
 
     def natural(self, params: PyTree) -> PyTree:
-        """The params in the units in which they were given."""
+        """Return the params in the units in which they were given."""
         return params if self.sizes is None else jax.tree.map(_times, params, self.sizes)
 
     def whole(self, params: PyTree) -> PyTree:
-        """The params as the loss takes them: in their own units, with what is carried along."""
+        """Return the params as the loss takes them: in their own units, with the leaves that are carried along."""
         return self.rest.combine(self.natural(params))
 
     def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:
-        """(loss, aux); raises InputError for a loss that returns anything but a scalar."""
+        """Return (loss, aux); raise InputError if the loss returns anything but a scalar."""
         whole = self.whole(params)
         before = random_state.states(self.loss)
         try:
@@ -44,8 +44,8 @@ class Problem(NamedTuple):
             raise
         if drawn := random_state.moved(self.loss, before):
             warn(
-                f"the loss draws from {drawn}, and does so once, as it is traced: each step sees the same numbers. "
-                "Draw with jax.random from the key of with_key=True, or pass the numbers in args= or data=."
+                f"the loss draws from {drawn} only once, during tracing, so each step sees the same numbers. Draw with "
+                "jax.random from the key of with_key=True, or pass the numbers in args= or data=."
             )
         nnx.refuse_writes(self.rest, whole)
         return _checked(out, self.has_aux)
@@ -54,18 +54,18 @@ class Problem(NamedTuple):
 def _times(leaf: jax.Array, size: jax.Array) -> jax.Array:
     if not jnp.iscomplexobj(leaf):
         return leaf * size
-    return lax.complex(leaf.real * size, leaf.imag * size)  # under strict promotion as well
+    return lax.complex(leaf.real * size, leaf.imag * size)  # This works under strict promotion, too.
 
 
 def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None) -> Problem:
-    """The loss with its params split; raises InputError, before anything is traced, for what cannot be optimised.
+    """Split the params of a loss; raise InputError, before anything is traced, if they cannot be optimised.
 
-    Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along,
-    and so are random keys, Python's numbers inside a module (a dropout rate), and what in modules of Flax's nnx is no
-    Param unless ``trainable`` names it; in dicts, lists and tuples numbers are parameters.
+    Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along. So
+    are random keys, Python's numbers inside a module (a dropout rate), and variables of Flax's nnx that are no Param,
+    unless ``trainable`` names them. In dicts, lists and tuples numbers are parameters.
     """
     if not callable(loss):
-        raise InputError(f"loss={loss!r} is not a function: pass one that is called as loss(params, ...).")
+        raise InputError(f"loss={loss!r} is not a function. Pass one that is called as loss(params, ...).")
     leaves, treedef = flatten("params", params)
     chosen = _trainable_mask(params, treedef, trainable)
     nnx.refuse_shared(params)
@@ -93,24 +93,24 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
 
 
 def check_start(params: PyTree, root: str = "params") -> None:
-    """Raises InputError where the start has an infinite or NaN entry; one that is traced has none yet."""
+    """Raise InputError if the start has an infinite or NaN entry; a traced start is not checked."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if _jax.is_tracer(leaf):
             continue
-        if not leaf.is_fully_addressable:  # the other processes see to the other parts
+        if not leaf.is_fully_addressable:  # The other processes check the other parts.
             leaf = leaf.addressable_data(0)
         start = _trees.on_host(leaf)
         finite = np.isfinite(start)
         if not finite.all():
             at = tuple(int(i) for i in np.argwhere(~finite)[0])
             raise InputError(
-                f"{_trees.path_name(path, root)} starts with {start[at]}{f' at index {at}' if at else ''}: every "
-                "entry of the start must be finite."
+                f"{_trees.path_name(path, root)} starts with {start[at]}{f' at index {at}' if at else ''}. Pass a "
+                "start with finite entries."
             )
 
 
 def _dtype(leaf: Any) -> Any:
-    """The dtype in which JAX takes the leaf; asking an array itself is ten times as fast."""
+    """Return the dtype in which JAX takes the leaf; reading it from an array is ten times as fast."""
     return leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
 
 
@@ -118,78 +118,78 @@ def _refuse_integers(params: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(_dtype(leaf), jnp.inexact):
             python = isinstance(leaf, bool | int)
-            cure = f"write {float(leaf)} for {leaf}" if python else "convert it with .astype(float)"
+            cure = f"Write {float(leaf)} for {leaf}" if python else "Convert it with .astype(float)"
             raise InputError(
-                f"{_trees.path_name(path)} is of dtype {_dtype(leaf)}, and only float and complex leaves have "
-                f"gradients: {cure}, or leave it out with trainable=."
+                f"{_trees.path_name(path)} is of dtype {_dtype(leaf)}, but only float and complex leaves have "
+                f"gradients. {cure}, or leave it out with trainable=."
             )
 
 
 def _nothing_to_optimise(params: PyTree, trainable: Any, chosen: list[bool], settings: list[bool]) -> str:
     text = repr(params)
-    if len(text) > 80 or "\n" in text:  # a module, by its type
+    if len(text) > 80 or "\n" in text:  # A long module is shown by its type.
         text = f"<{type(params).__name__} of {len(chosen)} leaves>"
-    message = f"params={text} has no entries to optimise: pass at least one float or complex array with an entry"
+    message = f"params={text} has no entries to optimise. Pass at least one float or complex array with an entry"
     message += "." if trainable is None else ", and one that trainable= does not leave out."
     if any(settings):
-        message += " Numbers inside a module count as settings: make arrays of those that are to be optimised."
+        message += " Numbers inside a module count as settings. Make arrays of those that are to be optimised."
     if trainable is None and not all(chosen):
-        message += " Of nnx's variables only Param is optimised: name others with trainable=."
+        message += " Only Params are optimised among nnx's variables. Name others with trainable=."
     return message
 
 
 def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
-    """One bool per leaf, from None (all but state), a mask (prefix tree of bools), or a function params -> mask."""
+    """Return one bool per leaf, from None (all but state), a mask (prefix tree of bools), or a function of params."""
     if trainable is None:
         return [not state for state in nnx.in_state(treedef)]
-    # A mask that was made of a module by jax.tree.map is a module, too, and may be callable.
+    # A mask that jax.tree.map made from a module is a module, too, and may be callable.
     is_function = callable(trainable) and not isinstance(trainable, type(params))
     mask = trainable(params) if is_function else trainable
     try:
         choices = _trees.spread(mask, params)
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"trainable={trainable!r} does not fit params: pass True or False for each leaf or subtree of params, or a "
-            f"function params -> such a mask. ({error})"
+            f"trainable={trainable!r} does not fit params. Pass True or False for each leaf or subtree of params, or a "
+            f"function of params that returns such a mask. ({error})"
         ) from error
     if wrong := [choice for choice in choices if not isinstance(choice, bool | np.bool_)]:
-        raise InputError(f"trainable has {wrong[0]!r} where True or False is needed.")
+        raise InputError(f"trainable holds {wrong[0]!r}. Pass only True or False.")
     return [bool(choice) for choice in choices]
 
 
 def _warn_of_narrowing(params: PyTree) -> None:
-    """JAX turns NumPy's float64 into float32 without a word; for the params, that is worth one."""
+    """Warn if JAX turns NumPy's float64 params into float32, which it does silently."""
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != _dtype(leaf):
             warn(
                 f"{_trees.path_name(path)} is {leaf.dtype} and is optimised in {_dtype(leaf)}. For 64 bits call "
-                "jax.config.update('jax_enable_x64', True) first; to silence this, pass 32-bit params."
+                "jax.config.update('jax_enable_x64', True) first. To silence this, pass 32-bit params."
             )
             return
 
 
 def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
-    """(value, aux) from what the loss returned."""
+    """Return (value, aux) from the output of the loss."""
     value, aux = out, None
     if has_aux:
         if not (isinstance(out, tuple) and len(out) == 2):
             raise InputError(
-                f"has_aux=True needs a loss that returns (value, aux); it returned {_what(out)}: return both, or leave "
-                "has_aux out."
+                f"has_aux=True needs a loss that returns (value, aux), but it returned {_what(out)}. Return both, or "
+                "leave has_aux out."
             )
         value, aux = out
         _check_aux(aux)
     elif isinstance(out, tuple):
-        raise InputError(f"the loss returned a tuple of {len(out)}: return the value alone, or pass has_aux=True.")
+        raise InputError(f"the loss returned a tuple of {len(out)}. Return only the value, or pass has_aux=True.")
     if not _may_be_array(value):
-        raise InputError(f"the loss returned {_what(value)}: return a scalar array.")
+        raise InputError(f"the loss returned {_what(value)}. Return a scalar array.")
     value = value if isinstance(value, jax.Array) else jnp.asarray(value)
     if value.shape != ():
-        raise InputError(f"the loss returned shape {value.shape}: reduce it to a scalar, with jnp.mean or jnp.sum.")
+        raise InputError(f"the loss returned shape {value.shape}. Reduce it to a scalar with jnp.mean or jnp.sum.")
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise InputError(f"the loss returned dtype {value.dtype}: return a real floating-point scalar.")
+        raise InputError(f"the loss returned dtype {value.dtype}. Return a real floating-point scalar.")
     return value, aux
 
 
@@ -199,8 +199,8 @@ def _check_aux(aux: Any) -> None:
         if not _may_be_array(leaf):
             path = next(path for path, other in jax.tree_util.tree_leaves_with_path(aux) if other is leaf)
             raise InputError(
-                f"{_trees.path_name(path, 'aux')}, which the loss returned, is {_what(leaf)}: what comes out of a "
-                "compiled program are arrays and numbers. Leave the rest out."
+                f"{_trees.path_name(path, 'aux')}, which the loss returned, is {_what(leaf)}. A compiled program can "
+                "return only arrays and numbers. Leave the rest out."
             )
 
 

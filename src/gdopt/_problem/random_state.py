@@ -1,4 +1,4 @@
-"""Tell whether a function draws NumPy's or Python's random numbers, by the state of the generators in its reach."""
+"""Detection of losses that draw random numbers from NumPy or Python, by the states of the generators they reach."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-_WORDS = 625  # of MT19937's state: its key and the position in it
+_WORDS = 625  # words of MT19937's state: its key and the position in it
 
 
 def states(function: Callable) -> dict[str, Hashable]:
@@ -25,13 +25,13 @@ def states(function: Callable) -> dict[str, Hashable]:
             named[name] = value.bit_generator
         elif isinstance(value, np.random.RandomState):
             named[name] = cast(Any, value)._bit_generator
-        elif value is random or isinstance(value, random.Random):  # 10 µs, so not where nobody asks for it
+        elif value is random or isinstance(value, random.Random):  # Reading it takes 10 µs.
             named[name] = cast(Any, value).getstate
     return {name: _state(generator) for name, generator in named.items()}
 
 
 def moved(function: Callable, before: dict[str, Hashable]) -> str:
-    """The generators, by name, that are no longer in the states from before."""
+    """Name the generators whose states have changed since ``before``."""
     now = states(function)
     return " and ".join(name for name, state in before.items() if now.get(name) != state)
 
@@ -39,13 +39,13 @@ def moved(function: Callable, before: dict[str, Hashable]) -> str:
 def _state(generator: Any) -> Hashable:
     if not isinstance(generator, np.random.BitGenerator):
         return generator()
-    if type(generator) is np.random.MT19937:  # whose .state takes 40 µs, and each call of minimize would pay for it
+    if type(generator) is np.random.MT19937:  # Its .state would cost each call of minimize 40 µs.
         return ctypes.string_at(generator.ctypes.state_address, 4 * _WORDS)
     return repr(generator.state)
 
 
 def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
-    """Return what a function closes over, is bound to, has as defaults or names as globals; functions in it, too."""
+    """Return what a function closes over, is bound to, has as defaults or names as globals, one function deep."""
     found: list[tuple[str, Any]] = []
     while isinstance(function, functools.partial):
         found += [("functools.partial", value) for value in (*function.args, *function.keywords.values())]
@@ -64,7 +64,7 @@ def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
             found.append((name, cell.cell_contents))
-        except ValueError:  # not bound yet
+        except ValueError:  # The variable is not bound yet.
             continue
     defaults = zip(reversed(code.co_varnames[: code.co_argcount]), reversed(function.__defaults__ or ()), strict=False)
     found += [*defaults, *(function.__kwdefaults__ or {}).items()]
@@ -77,7 +77,7 @@ def _reach(function: Any, *, deep: bool = True) -> list[tuple[str, Any]]:
 
 
 def _of(value: Any, name: str) -> Any:
-    """An attribute; None where there is none, and of what fails when it is asked: modules that are loaded late."""
+    """Return an attribute; None if there is none, or if reading it fails, as for lazily loaded modules."""
     try:
         return getattr(value, name, None)
     except Exception:

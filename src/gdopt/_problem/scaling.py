@@ -19,14 +19,14 @@ from gdopt._problem.task import Task
 from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
 
-_PROBES = 10  # products of the Hessian with random signs
-_EXACT = 64  # entries of which each has a product of its own
+_PROBES = 10  # the Hessian products with random signs that estimate the diagonal
+_EXACT = 64  # the most entries that have a Hessian product each
 
 
 def scaled(task: Task, scale: PyTree) -> Task:
     """Return the task in the variables ``params / scale``.
 
-    Sizes are rounded to powers of two: what is divided and multiplied by them loses no digit.
+    Sizes are rounded to powers of two, so that dividing and multiplying by them loses no digit.
     """
     if scale is None:
         return task
@@ -45,34 +45,34 @@ def _given(problem: Problem, scale: PyTree) -> PyTree:
         sizes = _trees.spread(scale, problem.whole(problem.params))
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"scale={_trees.summary(scale)} does not fit params: pass a positive number for each leaf or subtree of "
-            "params, or an array (and no list) of the shape of a leaf; or 'curvature'."
+            f"scale={_trees.summary(scale)} does not fit params. Pass a positive number for each leaf or subtree of "
+            "params, an array (not a list) of the shape of a leaf, or 'curvature'."
         ) from error
     optimised = [size if kept else None for size, kept in zip(sizes, problem.rest.kept, strict=True)]
     return jax.tree_util.tree_map_with_path(_checked, problem.params, problem.rest.treedef.unflatten(optimised))
 
 
 def _checked(path: tuple, leaf: jax.Array, size: Any) -> jax.Array:
-    """Return the size in the leaf's precision; raises InputError if it is none."""
+    """Return the size in the leaf's precision; raise InputError if it is not a size."""
     name = _trees.path_name(path, "scale")
     dtype = jnp.finfo(leaf.dtype).dtype
     if not _trees.is_array(size) or jnp.issubdtype(jnp.result_type(size), jnp.complexfloating):
-        raise InputError(f"{name} is {size!r}: pass a positive number, or an array of them.")
+        raise InputError(f"{name} is {size!r}. Pass a positive number, or an array of them.")
     if jnp.ndim(size) and jnp.shape(size) != leaf.shape:
         raise InputError(
-            f"{name} has shape {jnp.shape(size)}, and {_trees.path_name(path)} has {leaf.shape}: pass one number, or "
+            f"{name} has shape {jnp.shape(size)}, but {_trees.path_name(path)} has {leaf.shape}. Pass one number, or "
             "an array of that shape."
         )
     array = jnp.asarray(size, dtype)
     if not _jax.is_tracer(array) and array.is_fully_addressable:
         bad = ~(np.isfinite(array) & (np.asarray(array) > 0))
         if bad.any():
-            raise InputError(f"{name} holds {np.asarray(size)[bad].flat[0]}: sizes in {dtype} are finite and above 0.")
+            raise InputError(f"{name} holds {np.asarray(size)[bad].flat[0]}. Pass finite sizes above 0 in {dtype}.")
     return array
 
 
 def _power_of_two(size: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Return the nearest one that the dtype has."""
+    """Return the nearest power of two that the dtype has."""
     limits = jnp.finfo(leaf.dtype)
     wide = size.astype(jnp.promote_types(size.dtype, jnp.float32))
     exponent = jnp.clip(jnp.round(jnp.log2(wide)), limits.minexp, limits.maxexp - 1).astype(int)
@@ -84,11 +84,11 @@ def _power_of_two(size: jax.Array, leaf: jax.Array) -> jax.Array:
 def _by_curvature(task: Task, scale: str) -> PyTree:
     """Return 1 / sqrt(|d|) with the diagonal d of the Hessian at the start, in which all curvatures are 1."""
     if scale != "curvature":
-        raise InputError(f"scale={scale!r} is unknown: pass 'curvature', or a tree of positive sizes.")
+        raise InputError(f"scale={scale!r} is unknown. Pass 'curvature', or a tree of positive sizes.")
     if task.noisy:
         raise InputError(
-            "scale='curvature' was given for a noisy loss, whose curvature differs from step to step: pass a tree of "
-            "typical sizes, such as {'w': 1e-3, 'b': 1.0}."
+            "scale='curvature' was given for a noisy loss, whose curvature differs from step to step. Pass a tree of "
+            "typical sizes (for example {'w': 1e-3, 'b': 1.0})."
         )
     params, given = task.problem.params, (task.data, task.args, None)
     value = program.trace(task.value, params, *given, rules=True)
@@ -100,9 +100,9 @@ def _by_curvature(task: Task, scale: str) -> PyTree:
             return program.share(functools.partial(_sizes, loss), *inputs)
         except InputError:
             raise
-        except Exception as error:  # JAX raises various ones
+        except Exception as error:  # JAX raises various ones.
             raise InputError(
-                "scale='curvature' needs second derivatives, and the loss has none: pass a tree of typical sizes. "
+                "scale='curvature' needs second derivatives, but the loss has none. Pass a tree of typical sizes. "
                 f"({type(error).__name__}: {error})"
             ) from error
 

@@ -21,21 +21,21 @@ from gdopt._types import PyTree
 
 
 class Task(NamedTuple):
-    """A problem, and all that its loss is called with besides the params."""
+    """A problem, and all arguments of its loss besides the params."""
 
     problem: Problem
-    args: PyTree  # what is traced of them; None in place of functions and the like
+    args: PyTree  # the traced ones; None in place of functions and the like
     args_rest: _trees.Rest
-    data: PyTree  # of a stream, the first batch
+    data: PyTree  # for a stream, its first batch
     batches: Batches | None
     stream: Stream | None
     with_key: bool
     given_key: jax.Array | None
-    explicit: Mesh | None = None  # whose axes the loss sees as Explicit ones, as it was given its arrays
+    explicit: Mesh | None = None  # the mesh whose axes are Explicit in the loss, as in the arrays that were given
 
     @property
     def key(self) -> jax.Array:
-        """The one that all random numbers of a call are drawn from."""
+        """The key from which all random numbers of a call are drawn."""
         if self.given_key is not None:
             return self.given_key
         with own_work():
@@ -43,23 +43,23 @@ class Task(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        """Tell whether the loss is another function at each step."""
+        """Whether the loss is another function at each step."""
         return self.with_key or self.batches is not None or self.stream is not None
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """None for a loss that is the same function at each step, and for a stream."""
+        """The steps of an epoch; None for a deterministic loss, and for a stream."""
         if self.stream is not None:
             return None
         return self.batches.per_epoch if self.batches else 1 if self.with_key else None
 
     @property
     def batch(self) -> PyTree:
-        """The shapes of the data that the loss is given at each step."""
+        """The data that the loss gets at each step, or only the shapes of a batch."""
         return self.batches.shapes(self.data) if self.batches else self.data
 
     def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
-        """(loss, aux) of all data or of a batch of them; the key only where the loss takes one."""
+        """Return (loss, aux) of all data or of a batch; the loss gets the key only if it takes one."""
         if self.explicit is not None:
             given = self.problem.params, self.data, self.args, self.given_key
             inside = self._replace(explicit=None).value
@@ -78,7 +78,7 @@ def make_task(
     with_key: bool,
     key: jax.Array | None,
 ) -> Task:
-    """Checks that all of it can be run on; raises InputError, before anything is traced, where not."""
+    """Check everything that a run needs; raise InputError, before anything is traced, if it cannot be used."""
     data, batches, stream = check_data(data, batch_size)
     if batches is not None:
         check_batch_size(data, batches.batch_size)
@@ -95,21 +95,21 @@ def _check_key(key: Any) -> jax.Array | None:
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1:
-        with contextlib.suppress(TypeError):  # the wrong number of words
+        with contextlib.suppress(TypeError):  # It may have the wrong number of words.
             return jax.random.wrap_key_data(_trees.on_device(key))
-    raise InputError(f"key={key!r} is not one random key: pass jax.random.key(0), say.")
+    raise InputError(f"key={key!r} is not one random key. Pass one (for example jax.random.key(0)).")
 
 
 def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
     if not isinstance(args, tuple):
-        raise InputError(f"args is a {type(args).__name__}: pass a tuple, such as args=(x,).")
+        raise InputError(f"args is a {type(args).__name__}. Pass a tuple (for example args=(x,)).")
     refuse_no_arrays("args", args)
     limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
         if isinstance(leaf, int) and not limits.min <= leaf <= limits.max:
             raise InputError(
                 f"{_trees.path_name(path, 'args')} is an int of {leaf.bit_length()} bits, beyond the range of "
-                f"{limits.dtype}: write it as a float."
+                f"{limits.dtype}. Pass it as a float."
             )
     some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
     return jax.tree.map(lambda leaf: _trees.on_device(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest

@@ -1,4 +1,4 @@
-"""The range test: a short training whose rate climbs a ladder, and what its curve suggests."""
+"""The range test: a short training whose rate climbs a ladder, and the rate that its curve suggests."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.schedules import ladder
 
 START_LR, END_LR, NUM_STEPS = 1e-5, 10.0, 300  # 50 rates to a decade
-_EXTENSIONS = 2  # of the ladder, to each side
-_NEIGHBOURS = 3.0 ** np.array([-1, -0.5, 0, 0.5])  # times the suggestion: what a refinement tries
+_EXTENSIONS = 2  # sections at most, beyond each end of the ladder
+_NEIGHBOURS = 3.0 ** np.array([-1, -0.5, 0, 0.5])  # the rates of a refinement, over the suggestion
 _REFINING_STEPS = 100
-_JUDGED = 50  # of which the last so many are compared
+_JUDGED = 50  # the last steps, whose losses are compared
 _ALL_STEPS = Steps(LAST_STEP, None, None)
 
 
@@ -65,9 +65,9 @@ def lr_find(
     trainable: Any = None,
     scale: PyTree | Literal["curvature"] = None,
 ) -> RangeTest:
-    """Finds a learning rate by Smith's range test: a short training whose rate rises until the loss blows up.
+    """Find a learning rate by Smith's range test: a short training whose rate rises until the loss blows up.
 
-    It is a pure function: ``params`` are where every try starts, and nothing of the caller's changes. One program is
+    It is a pure function: every try starts from ``params``, and nothing of the caller's changes. One program is
     compiled for the whole test, and none for new rates, data of the same shape or a fresh lambda that computes the
     same. Ctrl-C raises KeyboardInterrupt.
 
@@ -76,39 +76,39 @@ def lr_find(
         params: any pytree, as in `minimize`.
         args: further arguments of the loss.
         data: a pytree of arrays with a shared leading axis, such as ``(X, y)``; or a stream of batches, as in
-            `minimize`, that can be gone through more than once: no iterator.
-        batch_size: rows per step; choose it as for the training, for the best rate grows with it. By default all rows.
+            `minimize`, that can be read more than once: no iterator.
+        batch_size: rows per step, the same as for the training: the best rate grows with it. By default all rows.
         optimizer: the factory ``learning_rate -> transformation`` to find a rate for: ``gdopt.gd``, ``optax.adam``,
             ``functools.partial(optax.sgd, momentum=0.9)``.
         start_lr: the rate of the first step, tried exactly; by default 1e-5.
         end_lr: the rate of step ``num_steps``, tried exactly unless the loss blows up before; by default 10. An
-            exponential ladder that turns out to lack an end is prolonged there, up to twice: ``learning_rate`` of the
-            result says which rates were tried.
-        num_steps: how many rates; by default 300, which is 50 to a decade. With fewer the loss has no time to show what
-            a rate does, and the suggestion gets more cautious; below 15 to a decade it is rough.
+            exponential ladder that turns out too short at an end is prolonged there, up to twice: ``learning_rate`` of
+            the result says which rates were tried.
+        num_steps: the number of rates; by default 300, which is 50 to a decade. With fewer, the loss has no time to
+            show what a rate does, and the suggestion gets more cautious. Below 15 to a decade it is rough.
         mode: "exponential" (equal ratios, the default) or "linear" (equal differences, as in the paper).
-        repeats: so many tests run side by side, each with its own order of batches (and random keys), and the rules
-            read their mean curve: five cut the spread of the suggestion about in half. Takes the memory of as many
-            runs.
-        refine: train with four rates from a third of the suggestion to 1.7 times it for 100 steps side by side, and
-            suggest the one with the lowest loss. Takes about as long as the test, and the memory of four runs for each
+        repeats: the number of tests that run side by side, each with its own order of batches (and random keys). The
+            rules read their mean curve: five cut the spread of the suggestion about in half. Takes the memory of as
+            many runs.
+        refine: train with four rates side by side for 100 steps, from a third of the suggestion to 1.7 times it. The
+            one with the lowest loss is suggested. Takes about as long as the test, and the memory of four runs for each
             repeat.
         has_aux: the loss returns ``(value, aux)``.
         with_key: the loss takes a keyword ``key``, a fresh one at each step.
-        key: where the shuffling and those keys come from, so that the answer is the same each time; by default
+        key: the source of the shuffling and of those keys, so that the answer is the same each time; by default
             ``jax.random.key(0)``.
-        trainable: what to optimise, as in `minimize`.
+        trainable: the params to optimise, as in `minimize`.
         scale: typical sizes of the params, as in `minimize`. The rates are those of the scaled params.
 
     Returns:
-        A `RangeTest`, whose ``suggestion`` is a rate for `minimize` as it stands: for a constant rate, or the highest
-        one of a cycle. It is None where the curve offers none; the ``message`` then says what to change.
+        A `RangeTest`. Pass its ``suggestion`` to `minimize` as it stands: as a constant rate, or as the highest one of
+        a cycle. It is None if the curve offers none; the ``message`` then says what to change.
 
     Raises:
         InputError: for bad input, before anything compiles.
 
-    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv 1506.01186, section 3.3. What is
-    read off the curve was chosen by measurement, see ``benchmarks/README.md``.
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv 1506.01186, section 3.3. The
+    rules that read the curve were chosen by measurement, see ``benchmarks/README.md``.
 
     Example:
         >>> import gdopt, jax.numpy as jnp
@@ -130,7 +130,7 @@ def lr_find(
 
 
 class Ladder(NamedTuple):
-    """The rates to try; sections of it, each as many rungs as asked for, go on beyond both of its ends.
+    """The rates to try. Further sections of as many rungs prolong it beyond both of its ends.
 
     Not of a linear one, which would soon be below zero.
     """
@@ -141,13 +141,13 @@ class Ladder(NamedTuple):
     mode: str
 
     def section(self, number: int) -> np.ndarray:
-        """The rates of a section: 0 is what was asked for, -1 what lies below it."""
+        """Return the rates of a section: 0 is the ladder that was asked for, -1 the section below it."""
         shift = (self.end / self.start) ** (number * self.num_steps / (self.num_steps - 1)) if number else 1.0
         return ladder(self.start * shift, self.end * shift, self.num_steps, self.mode)
 
 
 def check_ladder(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str) -> Ladder:
-    """Raises InputError for rates that are no rates, or do not rise."""
+    """Raise InputError for rates that are no rates, or do not rise."""
     rates = ladder(start_lr, end_lr, num_steps, mode)
     if rates[0] >= rates[-1]:
         raise InputError(f"start_lr={start_lr!r} is not below end_lr={end_lr!r}: a range test raises the rate.")
@@ -158,22 +158,22 @@ def _check_factory(optimizer: Any) -> None:
     check_optimizer(optimizer, searched=True)
     if is_transformation(optimizer):
         raise InputError(
-            "optimizer is ready and owns its rate, so no other can be tried: pass the factory itself, such as "
-            "optax.adam in place of optax.adam(1e-3)."
+            "optimizer is a transformation that owns its rate, so no other can be tried. Pass the factory itself (for "
+            "example optax.adam instead of optax.adam(1e-3))."
         )
 
 
 def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, refine: bool = False) -> RangeTest:
-    """`lr_find` for a task that is checked."""
+    """Run `lr_find` for a checked task."""
     if task.stream is not None and task.stream.once:
         raise InputError(
-            "data is an iterator, which can be gone through once, and a range test goes through the first batches and "
-            "leaves them to the training: pass a function that returns a new iterator each time, or a learning_rate."
+            "data is an iterator, which can be read only once, but a range test reads the first batches before the "
+            "training does. Pass a function that returns a new iterator each time, or pass a learning_rate."
         )
     loop.check_alike(task, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
     with own_work():
         keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
-        keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # one run alone is traced in half the time
+        keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # a run without vmap traces twice as fast
     with _error_notes.memory(params=task.problem.params, data=task.data, args=task.args):
         curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
         while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -_EXTENSIONS:
@@ -191,9 +191,9 @@ def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, r
 
 
 class _Curve(NamedTuple):
-    """Losses by rate, one row per repeat, and how far each of them got."""
+    """The losses by rate, one row per repeat, and how far each of them got."""
 
-    rates: np.ndarray  # all of the ladder, reached or not
+    rates: np.ndarray  # the whole ladder, reached or not
     losses: np.ndarray
     ends: list[int]
 
@@ -202,13 +202,13 @@ class _Curve(NamedTuple):
         return min(self.ends)
 
     def combined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rates, losses and smoothed losses as far as all repeats got: the mean."""
+        """Return rates, mean losses and smoothed mean losses, as far as all repeats got."""
         losses = self.losses[:, : self.end].mean(axis=0)
         return self.rates[: self.end], losses, rules.smooth(losses)
 
 
 def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
-    """Section after section from the lowest given up, until the curve says enough; every repeat from the start."""
+    """Climb from the given section upwards until the curve says enough; every repeat begins at the start."""
     advance, state, inputs = _begin(task, optimizer, keys, _each(steps.section(lowest), keys))
     rates, records = np.empty(0), []
 
@@ -232,19 +232,19 @@ def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: i
 
 
 def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
-    """The rates, for each key."""
+    """Repeat the rates for each key."""
     return _trees.on_device(np.broadcast_to(rates, (*keys.shape, len(rates))))
 
 
 def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, Carry, Inputs]:
-    """Runs side by side, one for each key and row of rates, before their first step, and how they advance."""
+    """Return how runs side by side advance, one per key and row of rates, and their state before the first step."""
 
     def compile(data: PyTree) -> tuple[Any, Inputs]:
         limits = Limits(LAST_STEP, 0.0, None, -math.inf)
         return loop.compile(task._replace(data=data), Method(optimizer, rates), limits, keys, trial=True)
 
     compiled, inputs = compile(task.data)
-    assert isinstance(compiled, Compiled)  # InputError inside of a jit
+    assert isinstance(compiled, Compiled)  # Inside jit, InputError was raised before.
     check_joined(inputs)
     source = source_of(task, compiled, compile, _ALL_STEPS, pause=False)
     advance = functools.partial(host_loop.advance, compiled, source, saves=NoSaves())
@@ -255,18 +255,18 @@ def _check_cause(cause: Status | None) -> None:
     if cause is Status.INTERRUPTED:
         raise KeyboardInterrupt
     if cause is Status.DATA_EXHAUSTED:
-        raise InputError("data ended during a range test, which needs some hundred batches: pass more of them.")
+        raise InputError("data ended during a range test, which needs some hundred batches. Pass more batches.")
 
 
 def _verdict(curve: _Curve) -> rules.Verdict:
     if curve.end == 0:
-        reason = "The loss or its gradient is not finite at the start: start where both are finite."
+        reason = "The loss or its gradient is not finite at the start. Start from params at which both are finite."
         return rules.Verdict(None, reason)
     return rules.suggest(*curve.combined(), blew_up=curve.end < len(curve.rates))
 
 
 def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> Refinement:
-    """Trains the neighbours of a suggestion on the same batches, and compares their last losses."""
+    """Train the neighbours of a suggestion on the same batches, and compare their last losses."""
     rates = suggestion * _NEIGHBOURS
     with own_work():
         keys = jnp.atleast_1d(keys)
@@ -274,7 +274,7 @@ def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> R
     advance, state, inputs = _begin(task, optimizer, many, lanes)
     _, history, cause = advance(state, inputs, lambda *_: False, until=_REFINING_STEPS)
     _check_cause(cause)
-    last = np.full((_JUDGED, len(lanes)), np.inf)  # where a run ended before
+    last = np.full((_JUDGED, len(lanes)), np.inf)  # A run that ended early counts as infinite.
     measured = history.loss[_REFINING_STEPS - _JUDGED :]
     last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)
     return Refinement(rates, last.mean(axis=0).reshape(len(rates), -1).mean(axis=1))

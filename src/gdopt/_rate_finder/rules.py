@@ -1,7 +1,7 @@
-"""The rules that read a learning rate off a range test's curve, its smoothing and its end; NumPy alone.
+"""The rules that read a learning rate off the curve of a range test, its smoothing and its end, with NumPy alone.
 
-Everywhere ``rates`` rises, entry k of a curve is the loss at the point from which the step with ``rates[k]`` was made,
-and entry 0 the loss at the start.
+In all of them ``rates`` rise. Entry k of a curve is the loss at the point from which the step with ``rates[k]`` was
+made, and entry 0 the loss at the start.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-BETA = 0.9  # of the moving average
-_TRAIL = 9  # rungs by which it trails, beta / (1 - beta): the basin's edges show so much too late
-_LEVEL = 0.05  # the basin: within so much of the whole fall from the minimum
-_FEWEST = 20  # rungs that say something
-_NOISE = 6  # standard deviations of the smoothed curve that a fall must have
-_SOON = 10  # times the first rate
-_FLAT = 100  # from the end of the fall to the end of the ladder: a floor, and not the last bit of a fall
-_TINY = 1e-6  # of the loss: a fall that may be rounding
+BETA = 0.9  # the factor of the moving average
+_TRAIL = 9  # rungs by which the average trails, beta / (1 - beta): it shows the edges of the basin that much too late
+_LEVEL = 0.05  # the height of the basin above the minimum, over the whole fall
+_FEWEST = 20  # the fewest rungs that a suggestion needs
+_NOISE = 6  # the least fall, in standard deviations of the smoothed curve
+_SOON = 10  # the rate over the first rate below which a blow-up comes too soon
+_FLAT = 100  # the last rate over that at the end of the fall from which on a low curve counts as a floor
+_TINY = 1e-6  # the fall over the loss up to which it may be rounding
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """The exponential moving average along the last axis, bias-corrected (Kingma & Ba, 2015, section 3)."""
+    """Return the exponential moving average along the last axis, bias-corrected (Kingma & Ba, 2015, section 3)."""
     losses = np.asarray(losses, float)
     average, smoothed = np.zeros(losses.shape[:-1]), np.empty(losses.shape)
     for k in range(losses.shape[-1]):
@@ -34,8 +34,8 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 def end(losses: np.ndarray) -> int:
     """Count the entries of a curve before the first that is not finite, and up to its blow-up.
 
-    It has blown up when the smoothed loss is four times its best, as in fastai, and also above where it began; for
-    losses below zero or near it, when it is further above its best than the best is from zero, threefold.
+    The curve has blown up once the smoothed loss is four times its best, as in fastai, and also above its first value.
+    For losses near or below zero, it has once the loss is above its best by three times the size of the best.
     """
     finite = np.isfinite(losses)
     count = len(losses) if finite.all() else int(finite.argmin())
@@ -50,38 +50,38 @@ class Verdict(NamedTuple):
 
     suggestion: float | None
     reason: str = ""  # why there is no suggestion, and what to change
-    missing: str = ""  # "higher" or "lower" where a longer ladder at that end would tell more
+    missing: str = ""  # "higher" or "lower" if a longer ladder at that end would help
 
 
 def suggest(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, *, blew_up: bool) -> Verdict:
-    """The default suggestion from a combined curve, or why there is none.
+    """Return the default suggestion from a combined curve, or say why there is none.
 
-    It is the middle, on the log axis, of the basin: of the rates between which the smoothed loss is within a twentieth
-    of its whole fall from its minimum; less the rungs by which the average trails, or half a decade where that is less.
-    With both edges in it, it varies less from one seed to the next than the place of the minimum does. The first tenth
-    of the curve only tells where the loss came from: one lucky batch there would pass for a minimum.
+    It is the middle of the basin on the log axis. In the basin, the smoothed loss is within a twentieth of its whole
+    fall from its minimum. The rungs by which the average trails, or half a decade if that is less, are subtracted. The
+    middle of both edges varies less from seed to seed than the place of the minimum. The first tenth of the curve only
+    gives the loss at the start: one lucky batch there would pass for a minimum.
     """
     count, head = len(rates), max(len(rates) // 10, 1)
     low, high = f"{rates[0]:.2g}", f"{rates[-1]:.2g}"
     if count < _FEWEST and not blew_up:
-        return Verdict(None, f"The curve has {count} points, which is too few: raise num_steps to {_FEWEST} or more.")
+        return Verdict(None, f"The curve has {count} points, which is too few. Raise num_steps to {_FEWEST} or more.")
     if count < _FEWEST:
         return Verdict(
-            None, f"The loss blows up soon after the rate {low}: lower start_lr, or raise num_steps.", "lower"
+            None, f"The loss blows up soon after the rate {low}. Lower start_lr, or raise num_steps.", "lower"
         )
     bottom = head + int(smoothed[head:].argmin())
     fall = smoothed[:head].mean() - smoothed[bottom]
     noise = np.std(np.diff(losses[: bottom + 1])) / 2**0.5 * ((1 - BETA) / (1 + BETA)) ** 0.5
     fell = fall > max(_NOISE * noise, _TINY * abs(smoothed[0]))
     if not fell and blew_up and rates[-1] < _SOON * rates[0]:
-        return Verdict(None, f"The loss rises from the rate {low} on: lower start_lr.", "lower")
+        return Verdict(None, f"The loss rises from the rate {low} on. Lower start_lr.", "lower")
     if not fell and blew_up:
-        reason = f"The loss does not fall by more than its noise before it blows up at {high}: "
-        return Verdict(None, reason + "raise num_steps, repeats or batch_size, or check the sign of the loss.")
+        reason = f"The loss does not fall by more than its noise before it blows up at {high}. "
+        return Verdict(None, reason + "Raise num_steps, repeats or batch_size, or check the sign of the loss.")
     if not fell:
         return Verdict(
             None,
-            f"The loss is flat from {low} to {high}: raise end_lr. If it stays flat, it may not depend on params, or "
+            f"The loss is flat from {low} to {high}. Raise end_lr. If it stays flat, it may not depend on params, or "
             "its noise hides the fall: raise batch_size or repeats.",
             "higher",
         )
@@ -91,10 +91,10 @@ def suggest(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, *, blew
     right = bottom + int(above.argmax()) if above.any() else count - 1
     trail = min(_TRAIL, int(np.sum(rates > rates[-1] / 10**0.5)))
     if left < 2 * head:
-        return Verdict(None, f"The loss falls at once, at the rate {low} already: lower start_lr.", "lower")
+        return Verdict(None, f"The loss falls already at the rate {low}. Lower start_lr.", "lower")
     if not above.any() and not blew_up and rates[-1] < _FLAT * rates[left]:
-        return Verdict(None, f"The loss falls, or stays low, up to the rate {high}: raise end_lr.", "higher")
-    if not above.any() and not blew_up:  # it is as low as it gets, at a minimum that no rate leads away from
+        return Verdict(None, f"The loss falls, or stays low, up to the rate {high}. Raise end_lr.", "higher")
+    if not above.any() and not blew_up:  # The loss is at a minimum that no rate leads away from.
         return Verdict(float(rates[max(left - trail, 0)]), missing="higher")
     return Verdict(float(rates[max((left + right) // 2 - trail, 0)]))
 
@@ -105,14 +105,14 @@ def steep(rates: np.ndarray, losses: np.ndarray) -> float:
 
 
 def minimum(rates: np.ndarray, losses: np.ndarray) -> float:
-    """A tenth of the rate at the minimum."""
+    """Return a tenth of the rate at the minimum."""
     return float(rates[np.argmin(losses)]) / 10
 
 
 def valley(rates: np.ndarray, losses: np.ndarray) -> float:
-    """The middle of the longest valley: of the span of the longest falling subsequence."""
+    """Return the middle of the longest valley: of the span of the longest falling subsequence."""
     count = len(losses)
-    length = np.ones(count, int)  # of the longest falling subsequence that ends here
+    length = np.ones(count, int)  # the length of the longest falling subsequence that ends here
     for k in range(1, count):
         length[k] = 1 + np.max(length[:k], initial=0, where=losses[:k] > losses[k])
     last = int(length.argmax())
@@ -122,7 +122,7 @@ def valley(rates: np.ndarray, losses: np.ndarray) -> float:
 
 
 def slide(rates: np.ndarray, losses: np.ndarray) -> float:
-    """From the end, the first place where the slope no longer differs from that of 15 rungs before by over 0.005."""
+    """Return the last rate whose slope differs from that of 15 rungs before by at most 0.005."""
     slope = np.gradient(losses)
     right = len(losses) - 1
     while right >= 15 and abs(slope[right] - slope[right - 15]) > 0.005:
@@ -139,8 +139,8 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def by_rule(rates: np.ndarray, smoothed: np.ndarray, num_steps: int) -> dict[str, float | None]:
-    """The suggestions of fastai's rules (2.8) on this curve, less its first tenth and last five points, as there."""
+    """Return the suggestions of fastai's rules (2.8), which leave out the first tenth and the last five points."""
     window = slice(num_steps // 10, -5)
     rates, smoothed = rates[window], smoothed[window]
-    enough = len(rates) >= 17  # slide compares slopes 15 points apart
+    enough = len(rates) >= 17  # The rule `slide` compares slopes 15 points apart.
     return {name: rule(rates, smoothed) if enough else None for name, rule in RULES.items()}

@@ -1,4 +1,4 @@
-"""The callback of a run: what it is given, and what its answer means."""
+"""The callback of a run: its argument, and the meaning of its answer."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from gdopt._settings import as_own_work
 
 
 class Watcher:
-    """Looks at a run between two chunks: for the progress bar and the callback, which may stop it."""
+    """The observer of a run between two chunks, for the progress bar and for the callback, which may stop the run."""
 
     def __init__(self, callback: Callable | None, task: Task, source: InMemory | Streamed, advance: Callable):
-        self.failure: Exception | None = None  # of the callback
+        self.failure: Exception | None = None  # the exception of the callback
         self._callback, self._task, self._source, self._advance = callback, task, source, advance
 
     @property
     def boundary(self) -> int:
-        """The steps after which a chunk ends, so that the callback is called there."""
+        """The number of steps at whose multiples a chunk ends, so that the callback is called there."""
         batches = self._task.batches
         return batches.per_epoch if batches and self._callback else LAST_STEP
 
@@ -40,31 +40,31 @@ class Watcher:
         try:
             report = _report(self._task.problem, step, self._source.epoch(step), state, records)
             return _wants_stop(self._callback(report))
-        except Exception as error:  # ends the run, as the callback may by its answer, and then is raised
+        except Exception as error:  # The run ends as if the callback had stopped it, and then raises this.
             self.failure = error
             return True
 
     def raise_failure(self, result: Result) -> None:
-        """Raise what the callback has raised, with the result so far."""
+        """Raise the exception of the callback, with the result so far."""
         if self.failure is not None and self._callback is not None:
             _error_notes.add_result(self.failure, self._callback, result)
             raise self.failure
 
 
 def check_callback(callback: Any) -> None:
-    """Raise InputError for what is no function."""
+    """Raise InputError for a callback that is not a function."""
     if callback is not None and not callable(callback):
-        raise InputError(f"callback={callback!r} is not a function: pass one that is called with a gdopt.Report.")
+        raise InputError(f"callback={callback!r} is not a function. Pass one that is called with a gdopt.Report.")
 
 
 def _wants_stop(answer: Any) -> bool:
-    """Tell whether the callback said stop. Other answers were hardly meant as one (the length of a line written)."""
+    """Tell whether the callback said stop; refuse other answers, such as the length of a line that it wrote."""
     if answer is None:
         return False
     value = jax.device_get(answer) if isinstance(answer, jax.Array) else answer
     if isinstance(value, bool | np.bool_ | np.ndarray) and np.shape(value) == () and np.asarray(value).dtype == bool:
         return bool(value)
-    raise InputError(f"callback returned {answer!r}: return True to stop the run, and None or False to let it go on.")
+    raise InputError(f"callback returned {answer!r}. Return True to stop the run, and None or False to continue.")
 
 
 @as_own_work

@@ -1,4 +1,4 @@
-"""The host's side of a run: chunk after chunk, sized by time; between two it reports, and listens for Ctrl-C."""
+"""The host's side of a run: chunks of steps, sized by time. Between two chunks it reports, and checks for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from gdopt._run.sources import InMemory, Streamed
 from gdopt._settings import own_promotion, own_work
 from gdopt._status import FAILURES, RUNNING, Status
 
-_FIRST_CHUNK = 16  # steps, before their time is known
-_CHUNK_SECONDS = 0.05  # Ctrl-C and the progress bar wait for one chunk
-_PATIENCE = 5  # times _CHUNK_SECONDS, if several processes have to agree on each chunk
-_HOST_SECONDS = 2e-4  # overhead of the host per chunk
+_FIRST_CHUNK = 16  # steps of a chunk before their time is known
+_CHUNK_SECONDS = 0.05  # the time of a chunk, for which Ctrl-C and the progress bar wait
+_PATIENCE = 5  # the factor on _CHUNK_SECONDS if several processes have to agree on each chunk
+_HOST_SECONDS = 2e-4  # the overhead of the host per chunk
 
 
 def begin(compiled: Compiled, inputs: Inputs) -> Carry:
-    """Return the state before the first step, with everything compiled: if nothing ran yet, by a chunk of no steps."""
+    """Return the state before the first step, with everything compiled, if necessary by a chunk of no steps."""
     carry = compiled.start(inputs)
     if not compiled.pace:
         carry, _ = compiled.chunk(carry, np.int32(0), np.int32(0), inputs)
@@ -50,15 +50,15 @@ def advance(
     """Run chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
 
     ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
-    multiple of ``boundary`` steps. Chunks are sized by time; their sizes change no bit of the result. After a stop, the
-    state's last point is evaluated still. Return what stopped it from outside, if anything did.
+    multiple of ``boundary`` steps. Chunks are sized by time, and their sizes change no bit of the result. After a stop,
+    the last point of the state is still evaluated. Return what stopped the run from outside, if anything did.
     """
     limits, cause, stop = inputs.limits, None, False
     carry, records = saves.restored(carry, limits)
     state = carry[0].tree()
     step, running = int(state.step), _is_running(state)
-    source.resume(step + (not running), saves)  # a run that ended by itself has looked at one more
-    if not running:  # all of it was saved
+    source.resume(step + (not running), saves)  # A run that ended by itself evaluated one more batch.
+    if not running:  # The saved run is complete.
         return carry, concatenated(records), None
     source.begin()
     with ctrl_c() as pressed:
@@ -75,11 +75,11 @@ def advance(
             if last:
                 cause = _cause(stop, leave, source.why)
                 here = limits._replace(max_steps=step)
-                inputs = inputs._replace(limits=here)  # evaluates once more, and ends
+                inputs = inputs._replace(limits=here)  # With this limit, the loop evaluates once more and ends.
             began = time.perf_counter()
             way = (carry, inputs, step)
             carry = source.evaluate(*way) if last else source.advance(*way, limit, pressed)
-            state = carry[0].tree()  # waits for the chunk
+            state = carry[0].tree()  # This waits for the chunk.
             seconds = time.perf_counter() - began
             if compiled.verify is not None:
                 carry = compiled.verify(carry, inputs)
@@ -97,19 +97,19 @@ def advance(
 
 
 def _is_running(state: State) -> bool:
-    """Tell whether any run of those side by side goes on."""
+    """Tell whether any of the runs side by side continues."""
     return bool((_trees.on_host(state.code) == RUNNING).any())
 
 
 def _size(compiled: Compiled) -> int:
-    """Return how many steps the next chunk is to have."""
+    """Return the number of steps of the next chunk."""
     seconds = _CHUNK_SECONDS * (_PATIENCE if peers().several else 1)
     size = max(1, int(seconds / compiled.pace[0])) if compiled.pace else _FIRST_CHUNK
     return min(size, while_loops.CAPACITY)
 
 
 def _cause(stop: bool, leave: bool, why: str) -> Status | None:
-    """Return what ends a run from outside: Ctrl-C, the callback, or a stream that ended too early."""
+    """Return the status of a run that ends from outside: by Ctrl-C, the callback, or a stream that ended too early."""
     if leave:
         return Status.INTERRUPTED
     if stop:
@@ -125,9 +125,9 @@ def _history(carry: Carry, count: int) -> History:
 def run(
     compiled: Compiled, source: InMemory | Streamed, inputs: Inputs, watcher: Watcher, saves: Saves | NoSaves
 ) -> tuple[float, State, History, Status]:
-    """Compile and run to the end: see `advance`. Return when all was compiled, too.
+    """Compile and run to the end: see `advance`. Return the time at which all was compiled, too.
 
-    If an optimizer keeps an average of the params, that is evaluated last.
+    If an optimizer keeps an average of the params, the average is evaluated last.
     """
     with _error_notes.memory(params=inputs.start, state=compiled.carry, data=inputs.data, args=inputs.args):
         carry = begin(compiled, inputs)

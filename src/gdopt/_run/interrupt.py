@@ -15,8 +15,9 @@ def ctrl_c() -> Generator[list[bool]]:
     """Yield a list that gets an entry at Ctrl-C or SIGTERM, so that the run can end with its state intact.
 
     An exception could come between any two bytecodes, for example after the old state was donated and before the new
-    one is bound. Schedulers end a process by SIGTERM, so it is treated alike. The first signal restores the usual
-    handlers: a second Ctrl-C raises KeyboardInterrupt. Handlers of other code, and other threads, are left alone.
+    one is bound. Schedulers end a process by SIGTERM, so it is treated in the same way. The first signal restores the
+    usual handlers, so a second Ctrl-C raises KeyboardInterrupt. Handlers of other code, and other threads, are left
+    alone.
     """
     pressed: list[bool] = []
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -27,7 +28,7 @@ def ctrl_c() -> Generator[list[bool]]:
 
     def give_back() -> None:
         for number in taken:
-            if signal.getsignal(number) is handler:  # and not one that a callback has put in its place
+            if signal.getsignal(number) is handler:  # A callback may have replaced it.
                 signal.signal(number, usual[number])
 
     def handler(signum: int, frame: Any) -> None:
@@ -48,7 +49,7 @@ _taken: list[Callable[[], None]] = []
 
 
 def _after_fork() -> None:
-    """Restore the handlers in a loader's workers, which are forked from a run: a pool ends its own by SIGTERM."""
+    """Restore the handlers in a loader's workers, which are forked from a run: a pool ends its workers by SIGTERM."""
     for give_back in reversed(_taken):
         give_back()
 

@@ -12,14 +12,14 @@ from gdopt._errors import GdoptError
 
 @contextlib.contextmanager
 def progress_bar(shown: bool, max_steps: int | None) -> Generator[Callable[[int, float], None]]:
-    """A function of the steps made and the last loss, which moves a tqdm bar where one is to be shown."""
-    if not shown or jax.process_index():  # of several processes, the first one has the bar
+    """Yield a function of the steps made and the last loss, which moves a tqdm bar if one is to be shown."""
+    if not shown or jax.process_index():  # Only the first process has a bar.
         yield lambda step, loss: None
         return
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise GdoptError('progress=True needs tqdm: pip install "gdopt[progress]"') from error
+        raise GdoptError('progress=True needs tqdm. Run pip install "gdopt[progress]"') from error
 
     with tqdm(total=max_steps, unit="step") as bar:
 
@@ -28,5 +28,5 @@ def progress_bar(shown: bool, max_steps: int | None) -> Generator[Callable[[int,
             bar.update(step - bar.n)
 
         yield advance
-        bar.total = bar.n  # a run that ended early is complete, too
+        bar.total = bar.n  # A run that ended early is complete, too.
         bar.refresh()

@@ -1,4 +1,4 @@
-"""The data behind the steps of a run: in memory for all of it, or from a stream batch by batch."""
+"""The data for the steps of a run: all of it in memory, or batch by batch from a stream."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gdopt._status import RUNNING
 from gdopt._stopping import Epoch
 from gdopt._types import PyTree
 
-_SHAPES = 2  # shapes of batches without a warning: full ones, and the last of a pass
+_SHAPES = 2  # the shapes of batches that cause no warning: full ones, and the last of a pass
 
 
 class InMemory:
-    """Steps on data that the device holds, many of them by each call of the program."""
+    """Steps on data that the device holds, many in each call of the program."""
 
     ended, why = False, ""
 
@@ -34,10 +34,10 @@ class InMemory:
         self._compiled = compiled
 
     def resume(self, made: int, saves: Saves | NoSaves) -> None:
-        """Do nothing: the state tells how many steps were made."""
+        """Do nothing: the state holds the number of steps."""
 
     def begin(self) -> None:
-        """Do nothing: all data are there."""
+        """Do nothing: all data are on the device."""
 
     def epoch(self, step: int) -> int:
         """Return how many passes over the data are complete after so many steps."""
@@ -59,32 +59,32 @@ class InMemory:
 class Streamed:
     """Steps on the batches of a stream: while one is computed, the next one waits and the batch after that is fetched.
 
-    A batch in NumPy's memory is an argument of its step as it is. JAX moves it to the device when the step is
-    dispatched, while the previous one is computed. That takes a fraction of the host's time of `jax.device_put`.
+    A batch in NumPy's memory is passed to its step unchanged. JAX moves it to the device when the step is dispatched,
+    while the previous one is computed. That takes a fraction of the host time of `jax.device_put`.
     """
 
     def __init__(self, feed: Feed, compile_for: Callable[[PyTree], tuple[Any, Inputs]], *, pause: bool):
         self.ended = False
         self._feed = feed
-        self._compile_for, self._pause = compile_for, pause  # at the end of each pass
+        self._compile_for, self._pause = compile_for, pause  # whether to pause at the end of each pass
         self._programs: dict[Any, tuple[Compiled, list]] = {}  # by the shapes of batches
         self._given: Batch | None = None
         self._next: Batch | None = None
-        self._made: int | None = None  # steps before the first of this call
+        self._made: int | None = None  # the steps before this call
         self._begun = False
 
     @property
     def why(self) -> str:
-        """Why the stream ended before it should have; "" if it did not."""
+        """The reason why the stream ended too early; "" if it did not."""
         return self._feed.why
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """The batches of the first pass, once that is known."""
+        """The number of batches in the first pass, once it is known."""
         return self._feed.steps_per_epoch
 
     def resume(self, made: int, saves: Saves | NoSaves) -> None:
-        """Take in how many batches were used before, and pull none yet. Only the first call counts."""
+        """Note the number of batches that were used before, and pull none yet. Only the first call counts."""
         if self._made is not None:
             return
         self._made, saves.feed = made, self._feed
@@ -99,8 +99,8 @@ class Streamed:
         for count in range(self._feed.first, made):
             if self._next is None:
                 raise InputError(
-                    f"data ended after {count} batches, and the checkpoint is of a run that used {made}: give the same "
-                    "batches as before, or pass another path."
+                    f"data ended after {count} batches, but the checkpoint is of a run that used {made}. Pass the same "
+                    "batches as before, or another path."
                 )
             self._given, self._next = self._next, self._feed.next()
 
@@ -126,9 +126,9 @@ class Streamed:
             carry, code = self._step(carry, inputs, first, step, batch)
             if before is not None and not (_trees.on_host(before) == RUNNING).any():
                 self._given = given
-                break  # so this step was none, and the batches ahead are not needed
+                break  # The run had ended before this step, so the batches ahead are not needed.
             before = code
-            self._next = self._feed.next()  # now, as the step is computed
+            self._next = self._feed.next()  # The batch is fetched while the step is computed.
             if self._pause and batch.ends:
                 break
         return carry
@@ -158,15 +158,15 @@ class Streamed:
         if shapes not in self._programs:
             if len(self._programs) == _SHAPES:
                 warn(
-                    f"the batches of data come in more than {_SHAPES} shapes, now with {list(shapes)}, and the step is "
-                    "compiled anew for each: pad them, or leave out those that are not full."
+                    f"the batches of data have more than {_SHAPES} shapes, now {list(shapes)}, and the step is "
+                    "recompiled for each. Pad them, or leave out those that are not full."
                 )
             compiled, inputs = self._compile_for(data)
             for other, _ in self._programs.values():
                 if jax.tree.map(_kind, compiled.carry) != jax.tree.map(_kind, other.carry):
                     raise InputError(
-                        f"the loss returned an aux whose shapes depend on those of the batch, {list(shapes)}: return "
-                        "one that does not, or give batches of one shape."
+                        f"the loss returned an aux whose shapes depend on those of the batch, {list(shapes)}. Return "
+                        "one that does not, or pass batches of one shape."
                     )
             self._programs[shapes] = compiled, inputs.constants
         return self._programs[shapes]
