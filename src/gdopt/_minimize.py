@@ -114,8 +114,9 @@ def minimize(
             is lost. The run is exactly that of ``loss(scale * z)`` from ``params / scale``, with any optimizer and
             rate. ``"curvature"`` takes 1 / sqrt(|d|) with the diagonal d of the Hessian at the start. It computes one
             product of the Hessian for each of up to 64 entries, and estimates d by ten for more. Params keep their own
-            units in the loss, in callbacks and in the result; rates, ``grad_tol`` and ``grad_norm`` are of the scaled
-            ones. Default None: not scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
+            units in the loss, in callbacks and in the result. Rates, ``grad_tol``, ``grad_norm`` and derivatives of
+            least norm are those of the scaled params. A checkpoint resumes only with the same sizes. Default None: not
+            scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
         keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
@@ -171,10 +172,11 @@ def minimize(
     check_callback(callback)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
-    task = scaled(make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key), scale)
+    task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
     steps = check_steps(max_steps, epochs, task)
     noisy = task.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
+    task = scaled(task, scale)
     options = {"callback": callback, "checkpoint": checkpoint}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
     given = {name: value is not None for name, value in options.items()}

@@ -224,11 +224,17 @@ def test_a_diagnosis_is_in_the_units_of_the_params() -> None:
     [
         ("largest", "scale='largest' is unknown. Pass 'curvature'"),
         ({"a": 1.0}, "does not fit params. Pass a positive number for each leaf"),
-        ({"a": 1.0, "b": 0.0}, r"scale\['b'\] holds 0.0. Pass finite sizes above 0 in float32"),
-        ({"a": 1.0, "b": -2}, r"scale\['b'\] holds -2. Pass finite sizes"),
+        ({"a": 1.0, "b": 0.0}, r"scale\['b'\] holds 0. Pass sizes from 1.2e-38 to 3.4e\+38, the range of float32"),
+        ({"a": 1.0, "b": -2}, r"scale\['b'\] holds -2. Pass sizes from"),
         ({"a": 1.0, "b": float("nan")}, r"scale\['b'\] holds nan"),
-        ({"a": 1.0, "b": 1e-60}, r"scale\['b'\] holds 1e-60. Pass finite sizes"),
+        ({"a": 1.0, "b": 1e-60}, r"scale\['b'\] holds 1e-60. Pass sizes from"),
+        ({"a": 1.0, "b": 1e-45}, r"scale\['b'\] holds 1.4.*e-45. Pass sizes from"),
+        ({"a": 1.0, "b": 10**400}, r"scale\['b'\] holds inf. Pass sizes from"),
         ({"a": 1.0, "b": 1j}, r"scale\['b'\] is 1j. Pass a positive number"),
+        ({"a": 1.0, "b": True}, r"scale\['b'\] is True. Pass a positive number"),
+        ({"a": 1.0, "b": jax.random.key(0)}, r"scale\['b'\] is .*key.*Pass a positive number"),
+        ({"a": 1.0, "b": np.ma.array(2.0)}, r"scale\['b'\] is a masked array"),
+        ({"a": 1.0, 1: 2.0}, "does not fit params"),
         ({"a": 1.0, "b": "large"}, r"scale\['b'\] is 'large'. Pass a positive number"),
         ({"a": 1.0, "b": np.ones(2)}, r"scale\['b'\] has shape \(2,\), but params\['b'\] has \(\)"),
     ],
@@ -241,6 +247,72 @@ def test_bad_scales(scale: Any, message: str) -> None:
 def test_a_start_that_the_scale_makes_infinite() -> None:
     with pytest.raises(InputError, match="params / scale starts with inf"):
         gdopt.minimize(lambda x: x**2, 1e20, scale=1e-30)
+
+
+@pytest.mark.parametrize(("start", "scale"), [(1.1e-9, 1e30), (1e-10, 1e30), (np.float16(0.003), 1000.0)])
+def test_a_scale_that_takes_digits_from_the_start(start: Any, scale: float) -> None:
+    with pytest.raises(InputError, match=r"divided by it is too small for float.*Pass a smaller size"):
+        gdopt.minimize(lambda x: (x - 1) ** 2, start, scale=scale)
+
+
+def test_curvature_takes_no_digits_from_the_start() -> None:
+    flat = lambda p: jnp.sum(1e-30 * (p - 1) ** 2)
+    result = gdopt.minimize(flat, jnp.full(2, 1e-30), scale="curvature", learning_rate=0.25, max_steps=0 + 1)
+    assert result.history is not None
+    assert result.history.loss[0] == flat(jnp.full(2, 1e-30))
+
+
+def test_traced_sizes_that_are_none_are_no_success() -> None:
+    solve = jax.jit(lambda size: gdopt.minimize(lambda x: (x - 1) ** 2, 0.0, scale=size).success)
+    assert solve(2.0)
+    assert not any(solve(size) for size in (-1.0, 0.0, jnp.nan))
+
+
+def test_params_that_only_the_scale_makes_large() -> None:
+    rosenbrock = lambda p: (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
+    result = gdopt.minimize(rosenbrock, jnp.array([-1.2, 1.0]), scale=1e-16, max_steps=8)
+    assert "lower bound" not in result.message
+
+
+def test_a_gradient_that_only_the_scale_makes_infinite() -> None:
+    result = gdopt.minimize(lambda p: (1e10 * p - 1.0) ** 2, 1.0, scale=1e30, learning_rate=0.1)
+    assert "gradient times scale is inf at the start" in result.message
+
+
+def test_no_advice_to_pass_the_scale_that_was_passed() -> None:
+    loss = lambda p: 0.5 * (p["a"] - 1) ** 2 + 0.5 * (p["b"] - 1) ** 2
+    sizes = {"a": 1.0, "b": 1e-3}
+    result = gdopt.minimize(
+        loss, {"a": 3.0, "b": 0.0}, scale=sizes, optimizer=gdopt.gd, learning_rate=0.5, max_steps=250
+    )
+    assert "Divided by scale, params['b'] and params['a'] differ in scale" in result.message
+    assert "Pass other sizes" in result.message
+
+
+def test_curvatures_beyond_float32() -> None:
+    with jax.enable_x64(True):
+        loss = lambda p: jnp.sum((p["a"] * 1e20 - 1) ** 2) + jnp.sum(jnp.cos(p["b"]) * 0)
+        start = {"a": jnp.zeros(2), "b": jnp.ones(1)}
+        sizes = {"a": 2.0**-67, "b": 2.0**-67}
+        runs = [
+            gdopt.minimize(loss, start, scale=scale, learning_rate=0.1, max_steps=3) for scale in ("curvature", sizes)
+        ]
+        assert jax.tree.map(float, runs[0].params["a"][0]) == float(runs[1].params["a"][0])
+        assert runs[0].grad_norm == runs[1].grad_norm
+
+
+def test_probes_of_float16() -> None:
+    k = jnp.asarray(np.r_[np.full(40, 8000.0), np.ones(40)], jnp.float16)
+    loss, start = lambda p: jnp.sum(k * p * p / 2), jnp.full(80, 0.01, jnp.float16)
+    result = gdopt.minimize(loss, start, scale="curvature", learning_rate=0.5, max_steps=20)
+    assert result.loss < 1e-6
+
+
+def test_bad_options_are_refused_before_the_curvature_is_computed() -> None:
+    start = jnp.ones(5)
+    with count_compilations() as counter, pytest.raises(InputError, match="tol=-1"):
+        gdopt.minimize(lambda p: jnp.sum(jnp.cos(p)), start, scale="curvature", tol=-1)
+    assert counter.count == 0, counter.names
 
 
 def test_curvature_is_not_for_noisy_losses() -> None:

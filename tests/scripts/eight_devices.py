@@ -276,3 +276,22 @@ def test_a_mesh_of_one_device_is_not_spread() -> None:
     one = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), P("data"))
     result = gdopt.minimize(loss, START, data=jax.device_put(ROWS, one), learning_rate=0.1, max_steps=3)
     assert result.params["w"].devices() == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("scale", ["curvature", 2.0, np.full(8, 2.0, np.float32)])
+def test_a_scaled_run_is_the_same_on_one_device(scale: Any, kind: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    rows = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    options: dict[str, Any] = {"scale": scale, "learning_rate": 0.05, "max_steps": 20}
+
+    def fit(w: Any, rows: Any) -> Any:
+        return jnp.mean((rows @ w - 1) ** 2)
+
+    whole = gdopt.minimize(fit, jnp.ones(8), data=rows, **options)
+    spread = gdopt.minimize(fit, jnp.ones(8), data=gdopt.shard(rows, mesh, rows="data"), **options)
+    np.testing.assert_allclose(spread.params, whole.params, rtol=1e-5)
+    square = lambda w: jnp.sum((w - 3.0) ** 2)
+    params = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("data")))
+    ours, theirs = (gdopt.minimize(square, start, **options) for start in (params, jnp.ones(8)))
+    np.testing.assert_allclose(ours.params, theirs.params, rtol=1e-6)

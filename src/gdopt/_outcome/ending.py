@@ -140,7 +140,8 @@ class Ended:
     @functools.cached_property
     def farthest(self) -> float:
         """The largest entry of the params, on the host; 0 if other processes hold some of them."""
-        leaves = [leaf for leaf in jax.tree.leaves(self.params) if getattr(leaf, "is_fully_addressable", True)]
+        leaves = jax.tree.leaves(self.task.problem.natural(self.params))
+        leaves = [leaf for leaf in leaves if getattr(leaf, "is_fully_addressable", True)]
         return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
 
 

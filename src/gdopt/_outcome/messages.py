@@ -46,9 +46,12 @@ def explain(ended: Ended) -> str:
         other, out = " and another learning_rate", "optimizer and the learning_rate"
         if ended.rates is Rates.SEARCHED:
             other, out = "", "optimizer"
+        divided, what = "", "scale='curvature'"
+        if ended.task.problem.sizes is not None:
+            divided, what = "Divided by scale, ", "other sizes"
         message += (
-            f" {larger} and {smaller} differ in scale by 100 times or more. Pass scale='curvature'{other}, or "
-            f"leave the {out} out."
+            f" {divided}{larger} and {smaller} differ in scale by 100 times or more. Pass {what}{other}, or leave the "
+            f"{out} out."
         )
     if ended.method.name:
         message += f" The optimizer was {ended.method.name}."
@@ -170,6 +173,12 @@ def _non_finite(ended: Ended, words: _Words) -> str:
     (losses, grad_norms, rates), steps = ended.history, ended.steps
     found, cure = ("", "") if ended.evidence is None else (ended.evidence.sentence, ended.evidence.cure)
     if steps == 0:
+        is_scaled = ended.task.problem.sizes is not None and np.isfinite(losses[0])
+        if is_scaled and not (ended.evidence and ended.evidence.leaves):
+            return (
+                f"the gradient times scale is {grad_norms[0]:g} at the start, beyond the range of the params' dtype. "
+                "Pass smaller sizes in scale=, or params of a wider dtype."
+            )
         what = f"loss is {words.last}" if not np.isfinite(losses[0]) else f"gradient norm is {grad_norms[0]:g}"
         return f"the {what} at the start.{found} {cure or 'Start where the loss and its gradient are finite.'}"
     if losses[-1] == -np.inf:

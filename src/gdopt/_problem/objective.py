@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
     def natural(self, params: PyTree) -> PyTree:
         """Return the params in the units in which they were given."""
-        return params if self.sizes is None else jax.tree.map(_times, params, self.sizes)
+        return params if self.sizes is None else jax.tree.map(times, params, self.sizes)
 
     def whole(self, params: PyTree) -> PyTree:
         """Return the params as the loss takes them: in their own units, with the leaves that are carried along."""
@@ -51,10 +51,11 @@ class Problem(NamedTuple):
         return _checked(out, self.has_aux)
 
 
-def _times(leaf: jax.Array, size: jax.Array) -> jax.Array:
+def times(leaf: jax.Array, size: Any) -> jax.Array:
+    """Return the product of a leaf with its sizes, under strict promotion, too."""
     if not jnp.iscomplexobj(leaf):
         return leaf * size
-    return lax.complex(leaf.real * size, leaf.imag * size)  # This works under strict promotion, too.
+    return lax.complex(leaf.real * size, leaf.imag * size)
 
 
 def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None) -> Problem:

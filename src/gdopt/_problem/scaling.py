@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from gdopt import _jax, _trees
+from gdopt._checks import fault
 from gdopt._compile import program
+from gdopt._devices.sharding import placed
 from gdopt._errors import InputError
-from gdopt._problem.objective import Problem, check_start
+from gdopt._problem.objective import Problem, check_start, times
 from gdopt._problem.task import Task
 from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
@@ -35,7 +38,11 @@ def scaled(task: Task, scale: PyTree) -> Task:
         sizes = _by_curvature(task, scale) if isinstance(scale, str) else _given(problem, scale)
         sizes = jax.tree.map(_power_of_two, sizes, problem.params)
         start = jax.tree.map(jnp.divide, problem.params, sizes)
+        if isinstance(scale, str):
+            sizes = jax.tree.map(_kept_in_range, sizes, problem.params, start)
+            start = jax.tree.map(jnp.divide, problem.params, sizes)
     check_start(start, "params / scale")
+    jax.tree_util.tree_map_with_path(_check_digits, problem.params, sizes, start)
     return task._replace(problem=problem._replace(params=start, sizes=sizes))
 
 
@@ -46,7 +53,7 @@ def _given(problem: Problem, scale: PyTree) -> PyTree:
     except (ValueError, TypeError) as error:
         raise InputError(
             f"scale={_trees.summary(scale)} does not fit params. Pass a positive number for each leaf or subtree of "
-            "params, an array (not a list) of the shape of a leaf, or 'curvature'."
+            f"params, an array (not a list) of the shape of a leaf, or 'curvature'. ({error})"
         ) from error
     optimised = [size if kept else None for size, kept in zip(sizes, problem.rest.kept, strict=True)]
     return jax.tree_util.tree_map_with_path(_checked, problem.params, problem.rest.treedef.unflatten(optimised))
@@ -56,7 +63,12 @@ def _checked(path: tuple, leaf: jax.Array, size: Any) -> jax.Array:
     """Return the size in the leaf's precision; raise InputError if it is not a size."""
     name = _trees.path_name(path, "scale")
     dtype = jnp.finfo(leaf.dtype).dtype
-    if not _trees.is_array(size) or jnp.issubdtype(jnp.result_type(size), jnp.complexfloating):
+    least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = float(size) if abs(size) <= most else math.inf
+    if why := fault(size, carried=True):
+        raise InputError(f"{name} {why}.")
+    if not _trees.is_array(size) or _trees.is_key(size) or jnp.result_type(size).kind in "bc":
         raise InputError(f"{name} is {size!r}. Pass a positive number, or an array of them.")
     if jnp.ndim(size) and jnp.shape(size) != leaf.shape:
         raise InputError(
@@ -65,20 +77,52 @@ def _checked(path: tuple, leaf: jax.Array, size: Any) -> jax.Array:
         )
     array = jnp.asarray(size, dtype)
     if not _jax.is_tracer(array) and array.is_fully_addressable:
-        bad = ~(np.isfinite(array) & (np.asarray(array) > 0))
+        bad = ~(np.isfinite(array) & (np.asarray(array) >= least))
         if bad.any():
-            raise InputError(f"{name} holds {np.asarray(size)[bad].flat[0]}. Pass finite sizes above 0 in {dtype}.")
+            raise InputError(
+                f"{name} holds {np.asarray(size)[bad].flat[0]:g}. Pass sizes from {least:.2g} to {most:.2g}, the "
+                f"range of {dtype}."
+            )
     return array
 
 
 def _power_of_two(size: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Return the nearest power of two that the dtype has."""
+    """Return the nearest power of two that the dtype has; NaN for a traced size that is none."""
     limits = jnp.finfo(leaf.dtype)
     wide = size.astype(jnp.promote_types(size.dtype, jnp.float32))
     exponent = jnp.clip(jnp.round(jnp.log2(wide)), limits.minexp, limits.maxexp - 1).astype(int)
-    power = lax.stop_gradient(jnp.ldexp(jnp.ones_like(wide), exponent).astype(limits.dtype))
-    spread = power.ndim > 0 and not (_jax.is_tracer(power) or _jax.is_tracer(leaf))
-    return jax.device_put(power, leaf.sharding) if spread else power
+    power = jnp.where(wide > 0, jnp.ldexp(jnp.ones_like(wide), exponent), jnp.nan)
+    return _anywhere(lax.stop_gradient(power.astype(limits.dtype)))
+
+
+def _anywhere(sizes: jax.Array) -> Any:
+    """Return sizes that go to the devices of whatever they multiply: the loop may place the params elsewhere."""
+    if _jax.is_tracer(sizes) or not (sizes.ndim and sizes.is_fully_addressable):
+        return sizes
+    return np.asarray(sizes)
+
+
+def _kept_in_range(size: Any, leaf: jax.Array, start: jax.Array) -> Any:
+    """Return the size, or 1 for entries whose start it would take out of the dtype's normal numbers."""
+    entry = jnp.abs(start)
+    limits = jnp.finfo(leaf.dtype)
+    fits = (leaf == 0) | ((entry >= float(limits.tiny)) & (entry <= float(limits.max)))
+    if jnp.ndim(size) == 0:
+        fits = fits.all()
+    return _anywhere(jnp.where(fits, size, jnp.ones_like(size)))
+
+
+def _check_digits(path: tuple, leaf: jax.Array, size: Any, start: jax.Array) -> None:
+    """Raise InputError for a start that loses digits by the division: it would begin elsewhere."""
+    if any(map(_jax.is_tracer, (leaf, size, start))) or not (leaf.is_fully_addressable and start.is_fully_addressable):
+        return
+    lost = np.flatnonzero(np.asarray(times(start, size)) != np.asarray(leaf))
+    if lost.size:
+        entry, by = np.asarray(leaf).flat[lost[0]], np.broadcast_to(np.asarray(size), leaf.shape).flat[lost[0]]
+        raise InputError(
+            f"{_trees.path_name(path, 'scale')} holds {by}, and {_trees.path_name(path)} starts with {entry}, which "
+            f"divided by it is too small for {leaf.dtype}. Pass a smaller size, or params of a wider dtype."
+        )
 
 
 def _by_curvature(task: Task, scale: str) -> PyTree:
@@ -90,7 +134,8 @@ def _by_curvature(task: Task, scale: str) -> PyTree:
             "scale='curvature' was given for a noisy loss, whose curvature differs from step to step. Pass a tree of "
             "typical sizes (for example {'w': 1e-3, 'b': 1.0})."
         )
-    params, given = task.problem.params, (task.data, task.args, None)
+    trees, _ = placed({"params": task.problem.params, "data": task.data, "args": task.args})
+    params, given = trees["params"], (trees["data"], trees["args"], None)
     value = program.trace(task.value, params, *given, rules=True)
     inputs = params, value.constants, *given
 
@@ -139,16 +184,16 @@ def _sizes(loss: program.Traced, params: PyTree, constants: list, *given: PyTree
 
     count, shared = (flat.size, 1) if is_exact else (_PROBES, _PROBES)
     rows = lax.map(diagonal, lax.iota(jnp.int32, count))
-    summed = jax.tree.map(lambda rows: jnp.abs(rows.sum(axis=0) / shared), rows)
+    summed = jax.tree.map(lambda rows: jnp.abs((rows / shared).sum(axis=0)), rows)
     curvatures = jax.tree.map(lambda _, parts: sum(parts) / len(parts), params, summed)
-    return jax.tree.map(lambda curvature: 1 / jnp.sqrt(curvature), _filled(curvatures))
-
-
-def _filled(curvatures: PyTree) -> PyTree:
-    """Give entries whose curvature is zero or not finite the geometric mean of the others."""
+    # Entries whose curvature is zero or not finite get the geometric mean of the others, through logarithms: the mean
+    # of the curvatures themselves may be beyond the dtype's range.
     known = jax.tree.map(lambda c: jnp.isfinite(c) & (c > 0), curvatures)
     logs = jax.tree.map(lambda c, known: jnp.log(jnp.where(known, c, 1)), curvatures, known)
-    total = sum(log.astype(jnp.float32).sum() for log in jax.tree.leaves(logs))
-    count = sum(flags.sum() for flags in jax.tree.leaves(known))
-    mean = jnp.exp(total / jnp.maximum(count, 1))
-    return jax.tree.map(lambda c, known: jnp.where(known, c, mean.astype(c.dtype)), curvatures, known)
+    total = sum(log.astype(jnp.promote_types(log.dtype, jnp.float32)).sum() for log in jax.tree.leaves(logs))
+    mean = total / jnp.maximum(sum(flags.sum() for flags in jax.tree.leaves(known)), 1)
+
+    def size(curvature: jax.Array, known: jax.Array) -> jax.Array:
+        return jnp.where(known, 1 / jnp.sqrt(curvature), jnp.exp(-mean / 2).astype(curvature.dtype))
+
+    return jax.tree.map(size, curvatures, known)
