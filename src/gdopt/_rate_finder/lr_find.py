@@ -139,7 +139,7 @@ class Ladder(NamedTuple):
 
     @property
     def can_grow(self) -> bool:
-        """Whether further sections can prolong it: a linear ladder would soon be below zero."""
+        """Tell whether further sections can prolong it: a linear ladder would soon be below zero."""
         return self.mode == "exponential"
 
     def section(self, number: int) -> np.ndarray:
