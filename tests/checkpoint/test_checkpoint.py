@@ -338,7 +338,7 @@ def test_the_newest_good_file_is_taken_and_skipped_ones_are_named(tmp_path: Path
     assert warning.filename == __file__
     first, second = str(tmp_path / NAME.format(700)), str(tmp_path / NAME.format(80))
     assert str(warning.message) == (
-        f"resuming from the checkpoint {found.file!r}, because newer ones cannot be read: {first!r} cannot be read: it "
+        f"resuming from the checkpoint {found.file!r}, because newer ones were skipped: {first!r} cannot be read: it "
         f"is damaged in the array 'z'. {second!r} cannot be read: it has 100 bytes and should have {len(whole)}."
     )
 
@@ -603,7 +603,7 @@ def test_a_damaged_later_save_displaces_no_good_one(base: Path):
     with Saver(place) as saver:
         saver.close((25, ARRAYS, {"step": 25}))
     assert steps(base) == [25, 30]
-    with pytest.warns(UserWarning, match="newer ones cannot be read"):
+    with pytest.warns(UserWarning, match="skipped"):
         found = newest(place)
     assert found is not None
     assert found.meta == {"step": 25}
