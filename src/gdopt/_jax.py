@@ -1,12 +1,12 @@
-"""The parts of JAX that are not public API: all of them, with what for.
+"""All parts of JAX that gdopt uses and that are not public API, each with its purpose.
 
-No other module imports one. `_replay`, `_fingerprint`, `_lints` and `_nan_search` walk through traces, and read of them
-what is listed here and no more. Nothing is imported from ``jax._src``.
+No other module imports one. `replays`, `fingerprints`, `lints` and `nan_search` walk through traces, and read only the
+parts that are listed here. Nothing is imported from ``jax._src``.
 
-The tests run on JAX 0.9.2, 0.10.2 and 0.12.0.1. If a part is missing or has changed on another release, `_fingerprint`
-finds that out before the first program is shared, and then no program is: slower, never wrong.
+The tests run on JAX 0.9.2, 0.10.2 and 0.12.0.1. If a part is missing or has changed on another release, `fingerprints`
+detects that before the first program is shared. Then no program is shared, which is slower but never wrong.
 
-Part: what it is for; since which JAX; what replaces it.
+Part: its purpose; the first JAX that has it; its replacement.
 
 - ``ClosedJaxpr.jaxpr``, ``.consts``, ``.effects``: the arrays that a trace holds; always, and since 0.11 one class with
   ``Jaxpr``; ``getattr(x, "jaxpr", x)`` does without the first.
@@ -17,10 +17,10 @@ Part: what it is for; since which JAX; what replaces it.
 - ``JaxprEqn.source_info``: the user's line in `diagnose`; always; no line is shown without it.
 - ``Primitive.name``, ``.multiple_results``, ``.bind``, ``.get_bind_params``: to replay an operation; always; nothing.
 - ``Literal(val, aval)``, ``Var.aval``, ``ShapedArray.weak_type``: the numbers in a trace; always; nothing.
-- names of operations and of their parameters (in `_replay` and `_fingerprint`); one that is unknown is left as it is.
+- names of operations and of their parameters (in `replays` and `fingerprints`); an unknown one is left as it is.
 - ``jax.core.Tracer``: is somebody tracing? always; nothing.
 - ``Tracer._trace``: is it of a trace that is over? always; without it every tracer counts as such, which is slower.
-- ``jax.config.values``: programs are told apart by all settings; always; a list of names.
+- ``jax.config.values``: all settings distinguish programs; always; a list of names.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import jax.core
 
 @functools.cache
 def _classes() -> tuple[tuple[type, ...], type]:
-    """The classes of traces, and that of literals.
+    """Return the classes of traces, and that of literals, as read from a trace.
 
-    A trace itself tells them: `jax.extend.core`, which has names for them, takes 20 ms to import and changes the names.
+    `jax.extend.core`, which has names for them, takes 20 ms to import and changes the names.
     """
     closed: Any = jax.make_jaxpr(lambda: 1.0)()
     return (type(closed), type(opened(closed))), type(opened(closed).outvars[0])
@@ -59,22 +59,22 @@ def is_tracer(value: Any) -> bool:
 
 
 def level(tracer: Any) -> int:
-    """A number that the tracers of one trace have in common, and that no other trace has as long as one is alive."""
+    """Return a number that the tracers of one trace share, and that no other trace has while one of them is alive."""
     return id(getattr(tracer, "_trace", None))
 
 
 def opened(closed: Any) -> Any:
-    """The trace itself, of which ``constvars`` stand for what `consts` holds."""
+    """Return the trace itself, whose ``constvars`` stand for the arrays of `consts`."""
     return getattr(closed, "jaxpr", closed)
 
 
 def consts(closed: Any) -> list[Any]:
-    """The arrays that a trace holds; none for one whose arrays are passed to it."""
+    """Return the arrays that a trace holds; none if its arrays are passed to it."""
     return list(getattr(closed, "consts", ()))
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    """The traces among the parameters of an operation, such as the body of a loop."""
+    """Yield the traces among the parameters of an operation, such as the body of a loop."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if is_jaxpr(item):
@@ -82,7 +82,7 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def calls(closed: Any, name: str) -> Iterator[Any]:
-    """The operations of this name in a trace, however deep."""
+    """Yield the operations of this name in a trace, however deep."""
     for eqn in opened(closed).eqns:
         if eqn.primitive.name == name:
             yield eqn
@@ -91,14 +91,14 @@ def calls(closed: Any, name: str) -> Iterator[Any]:
 
 
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """The outputs of an operation of a trace for these inputs."""
+    """Return the outputs of an operation of a trace for these inputs."""
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def lines(eqn: Any) -> list[tuple[str, int, str]]:
-    """File, line and function that an operation was traced from, innermost first; nothing if JAX does not tell."""
+    """Return file, line and function that an operation was traced from, innermost first; nothing if not known."""
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
     return [(frame.file_name, frame.line_num, frame.function_name) for frame in getattr(traceback, "frames", ())]
 
@@ -114,5 +114,5 @@ def _setting_names() -> tuple[str, ...]:
 
 
 def settings() -> tuple[Any, ...]:
-    """All settings as this thread sees them: which of them a trace depends on is JAX's own business."""
+    """Return all settings as this thread sees them, because only JAX knows on which of them a trace depends."""
     return *(getattr(jax.config, name) for name in _setting_names()), jax.sharding.get_abstract_mesh()

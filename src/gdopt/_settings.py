@@ -1,4 +1,4 @@
-"""JAX's settings are for the user's code. gdopt's own work goes by its own settings, which are entered here."""
+"""JAX's settings for gdopt's own work. The user's settings are for the user's code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def own_work() -> contextlib.AbstractContextManager[None]:
     NaN and infinity are no errors here, because gdopt judges them by itself: a trial may overflow. Numbers go to the
     device and back as the work needs it.
     """
-    config: Any = jax.config  # it makes its attributes as they are asked for
+    config: Any = jax.config  # It creates its attributes on demand.
     set_by_user = (
         config.jax_debug_nans
         or config.jax_debug_infs
@@ -28,7 +28,7 @@ def own_work() -> contextlib.AbstractContextManager[None]:
         or config.jax_transfer_guard_device_to_host
         or config.jax_transfer_guard_device_to_device
     )
-    return _unchecked() if set_by_user else _AS_IT_IS  # asking takes 1 µs, and entering takes 8 µs
+    return _unchecked() if set_by_user else _AS_IT_IS  # Asking takes 1 µs, and entering takes 8 µs.
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def _unchecked() -> Generator[None]:
 
 
 def as_own_work(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, always called in `own_work`."""
+    """Wrap a function so that it is always called in `own_work`."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

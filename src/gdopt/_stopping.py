@@ -1,4 +1,4 @@
-"""The tests that end a run, as they are compiled: what they measure, remember and say."""
+"""The compiled tests that end a run: their measurements, memory and verdict."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import jax.numpy as jnp
 
 from gdopt._status import FAILURES, RUNNING, Status
 
-_CODES = 16  # more than there are
+_CODES = 16  # more than the number of statuses
 
-# A diverging quadratic's loss grows with the square of its gradient. Asking for both keeps a loss whose zero is
+# A diverging quadratic's loss grows with the square of its gradient. Both tests together keep a loss whose zero is
 # arbitrary (f0 near 0), or a start near a saddle (g0 near 0), from being called divergence.
 _GROWN_LOSS = 1e6
 _GROWN_GRADIENT = 1e3
-_GROWN_FOR = 20  # doublings, at least
-_HELD = 5  # evaluations in a row at which little is left
-_HELD_ACCEPTED = 2  # the same of accepted points, whose curvature is known
-_PART_LEFT = 0.1  # of the loss: with more of it left, its size is not yet that of the minimum
-NOTHING = 1e-12  # of what was gained: a loss below counts as zero
-_LESS = 0.1  # of what is asked for: asked for after a claim that was contradicted
-LEAST_BAR = 1e-30  # after 30 of them a run that is stuck has stalled, even if there is a lower point
+_GROWN_FOR = 20  # the fewest doublings of the loss
+_HELD = 5  # the evaluations in a row at which little has to be left
+_HELD_ACCEPTED = 2  # the same for accepted points, whose curvature is known
+_PART_LEFT = 0.1  # the gain that is left over the loss above which the loss does not have the size of the minimum yet
+NOTHING = 1e-12  # the loss over the gain below which it counts as zero
+_LESS = 0.1  # the factor on what may be left after a claim that was contradicted
+LEAST_BAR = 1e-30  # the last such bar: after 30 of these claims a run has stalled, even if there is a lower point
 _STALLED_UPDATES = 50
 _PER_UPDATE = 20
-_IDLE = 1000  # evaluations of a search without a gain, after which nothing more is expected
-_RECENT = 20  # evaluations of a loss with random keys that are averaged
-ROUNDING = 100  # evaluations within this many eps |f| of each other differ by rounding only
-_KNOWN = 30  # eps |f|: how well a loss is known that is a sum of many terms
+_IDLE = 1000  # the evaluations of a search without a gain after which it ends
+_RECENT = 20  # the evaluations of a loss with random keys that are averaged
+ROUNDING = 100  # the difference of two evaluations that may be rounding, in eps |f|
+_KNOWN = 30  # the precision of a loss that is a sum of many terms, in eps |f|
 
 
 class Limits(NamedTuple):
-    """The limits of a run; traced, so that new values compile nothing."""
+    """The limits of a run, which are traced, so that new values recompile nothing."""
 
     max_steps: jax.Array | int
     tol: jax.Array | float
@@ -51,23 +51,23 @@ class Watch(NamedTuple):
     first_loss: jax.Array
     first_grad_norm: jax.Array
     mark: jax.Array  # the best loss when it last improved by more than rounding
-    stalled: jax.Array  # how long it has not, in units of 1 / _PER_UPDATE updates
-    idle: jax.Array  # of a search, the same in evaluations, wherever the trials were in between
+    stalled: jax.Array  # the updates since then, in units of 1 / _PER_UPDATE updates
+    idle: jax.Array  # for a search, the evaluations since then, wherever the trials were
     grad_norm: jax.Array  # of the last evaluation
     peak: jax.Array  # the highest loss, up to a factor of two
     grown: jax.Array  # how often that was surpassed in a row, after loss and gradient had grown
-    # Of a loss that is the same function at each step:
+    # These are for a deterministic loss.
     older: jax.Array  # the best loss after between a quarter and half of the steps made so far
     recent: jax.Array  # the same after half of them or more
     doubles: jax.Array  # the step at which they are renewed
-    accepted: jax.Array  # points, of an optimizer that takes others back
+    accepted: jax.Array  # the number of accepted points, for an optimizer that takes others back
     held: jax.Array  # how often in a row little was left
-    bar: jax.Array  # the share of what is asked for that is asked for now
+    bar: jax.Array  # the factor on what may be left, after contradicted claims
     patience: jax.Array  # the step before which nothing is claimed
-    # Of a noisy one:
+    # These are for a noisy loss.
     epoch_loss: jax.Array  # the sum of this epoch's losses
     mean_loss: jax.Array  # of the last epoch, or of the last evaluations
-    spread: jax.Array  # how far the last evaluations were from that
+    spread: jax.Array  # the mean distance of the last evaluations from that
 
 
 class Epoch(NamedTuple):
@@ -75,34 +75,34 @@ class Epoch(NamedTuple):
 
     begins: jax.Array | bool
     ends: jax.Array | bool
-    steps: jax.Array | int  # of the whole pass; read where it ends
+    steps: jax.Array | int  # of the whole pass; read when it ends
 
 
 class Evaluation(NamedTuple):
-    """One point: how many updates led to it, and what was measured there."""
+    """The number of a point, and the measurements there."""
 
     step: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
-    distance: jax.Array  # |x - x0|; zero or infinite where squares leave the dtype's range
-    finite: jax.Array  # whether the params are
-    largest: jax.Array | None  # entry of the gradient, if that is tested
+    distance: jax.Array  # |x - x0|; zero or infinite if squares leave the dtype's range
+    finite: jax.Array  # whether the params are finite
+    largest: jax.Array | None  # the largest entry of the gradient, if it is tested
 
 
 class Search(NamedTuple):
     """The state of an optimizer that takes bad points back, before it has seen an evaluation."""
 
-    gave_up: jax.Array  # it has found no further step
-    accepted: jax.Array  # points so far
-    left: jax.Array  # what its curvature says is left to gain at the last one
+    gave_up: jax.Array  # whether it found no further step
+    accepted: jax.Array  # the number of accepted points so far
+    left: jax.Array  # the gain that is left at the last one, by its curvature
 
 
 class Ending(NamedTuple):
     """The facts about the point that is returned."""
 
-    left: Any  # to gain, in units of the loss; NaN if unknown
+    left: Any  # the gain that is left, in units of the loss; NaN if unknown
     verified: Any  # NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS or UP_TO_NOISE
-    flaw: Any  # that shows it to be no minimum: NONE_SEEN, SADDLE, SATURATED or DROWNED
+    flaw: Any  # the sign that it is no minimum: NONE_SEEN, SADDLE, SATURATED or DROWNED
 
 
 NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS, UP_TO_NOISE = range(4)
@@ -110,12 +110,12 @@ NONE_SEEN, SADDLE, SATURATED, DROWNED = range(4)  # a saddle may be a maximum; a
 
 
 def first_ending(dtype: Any) -> Ending:
-    """Before anything is known."""
+    """Return the facts before anything is known."""
     return Ending(jnp.full((), jnp.nan, dtype), jnp.int32(NOT_VERIFIED), jnp.int32(NONE_SEEN))
 
 
 def first_watch(loss_dtype: Any, norm_dtype: Any) -> Watch:
-    """Before the first evaluation."""
+    """Return the memory before the first evaluation."""
     unknown = jnp.full((), jnp.inf, loss_dtype)
     none = jnp.int32(0)
     return Watch(
@@ -140,7 +140,7 @@ def first_watch(loss_dtype: Any, norm_dtype: Any) -> Watch:
     )
 
 
-# jit, inlined, so that these many small operations are traced once in a process and not at each call.
+# With an inlined jit, these many small operations are traced once in a process and not at each call.
 @functools.partial(jax.jit, static_argnums=5, inline=True)
 def judge(
     watch: Watch,
@@ -160,7 +160,7 @@ def judge(
     ``search`` describes an optimizer that takes bad points back by itself: its points are trials, and no trial is a
     failure. It is None for all other optimizers.
     """
-    start = watch.first_loss == jnp.inf  # nothing was evaluated yet
+    start = watch.first_loss == jnp.inf  # Nothing was evaluated yet.
     watch = watch._replace(
         first_loss=jnp.where(start, point.loss, watch.first_loss),
         first_grad_norm=jnp.where(start, point.grad_norm, watch.first_grad_norm),
@@ -186,8 +186,8 @@ def judge(
         (Status.NON_FINITE, failed),
         (Status.DIVERGED, diverged),
     )
-    # As a reduction, which XLA computes once: anything else it would compute anew for each leaf of the params that the
-    # code decides on, and compile as often.
+    # XLA computes a reduction once. It would compile and compute anything else anew for each leaf of the params that
+    # depends on the code.
     holds = jnp.stack([holds for _, holds in causes])
     ranked = jnp.stack([jnp.int32(rank * _CODES + status) for rank, (status, _) in enumerate(causes)])
     code = jnp.max(jnp.where(holds, ranked, RUNNING)) % _CODES
@@ -215,19 +215,19 @@ def _growth(
     failed = ~finite
     if search is not None:
         grown = jnp.zeros_like(grown)
-        failed = failed & (start | (loss == -jnp.inf) | ~point.finite)  # below that nothing is to be found
+        failed = failed & (start | (loss == -jnp.inf) | ~point.finite)  # No loss is below -inf.
     return grown, peak, failed, (grown >= _GROWN_FOR) | (failed & (watch.grown > 0))
 
 
 def _progress(
     watch: Watch, point: Evaluation, limits: Limits, eps: float, start: jax.Array
 ) -> tuple[Watch, jax.Array, jax.Array]:
-    """Count the updates without a gain; return whether this is one with a gain, and whether there were too many.
+    """Count the updates without a gain; return whether this one has a gain, and whether there were too many.
 
-    A pause is no limit of precision. An evaluation that repeats the last one may come from gradients that are being
-    accumulated or from a rate of 0, and counts a twentieth; an iterate that wanders above the best by more than
-    rounding is on its way. Rounding is relative to the loss, and to the part of the gain that is asked for: towards a
-    loss of zero there would be no end to what can be gained.
+    A pause is no limit of precision. An evaluation that repeats the last one counts only a twentieth, because it may
+    come from accumulated gradients or from a rate of 0. An iterate that wanders above the best by more than rounding is
+    still on its way. Rounding is relative to the loss, and to the part of the gain that ``tol`` asks for: otherwise a
+    run towards a loss of zero would never end.
     """
     loss, grad_norm = point.loss, point.grad_norm
     rounding = eps * jnp.maximum(jnp.abs(watch.mark), limits.tol * (watch.first_loss - watch.mark))
@@ -254,7 +254,7 @@ def _claims(
     new = _count_held(new, kept_loss, point, limits, search, start)
     held = _HELD if search is None else _HELD_ACCEPTED
     lowest = start | (point.loss <= kept_loss)
-    flat = (point.grad_norm == 0) & lowest  # a plateau higher up has no gradient, too
+    flat = (point.grad_norm == 0) & lowest  # A plateau higher up has no gradient, too.
     converged = ((new.held >= held) & (point.step >= watch.patience)) | flat
     if point.largest is not None and limits.grad_tol is not None:
         converged = converged | (finite & (point.largest <= limits.grad_tol) & lowest)
@@ -289,13 +289,13 @@ def _count_held(
     search: Search | None,
     start: jax.Array,
 ) -> Watch:
-    """Count the points in a row at which what seems to be left is little.
+    """Count the points in a row at which little seems to be left.
 
-    An optimizer that learns the curvature tells what is left. Little is ``tol`` of what about the second half of the
-    run has gained: what it gained from a bad start says nothing of the scale of the minimum. As long as all of a loss
-    is left, its size does not either. Of another optimizer, what is left is at most |g| |x - x*| for a convex loss
-    (Boyd & Vandenberghe, "Convex Optimization", section 9.1.2), with |x - x0| for the unknown distance; then little is
-    ``tol`` of what the run has gained, as the claim is to be verified anyway.
+    An optimizer that learns the curvature reports what is left. Little is ``tol`` of what about the second half of the
+    run has gained: the gain from a bad start says nothing about the scale of the minimum. Nor does the size of the
+    loss, as long as all of it is left. For other optimizers, at most |g| |x - x*| is left if the loss is convex (Boyd &
+    Vandenberghe, "Convex Optimization", section 9.1.2), with |x - x0| for the unknown distance. Then little is ``tol``
+    of the gain of the whole run, because the claim is verified anyway.
     """
     best = jnp.where(start, point.loss, jnp.fmin(kept_loss, point.loss))
     renews = point.step >= watch.doubles
@@ -319,7 +319,7 @@ def _count_held(
 def is_all(left: Any, loss: Any, watch: Watch, nothing: Any) -> Any:
     """Tell whether most of a loss is left to gain: the minimum may then be zero, whatever the size of the loss.
 
-    A share of ``nothing`` of what was gained is not worth the question.
+    A loss below the share ``nothing`` of the gain does not count.
     """
     return (left > _PART_LEFT * abs(loss)) & (abs(loss) > nothing * (watch.first_loss - loss))
 
@@ -337,7 +337,7 @@ def resolution(loss: Any, eps: float) -> Any:
 
 
 def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
-    """Return the watch after a claim that does not hold: the next one comes later, and with less left."""
+    """Return the watch after a claim that does not hold: the next one comes later, with less left."""
     none = watch.held * 0
     patience = (step + np.maximum(step // 4, _HELD)).astype(watch.patience.dtype)
     bar = (watch.bar * _LESS).astype(watch.bar.dtype)
@@ -358,7 +358,7 @@ def succeeded(code: Any, watch: Watch, *, noisy: bool, has_target: bool) -> Any:
 def is_better(watch: Watch) -> Any:
     """Tell whether a noisy run ended at most at the loss of its start, by the mean of its last epoch.
 
-    The start's loss is known of a single batch, so up to how much batches differ, and to twice that loss.
+    The start's loss is that of a single batch. So allow for the difference between batches, and for twice that loss.
     """
     size, first = watch.spread, watch.first_loss
     return (watch.mean_loss <= first + size) & (watch.mean_loss <= first + 2 * abs(first))

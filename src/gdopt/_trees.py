@@ -25,24 +25,24 @@ _TYPES = [
     *(np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
 ]
 SMALL = 4096  # the most entries of an array that is packed together with others
-NUMBERS = frozenset(map(np.dtype, _TYPES))  # that JAX takes: not the long ones, and none in another byte order
+NUMBERS = frozenset(map(np.dtype, _TYPES))  # the dtypes that JAX takes: no long ones, none in another byte order
 
 
 @functools.partial(jax.jit, inline=True)
 def norm(tree: PyTree) -> jax.Array:
-    """The 2-norm over all entries of all leaves, in float32 or, where a leaf is wider, in float64.
+    """Return the 2-norm over all entries of all leaves, in float32 or, if a leaf is wider, in float64.
 
-    Where the plain sum of squares leaves the dtype's range, it is taken once more on another scale: in float32 the sum
-    overflows once an entry passes 1.8e19, and vanishes, which would read as "converged", when all are below 1e-19. Not
-    finite only where an entry is not, or where the norm itself is beyond the range.
+    If the plain sum of squares leaves the dtype's range, it is computed again on another scale. In float32 the sum
+    overflows once an entry passes 1.8e19. It vanishes, which would read as "converged", if all are below 1e-19. The
+    result is finite unless an entry is not, or the norm itself is out of range.
     """
     quick = quick_norm(tree)
     limits = jnp.finfo(quick.dtype)
-    # Squares that vanish sum up to less than size * tiny: above this, they are less than rounding.
+    # The squares that vanish sum up to less than size * tiny. Above this limit, that is less than rounding.
     least = (sum(leaf.size for leaf in jax.tree.leaves(tree)) * float(limits.tiny) / float(limits.eps)) ** 0.5
 
     def scaled() -> jax.Array:
-        exact = 2.0 ** (limits.maxexp * 3 // 4)  # squares over it, or times it, are in range
+        exact = 2.0 ** (limits.maxexp * 3 // 4)  # Squares divided or multiplied by it are in range.
         scale = jnp.where(quick > 1, exact, 1 / exact).astype(quick.dtype)
         return scale * quick_norm(jax.tree.map(lambda leaf: _wide(leaf, quick.dtype) / scale, tree))
 
@@ -50,14 +50,14 @@ def norm(tree: PyTree) -> jax.Array:
 
 
 def unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
-    """The tree over the size of its largest entry, and that size; 1 where the size is 0 or not finite."""
+    """Divide a tree by the size of its largest entry, and return that size; 1 if the size is 0 or not finite."""
     size = largest(tree)
     scale = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     return jax.tree.map(lambda leaf: leaf / scale, tree), scale
 
 
 def largest(tree: PyTree) -> jax.Array:
-    """The largest absolute value of all entries; NaN where one is."""
+    """Return the largest absolute value of all entries; NaN if one is NaN."""
     size = jnp.zeros((), norm_dtype(tree))
     for leaf in jax.tree.leaves(tree):
         if leaf.size:
@@ -67,7 +67,7 @@ def largest(tree: PyTree) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def quick_norm(tree: PyTree) -> jax.Array:
-    """``norm`` in one pass, for where 0 or infinity in place of a norm below 1e-19 or above 1e19 does no harm."""
+    """Return the 2-norm in one pass; 0 or infinity instead of a norm below 1e-19 or above 1e19."""
     return jnp.sqrt(vdot(tree, tree))
 
 
@@ -78,7 +78,7 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """The real part of the inner product over all entries of all leaves, in the dtype of norms."""
+    """Return the real part of the inner product over all entries of all leaves, in the dtype of norms."""
     dtype = norm_dtype(a)
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     products = [jnp.vdot(_wide(x, dtype), _wide(y, dtype), precision="highest").real for x, y in pairs]
@@ -90,17 +90,17 @@ def _wide(leaf: jax.Array, dtype: Any) -> jax.Array:
 
 
 def norm_dtype(tree: PyTree) -> Any:
-    """The real dtype in which norms of this tree are taken."""
+    """Return the real dtype in which norms of this tree are computed."""
     return jnp.result_type(jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(tree)))
 
 
 def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
-    """``where`` over whole trees; also for typed PRNG keys."""
+    """Select one of two trees; typed PRNG keys are allowed."""
     return jax.tree.map(lambda a, b: lax.select(condition, a, b), if_true, if_false)
 
 
 def on_device(leaf: Any) -> jax.Array:
-    """Return the leaf as JAX's array, whatever guard there is.
+    """Return the leaf as an array of JAX, in spite of any transfer guard.
 
     For a number `jax.device_put` takes twice the time of `jnp.asarray`, which for an array compiles a program.
     """
@@ -111,13 +111,13 @@ def on_device(leaf: Any) -> jax.Array:
 
 
 def on_host(leaf: Any) -> np.ndarray:
-    """Return the leaf as NumPy's array, whatever guard there is: `jax.device_get` takes three times the time."""
+    """Return the leaf as an array of NumPy, in spite of any guard: `jax.device_get` takes three times the time."""
     with own_work():
         return np.asarray(leaf)
 
 
 def strong(tree: PyTree) -> PyTree:
-    """Arrays without weak types: a weak leaf would turn strong after one update and everything compile once more."""
+    """Remove weak types: a weak leaf would become strong after one update, and everything would be recompiled."""
 
     def strong_leaf(leaf: Any) -> jax.Array:
         array = on_device(leaf)
@@ -131,18 +131,18 @@ def strong(tree: PyTree) -> PyTree:
 class Packed:
     """A tree with its small leaves in one vector for each dtype.
 
-    Each array that a compiled loop carries or computes costs XLA a small program of its own: 10 ms to compile, and on a
-    CPU 50 ns of each step.
+    Each array that a compiled loop carries or computes is a small program of its own for XLA. It takes 10 ms to
+    compile, and on a CPU 50 ns of each step.
     """
 
     vectors: list[Any]
     others: list[Any]  # None in place of the small leaves
     treedef: Any = dataclasses.field(metadata={"static": True})
-    # Of each vector: where its leaves stand in the tree, and their shapes.
+    # For each vector, the places of its leaves in the tree, and their shapes.
     places: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...] = dataclasses.field(metadata={"static": True})
 
     def tree(self) -> PyTree:
-        """The tree again; outside of a trace, with its small leaves as NumPy's."""
+        """Unpack the tree; outside a trace, its small leaves become arrays of NumPy."""
         leaves = list(self.others)
         for vector, places in zip(self.vectors, self.places, strict=True):
             traced, begin = _jax.is_tracer(vector), 0
@@ -156,7 +156,7 @@ class Packed:
 
 
 def pack(tree: PyTree, most: int = 1) -> Packed:
-    """The tree with its leaves of at most so many entries in vectors; see `Packed.tree` for the way back."""
+    """Pack the leaves of at most so many entries into vectors; `Packed.tree` unpacks them."""
     leaves, treedef = jax.tree.flatten(tree)
     groups: dict[Any, list[int]] = {}
     for place, leaf in enumerate(leaves):
@@ -171,13 +171,15 @@ def pack(tree: PyTree, most: int = 1) -> Packed:
 
 
 def unpack(packed: Packed) -> PyTree:
-    """The tree again, with JAX's arrays."""
+    """Unpack a tree into arrays of JAX."""
     return jax.tree.map(on_device, packed.tree())
 
 
 def as_real(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """The params with (real, imaginary) in place of complex leaves, of which a real loss is no complex-linear function,
-    and the way back."""
+    """Split complex leaves into (real, imaginary), and return the way back, too.
+
+    A real loss is not a complex-linear function of complex leaves.
+    """
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
     split = lambda leaf: (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
     join = lambda dtype, parts: (lax.complex(*parts) if len(parts) == 2 else parts[0]).astype(dtype)
@@ -185,12 +187,12 @@ def as_real(params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
 
 
 def copy(tree: PyTree) -> PyTree:
-    """A copy in buffers of its own, which may be donated."""
+    """Copy a tree into new buffers, which may be donated."""
     return jax.tree.map(jnp.copy, tree)
 
 
 def is_array(leaf: Any) -> bool:
-    """Tell whether jit takes the leaf as a value: an array, or a number of NumPy's or Python's."""
+    """Tell whether jit takes the leaf as a value: an array, or a number of NumPy or Python."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype in NUMBERS
     return isinstance(leaf, jax.Array | bool | int | float | complex)
@@ -206,11 +208,11 @@ def is_key(leaf: Any) -> bool:
 class Rest:
     """The leaves that ``partition`` took out of a tree: a pytree of arrays, hashable if all others are."""
 
-    arrays: tuple  # None in place of what stayed and of the others
+    arrays: tuple  # None in place of the leaves that stayed and of the others
     others: tuple = dataclasses.field(metadata={"static": True})
     treedef: Any = dataclasses.field(metadata={"static": True})
     kept: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
-    # Tell apart what == does not: 1 and True, 0.0 and -0.0.
+    # The representations distinguish values that == does not: 1 and True, 0.0 and -0.0.
     numbers: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def leaves(self) -> list[Any]:
@@ -219,14 +221,14 @@ class Rest:
         return [other if array is None else array for array, other in pairs]
 
     def combine(self, some: PyTree) -> PyTree:
-        """The whole tree again, with ``some`` in the places that stayed."""
+        """Rebuild the whole tree, with ``some`` in the places that stayed."""
         found = self.treedef.flatten_up_to(some)
         places = zip(found, self.leaves(), self.kept, strict=True)
         return self.treedef.unflatten(new if keep else old for new, old, keep in places)
 
 
 def partition(tree: PyTree, kept: Sequence[bool]) -> tuple[PyTree, Rest]:
-    """The tree with None in place of each leaf that is not kept, and those leaves."""
+    """Split a tree: return it with None in place of each leaf that is not kept, and those leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     some = treedef.unflatten(leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True))
     rest = [None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True)]
@@ -238,16 +240,13 @@ def partition(tree: PyTree, kept: Sequence[bool]) -> tuple[PyTree, Rest]:
 
 
 def spread(prefix: PyTree, tree: PyTree) -> list[Any]:
-    """Return for each leaf of a tree the leaf of its prefix that stands for it.
-
-    Raises what JAX raises if it is no prefix.
-    """
+    """Return for each leaf of a tree the leaf of its prefix that stands for it; raise JAX's error if there is none."""
     full = jax.tree.map(lambda entry, part: jax.tree.map(lambda _: entry, part), prefix, tree)
     return jax.tree.structure(tree).flatten_up_to(full)
 
 
 def in_module(treedef: Any, _module: bool = False) -> list[bool]:
-    """For each leaf, whether its parent is a registered class rather than a dict, list or (named) tuple."""
+    """Tell for each leaf whether its parent is a registered class rather than a dict, list or (named) tuple."""
     if jax.tree_util.treedef_is_leaf(treedef):
         return [_module] * treedef.num_leaves
     kind = treedef.node_data()[0]
@@ -256,14 +255,14 @@ def in_module(treedef: Any, _module: bool = False) -> list[bool]:
 
 
 def path_name(path: tuple, root: str = "params") -> str:
-    """The path of a leaf as one would write it in Python: ``params['layers'][0].weight``."""
+    """Write the path of a leaf as in Python: ``params['layers'][0].weight``."""
     return root + jax.tree_util.keystr(path)
 
 
 def is_plain(treedef: Any) -> bool:
-    """Tell whether a tree is made of tuples, lists and dicts with strings as keys: equal ones are then the same.
+    """Tell whether a tree is made of tuples, lists and dicts with strings as keys, so that equal ones are the same.
 
-    Of other nodes, modules with static fields say, equal ones may differ: 1 == True, and 0.0 == -0.0.
+    Equal nodes of other kinds (for example modules with static fields) may differ: 1 == True, and 0.0 == -0.0.
     """
     if jax.tree_util.treedef_is_leaf(treedef):
         return True

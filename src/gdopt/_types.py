@@ -1,4 +1,4 @@
-"""The shapes that plug in, as types."""
+"""The types of arguments: trees, losses, schedules and optimizers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ PyTree = Any
 Loss = Callable[..., Any]
 # step -> learning rate, step 0 first. optax's schedules are of this kind, and gdopt's are optax schedules.
 Schedule = Callable[[Any], Any]
-# A ready optax transformation, or a factory learning_rate -> transformation.
+# An optax transformation, or a factory learning_rate -> transformation.
 Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 Scalar = float | jax.Array

@@ -134,7 +134,7 @@ def test_a_nan_from_infinities_is_followed_to_their_origin() -> None:
 
     found = gdopt.diagnose(run(loss, jnp.ones(2)))
     assert found.primitive == "sub"
-    assert "of [inf, inf] and [inf, inf]" in found.message
+    assert "from [inf, inf] and [inf, inf]" in found.message
     assert "The infinity was made by exp from " in found.message
 
 
@@ -268,7 +268,7 @@ def test_loops_of_different_lengths_side_by_side() -> None:
 
     found = gdopt.diagnose(run(loss, jnp.ones(2)))
     assert found.primitive == "log"
-    assert "of [1, -inf]" in found.message  # of which the first had been over from the beginning
+    assert "from [1, -inf]" in found.message  # of which the first had been over from the beginning
 
 
 def test_nan_params_that_the_loss_does_not_show_are_never_returned() -> None:

@@ -155,7 +155,7 @@ def test_a_linear_ladder_is_not_extended() -> None:
     test = gdopt.lr_find(bowl, np.ones(3, np.float32), start_lr=1e-5, end_lr=1e-2, mode="linear")
     assert len(test.learning_rate) == 300
     assert test.suggestion is None
-    assert "raise end_lr" in test.message
+    assert "Raise end_lr" in test.message
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
             skipped.append(str(error))
             continue
         if skipped:
-            warn(f"resuming from the checkpoint {file!r}, because newer ones cannot be read: {' '.join(skipped)}")
+            warn(f"resuming from the checkpoint {file!r}, because newer ones were skipped: {' '.join(skipped)}")
         return saved
     if skipped:
         raise CheckpointError(

@@ -1,8 +1,8 @@
 """Fingerprints, which are equal for traces of the same program, and copies of traces that may be kept.
 
-A wrong answer here is silent: the second program would run as the first one. So everything that is not known to be a
-value fails closed: the trace gets no fingerprint, and its program is compiled for that call alone. `is_reliable` tries
-that out on traps before the first program is shared.
+A wrong fingerprint is silent: the second program would run as the first one. So a trace with anything that is not known
+to be a value gets no fingerprint, and its program is compiled for that call alone. `is_reliable` tests this on traps
+before the first program is shared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SMALL = 1024  # bytes; a larger array within an operation that is not replayed 
 
 
 class Slot:
-    """Stands in a kept trace for a function that the program calls on the host; each run brings its own."""
+    """The placeholder in a kept trace for a function that the program calls on the host; each run has its own."""
 
     def __init__(self, table: list[Callable], place: int):
         self.table, self.place = table, place
@@ -47,17 +47,17 @@ class Copy:
     """The copy of a trace for a `Replay` of this mode, which may be kept: nothing of the caller's is in it.
 
     Attributes:
-        jaxpr: the trace, with a hole in the place of each array that a replay can be given, and with copies of others.
-        arrays: what the holes were, each array once.
+        jaxpr: the trace, with a hole for each array that a replay can be given, and with copies of others.
+        arrays: the arrays of the holes, each one once.
         callbacks: with ``slots``, the functions that the program calls on the host; ``jaxpr`` looks them up here.
-        effects: what the trace does besides returning values, but for calling these functions.
+        effects: the side effects of the trace, without the calls of these functions.
     """
 
     def __init__(self, closed: Any, mode: Mode, *, slots: bool = False):
         self.arrays: list[Any] = []
         self.callbacks: list[Callable] = []
         self._mode, self._slots = mode, slots
-        self._called: set = set()  # effects of the callbacks
+        self._called: set = set()  # the effects of the callbacks
         self._numbers: dict[int, int] = {}
         jaxpr = _jax.opened(closed)
         bare = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars]) if _jax.consts(jaxpr) else jaxpr
@@ -65,7 +65,7 @@ class Copy:
         self.effects = frozenset(closed.effects) - self._called
 
     def _copied(self, jaxpr: Any, replayed: bool = True) -> Any:
-        """The trace itself if there is nothing to be replaced in it; ``replayed``: a replay runs through it."""
+        """Copy a trace; return it unchanged if nothing is replaced. If ``replayed``, a replay evaluates it."""
         eqns = [self._eqn(eqn, replayed) for eqn in jaxpr.eqns]
         outvars = list(map(_own_literal, jaxpr.outvars))
         if _same(eqns, jaxpr.eqns) and _same(outvars, jaxpr.outvars):
@@ -73,7 +73,7 @@ class Copy:
         return jaxpr.replace(eqns=eqns, outvars=outvars)
 
     def _closed(self, closed: Any, replayed: bool) -> Any:
-        """A nested trace, with holes or copies in place of its arrays."""
+        """Copy a nested trace, with holes or copies in place of its arrays."""
         consts = [self._hole(array) if replayed else _own(array) for array in _jax.consts(closed)]
         jaxpr = _jax.opened(closed)
         copied = self._copied(jaxpr, replayed)
@@ -92,11 +92,11 @@ class Copy:
         replayed = replayed and bool(bodies(eqn, self._mode))
         params = {name: self._value(value, replayed) for name, value in eqn.params.items()}
         if self._mode is Mode.PROGRAM and params.get("policy") is not None:
-            params["policy"] = None  # of what a gradient stores, and of no use here; it may hold arrays
+            params["policy"] = None  # It only decides what a gradient stores, and may hold arrays.
         if self._slots and eqn.primitive.name in CALLBACKS and callable(params.get("callback")):
             params["callback"] = Slot(self.callbacks, len(self.callbacks))
             self.callbacks.append(eqn.params["callback"])
-        if self._slots and eqn.primitive.name in CALLBACKS:  # without a function of its own it is a print
+        if self._slots and eqn.primitive.name in CALLBACKS:  # One without a function is a print.
             self._called.update(eqn.effects)
         if _same(invars, eqn.invars) and _same(params.values(), eqn.params.values()):
             return eqn
@@ -124,10 +124,10 @@ def _same(new: Iterable, old: Iterable) -> bool:
 
 
 def _own(array: Any) -> Any:
-    """A copy of an array that fits into a kept program: NumPy's may be changed in place, JAX's are to be let go of."""
+    """Copy an array for a kept program: NumPy's may be changed in place, and JAX's must not be held."""
     if not isinstance(array, np.ndarray | jax.Array) or array.nbytes > _SMALL:
-        return array  # it gets no fingerprint
-    if isinstance(array, np.ndarray):  # of the same class: those of a trace are weakly typed, or of 64 bits among 32
+        return array  # It gets no fingerprint.
+    if isinstance(array, np.ndarray):  # Its class stays: those of a trace are weakly typed, or have 64 bits among 32.
         return np.array(array, copy=True, subok=True)
     if _jax.is_tracer(array):
         return array
@@ -136,7 +136,7 @@ def _own(array: Any) -> Any:
 
 
 def _own_literal(atom: Any) -> Any:
-    """A literal may be the caller's own array of no axes."""
+    """Copy a literal, which may be the caller's own array without axes."""
     if _jax.is_literal(atom) and isinstance(atom.val, np.ndarray):
         return type(atom)(_own(atom.val), atom.aval)
     return atom
@@ -146,18 +146,18 @@ def _own_literal(atom: Any) -> Any:
 
 
 class _Unshareable(Exception):
-    """The program depends on what cannot be compared, or may change later: it is compiled for this one call."""
+    """The program depends on something that cannot be compared, or may change: it is compiled for this call alone."""
 
 
 def fingerprint(jaxpr: Any, *, lifted: bool = False, rules: bool = False) -> Hashable | None:
-    """Everything that the compiled program of a `Copy` depends on, by value; None where a value cannot be compared.
+    """Return everything that the compiled program of a `Copy` depends on, by value; None if a value is not comparable.
 
-    With ``lifted``, the numbers that a replay is given count by their kind alone. With ``rules``, for a trace that is
-    to be differentiated, policies of checkpoints count, and a function with derivative rules gets no fingerprint.
+    With ``lifted``, the numbers that a replay is given count only by their kind. With ``rules``, for a trace that is to
+    be differentiated, policies of checkpoints count, and a function with derivative rules gets no fingerprint.
     """
     try:
         return tuple(_parts(jaxpr, lifted, rules))
-    except Exception:  # _Unshareable, or what an object that nobody has thought of raises
+    except Exception:  # It is _Unshareable, or an unknown object raised something else.
         return None
 
 
@@ -186,10 +186,10 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
     inside = lifted and (name in CALLS or name in RULES)
     for key, value in eqn.params.items():
         if name in RULES and key not in ("call_jaxpr", "name"):
-            # Nothing differentiates the finished program, so there only the function itself counts, not its rules.
+            # Nothing differentiates the finished program, so only the function itself counts there, not its rules.
             if rules and key in RULES[name]:
-                raise _Unshareable  # JAX calls it anew at each differentiation, and what it reads may have changed
-        elif key == "policy" and name in ("checkpoint", "remat2"):  # of what a gradient stores: no value depends on it
+                raise _Unshareable  # JAX calls it at each differentiation, and what it reads may have changed.
+        elif key == "policy" and name in ("checkpoint", "remat2"):  # No value depends on what a gradient stores.
             if rules:
                 yield key, None if value is None else _Itself(value)
         elif key in ("ft_in", "ft_out") and name == "scan":
@@ -199,7 +199,7 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
 
 
 class _Itself:
-    """A function as a part of a fingerprint: equal to itself alone. It may hold arrays, and is not kept."""
+    """A function as a part of a fingerprint, equal only to itself. It may hold arrays, and is not kept alive."""
 
     def __init__(self, function: Any):
         self._ref, self._id = weakref.ref(function), id(function)
@@ -211,7 +211,7 @@ class _Itself:
         return self._id
 
 
-# Objects of JAX's that compare by value, and of which equal ones compile to the same: JAX's own caches rely on that.
+# Objects of JAX that compare by value, and compile to the same if they are equal. JAX's own caches rely on that.
 _COMPARED = (
     *("ShapedArray", "JaxprEqnContext", "NamedSharding", "SingleDeviceSharding", "GSPMDSharding", "UnspecifiedValue"),
     *("P", "PartitionSpec", "Mesh", "AbstractMesh", "Device", "ArrayCopySemantics", "MemorySpace"),
@@ -221,11 +221,11 @@ _OWNERS = ("jax", "jaxlib")
 
 
 def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
-    """A value as part of a fingerprint. Equality must mean "compiles to the same": 0.0 == -0.0 and 1 == True do not."""
+    """Return a value for a fingerprint. Equal must mean "compiles to the same", unlike 0.0 == -0.0 and 1 == True."""
     kind: type = type(value)
     if kind in (NoneType, bool, int, str, bytes) or (kind.__name__ in _COMPARED and _is_jaxs_own(kind)):
         return kind, value
-    if _jax.is_jaxpr(value):  # an inner jit keeps the arrays that it closes over here
+    if _jax.is_jaxpr(value):  # An inner jit keeps the arrays that it closes over in its trace.
         return tuple(_parts(value, lifted, rules)), tuple(map(_value, _jax.consts(value)))
     inner = functools.partial(_value, lifted=lifted, rules=rules)
     if kind in (tuple, list) or (isinstance(value, tuple) and _is_jaxs_own(kind)):
@@ -238,15 +238,15 @@ def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
 
 
 def _leaf(value: Any) -> Hashable:
-    """Describe what is no container."""
+    """Describe a value that is no container."""
     match value:
         case Hole() | enum.Enum():
             return value
         case Slot():
             return value.place
-        case float() | complex() | np.generic():  # by the bytes: nan has a sign, as 0.0 has
+        case float() | complex() | np.generic():  # The bytes also distinguish the signs of nan and 0.0.
             return np.asarray(value).dtype, np.asarray(value).tobytes()
-        case int():  # JAX's own kind of int, with a dtype
+        case int():  # It is JAX's own kind of int, with a dtype.
             return getattr(value, "dtype", None), int(value)
         case np.ndarray() | jax.Array():
             return _array(value)
@@ -274,11 +274,11 @@ def _array(array: Any) -> Hashable:
 
 
 def _attributes(value: Any) -> Hashable:
-    """An object of JAX's own by all that it holds."""
+    """Describe an object of JAX's own by everything that it holds."""
     slots = itertools.chain(*(getattr(kind, "__slots__", ()) for kind in type(value).__mro__))
     names = [name for name in slots if name != "__weakref__" and hasattr(value, name)]
     held = {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
-    if not held and not hasattr(value, "__dict__"):  # of compiled code, which does not show what it holds
+    if not held and not hasattr(value, "__dict__"):  # Compiled code does not show what it holds.
         raise _Unshareable
     return tuple((name, _value(item)) for name, item in held.items())
 
@@ -317,8 +317,8 @@ def _nothing(x: Any) -> Any:
     return x
 
 
-# The places in which a trace can keep an array; each makes a function of an array. (Optimizers and schedules are traced
-# as any other function is.)
+# The places in which a trace can keep an array; each entry makes a function of an array. Optimizers and schedules are
+# traced like any other function.
 TRAPS: dict[str, Callable[[Any], Callable]] = {
     "number": lambda c: lambda x: x * c[0],
     "scan": lambda c: _around("scan", _jitted(c)),
@@ -333,7 +333,7 @@ TRAPS: dict[str, Callable[[Any], Callable]] = {
 
 
 def _around(name: str, f: Callable) -> Callable:
-    """A function within an operation that a replay can make anew."""
+    """Put a function into an operation that a replay can make anew."""
     return {
         "scan": lambda x: lax.scan(lambda s, _: (f(s), None), x, None, length=2)[0],
         "while": lambda x: lax.while_loop(lambda s: s[0] < 1, f, x),
@@ -343,12 +343,12 @@ def _around(name: str, f: Callable) -> Callable:
 
 
 def _look_alike(make: Callable) -> bool:
-    """Tell whether two functions that differ in their array alone do, in any use of their traces."""
+    """Tell whether two functions that differ only in their array look alike, in any use of their traces."""
     x, arrays = np.ones(2, np.float32), [np.full(2, value, np.float32) for value in (2, 3)]
     traces = [trace(make(array), x)[0] for array in arrays]
     copies = [[Copy(closed, mode) for closed in traces] for mode in Mode]
     before = [[_told_by(closed, kept) for closed, kept in zip(traces, pair, strict=True)] for pair in copies]
-    arrays[0] += 100  # of which the copies are to see nothing
+    arrays[0] += 100  # The copies must not see this change.
     after = [fingerprint(pair[0].jaxpr) for pair in copies]
     return any(
         told[0] == told[1] or told[0][0] is None or now != told[0][0] for told, now in zip(before, after, strict=True)
@@ -356,7 +356,7 @@ def _look_alike(make: Callable) -> bool:
 
 
 def _told_by(closed: Any, kept: Copy) -> tuple[Hashable | None, list[bytes]]:
-    """Return what tells a trace from others: its fingerprint, and the arrays that a replay is given."""
+    """Return what distinguishes a trace: its fingerprint, and the arrays that a replay is given."""
     return fingerprint(kept.jaxpr), [np.asarray(array).tobytes() for array in (*_jax.consts(closed), *kept.arrays)]
 
 
@@ -372,15 +372,15 @@ def _make_anew() -> None:
 
 @functools.cache
 def is_reliable() -> bool:
-    """Tell whether fingerprints tell traces apart on this JAX; tried once in a process, in about 30 ms.
+    """Tell whether fingerprints distinguish traces on this JAX; tested once per process, in about 30 ms.
 
-    If not, a warning says so once, and no program is shared: each call compiles anew, and is right.
+    If not, a warning says so once, and no program is shared: each call compiles anew, and gives right results.
     """
     try:
         with jax.disable_jit(False), jax.numpy_dtype_promotion("standard"):
             alike = [name for name, make in TRAPS.items() if _look_alike(make)]
             _make_anew()
-        why = f"those that differ in an array alone look alike (in {', '.join(alike)})" if alike else ""
+        why = f"those that differ only in an array look alike (in {', '.join(alike)})" if alike else ""
     except Exception as error:
         why = f"traces cannot be read ({type(error).__name__}: {error})"
     if why:

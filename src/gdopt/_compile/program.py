@@ -1,8 +1,8 @@
 """One executable per program: equal programs share it, whatever function objects and arrays they were made from.
 
-A loss is traced at each call, so a rebound global or a changed closure is always seen; the arrays that it closes over
-become arguments, so fresh data compiles nothing. What makes two programs equal is decided here, by what `_jaxpr` tells
-of their traces, and nowhere else.
+A loss is traced at each call, so a rebound global or a changed closure is always seen. The arrays that it closes over
+become arguments, so fresh data recompiles nothing. Only this module decides which programs are equal, by the
+`fingerprints` of their traces.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from gdopt import _jax, _trees
 from gdopt._compile import fingerprints, replays
 from gdopt._types import PyTree
 
-_PROGRAMS = 128  # compiled programs kept, the least recently used go first
+_PROGRAMS = 128  # the most compiled programs that are kept; the least recently used go first
 
 
 class Traced(NamedTuple):
     """A function as its trace, apart from the arrays that it closes over."""
 
-    replay: Callable[..., PyTree]  # (constants, *args) -> what the function returns
+    replay: Callable[..., PyTree]  # (constants, *args) -> outputs
     constants: list[Any]
-    out: PyTree  # the shapes of what it returns
-    identity: Hashable | None  # equal only for traces that are, up to the constants' values; None: it cannot be told
-    jaxpr: Any  # None where JAX's traces cannot be read
-    level: int = 0  # of the tracers that the function was called with, which are of no use any more
+    out: PyTree  # the shapes of the outputs
+    identity: Hashable | None  # equal only for traces that are, up to the constants' values; None if not known
+    jaxpr: Any  # None if JAX's traces cannot be read
+    level: int = 0  # of the tracers with which the function was called, which have expired
 
 
 def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False) -> Traced:
-    """The function traced once.
+    """Trace a function once.
 
-    With ``lift``, the numbers written into it become constants like its arrays. That costs the compiler what it knows
-    of them, so it is for small functions such as schedules, which are made anew with other numbers.
+    With ``lift``, the numbers written into it become constants like its arrays. The compiler then knows nothing about
+    them, so this is for small functions such as schedules, which are made anew with other numbers.
 
-    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace that has
-    some has no identity: JAX calls them as it differentiates, and what they read may have changed by then.
+    With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace with such
+    rules has no identity: JAX calls them when it differentiates, and what they read may have changed by then.
     """
     if not fingerprints.is_reliable():
         made, out, constants = _converted(function, *args)
@@ -66,7 +66,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
         numbers = iter(constants[nested:]) if lift else None
         run = replays.Replay(mode, constants[count:nested], numbers)
         found = run(jaxpr, [*constants[:count], *jax.tree.leaves(args)])
-        # What depends on no argument may be a number that was written into the trace.
+        # An output that depends on no argument may be a number that was written into the trace.
         pairs = zip(found, jax.tree.leaves(out), strict=True)
         return treedef.unflatten(x if isinstance(x, jax.Array) else jnp.asarray(x, of.dtype) for x, of in pairs)
 
@@ -78,9 +78,9 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
 
 
 def _converted(function: Callable, *args: PyTree) -> tuple[Callable, PyTree, list[Any]]:
-    """The function itself in place of its trace; the values of an outer trace that it closes over are its constants."""
+    """Use the function itself instead of its trace; values of an outer trace that it closes over are constants."""
     new = lambda *args: function(*args)
-    made, constants = jax.closure_convert(new, *args)  # takes out what may be differentiated by
+    made, constants = jax.closure_convert(new, *args)  # This takes out what may be differentiated by.
     count = len(constants)
     closed, out = replays.trace(function, *args)
     others = [constant for constant in getattr(closed, "consts", ()) if _jax.is_tracer(constant)]
@@ -88,7 +88,7 @@ def _converted(function: Callable, *args: PyTree) -> tuple[Callable, PyTree, lis
 
 
 def value_and_grad(value: Callable[..., tuple]) -> Callable[..., tuple[tuple, PyTree]]:
-    """((loss, aux), gradient) of a function that returns (loss, aux), with respect to its first argument.
+    """Make ((loss, aux), gradient) of a function that returns (loss, aux), with respect to its first argument.
 
     JAX's gradient of a complex leaf is the conjugate of the steepest ascent.
     """
@@ -101,10 +101,10 @@ def value_and_grad(value: Callable[..., tuple]) -> Callable[..., tuple[tuple, Py
 
 
 def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyTree) -> tuple[Traced, Traced]:
-    """((loss, aux), gradient) at ``(params, constants, *given)`` of a function that was traced with ``rules``.
+    """Trace ((loss, aux), gradient) at ``(params, constants, *given)`` of a function that was traced with ``rules``.
 
-    And the trace of the function that may be differentiated again: it calls the function itself if a derivative rule
-    closes over a value that the function computes, which JAX differentiates only as it is called.
+    Return also the trace of the function for further derivatives. It calls the function itself if a derivative rule
+    closes over a value that the function computes, because JAX differentiates that only during the call.
     """
     for replayed in (value, value._replace(replay=lambda _, *args: function(*args), identity=None)):
         replay = replayed.replay
@@ -123,34 +123,34 @@ def with_gradient(value: Traced, function: Callable, params: PyTree, *given: PyT
 class Shared(NamedTuple):
     """A function as an executable."""
 
-    run: Callable[..., PyTree]  # (constants, *args) -> what the function returns
-    constants: list[Any]  # that it closes over
-    out: PyTree  # the shapes of what it returns
-    closed: bool  # whether all that it depends on are its arguments
+    run: Callable[..., PyTree]  # (constants, *args) -> outputs
+    constants: list[Any]  # the arrays that it closes over
+    out: PyTree  # the shapes of the outputs
+    closed: bool  # whether it depends on nothing but its arguments
 
     def call(self, *args: PyTree) -> PyTree:
-        """Return what the function does."""
+        """Call the function."""
         return self.run(self.constants, *args)
 
 
 def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shared:
-    """``jit`` for this function at these arguments, compiled anew only if no equal program ran before.
+    """Jit a function for these arguments, and compile it only if no equal program ran before.
 
-    The function is traced now. What comes back is called with arguments of the same structure, shapes and dtypes. With
-    ``donate_first`` the first argument's buffers are reused: they must not be the caller's.
+    The function is traced now. Call the result with arguments of the same structure, shapes and dtypes. With
+    ``donate_first`` the first argument's buffers are reused, so they must not be the caller's.
     """
     if not fingerprints.is_reliable():
         made, out, constants = _converted(function, *args)
         return Shared(jax.jit(made, donate_argnums=(1,) if donate_first else ()), constants, out, closed=False)
     closed, out = replays.trace(function, *args)
-    # What is being traced becomes part of the caller's program, which may outlive this call: it keeps its callbacks.
+    # A traced call becomes part of the caller's program, which may outlive this call, so it keeps its callbacks.
     kept = fingerprints.Copy(closed, replays.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
     treedef, count = jax.tree.structure(out), len(_jax.consts(closed))
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
     identity = None if kept.effects else fingerprints.fingerprint(kept.jaxpr)
     program = _Program(identity, kept.jaxpr, count, donated, kept.callbacks)
     executable = _executable(program) if identity is not None else _Executable(program)
-    if not executable.lease(program.callbacks):  # another run is using it, with callbacks of its own
+    if not executable.lease(program.callbacks):  # Another run is using it, with its own callbacks.
         executable = _Executable(program)
         executable.lease(program.callbacks)
     constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
@@ -166,20 +166,20 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
 
 
 def text(function: Callable, *args: PyTree) -> str:
-    """The function's trace, to be compared with that of another process or time."""
+    """Write the function's trace as text, to compare it with that of another process or time."""
     return _text(_jax.opened(replays.trace(function, *args)[0]))
 
 
 def digest(function: Callable, *args: PyTree) -> str:
-    """A checksum of the trace and of the arrays that the function closes over."""
+    """Return a checksum of the trace and of the arrays that the function closes over."""
     closed, _ = replays.trace(function, *args)
     return f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(_jax.consts(closed))}"
 
 
 def _text(jaxpr: Any) -> str:
     ordered = lambda found: ", ".join(sorted(found[1].split(", ")))
-    text = re.sub(r"frozenset\(\{(.*?)\}\)", ordered, str(jaxpr))  # of strings: another order in each process
-    return re.sub(r"\b0x[0-9a-f]+", "0x", text)  # addresses, of functions above all
+    text = re.sub(r"frozenset\(\{(.*?)\}\)", ordered, str(jaxpr))  # Strings have another order in each process.
+    return re.sub(r"\b0x[0-9a-f]+", "0x", text)  # Addresses differ, above all those of functions.
 
 
 def checksum(tree: PyTree) -> str:
@@ -196,17 +196,17 @@ def checksum(tree: PyTree) -> str:
 
 
 def is_traced(*trees: PyTree) -> bool:
-    """Tell whether there is no computing with these values now: jit, vmap or grad traces one or, as jit does, all."""
+    """Tell whether jit, vmap or grad traces one of these values or, as jit does, everything."""
     leaves = *jax.tree.leaves(trees), _trees.on_device(0.0)
     return any(map(_jax.is_tracer, leaves))
 
 
 def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -> list:
-    """Return the place of what was made from traces of this identity for such arguments.
+    """Return the cache entry, a list that is empty at first, of a trace's identity and of such arguments.
 
-    Places of ``passing`` identities, many of which may never come again, push out none but their own kind. Empty at
-    first. What the caller puts into it must depend on nothing but the identity, the structure, shapes and dtypes of the
-    arguments, and JAX's settings; so, for one, on nothing that is not ``closed``.
+    ``passing`` identities, many of which never come again, have a separate LRU cache, so that they do not evict
+    reusable ones. An entry must depend on nothing but the identity, the structure, shapes and dtypes of the arguments,
+    and JAX's settings. So a function in it has to be ``closed``.
     """
     leaves, treedef = jax.tree.flatten(args)
     if identity is None or (isinstance(identity, tuple) and None in identity) or not _trees.is_plain(treedef):
@@ -220,7 +220,7 @@ _place, _passing_place = (functools.lru_cache(maxsize=_PROGRAMS)(lambda key: [])
 
 
 def clear() -> None:
-    """Forgets all programs."""
+    """Forget all programs."""
     for cache in (_executable, _place, _passing_place):
         cache.cache_clear()
 
@@ -236,17 +236,17 @@ def shared_for(kind: Callable, value: Traced, given: tuple, make: Callable[[], S
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """Compared by its fingerprint. It keeps the copy of a trace, of which the caller's arrays were taken out."""
+    """The copy of a trace without the caller's arrays, compared by its fingerprint."""
 
     fingerprint: Hashable
     jaxpr: Any = dataclasses.field(compare=False)
-    constants: int  # arguments that stand for the trace's own arrays, others than those that its nested traces held
+    constants: int  # the number of arguments that stand for the trace's own arrays, without those of nested traces
     donated: int
-    callbacks: list[Callable] = dataclasses.field(compare=False)  # which the trace looks up here
+    callbacks: list[Callable] = dataclasses.field(compare=False)  # the trace looks them up in this list
 
 
 class _Executable:
-    """A compiled program. One run at a time may use it if it calls functions on the host, which are the run's own."""
+    """A compiled program. If it calls functions on the host, which belong to a run, one run at a time may use it."""
 
     def __init__(self, program: _Program):
         def run(donated: list, arguments: list, constants: list) -> list:
@@ -258,7 +258,7 @@ class _Executable:
         self._is_free = threading.Lock()
 
     def lease(self, callbacks: list[Callable]) -> bool:
-        """Bring the functions that the program is to call; False while another run uses it."""
+        """Set the functions that the program is to call; return False while another run uses it."""
         if not callbacks:
             return True
         if not self._is_free.acquire(blocking=False):
@@ -267,13 +267,13 @@ class _Executable:
         return True
 
     def release(self) -> None:
-        """Let go of the functions."""
+        """Drop the functions."""
         self._table[:] = [_no_callback] * len(self._table)
         self._is_free.release()
 
 
 def _no_callback(*_: Any, **__: Any) -> None:
-    """Called by a program whose run is over."""
+    """Do nothing, for a program whose run is over."""
 
 
 @functools.lru_cache(maxsize=_PROGRAMS)

@@ -1,4 +1,4 @@
-"""Traces of functions, made and replayed. A replay has the trace's arrays and numbers as arguments."""
+"""Traces of functions, and their replay with other arrays and numbers."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from gdopt._types import PyTree
 
 
 def trace(function: Callable, *args: PyTree) -> tuple[Any, PyTree]:
-    """The trace, made now, and the shapes of what the function returns."""
-    # Wrapped anew: JAX keeps the trace of a function that it knows, whatever that reads may have changed.
+    """Trace a function now; return the trace, and the shapes of the outputs."""
+    # The wrapper is new, because JAX caches the trace of a known function, even if what the function reads has changed.
     new = lambda *args: function(*args)
     closed, out = jax.make_jaxpr(new, return_shape=True)(*args)
     return closed, out
 
 
 class Hole(NamedTuple):
-    """The place of an array that a nested trace held: the replay puts the array of this number there."""
+    """The place of an array that a nested trace held; the replay puts the array of this number there."""
 
     number: int
 
 
 # Operations whose only meaning is the trace that they call.
 CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "eval_jaxpr": "call_jaxpr"}
-# Functions with derivative rules of their own, and the parameters that hold these.
+# Functions with their own derivative rules, and the parameters that hold these.
 RULES = {"custom_jvp_call": ("jvp_jaxpr_fun",), "custom_vjp_call": ("fwd_jaxpr_thunk", "bwd")}
 
 
 class Mode(enum.Enum):
-    """The purpose of a replay, which decides what it runs through operation by operation."""
+    """The purpose of a replay, which decides what it evaluates operation by operation."""
 
     LOSS = "a function that may be differentiated: calls, but no function with derivative rules, which it keeps"
     FINAL = "one that is not: calls, functions with derivative rules, and whatever holds one"
@@ -44,9 +44,9 @@ class Mode(enum.Enum):
 
 
 def bodies(eqn: Any, mode: Mode) -> list[Any]:
-    """The traces within an operation that a replay runs through itself; none if it repeats the operation as it is.
+    """Return the traces within an operation that a replay evaluates itself; none if it repeats the operation.
 
-    It does so for loops, branches and checkpoints that hold arrays, since these become arguments only in that way.
+    A replay evaluates loops, branches and checkpoints that hold arrays, because only then these become arguments.
     """
     name = eqn.primitive.name
     if name in CALLS or name in RULES:
@@ -72,14 +72,14 @@ def _holds(closed: Any, *, rules: bool = False) -> bool:
 
 
 class Replay(NamedTuple):
-    """Evaluates a trace operation by operation, with other values in the places of what was lifted out of it."""
+    """An evaluation of a trace, operation by operation, with other values for what was lifted out of it."""
 
     mode: Mode
-    arrays: Sequence = ()  # for the holes
+    arrays: Sequence = ()  # the arrays for the holes
     numbers: Iterator | None = None  # for the literals that `numbers` lists; None leaves them as they are
 
     def __call__(self, closed: Any, arguments: Sequence, constants: Sequence | None = None) -> list:
-        """The outputs; of a nested trace the constants are its own."""
+        """Return the outputs; the constants of a nested trace are its own."""
         jaxpr = _jax.opened(closed)
         held = [self._filled(constant) for constant in _jax.consts(closed)] if constants is None else constants
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*held, *arguments], strict=True))
@@ -107,14 +107,14 @@ class Replay(NamedTuple):
 
 
 def as_it_is(closed: Any, arguments: Sequence, constants: Sequence | None = None) -> list:
-    """The outputs of a trace; its constants may be others than those that it holds."""
+    """Return the outputs of a trace, with its own constants or with others."""
     return Replay(Mode.PROGRAM)(closed, arguments, constants)
 
 
 class _Builder(NamedTuple):
-    """Makes a loop, a branch or a checkpoint anew, with the public function of JAX for it."""
+    """A builder that makes a loop, a branch or a checkpoint anew, with the public function of JAX for it."""
 
-    parameters: set[str]  # that are understood: with any other the operation is left as it is
+    parameters: set[str]  # the known parameters; with any other the operation is left as it is
     fits: Callable[[Any], bool]
     build: Callable[[Any, list, Replay], list]  # (operation, inputs, replay) -> outputs
 
@@ -125,7 +125,7 @@ class _Builder(NamedTuple):
 def scan_counts(eqn: Any) -> tuple[int, int]:
     """Return how many inputs of a scan are constants, and how many are carried.
 
-    The parameters that say so have other names in each JAX; but a row has one axis less in the body than outside.
+    The parameters for these have other names in each JAX, but a row has one axis less in the body than outside.
     """
     body = _jax.opened(eqn.params["jaxpr"])
     same = lambda outer, inner: len(outer.aval.shape) == len(inner.aval.shape)
@@ -167,7 +167,7 @@ def _checkpoint(eqn: Any, inputs: list, replay: Replay) -> list:
 
 
 def _has_scalar_predicate(eqn: Any) -> bool:
-    return _jax.opened(eqn.params["cond_jaxpr"]).outvars[0].aval.shape == ()  # a vmap may give it more axes
+    return _jax.opened(eqn.params["cond_jaxpr"]).outvars[0].aval.shape == ()  # A vmap may give it more axes.
 
 
 _SCAN = ("jaxpr", "length", "reverse", "unroll", "linear", "num_consts", "num_carry", "ft_in", "ft_out")
@@ -178,7 +178,7 @@ _BUILDERS = {
     "cond": _Builder(
         {"branches", "branches_platforms"}, lambda eqn: eqn.params.get("branches_platforms") is None, _cond
     ),
-    # In a gradient one is not to be merged with its first run: to that end JAX marks it, and there is no public way.
+    # In a gradient, a checkpoint must not be merged with its first run. JAX marks it, for which there is no public way.
     "checkpoint": _Builder(
         {"jaxpr", "prevent_cse", "differentiated", "policy"}, lambda eqn: not eqn.params["differentiated"], _checkpoint
     ),
@@ -187,7 +187,7 @@ _BUILDERS["remat2"] = _BUILDERS["checkpoint"]
 
 
 def numbers(closed: Any) -> Iterator[Any]:
-    """The literals that a `Replay` comes by, in its order; it comes by none within loops and branches."""
+    """Yield the literals that a `Replay` meets, in its order; it meets none within loops and branches."""
     jaxpr = _jax.opened(closed)
     for eqn in jaxpr.eqns:
         yield from filter(is_number, eqn.invars)
@@ -202,7 +202,7 @@ def is_number(atom: Any) -> bool:
 
 
 def number(literal: Any) -> Any:
-    """The value of a literal, as an argument of the same dtype and weakness."""
+    """Return the value of a literal, as an argument of the same dtype and weakness."""
     value = np.asarray(literal.val, literal.aval.dtype)
     python = value.item()
     weak = literal.aval.weak_type and jnp.result_type(type(python)) == value.dtype

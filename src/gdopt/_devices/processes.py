@@ -1,8 +1,8 @@
 """Several processes that run one program: they agree on what the host decides, and end together.
 
-Each process of ``jax.distributed`` runs the same Python. What the device computes is the same in all of them by itself;
-what the host decides, by its clock, a callback or Ctrl-C, is not, and where two decide differently both would wait for
-ever. So whatever is decided goes through `Peers.exchange`. It takes some milliseconds.
+Each process of ``jax.distributed`` runs the same Python. The devices compute the same in all of them. But the hosts
+decide some things by their clock, a callback or Ctrl-C, and if two decided differently, both would wait for ever. So
+every decision goes through `Peers.exchange`, which takes some milliseconds.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gdopt._errors import GdoptError, InputError
 from gdopt._settings import own_work
 from gdopt._types import PyTree
 
-_BYTES = 8192  # of a note
-_LONGEST_ERROR = 1000  # characters, of up to 6 bytes each
-_LONGEST = 60  # characters that are compared as they are, and shown
+_BYTES = 8192  # the bytes of a note
+_LONGEST_ERROR = 1000  # the most characters of an error, of up to 6 bytes each
+_LONGEST = 60  # the most characters of a value that is compared and shown as it is
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Peers:
     several = True
 
     def exchange(self, **note: Any) -> list[dict[str, Any]]:
-        """The notes of all processes, in their order. Raises GdoptError where one of them failed instead."""
+        """Return the notes of all processes, in their order; raise GdoptError if one of them failed instead."""
         from jax.experimental import multihost_utils
 
         text = json.dumps(note).encode()[:_BYTES]
@@ -63,7 +63,7 @@ class Peers:
         return notes
 
     def compare(self, **settings: Any) -> None:
-        """Raises InputError where the processes were not called alike."""
+        """Raise InputError if the processes were called with different settings."""
         mine = {name: _short(value) for name, value in settings.items()}
         for number, theirs in enumerate(self.exchange(**mine)):
             different = [name for name in mine if theirs.get(name) != mine[name]]
@@ -71,13 +71,13 @@ class Peers:
                 name = different[0]
                 raise InputError(
                     f"the processes were called with another {' and '.join(different)}: {name} is {mine[name]} in "
-                    f"process {jax.process_index()}, and {theirs.get(name)} in process {number}. Every process has to "
-                    "make the same call with the same values; only the part of the data that it holds is its own."
+                    f"process {jax.process_index()}, and {theirs.get(name)} in process {number}. Make the same call "
+                    "with the same values in every process; only the part of the data that it holds may differ."
                 )
 
 
 class _PeerError(GdoptError):
-    """Another process failed, and has told so."""
+    """The error of a process that heard of a failure in another one."""
 
 
 _alone = Alone()
@@ -90,10 +90,10 @@ def peers() -> Alone | Peers:
 
 
 def joined(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, to end in all processes where it fails in one.
+    """Wrap a function so that it ends in all processes if it fails in one.
 
-    That is where arrays that it is given are spread over several. Where each process has its own, as for a search with
-    one model for each, they know nothing of each other.
+    This holds if its arrays are spread over several processes. If each process has its own arrays (for example one
+    model each), they run independently.
     """
 
     @functools.wraps(function)
@@ -111,7 +111,7 @@ def _together(peers: Peers) -> Generator[None]:
     token = _current.set(peers)
     try:
         yield
-        peers.exchange(done=True)  # so that one that fails after its last chunk is heard as well
+        peers.exchange(done=True)  # The others hear of a failure after the last chunk, too.
     except _PeerError:
         raise
     except BaseException as error:
@@ -123,16 +123,16 @@ def _together(peers: Peers) -> Generator[None]:
 
 
 def check_joined(inputs: PyTree) -> None:
-    """Raises InputError for arrays that are spread over processes where nobody knew that they would be."""
+    """Raise InputError for inputs that are spread over processes although no argument is."""
     if not peers().several and jax.process_count() > 1 and _is_spread(inputs):
         raise InputError(
-            "the run is spread over several processes, but neither params, data nor args are: place the params there, "
+            "the run is spread over several processes, but neither params, data nor args are. Place the params there "
             "with gdopt.shard(params, mesh), and pass arrays that the loss closes over in args=."
         )
 
 
 def described(tree: PyTree) -> str:
-    """A tree by its structure, shapes and places, and by its values where each process holds all of them."""
+    """Describe a tree by its structure, shapes and places, and by its values if each process holds all of them."""
     parts = [str(jax.tree.structure(tree))]
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

@@ -1,8 +1,8 @@
 """Derivatives of a minimum with respect to what the loss depends on, by the implicit function theorem.
 
-At a minimum x*(θ) the gradient g(x, θ) is zero whatever θ is, so H dx* = -(dg/dθ) dθ with the Hessian H of the loss
+At a minimum x*(θ) the gradient g(x, θ) is zero for every θ, so H dx* = -(dg/dθ) dθ with the Hessian H of the loss
 (Krantz & Parks, "The Implicit Function Theorem", section 1.3). The steps that led there do not matter, so neither do
-the start, the rate and the number of steps, and nothing of the way is kept in memory.
+the start, the rate and the number of steps. No step is kept in memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from gdopt._errors import InputError
 from gdopt._settings import own_promotion
 from gdopt._types import PyTree
 
-_ROUNDS = 5
-_DENSE = 256  # params: the Hessian of so many may be singular
-_RANK = 2  # eps times the root of the number of params and the largest curvature: below, it is none
-_RESIDUAL = 1e-3  # of the right side: above it, there is no derivative to speak of
+_ROUNDS = 5  # the most rounds of conjugate gradients
+_DENSE = 256  # the most params whose Hessian may be singular
+_RANK = 2  # the least curvature, in eps times the largest one and the root of the number of params
+_RESIDUAL = 1e-3  # the residual over the right side above which there is no derivative
 
 
 def differentiable(
@@ -47,9 +47,9 @@ def differentiable(
     def derivative(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         if not defined:
             raise InputError(
-                "minimize was differentiated through a run of mini-batches or random keys: where that ends depends on "
-                "each of its batches, so the derivative of a minimum is not defined for it. Differentiate a full-batch "
-                "run, or put jax.lax.stop_gradient around what comes back."
+                "minimize was differentiated through a run of mini-batches or random keys. Its end depends on each of "
+                "its batches, so the derivative of a minimum is not defined. Differentiate a full-batch run, or put "
+                "jax.lax.stop_gradient around the result."
             )
         out = solution(*primals)
         given, treedef = jax.tree.flatten(known(*primals))
@@ -57,13 +57,13 @@ def differentiable(
         moving = [number for number, way in enumerate(ways) if not _is_zero(way)]
 
         def filled(some: list) -> tuple:
-            """Return what the loss depends on, with other values in place of what moves."""
+            """Return what the loss depends on, with other values for the leaves that move."""
             leaves = list(given)
             for number, leaf in zip(moving, some, strict=True):
                 leaves[number] = leaf
             return treedef.unflatten(leaves)
 
-        # jit, which outside of another one spares compiling each operation.
+        # With jit, no operation is compiled by itself outside another jit.
         moved = jax.jit(functools.partial(_moves, value, filled))
         with own_promotion():
             params_dot, loss_dot, aux_dot = moved(
@@ -99,7 +99,7 @@ def _moves(
     across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](way)[0]
     singular = _of_least_norm(functools.partial(times, *known), across, known[0])
     way = _solved(functools.partial(times, real, some), right, singular)
-    sign = jnp.where(success, -1.0, jnp.nan)  # a factor, as it is to be seen from behind, too
+    sign = jnp.where(success, -1.0, jnp.nan)  # As a factor, it also makes reverse-mode derivatives NaN.
     way = jax.tree.map(lambda leaf: (sign * leaf).astype(leaf.dtype), way)
     params_dot = jax.jvp(back, (real,), (way,))[1]
     loss_dot, aux_dot = _tangents(lambda at: value(at[0], *filled(at[1])), (params, some), (params_dot, ways))
@@ -107,10 +107,10 @@ def _moves(
 
 
 def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
-    """The tangents of what a function returns where its argument moves along a way.
+    """Return the tangents of a function's outputs if its argument moves along a way.
 
-    A function of `jax.custom_vjp` within it has no rule for forward mode. Then reverse mode gives them, one entry of
-    the output after the other; but derivatives of them in reverse mode take a single pass.
+    A function of `jax.custom_vjp` inside has no rule for forward mode. Then reverse mode gives the tangents, one entry
+    of the output after the other. Their derivatives in reverse mode take a single pass.
     """
     closed, out = replays.trace(function, x)
     if not _has_rules_for_reverse_alone(closed):
@@ -125,9 +125,9 @@ def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> P
 
 
 def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTree) -> list:
-    """J way with the Jacobian J of the outputs, which JAX can only multiply from the left.
+    """Return J way with the Jacobian J of the outputs, which JAX can only multiply from the left.
 
-    `lax.custom_linear_solve` lets both products be given, and batches them, for (way, outputs) -> (0, J way).
+    `lax.custom_linear_solve` takes both products, and batches them, for (way, outputs) -> (0, J way).
     """
     out, backward = jax.vjp(outputs, x)
     nothing, still = jax.tree.map(jnp.zeros_like, (out, way))
@@ -153,20 +153,20 @@ def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTr
 
 
 def _all_moving(tree: PyTree, way: PyTree) -> PyTree:
-    """The tree plus zero times a way: `lax.custom_linear_solve` wants each leaf that it is given to depend on it."""
+    """Add zero times a way to a tree: `lax.custom_linear_solve` requires each of its leaves to depend on it."""
     moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
     return jax.tree.map(lambda leaf: leaf + (0 * moved).astype(leaf.dtype), tree)
 
 
 def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
-    """The derivative of a gradient along a way."""
+    """Return the derivative of a gradient along a way."""
     if _has_rules_for_reverse_alone(replays.trace(gradient, x)[0]):
-        return jax.vjp(gradient, x)[1](way)[0]  # the Hessian is symmetric
+        return jax.vjp(gradient, x)[1](way)[0]  # The Hessian is symmetric.
     return jax.jvp(gradient, (x,), (way,))[1]
 
 
 def _has_rules_for_reverse_alone(closed: Any) -> bool:
-    """Tell whether forward mode would fail in a trace, which JAX says only as it compiles."""
+    """Tell whether forward mode would fail in a trace, which JAX reports only when it compiles."""
     return fingerprints.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
 
 
@@ -187,7 +187,7 @@ def _of_least_norm(
     least = _RANK * flat.size**0.5 * float(jnp.finfo(flat.dtype).eps) * jnp.max(jnp.abs(values))
     regular = jnp.abs(values) > least
     inverse = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
-    chance = jnp.sin(1e3 * lax.iota(flat.dtype, flat.size) + 1)  # any direction that is not special
+    chance = jnp.sin(1e3 * lax.iota(flat.dtype, flat.size) + 1)  # Any direction will do that is not special.
     lost = vectors @ jnp.where(regular, 0, vectors.T @ chance)
     moved, all_moved = (_trees.norm(across(whole(way))) for way in (lost, chance))
 
@@ -198,18 +198,18 @@ def _of_least_norm(
 
 
 def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: tuple | None) -> PyTree:
-    """x with H x = right, by conjugate gradients; NaN where they found none.
+    """Return x with H x = right, by conjugate gradients; NaN if they found none.
 
-    Where H is ill-conditioned, what the iteration takes for its residual is soon no longer the true one. So this is
-    measured at its end, and the iteration begun anew on what is left, as long as that helps. Where H is singular, x is
-    the solution of least norm, if there is one.
+    If H is ill-conditioned, the residual of the iteration soon differs from the true one. So the true residual is
+    measured at the end, and the iteration begins anew with it, as long as that helps. If H is singular, x is the
+    solution of least norm, if there is one.
     """
 
     def solve(times: Callable[[PyTree], PyTree], right: PyTree, *, backward: bool = False) -> PyTree:
         eps = float(jnp.finfo(_trees.norm_dtype(right)).eps)
         most: Any = 10 * sum(leaf.size for leaf in jax.tree.leaves(right)) + 100
         scale = _trees.norm(right)
-        scale = jnp.where(scale > 0, scale, 1)  # of which the square must not vanish
+        scale = jnp.where(scale > 0, scale, 1)  # The scaled right side has a square that does not vanish.
         unit = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), right)
 
         def goes_on(search: tuple) -> jax.Array:
@@ -230,9 +230,9 @@ def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: 
         if singular is not None:
             is_singular, of_least_norm, defined = singular
             least = jax.tree.map(lambda new, old: new.astype(old.dtype), of_least_norm(unit), found)
-            solved &= ~is_singular  # rounding may have made it regular
+            solved &= ~is_singular  # Rounding may have made it regular.
             found, at_all = _trees.select(solved, found, least), is_singular & defined
-            if not backward:  # a cotangent may well have a part that the Hessian maps to zero
+            if not backward:  # A cotangent may have a part that the Hessian maps to zero.
                 left = _trees.norm(jax.tree.map(jnp.subtract, unit, times(least)))
                 at_all &= left <= _RESIDUAL
             solved = solved | at_all
@@ -244,7 +244,7 @@ def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: 
 
 
 def _is_zero(tangent: Any) -> bool:
-    """Tell whether it is zero for certain: of an integer, or of what nothing is differentiated by."""
+    """Tell whether a tangent is zero for certain: that of an integer, or of an input that is not differentiated."""
     is_symbolic = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
     return is_symbolic or getattr(tangent, "dtype", None) == jax.dtypes.float0
 

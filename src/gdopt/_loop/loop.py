@@ -1,5 +1,8 @@
-"""The loop, once: ``step`` (evaluate, test, update), compiled as ``chunk`` (many steps, for `run` to call again and
-again), or inside of somebody's ``jit``, ``vmap`` or ``grad`` as ``whole`` (all steps)."""
+"""The compiled loop around ``step`` (evaluate, test, update).
+
+It is ``chunk`` (many steps, which `run` calls repeatedly), or inside ``jit``, ``vmap`` or ``grad`` ``whole`` (all
+steps).
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,17 @@ from gdopt._stopping import Epoch, Limits
 from gdopt._types import PyTree
 
 _TRIAL_INSIDE = (
-    "lr_find was called inside jit, vmap or grad, by itself or by learning_rate='auto' for a loss or an optimizer that "
-    "needs a range test: its curve is read in Python. Call gdopt.lr_find outside, and pass its suggestion as the "
+    "lr_find was called inside jit, vmap or grad, directly or by learning_rate='auto' for a loss or an optimizer that "
+    "needs a range test, but its curve is read in Python. Call gdopt.lr_find outside, and pass its suggestion as the "
     "learning_rate."
 )
 
 
 def compile(task: Task, *args: Any, **options: Any) -> tuple[Compiled | Whole, Inputs]:
-    """Traces the loss once and shares the compiled loop with every equal problem; it is to be given these inputs.
+    """Trace the loss once, and return the compiled loop, which all equal problems share, with its inputs.
 
-    On a mesh with Explicit axes the loss is traced as on one with Auto axes, where it need not say how to split each
-    operation. If that fails, as in a `shard_map` over that mesh, it is traced as it is.
+    On a mesh with Explicit axes the loss is traced as on Auto axes, on which it need not say how to split each
+    operation. If that fails, as in a `shard_map` over that mesh, it is traced on the Explicit axes.
     """
     try:
         return _compile(task, *args, **options)
@@ -49,7 +52,7 @@ def compile(task: Task, *args: Any, **options: Any) -> tuple[Compiled | Whole, I
         key = task.key if task.with_key else None
         with contextlib.suppress(Exception):
             if mesh is None and not any(note.startswith("gdopt") for note in getattr(error, "__notes__", ())):
-                # The loss itself can be traced, and says which mesh it maps over.
+                # The loss itself can be traced, and its trace shows the mesh that it maps over.
                 mesh = mapped_mesh(task.value, task.problem.params, task.batch, task.args, key)
             if mesh is not None:
                 return _compile(task._replace(explicit=mesh), *args, **options)
@@ -65,16 +68,16 @@ def _compile(
     trial: bool = False,
     keep_best: bool = True,
 ) -> tuple[Compiled | Whole, Inputs]:
-    """Compile the loop of a task as it is.
+    """Compile the loop of a task.
 
-    If jit, vmap or grad traces any of the inputs, they trace all of the loop.
+    If jit, vmap or grad traces any of the inputs, it traces all of the loop.
 
-    With many keys it is the loop of as many runs side by side, each with its own key and rate. They keep step, and one
-    that has ended is left as it is. A ``trial`` shows what its rates do, however small they are: only failures and the
-    number of steps end it. Without ``keep_best`` there is no point to fall back on.
+    With many keys it is the loop of as many runs side by side, each with its own key and rate. All make the same step,
+    and a run that has ended stays as it is. A ``trial`` shows what its rates do, however small they are: only failures
+    and the number of steps end it. Without ``keep_best`` there is no point to fall back on.
     """
     noisy = task.noisy or trial
-    # Before it is traced, so that it is traced for where it will run.
+    # The inputs are placed before the trace, so that the loss is traced for the devices on which it will run.
     given, _ = placed({"params": task.problem.params, "data": task.data, "args": task.args})
     start, data, args = given.values()
     batch = task._replace(data=data).batch
@@ -96,7 +99,7 @@ def _compile(
     )
     options = method.identity, schedule.identity if schedule else (), settings, inside and limits.has_target
 
-    # A trace of the loss tells its gradient, too; but if it has derivative rules, only a trace of that does.
+    # A trace of the loss identifies its gradient, too. But if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options), inputs, passing=True)
     if not seen:
         loss, value = program.with_gradient(value, task.value, start, batch, args, one_key)
@@ -119,7 +122,7 @@ def _finished(
     settings: Settings,
     made: Compiled | Whole,
 ) -> Compiled | Whole:
-    """Add what belongs to this call alone: derivatives, or the check of a claim."""
+    """Add what belongs only to this call: derivatives, or the check of a claim."""
     if isinstance(made, Whole):
         return _differentiable(made, value, settings.noisy)
     if settings.noisy:
@@ -129,7 +132,7 @@ def _finished(
 
 
 def digests(task: Task, method: Method) -> tuple[str, str]:
-    """Checksums of the loss and of the optimizer, to be compared with those of another time."""
+    """Return checksums of the loss and of the optimizer, to compare with those of a checkpoint."""
     given = task.problem.params, task.batch, task.args, task.key
 
     def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
@@ -149,7 +152,7 @@ def is_inside(task: Task) -> bool:
 
 
 def check_alike(task: Task, **given: Any) -> None:
-    """Raises InputError where a call is one of several processes that were not made alike."""
+    """Raise InputError if several processes were called with different arguments."""
     others = peers()
     if isinstance(others, Alone):
         return
@@ -168,7 +171,7 @@ def check_alike(task: Task, **given: Any) -> None:
 
 
 def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
-    """Give a run inside of a transformation the derivatives of a minimum."""
+    """Give a run inside a transformation the derivatives of a minimum."""
 
     def of(params: PyTree, constants: list, *given: PyTree) -> tuple[jax.Array, PyTree]:
         return value.replay(constants, params, *given, None)
@@ -178,7 +181,7 @@ def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
 
 
 def _placed(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
-    """The inputs on the devices that some of them are on."""
+    """Place the inputs on the devices that some of them are on."""
     names = {"start": "params", "data": "data", "args": "args", "constants": "what the loss closes over"}
     names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
     stay = {names["constants"]} if constants_stay else ()
@@ -194,7 +197,7 @@ def _make(
     schedule: program.Traced | None,
     settings: Settings,
 ) -> tuple[Compiled | Whole, bool]:
-    """The loop around a traced loss, and whether it depends on nothing else than on that trace and its inputs."""
+    """Return the loop around a traced loss, and whether it depends on nothing but that trace and its inputs."""
     step = Step(task, method, traced_loss, schedule, settings)
     eps = float(jnp.finfo(traced_loss.out[0][0].dtype).eps)
     if not settings.inside:
@@ -210,7 +213,7 @@ def _make(
             return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, [], {}), closed
         if many_runs:
             raise InputError(_TRIAL_INSIDE)
-        settings = settings._replace(inside=True)  # an optimizer closes over what is being traced
+        settings = settings._replace(inside=True)  # An optimizer closes over traced values.
         step = Step(task, method, traced_loss, schedule, settings)
     verifier = Verifier(task, method, traced_loss, schedule, settings, eps)
     verify = (lambda state, _: state) if settings.noisy else verifier.in_trace

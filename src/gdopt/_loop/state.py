@@ -1,4 +1,4 @@
-"""The state of a run, its inputs, and what a compiled problem consists of."""
+"""The state of a run, its inputs, and the parts of a compiled problem."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Carry = tuple[Packed, jax.Array]  # the state, and the rows of the history that 
 
 
 class Inputs(NamedTuple):
-    """The arguments of the compiled program that stay the same over a run: new values compile nothing.
+    """The arguments of the compiled program that stay the same over a run; new values recompile nothing.
 
-    Arrays are on the device, Python's numbers are left as they are. Runs side by side each have their own ``key`` and
-    ``rate``, by a leading axis.
+    Arrays are on the device, and Python's numbers are left as they are. Runs side by side each have their own ``key``
+    and ``rate``, by a leading axis.
     """
 
     start: PyTree
@@ -32,15 +32,15 @@ class Inputs(NamedTuple):
     key: Any  # None for a single run that draws nothing
     rate: Any  # a number, or the rates of the steps one by one; None if a schedule or the optimizer has it
     limits: Limits
-    constants: list[Any]  # that the loss closes over
-    numbers: list[Any] | None  # of the schedule
-    epoch: Epoch | None = None  # of a stream, whose batches are the data in turn
+    constants: list[Any]  # the arrays that the loss closes over
+    numbers: list[Any] | None  # the numbers of the schedule
+    epoch: Epoch | None = None  # for a stream, whose batches are the data in turn
 
 
 class Kept(NamedTuple):
-    """The point that comes back if the run ends badly: the best so far, or with a noisy loss the last good one.
+    """The point that is returned if the run ends badly: the best so far, or with a noisy loss the last good one.
 
-    Where no params are to be kept, the last point evaluated, whose params are the state's: see `returned_params`.
+    If no params are kept, it is the last point evaluated, whose params are in the state: see `returned_params`.
     """
 
     params: Packed | None
@@ -51,9 +51,9 @@ class Kept(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of a run. For runs side by side, which keep step, all but ``step`` has a leading axis."""
+    """The state of a run. For runs side by side, all but their common ``step`` has a leading axis."""
 
-    step: jax.Array  # updates made, which is the number of the point in ``params``
+    step: jax.Array  # the updates made, which is the number of the point in ``params``
     code: jax.Array  # RUNNING, or the Status that the last evaluation led to
     params: PyTree
     optimizer: PyTree
@@ -64,7 +64,7 @@ class State(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The end of ``whole``."""
+    """The result of ``whole``."""
 
     params: PyTree
     loss: jax.Array
@@ -77,48 +77,48 @@ class Outcome(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A problem made ready to run."""
+    """A problem that is ready to run."""
 
     start: Callable[[Inputs], Carry]
     # (carry, step of the first row, limit, inputs) -> (carry, code)
     chunk: Callable[[Carry, Any, Any, Inputs], tuple[Carry, jax.Array]]
-    carry: PyTree  # the shapes of it
+    carry: PyTree  # the shapes of the carry
     eps: float  # of the dtype in which the loss is computed
-    pace: list[float]  # the seconds of a step in the last run, where there was one
-    probes: dict[bool, Programs]  # that verify a claim, once there was one: see `Verifier.programs`
-    # Of a loss that is the same function at each step: verifies what a run claims at its end, ...
+    pace: list[float]  # the seconds of a step in the last run, if there was one
+    probes: dict[bool, Programs]  # the programs that verify a claim, once there was one: see `Verifier.programs`
+    # The check of a claim at the end of a run; None for a noisy loss.
     verify: Callable[[Carry, Inputs], Carry] | None = None
-    # ... and looks at the loss there; its last argument is the rate of plain gradient descent
+    # The examination of the loss there; its last argument is the rate of plain gradient descent.
     look_back: Callable[[State, Inputs, float | None], Hindsight] | None = None
 
 
 class Whole(NamedTuple):
-    """A problem made ready to run inside of a transformation, all steps at once."""
+    """A problem that is ready to run inside a transformation, all steps at once."""
 
     solve: Callable[[list, Inputs], Outcome]
-    constants: list[Any]  # that the optimizer closes over
+    constants: list[Any]  # the arrays that the optimizer closes over
 
 
 class Settings(NamedTuple):
-    """The settings that a program depends on besides traces and the shapes of its inputs; hashable."""
+    """The hashable settings on which a program depends, besides traces and the shapes of its inputs."""
 
-    noisy: bool  # the loss is another function at each step
+    noisy: bool  # whether the loss is another function at each step
     batches: Batches | None
     with_key: bool
     keep_best: bool
-    tests_gradient: bool  # its largest entry
-    inside: bool  # of a jit, vmap or grad
-    layout: Layout | None = None  # of many devices
+    tests_gradient: bool  # whether the largest entry of the gradient is tested
+    inside: bool  # whether the run is inside jit, vmap or grad
+    layout: Layout | None = None  # the placement on many devices
 
     def compact(self, params: PyTree) -> Packed:
-        """The params as few arrays, which costs much less per step where there are many small ones.
+        """Pack the params into few arrays, which costs much less per step if there are many small ones.
 
-        Not those on many devices: bringing them together costs more than it saves.
+        Leave those on many devices: gathering them costs more than it saves.
         """
         return _trees.pack(params, _trees.SMALL if self.layout is None else 1)
 
     def in_place(self, state: State) -> State:
-        """The state with its arrays on the devices where the params are."""
+        """Place the arrays of the state on the devices of the params."""
         layout = self.layout
         if layout is None:
             return state
@@ -132,18 +132,18 @@ class Settings(NamedTuple):
 class Programs(NamedTuple):
     """The compiled parts of a verification."""
 
-    probe: Any  # a `program.Shared`, on many devices of all of it; None if the loss has no second derivatives
-    free: program.Shared | None  # tells which entries the optimizer holds, if it may hold any
-    closed: bool  # whether they depend on nothing else than on the traces and their inputs
+    probe: Any  # a `program.Shared` (on many devices, of all of it); None if the loss has no second derivatives
+    free: program.Shared | None  # the program that tells which entries the optimizer holds, if it may hold any
+    closed: bool  # whether they depend on nothing but the traces and their inputs
 
 
 def returned_params(state: State) -> PyTree:
-    """The params that ``state.kept`` tells the loss of."""
+    """Return the params whose loss is in ``state.kept``."""
     return state.params if state.kept.params is None else state.kept.params.tree()
 
 
 def params_to_return(state: State) -> PyTree:
-    """Return the params that ``state.kept`` tells the loss of, on the devices of the params."""
+    """Return the params whose loss is in ``state.kept``, on the devices of the params."""
 
     def placed(leaf: Any, like: Any) -> jax.Array:
         if isinstance(leaf, jax.Array):

@@ -28,16 +28,16 @@ from gdopt._types import PyTree
 def loss_arguments(
     inputs: Inputs, order: PyTree, step: jax.Array, batches: Batches | None, *, with_key: bool
 ) -> tuple[PyTree, PyTree, jax.Array | None]:
-    """Return what the loss is called with at a step besides the params: data, args and the key."""
+    """Return the arguments of the loss at a step besides the params: data, args and the key."""
     data = batches.take(inputs.data, order, step) if batches else inputs.data
     key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if with_key else None
     return data, inputs.args, key
 
 
 def rate_of(method: Method, schedule: program.Traced | None, inputs: Inputs, k: jax.Array) -> Any:
-    """Return the rate of a step, None if the optimizer owns it.
+    """Return the rate of a step; None if the optimizer owns it.
 
-    A range test has a rate for each step; from its last one on it begins again.
+    A range test has a rate for each step, and begins again after its last one.
     """
     if method.owns_rate:
         return None
@@ -57,7 +57,7 @@ class Step:
         schedule: program.Traced | None,
         settings: Settings,
     ):
-        self.asks_again = False  # an optimizer has called the loss itself, in a trace of its own
+        self.asks_again = False  # whether an optimizer has called the loss itself, in its own trace
         self._task, self._method, self._loss, self._schedule, self._settings = task, method, loss, schedule, settings
         (value, self._aux), _ = loss.out
         self._loss_dtype = jnp.promote_types(value.dtype, jnp.float32)
@@ -73,8 +73,8 @@ class Step:
         running = code == RUNNING
         kept = self._kept(state.kept, point, here, aux, (code, running), watch)
         rate = rate_of(self._method, self._schedule, inputs, k)
-        # Selected rather than under a cond, which costs more than it saves: all but a run's last step are made. That
-        # one leaves the watch as it was, too: a save may go on under other limits, and make the evaluation again.
+        # A select is cheaper than a cond here, because only the last step of a run is not made. The last step leaves
+        # the watch as it was, too: a checkpoint may be resumed with other limits, and repeats the evaluation.
         new = (*self._updated(x, loss, grad, state.optimizer, rate, given), watch)
         x, optimizer, watch = _trees.select(running, new, (x, state.optimizer, state.watch))
         used = self._method.rate_used(rate, optimizer)
@@ -82,7 +82,7 @@ class Step:
         return settings.in_place(State(k + running, code, x, optimizer, order, watch, kept, state.ending)), record
 
     def start(self, inputs: Inputs) -> State:
-        """The state before the first step."""
+        """Return the state before the first step."""
         settings = self._settings
         nan = jnp.full((), jnp.nan, self._loss_dtype)
         norm = jnp.full((), jnp.nan, _trees.norm_dtype(inputs.start))
@@ -104,10 +104,10 @@ class Step:
         return settings.in_place(state)
 
     def _given(self, k: jax.Array, order: PyTree, inputs: Inputs) -> tuple[tuple, PyTree]:
-        """What the loss is given besides the params, and the order of this epoch's rows."""
+        """Return the arguments of the loss besides the params, and the order of this epoch's rows."""
         settings = self._settings
         batches = settings.batches
-        if batches and not settings.inside:  # there `whole_loop` shuffles
+        if batches and not settings.inside:  # Inside a transformation, `whole_loop` shuffles.
             key = jax.random.fold_in(inputs.key, 0)
             drawn = functools.partial(batches.order, key, k)
             order = lax.cond(k % batches.per_epoch == 0, drawn, lambda: order)
@@ -118,7 +118,7 @@ class Step:
     def _measured(
         self, k: jax.Array, x: PyTree, loss: jax.Array, grad: PyTree, inputs: Inputs
     ) -> tuple[Evaluation, Packed]:
-        """What is known of this point, and the point in few arrays."""
+        """Measure a point; return the facts, and the point in few arrays."""
         compact = self._settings.compact
         value, grad_norm = loss.astype(self._loss_dtype), _trees.norm(compact(grad))
         here = compact(x)
@@ -142,7 +142,7 @@ class Step:
         return Epoch(k % steps == 0, k % steps == steps - 1, steps)
 
     def _kept(self, last: Kept, point: Evaluation, here: Packed, aux: PyTree, ended: tuple, watch: Watch) -> Kept:
-        """The best point so far; of a noisy run the last good one."""
+        """Return the best point so far; for a noisy run the last good one."""
         code, running = ended
         k, value, grad_norm = point.step, point.loss, point.grad_norm
         if not self._settings.noisy:
@@ -159,7 +159,7 @@ class Step:
     def _updated(
         self, x: PyTree, loss: jax.Array, grad: PyTree, optimizer: PyTree, rate: jax.Array | None, given: tuple
     ) -> tuple[PyTree, PyTree]:
-        """The params and the optimizer's state after the update."""
+        """Return the params and the optimizer's state after the update."""
 
         def asked(params: PyTree) -> jax.Array:
             self.asks_again = True
@@ -167,8 +167,8 @@ class Step:
 
         optimizer = optimizer if rate is None else inject(optimizer, rate)
         updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss)
-        # Nothing else may read the updates: XLA would then round them before it adds them, where a loop written by
-        # hand fuses both, and last bits would differ.
+        # Nothing else may read the updates. Otherwise XLA rounds them before it adds them, whereas a hand-written loop
+        # fuses both, and the last bits differ.
         return optax.apply_updates(x, updates), _trees.strong(optimizer)
 
 
@@ -176,12 +176,12 @@ def _check_search(settings: Settings) -> None:
     if settings.noisy:
         raise InputError(
             "optimizer holds gdopt.spectral() or gdopt.quasi_newton(), which compare one value of the loss with "
-            "the next: they are not for mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave "
+            "the next, so they are not for mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave "
             "batch_size out."
         )
     if not settings.keep_best:
         raise InputError(
-            "keep_best=False was given with a rate that is found at each step, as gdopt.quasi_newton() and "
-            "gdopt.spectral() do: the last point may be a trial that is to be taken back. Pass a learning_rate, or "
+            "keep_best=False was given with a rate that is found at each step (by gdopt.quasi_newton() or "
+            "gdopt.spectral()), so the last point may be a trial that is to be taken back. Pass a learning_rate, or "
             "leave keep_best out."
         )

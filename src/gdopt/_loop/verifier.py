@@ -28,11 +28,11 @@ from gdopt._verify.places import InTrace, OnHost, Probe
 
 
 class Verifier(NamedTuple):
-    """Verifies a claim to be at a minimum: see `verification.settle`."""
+    """The verification of a claim to be at a minimum: see `claim.settle`."""
 
     task: Task
     method: Method
-    loss: program.Traced | None  # with its gradient; None if that is traced once there is a claim
+    loss: program.Traced | None  # with its gradient; None if it is traced only for a claim
     schedule: program.Traced | None
     settings: Settings
     eps: float
@@ -40,7 +40,7 @@ class Verifier(NamedTuple):
     known: Any = None  # a chain of the programs of this call and of those that equal calls share
 
     def in_trace(self, state: State, inputs: Inputs) -> State:
-        """The state with its claim verified, or withdrawn: then the run goes on."""
+        """Verify the claim of a state, or withdraw it: then the run continues."""
 
         def verify(state: State) -> State:
             params = returned_params(state)
@@ -54,7 +54,7 @@ class Verifier(NamedTuple):
             differences = lambda xs, ways: self._probe_by_differences(tree(xs), tree(ways), inputs)[2]
             try:
                 jax.eval_shape(self._probe, *(_trees.as_real(params)[0],) * 2, inputs)
-            except Exception:  # JAX raises various ones for a loss that has no second derivatives
+            except Exception:  # JAX raises various ones if a loss has no second derivatives.
                 probe, exact = probe._replace(times=differences), False
             free = self.free(state, inputs) if self.method.may_project else None
             return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact)
@@ -63,7 +63,7 @@ class Verifier(NamedTuple):
 
     @as_own_work
     def on_host(self, carry: Carry, inputs: Inputs) -> Carry:
-        """The same for a run that is not traced: what it computes with the loss is compiled now, if it was not yet."""
+        """Do the same for a run that is not traced, and compile its programs now, if they were not compiled yet."""
         state = carry[0].tree()
         if not claims(state):
             return carry
@@ -94,7 +94,7 @@ class Verifier(NamedTuple):
 
     @as_own_work
     def look_back(self, state: State, inputs: Inputs, rate: float | None) -> Hindsight:
-        """Look at the loss where a run ended that did not get to a minimum: see `hindsight`."""
+        """Look at the loss at the end of a run that did not reach a minimum: see `hindsight`."""
         params = returned_params(state)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
@@ -114,7 +114,7 @@ class Verifier(NamedTuple):
             return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
 
     def programs(self, state: State, inputs: Inputs, *, exact: bool = True) -> Programs:
-        """The programs of earlier calls or of this one, made when they are first asked for.
+        """Return the programs of earlier calls or of this one, which are made on demand.
 
         Products of the Hessian are ``exact``, or differences of gradients.
         """
@@ -139,22 +139,22 @@ class Verifier(NamedTuple):
         except Exception:
             if not exact:
                 raise
-            made = None  # JAX raises various ones for a loss that has no second derivatives
+            made = None  # JAX raises various ones if a loss has no second derivatives.
         free = program.share(traced.free, state, inputs) if exact and self.method.may_project else None
         parts = [part for part in (made, free) if part]
         return Programs(made, free, all(part.closed for part in parts))
 
     def _probe(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
-        """The loss, its gradient, and the Hessian times a direction.
+        """Return the loss, its gradient, and the Hessian times a direction.
 
-        Given trees of real leaves: those of one shape are compiled once, slices of a vector each for itself.
+        It takes trees of real leaves: leaves of one shape are compiled once, but each slice of a vector by itself.
         """
         gradient = functools.partial(self._gradient, inputs)
         grad, product, loss = jax.jvp(gradient, (xs,), (ways,), has_aux=True)
         return loss, grad, product
 
     def _probe_by_differences(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
-        """The same for a loss that has no second derivatives: an entry moves by a share of its direction."""
+        """Do the same for a loss without second derivatives: an entry moves by a share of its direction."""
         grad, loss = self._gradient(inputs, xs)
         share = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(xs)) ** (1 / 3)
         beside = lambda share: jax.tree.map(lambda x, way: x + share * way, xs, ways)
@@ -173,16 +173,16 @@ class Verifier(NamedTuple):
         return loss, grad
 
     def _blocks(self, tree: PyTree) -> list:
-        """A tree like the params as a few real arrays."""
+        """Return a tree like the params as a few real arrays."""
         return jax.tree.leaves(self.settings.compact(_trees.as_real(tree)[0]))
 
     def _tree(self, params: PyTree) -> Callable[[list], PyTree]:
-        """Back from `_blocks` to the tree of real leaves from which they were made."""
+        """Return the way back from `_blocks` to the tree of real leaves."""
         treedef = jax.tree.structure(self.settings.compact(_trees.as_real(params)[0]))
         return lambda blocks: treedef.unflatten(blocks).tree()
 
     def free(self, state: State, inputs: Inputs) -> list:
-        """0 for entries that the optimizer holds at a bound: that it moves against the gradient alone, not along it."""
+        """Return 0 for entries that the optimizer holds at a bound: it moves them only against the gradient."""
         params, method = returned_params(state), self.method
         loss, grad = self._value_and_grad(inputs, params)
         given = inputs.data, inputs.args, None

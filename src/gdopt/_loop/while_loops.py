@@ -1,4 +1,4 @@
-"""The loops over steps: chunks for the host, all steps inside of a transformation, and runs side by side."""
+"""The loops over steps: chunks for the host, all steps inside a transformation, and runs side by side."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gdopt._result import History
 from gdopt._status import RUNNING
 from gdopt._trees import Packed
 
-CAPACITY = 4096  # rows of the history that a carry has room for
+CAPACITY = 4096  # the rows of the history for which a carry has room
 
 
 def first_carry(start: Callable[[Inputs], State], everywhere: Callable) -> Callable[[Inputs], Carry]:
-    """``start`` with room for the first rows of the history; what the host reads is to be ``everywhere``."""
+    """Give ``start`` room for the first rows of the history; what the host reads is copied ``everywhere``."""
 
     def first(inputs: Inputs) -> Carry:
         state = start(inputs)
@@ -38,7 +38,7 @@ def _read_by_host(carry: Carry, everywhere: Callable) -> Carry:
 
 
 def chunk_loop(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere: Callable) -> Callable:
-    """Many steps, up to a limit or the end, as one ``while_loop``."""
+    """Make one ``while_loop`` of many steps, up to a limit or the end."""
 
     def chunk(carry: Carry, first: jax.Array, limit: jax.Array, inputs: Inputs) -> tuple[Carry, jax.Array]:
         def body(carry: Carry) -> Carry:
@@ -61,8 +61,11 @@ def chunk_loop(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere:
 def whole_loop(
     start: Callable, step: Callable, verify: Callable, settings: Settings, has_target: bool
 ) -> Callable[[Inputs], Outcome]:
-    """All steps in one program. Mini-batches take a loop in a loop, so that a vmap of it shuffles once per epoch and
-    not at each step, where a batched ``cond`` would do both of what it is to choose from."""
+    """Make one program of all steps.
+
+    Mini-batches take a loop in a loop, so that a vmap of it shuffles once per epoch. A batched ``cond`` would compute
+    both branches, and so shuffle at each step.
+    """
     batches = settings.batches
 
     def steps(packed: Packed, inputs: Inputs, limit: Any = LAST_STEP) -> Packed:
@@ -87,7 +90,7 @@ def whole_loop(
             packed = lax.while_loop(running, lambda packed: epoch(packed, inputs, per_epoch), packed)
         elif settings.noisy:
             packed = steps(packed, inputs)
-        else:  # a claim that does not hold is withdrawn, and the run goes on
+        else:  # A claim that does not hold is withdrawn, and the run continues.
             rounds = lambda packed: _trees.pack(verify(steps(packed, inputs).tree(), inputs))
             packed = lax.while_loop(running, rounds, packed)
         state = ended = packed.tree()
@@ -105,8 +108,11 @@ def whole_loop(
 
 
 def side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
-    """Both for many runs by ``vmap``. The step's number is left out of it, so that epochs are shuffled under a true
-    ``cond``: batched, it would be a ``select``, and each step would pay for a shuffle."""
+    """Make both for many runs by ``vmap``.
+
+    The step's number is not batched, so that epochs are shuffled under a true ``cond``. A batched one would become a
+    ``select``, and each step would pay for a shuffle.
+    """
     each_inputs = Inputs._make(0 if name in ("key", "rate") else None for name in Inputs._fields)
     each_state = State._make(None if name == "step" else 0 for name in State._fields)
 
@@ -114,7 +120,7 @@ def side_by_side(start: Callable, step: Callable) -> tuple[Callable, Callable]:
         running = state.code == RUNNING
         new, record = step(state, inputs)
         record = jax.tree.map(lambda entry: jnp.where(running, entry, jnp.nan), record)
-        # All but the order of the rows, which is large and of no use to a run that has ended.
+        # The order of the rows is left out, because it is large and a run that has ended does not use it.
         kept = _trees.select(running, new._replace(order=()), state._replace(order=()))
         return kept._replace(step=state.step, order=new.order), record
 

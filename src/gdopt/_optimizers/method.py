@@ -43,7 +43,7 @@ class Method(NamedTuple):
 
     @property
     def owns_rate(self) -> bool:
-        """Whether the optimizer is a transformation with its own rate: see `rate_used`."""
+        """Tell whether the optimizer is a transformation with its own rate: see `rate_used`."""
         return self.rate is None
 
     def rates(self, state: PyTree) -> Rates:
@@ -149,7 +149,7 @@ class Method(NamedTuple):
 
     @property
     def may_project(self) -> bool:
-        """Whether the optimizer may hold params at a bound, as a composed or an unknown one may."""
+        """Tell whether the optimizer may hold params at a bound, as a composed or an unknown one may."""
         return identity_of(self.optimizer) is None and self.identity is None
 
     @property

@@ -24,7 +24,7 @@ PAIRS = 5  # the default number of pairs
 _AVERAGE = 0.5  # Zhang and Hager's eta
 _TELLS = 1e-8  # the least curvature that is learned from a rejected trial, over |s| |y|
 _LEAST = 1e-12  # the least entry of the diagonal, over the largest
-_FARTHER = 4  # the longest step after one along which the loss is not convex, over the length of that
+_FARTHER = 4  # the length of a step over that of the last one, if the loss was not convex along that
 _NEARER = 0.9  # the longest step after a rejected one, over the length of that
 
 

@@ -111,7 +111,7 @@ class Ended:
 
     @property
     def is_claim(self) -> bool:
-        """Whether the status makes a claim about the returned point."""
+        """Tell whether the status makes a claim about the returned point."""
         return self.status in (Status.CONVERGED, Status.PRECISION_LIMIT, Status.STALLED)
 
     @property

@@ -161,7 +161,7 @@ class Feed:
 
     @property
     def pulled(self) -> bool:
-        """Whether any batch was pulled."""
+        """Tell whether any batch was pulled."""
         return self._ahead is not _END
 
     def position(self, made: int) -> Position | None:

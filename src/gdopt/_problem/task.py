@@ -43,7 +43,7 @@ class Task(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        """Whether the loss is another function at each step."""
+        """Tell whether the loss is another function at each step."""
         return self.with_key or self.batches is not None or self.stream is not None
 
     @property

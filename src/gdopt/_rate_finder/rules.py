@@ -122,7 +122,7 @@ def valley(rates: np.ndarray, losses: np.ndarray) -> float:
 
 
 def slide(rates: np.ndarray, losses: np.ndarray) -> float:
-    """Return the last rate whose slope differs from that of 15 rungs before by at most 0.005."""
+    """Return the rate some 15 rungs before the last place whose slope differs from the slope there by at most 0.005."""
     slope = np.gradient(losses)
     right = len(losses) - 1
     while right >= 15 and abs(slope[right] - slope[right - 15]) > 0.005:

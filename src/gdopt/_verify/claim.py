@@ -1,9 +1,9 @@
-"""The end of a run, checked: is there really so little left to gain at the point that is returned?
+"""The check of a run's claim: is there really so little left to gain at the point that is returned?
 
-Products of the Hessian with a few directions give what Newton's method would still gain, g'H^-1 g / 2, and show
-negative curvature, which tells a saddle from a minimum. If they contradict the claim, the points that they lead to are
-tried. If none of these is lower although the gradient promises it, the loss has a kink; then neighbours tell what a
-gradient cannot.
+Products of the Hessian with a few directions give what Newton's method would still gain, g'H^-1 g / 2. They also show
+negative curvature, which distinguishes a saddle from a minimum. If they contradict the claim, the points that they lead
+to are tried. If none of these is lower although the gradient promises it, the loss has a kink. Then neighbours show
+what a gradient cannot.
 
 All of it is computed with lists of real arrays: see `places`.
 """
@@ -23,38 +23,38 @@ from gdopt._verify.kinks import Below, look_below
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
 from gdopt._verify.spectrum import Spectrum, evened, newton_step, spectrum
 
-_EXACT = 64  # entries of the params: the whole Hessian of so many is computed
-_CLEAR = 1e-3  # of the largest curvature: less of a negative one tells nothing
-_PART = 0.5  # of what a parabola's minimum promises: where a try gains as much, there is no kink
-_KINK = 100  # times the rounding of the loss: what a step downhill should have gained
-_ROUNDED, _ULPS = 3, 4.0  # points that tell how well the loss is known, and how far away: in eps of the params
-_MOSTLY, _MUCH = 0.1, 1000  # of what was gained, and over that at the start: a loss with more noise tells nothing
-_AGAIN = 0.2  # of what is left, where Newton's step has led to: 0.14 for exponentials and high powers, 0 for parabolas
-_SLOWLY = 0.8  # of what is left, at the next point: after that Newton's method tells nothing
+_EXACT = 64  # the most entries of the params whose whole Hessian is computed
+_CLEAR = 1e-3  # the least negative curvature that counts, over the largest curvature
+_PART = 0.5  # the gain of a try over what a parabola promises from which on there is no kink
+_KINK = 100  # the gain that a step downhill should have had, over the rounding of the loss
+_ROUNDED, _ULPS = 3, 4.0  # the points that measure the noise of the loss, and their distance in eps of the params
+_MOSTLY, _MUCH = 0.1, 1000  # the most noise of a usable loss, over the gain, and over the noise at the start
+_AGAIN = 0.2  # the rest after Newton's step: it is 0.14 for exponentials and high powers, 0 for parabolas
+_SLOWLY = 0.8  # the rest at the next point above which Newton's method says nothing
 
 
 class Check(NamedTuple):
     """The findings at a point."""
 
-    left: Any  # to gain, in units of the loss; infinite if the curvature does not tell
+    left: Any  # the gain that is left, in units of the loss; infinite if the curvature does not show it
     curved: Any  # whether the loss has a Hessian there
     negative: Any  # whether there is a direction of negative curvature
     lower: Any  # whether a point is lower by more than was allowed, or along a negative curvature by more than rounding
-    below: Any  # the same by more than rounding, where the curvature cannot tell how much more is left
+    below: Any  # whether a point is lower by more than rounding, if the curvature does not show how much more is left
     kink: Any  # whether the gradient promises that the loss falls, though no gradient around it does, nor any try
-    slope: Any  # there
-    saturated: Any  # whether the loss depended on an entry at the start, and does not there
-    point: Blocks  # the lowest found
-    steepest: Any  # the largest entry of the gradient at the given one
+    slope: Any  # the slope there
+    saturated: Any  # whether the loss depended on an entry at the start, but does not here
+    point: Blocks  # the lowest point found
+    steepest: Any  # the largest entry of the gradient at the given point
 
 
 class Claim(NamedTuple):
-    """A run that has ended at a minimum, as it says."""
+    """The claim of a run that it has ended at a minimum."""
 
     code: Any
     step: Any
-    params: Blocks  # that are returned
-    moved: Blocks  # from the start
+    params: Blocks  # the returned ones
+    moved: Blocks  # their distance from the start
     loss: Any
     grad_norm: Any
     watch: Watch
@@ -67,7 +67,7 @@ class Settled(NamedTuple):
     code: Any  # RUNNING if it is withdrawn
     ending: Ending
     watch: Watch
-    moves: Any  # whether the run goes on at ``point``
+    moves: Any  # whether the run continues at ``point``
     restarts: Any  # whether it starts its search anew there
     point: Blocks
 
@@ -83,10 +83,10 @@ def settle(
     exact: bool,
     searches: bool,
 ) -> Settled:
-    """Verify a claim, or withdraw it: then the run goes on, if its optimizer ``searches`` at a lower point.
+    """Verify a claim, or withdraw it: then the run continues, at a lower point if its optimizer ``searches``.
 
-    An optimizer that does not is left on its own way; if it has come to its end, the run has stalled. Products of the
-    Hessian are ``exact``, or ``differences`` of gradients where it is not finite.
+    Another optimizer keeps its own way, and if it has come to its end, the run has stalled. Products of the Hessian are
+    ``exact``, or ``differences`` of gradients if it is not finite.
     """
     np, loss, watch = place.np, claim.loss, claim.watch
     grad = probe.at(claim.params)[1]
@@ -103,15 +103,15 @@ def settle(
 
     nothing = np.where(searches & ~limited, _stopping.NOTHING, limits.tol * limits.tol)
     all_left = _stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
-    lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # as on the way to a kink
+    lower = seen.lower | (seen.below & (limited | (claim.grad_norm == 0)))  # This happens on the way to a kink.
     little = seen.curved & (seen.left <= here.allowed) & ~lower & ~all_left
     kink = limited & seen.kink & ~lower & (seen.slope <= _MOSTLY * (watch.first_loss - loss))
     holds = (little | kink) & ~seen.saturated & ~drowned
     if limits.grad_tol is not None:
         holds = holds | (seen.steepest <= limits.grad_tol)
-    hides = ~drowned & (noise > own) & (noise > seen.left)  # in rounding
+    hides = ~drowned & (noise > own) & (noise > seen.left)  # whether rounding hides what is left
     left = np.where(drowned | hides, noise, np.where(np.isfinite(seen.left), seen.left, np.nan))
-    soon = claim.step < watch.patience  # after another claim: with no step between, there would be no end of them
+    soon = claim.step < watch.patience  # Claims without steps in between would never end.
     stuck = limited | (claim.grad_norm == 0) | (watch.grad_norm == 0) | soon
     again = lower & searches & (watch.bar > _stopping.LEAST_BAR)
     goes_on = ~holds & (again | ~stuck) & (claim.step < limits.max_steps)
@@ -137,31 +137,31 @@ def settle(
 
 
 def _typical(np: Any, claim: Claim, eps: float) -> Blocks:
-    """The size of each entry: how large it is, or how far it has come."""
+    """Return the size of each entry: how large it is, or how far it has come."""
     sizes = [np.fmax(abs(x), abs(moved)) for x, moved in zip(claim.params, claim.moved, strict=True)]
     size = largest(np, sizes)
     size = np.where(size > 0, size, 1)
-    least = float(jnp.finfo(_trees.norm_dtype(sizes)).tiny) ** 0.5  # the square of less is zero
-    sizes = [np.where(x > eps**2 * size, x, size) for x in sizes]  # others have not moved yet
+    least = float(jnp.finfo(_trees.norm_dtype(sizes)).tiny) ** 0.5  # The square of a smaller number is zero.
+    sizes = [np.where(x > eps**2 * size, x, size) for x in sizes]  # The others have not moved yet.
     sizes = [np.maximum(size, least).astype(x.dtype) for size, x in zip(sizes, claim.params, strict=True)]
     return sizes if claim.free is None else [x * f for x, f in zip(sizes, claim.free, strict=True)]
 
 
 def _known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
-    """The noise of the loss, and whether most of what was gained is noise."""
+    """Return the noise of the loss, and whether most of the gain is noise."""
     noise = _noise(place, probe, claim.params, claim.loss, grad).astype(claim.loss.dtype)
     drowned = noise > _MOSTLY * (claim.watch.first_loss - claim.loss)
-    # A run that starts at its minimum gains no more than that, too: there the noise is the same.
+    # A run that starts at its minimum gains no more than noise either, but there the noise is the same as at the start.
     more = lambda: noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1])
     return noise, place.when(drowned, more, lambda: drowned)
 
 
 def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -> tuple[Probe, Any]:
-    """The probe with finite products of the Hessian, and whether they are exact."""
+    """Return the probe with finite products of the Hessian, and whether they are exact."""
     np = place.np
     product = probe.times(params, [np.where(x == 0, 1, x).astype(x.dtype) for x in params])
     exact = np.stack([np.isfinite(block).all() for block in product]).all()
-    # A root or a norm at zero that a loss leaves aside has no second derivative, and JAX gives NaN for all of it.
+    # An unused root or norm at zero has no second derivative, and then JAX gives NaN for the whole product.
     times = lambda *given: place.when(exact, lambda: probe.times(*given), lambda: differences(*given))
     return probe._replace(times=times), exact
 
@@ -169,7 +169,7 @@ def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -
 def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks) -> Any:
     """Measure how far the loss is from its gradient's prediction a few roundings of the params away.
 
-    A sum of large terms that cancel is known to much less than its own rounding.
+    A sum of large terms that cancel has a much larger error than its own rounding.
     """
     np, dtype = place.np, _trees.norm_dtype(params)
 
@@ -191,10 +191,10 @@ class Start(NamedTuple):
 
 
 def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, limited: Any) -> Check:
-    """Look for what is left to gain at a point, and for a lower one.
+    """Find what is left to gain at a point, and look for a lower one.
 
-    Products of the Hessian are ``exact``, or differences of gradients. A way down from a kink is looked for where the
-    run is ``limited``: has come to its end.
+    Products of the Hessian are ``exact``, or differences of gradients. If the run is ``limited``, that is, has come to
+    its end, look for a way down from a kink.
     """
     np, loss = place.np, here.loss
     found, newton, gain, left = _model(place, probe, here, exact)
@@ -210,7 +210,7 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     best = lowest(place, probe, here, left, ways, lengths, kinds, loss - visible)
     promised = np.maximum(promised, gain)
     kink = found.known & ~little & (promised > _KINK * here.rounding)
-    kink = kink & (best.finite > TRIED // 2)  # not outside of its domain
+    kink = kink & (best.finite > TRIED // 2)  # Few finite points show the border of the domain.
     hidden = kink & limited & (loss - best.loss < _PART * promised)
     nothing = np.zeros((), found.right.dtype)
     down = lambda: look_below(place, probe, best.point, best.loss, here.typical)
@@ -232,7 +232,7 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
 def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectrum, Blocks, Any, Any]:
     """The curvature, Newton's step, its gain by the curvature, and what is left; infinite if that does not tell."""
     np, eps, dtype = place.np, coarsest(here.params), _trees.norm_dtype(here.params)
-    accuracy = np.where(exact, eps, eps ** (2 / 3))  # of curvatures
+    accuracy = np.where(exact, eps, eps ** (2 / 3))  # the accuracy of curvatures
     few = count_of(here.params) <= _EXACT
     scale = here.typical if few else evened(place, probe, here.params, here.typical)
     found = spectrum(place, probe, here.params, here.grad, scale, accuracy, dtype, whole=few)
@@ -241,15 +241,15 @@ def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectru
     there = shifted(here.params, step)
     grad = probe.at(there)[1]
 
-    # There the gradient of a parabola is zero. If it is not much smaller, the Hessian tells little of the loss, as in a
-    # curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, section 3.3).
+    # After Newton's step the gradient of a parabola is zero. If it is not much smaller, the Hessian says little about
+    # the loss, as in a curved valley (the test of Deuflhard, "Newton Methods for Nonlinear Problems", 2004, 3.3).
     _, again = newton_step(place, found, found.along(place, grad))
     ulps = [np.where(s > 0, eps * x / np.where(s > 0, s, 1), 0) for x, s in zip(here.typical, scale, strict=True)]
-    grain = found.highest * dot(place, ulps, ulps, dtype)  # the params are known no better
+    grain = found.highest * dot(place, ulps, ulps, dtype)  # The params are known no better.
     least = np.maximum(here.rounding, grain)
     bends = ~(again <= np.maximum(_AGAIN * gain, least)) & (gain > here.rounding)
 
-    # Along a valley the curvature changes, too: then it is that at the new point which tells how much more is left.
+    # Along a valley the curvature changes, too. Then the curvature at the new point shows how much more is left.
     asks = found.known & ~bends & (gain <= here.allowed) & (gain > least) & few
 
     def further() -> Any:
@@ -267,8 +267,8 @@ def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectru
 def _is_saturated(place: Place, probe: Probe, here: Point, found: Spectrum, start: Start) -> Any:
     """Tell whether entries went so far that the loss no longer depends on them, as it did at the start.
 
-    As the width of a peak that became a line: gradient and curvature are zero there, and the loss is no minimum. A loss
-    of zero may be one. Known of the whole Hessian alone.
+    An example is the width of a peak that became a line: gradient and curvature are zero, but the loss is no minimum. A
+    loss of zero may be one. Only the whole Hessian shows it.
     """
     np = place.np
     if count_of(here.params) > _EXACT:
@@ -281,7 +281,7 @@ def _is_saturated(place: Place, probe: Probe, here: Point, found: Spectrum, star
         half = found.way(place, np.where(dead, 0.5, 0))
         side = lambda number: shifted(here.params, [(1 - 2 * number) * x for x in half])
         (changes,) = place.rows(lambda number: [np.abs(probe.at(side(number))[0] - here.loss)], 2)
-        # One of them may be outside of the domain, but not both.
+        # One of them may be outside the domain, but not both.
         return dead.any() & (np.fmax(*changes) <= here.rounding) & (here.loss != 0)
 
     return place.when(lost.any(), look, lambda: lost.any() & False)

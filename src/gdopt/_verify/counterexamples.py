@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from gdopt._verify.places import Blocks, Place, Probe, coarsest, dot, largest, loss_at, neighbour, shifted
 from gdopt._verify.spectrum import Spectrum, scaled
 
-TRIED = 96  # neighbours of a kink, at the most
-# The points that are tried, one kind after the other: how many there are of each.
+TRIED = 96  # the most neighbours of a kink that are tried
+# The number of points of each kind, which are tried one kind after the other.
 _KINDS = (8, 6, 32, 32, 16, 12, 2, 4, TRIED - 4)
 _WEAK, _NEWTON, _NEGATIVE, _SECOND, _FLAT, _DOWNHILL, _BEYOND, _FEW, _MANY = range(len(_KINDS))
 _ENDS = tuple(itertools.accumulate(_KINDS))
-_FARTHEST = 1e6  # sizes of the params: a point so far away is nothing to go on from
-_NEAR = 8  # the tries on either side that lie as far as the loss should change visibly, or farther
-_MORE = 4  # times what Newton's step should gain: beyond it there is no minimum
+_FARTHEST = 1e6  # the distance of the farthest point from which a run may continue, in sizes of the params
+_NEAR = 8  # the tries on either side that are so far away that the loss should change visibly, or farther
+_MORE = 4  # the gain over that of Newton's step above which there is no minimum
 _STRETCH = 4.0  # the length of a try over that of the one before
 
 
@@ -29,17 +29,20 @@ class Point(NamedTuple):
     loss: Any
     grad: Blocks
     typical: Blocks  # the size of each entry, 0 for those that are held in their places
-    rounding: Any  # of the loss
-    allowed: Any  # to be left
+    rounding: Any  # the rounding of the loss
+    allowed: Any  # the gain that may be left
 
 
 def directions(
     place: Place, found: Spectrum, newton: Blocks, grad: Blocks, typical: Blocks, visible: Any
 ) -> tuple[Blocks, Any, Any]:
-    """Ways to try, how far to go along each, and what the last promises.
+    """Return ways to try, how far to go along each, and what the last one promises.
 
-    Downhill where the curvature is lost in rounding, as far as the loss should fall visibly; Newton's; two of negative
-    curvature, as far as the loss should change visibly; the flattest; downhill, to the minimum of the parabola.
+    - downhill along curvatures that are lost in rounding, until the loss should fall visibly;
+    - Newton's step;
+    - two ways of negative curvature, until the loss should change visibly;
+    - the flattest;
+    - downhill, to the minimum of the parabola.
     """
     np, dtype, out = place.np, found.right.dtype, functools.partial(found.way, place)
     slope = scaled(found.scale, scaled(found.scale, grad))
@@ -53,7 +56,7 @@ def directions(
     whole = dot(place, typical, typical, dtype)
 
     def reach(way: Blocks) -> Any:
-        """Return how far the params have come, or are from zero: farther away the loss may be nothing but rounding."""
+        """Return how far the params have come, or are from zero: farther away the loss may be only rounding."""
         return np.sqrt(whole / np.maximum(dot(place, way, way, dtype), jnp.finfo(dtype).tiny))
 
     fall = found.weak @ found.weak
@@ -74,7 +77,7 @@ def directions(
 
 
 def wanted_kinds(place: Place, found: Spectrum, little: Any, negative: Any) -> Any:
-    """Tell of each kind whether to try it, if ``little`` seems to be left or a curvature is ``negative``."""
+    """Tell for each kind whether to try it, if ``little`` seems to be left or a curvature is ``negative``."""
     np = place.np
     weak, goes, flat = found.weak.any(), (found.right != 0).any(), found.highest == 0
     level = found.whole & found.known & (np.min(np.abs(found.values)) <= found.noise)
@@ -86,9 +89,9 @@ class Lowest(NamedTuple):
 
     loss: Any
     point: Blocks
-    finite: Any  # how many were
+    finite: Any  # how many were finite
     saddle: Any  # whether one along a negative curvature was lower by more than rounding
-    beyond: Any  # whether one beyond Newton's step was lower than that should lead
+    beyond: Any  # whether one beyond Newton's step was lower than the end of that step should be
 
 
 def lowest(
@@ -103,12 +106,12 @@ def lowest(
     begins = np.stack([np.int32(begin) for begin in (0, *_ENDS[:-1])])
 
     far = _FARTHEST * largest(np, here.typical)
-    # Where the loss should change visibly may be farther, from a point that is zero up to rounding.
+    # From a point that is zero up to rounding, the loss may change visibly only farther away.
     spans = [np.max(abs(rows), axis=tuple(range(1, rows.ndim))).astype(lengths.dtype) for rows in ways]
     visible = _STRETCH * lengths * np.max(np.stack(spans), axis=0)
 
     def following(number: Any) -> Any:
-        """The number from this one on that is of a kind to be tried."""
+        """Return the next number, from this one on, of a kind that is to be tried."""
         return np.min(np.where(kinds & (number < ends), np.maximum(number, begins), _ENDS[-1]))
 
     def goes_on(search: tuple) -> Any:
@@ -141,14 +144,14 @@ def lowest(
 
 
 def _step(place: Place, here: Point, ways: Blocks, lengths: Any, kind: Any, count: Any) -> Blocks:
-    """The way to the point of a kind that has this number among them."""
+    """Return the way to the point with this number among its kind."""
     np = place.np
 
     def along() -> Blocks:
         negative = (kind == _NEGATIVE) | (kind == _SECOND)
         both = negative | (kind == _FLAT)
         half = np.where(both, count // 2, count)
-        # Farther out, then between the point and there.
+        # The tries go farther out first, and then between the point and there.
         inwards = np.where(half < _NEAR, half, 1.5 * (_NEAR - 1 - half))
         power = np.where(negative, inwards, np.where(kind == _WEAK, half, -half))
         power = np.where(kind == _BEYOND, 1.5 * (half + 1), power)

@@ -1,4 +1,4 @@
-"""A look at the loss where a run ended without a minimum, for the advice in its message."""
+"""A look at the loss at the end of a run without a minimum, for the advice in its message."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LEAST_STEPS = 200  # of a run: looking back costs up to 34 gradients
-_EXACT = 32  # entries: the curvature along each of so many is computed
-_LEAVES, _PROBES = 16, 2  # with more entries: the mean curvature of so many leaves, the largest, each by two probes
-_APART = 100.0  # times: scales that differ by less need no advice
-_OPPOSITE = -0.5  # the cosine of two gradients
-_POWERS = 10  # products of the Hessian
+LEAST_STEPS = 200  # the fewest steps of a run worth a look, which costs up to 34 gradients
+_EXACT = 32  # the most entries along each of which the curvature is computed
+_LEAVES, _PROBES = 16, 2  # with more entries, the largest leaves that are probed, and the probes each
+_APART = 100.0  # the ratio of scales below which no advice is needed
+_OPPOSITE = -0.5  # the cosine below which two gradients count as opposite
+_POWERS = 10  # the products of the Hessian in the power method
 
-Leaves = list[Any]  # arrays of NumPy's
+Leaves = list[Any]  # arrays of NumPy
 # (params, direction) -> the gradient, and the Hessian times the direction
 Probe = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
 
@@ -22,7 +22,7 @@ Probe = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
 class Hindsight(NamedTuple):
     """The findings of a look back."""
 
-    overshoots: bool = False  # a step of gradient descent turns the gradient round
+    overshoots: bool = False  # whether a step of gradient descent reverses the gradient
     apart: tuple[str, str] | None = None  # params whose scales differ by far, the larger scale first
     stable: float | None = None  # the largest rate at which gradient descent does not diverge
 
@@ -63,13 +63,13 @@ def _flat(leaves: Leaves) -> np.ndarray:
 
 
 def _curvatures(times: Callable[[Leaves], Leaves], names: list[str], params: Leaves) -> tuple[list[str], np.ndarray]:
-    """The Hessian's diagonal, of many params its mean over each leaf, with names.
+    """Return the diagonal of the Hessian with names; for many params, its mean over each leaf.
 
     Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
     """
     if sum(leaf.size for leaf in params) > _EXACT:
         random, means = np.random.default_rng(0), np.zeros(len(params))
-        # One leaf at a time: what a large curvature has in common with a small one would hide it.
+        # The leaves are probed one at a time, because a large curvature would hide a small one.
         for number in sorted(range(len(params)), key=lambda number: -params[number].size)[:_LEAVES]:
             for _ in range(_PROBES):
                 way = [np.zeros_like(other) for other in params]

@@ -1,8 +1,8 @@
-"""A way down from a kink, which the gradient at a single point does not tell.
+"""A way down from a kink, which the gradient at a single point does not show.
 
-Source: Burke, Lewis & Overton, "A robust gradient sampling algorithm for nonsmooth, nonconvex optimization", 2005; and
-where a way that was found leads up, the gradient there is one more, as in Lemaréchal, "An extension of Davidon methods
-to non differentiable problems", 1975.
+Source: Burke, Lewis & Overton, "A robust gradient sampling algorithm for nonsmooth, nonconvex optimization", 2005. If a
+way leads up, the gradient there is added to the others, as in Lemaréchal, "An extension of Davidon methods to non
+differentiable problems", 1975.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from gdopt._verify.places import (
     shifted,
 )
 
-_ROUNDS, _COARSE = 8, 3  # each with gradients from a smaller region, the first of which are too large to tell a slope
-_SAMPLES, _MORE = 16, 48  # gradients at random, and along ways that led up, at the most
-_SHIFTS = 100  # of weight between two gradients
-_LENGTHS = 6  # that are tried along a way, each four times the last
-_ZERO = 0.003  # of the longest gradient: the shortest vector counts as zero
-_FALLS = 0.1  # of what the shortest vector promises
+_ROUNDS, _COARSE = 8, 3  # rounds with ever smaller regions, and the first ones, whose regions are too large for a slope
+_SAMPLES, _MORE = 16, 48  # the most random gradients, and the most along ways that led up
+_SHIFTS = 100  # the shifts of weight between two gradients
+_LENGTHS = 6  # the lengths that are tried along a way, each four times the last
+_ZERO = 0.003  # the length of the shortest vector that counts as zero, over the longest gradient
+_FALLS = 0.1  # the fall that is enough, over the one that the shortest vector promises
 
 
 class Below(NamedTuple):
     """The lower point that was found around a kink, if there is one."""
 
-    loss: Any  # the lowest
+    loss: Any  # the lowest loss
     point: Blocks
-    slope: Any  # of the loss along the best way, for a step as long as the entries are large; the least of the regions
+    slope: Any  # the least slope of all regions along the best way, for a step as long as the entries are large
     tells: Any  # whether the gradients of the last region led down, or showed that there is no way
 
 
 def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks) -> Below:
     """Go down from a point at a kink.
 
-    Along the shortest vector in the convex hull of gradients near the point: all of them tell that the loss falls
-    there; if that vector is zero, the point is a minimum or a saddle. Near is a share of each entry's ``typical`` size,
-    which is 0 for those that are held in their places; or, as an entry may have come far too little, of what would
-    change the loss by all of it.
+    The way is the shortest vector in the convex hull of gradients near the point, along which all of them promise that
+    the loss falls. If that vector is zero, the point is a minimum or a saddle. Near is a share of each entry's
+    ``typical`` size, which is 0 for entries that are held in their places. An entry may have moved far too little, so
+    in turn near is a share of the move that would change the loss by all of it.
     """
     np, dtype, eps = place.np, _trees.norm_dtype(params), coarsest(params)
     few = min(count_of(params), _SAMPLES) + 1
     room = few + min(4 * count_of(params), _MORE)
 
     def beside(point: Blocks, sizes: Blocks, number: Any) -> Blocks:
-        """The gradient at the point, or at another one near it."""
+        """Return the gradient at the point, or at another one near it."""
         away = [np.where(number == 0, 0, s * c) for s, c in zip(sizes, chance(place, sizes, number), strict=True)]
         return probe.at(shifted(point, away))[1]
 
@@ -73,7 +73,7 @@ def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: B
 
         def goes_on(carry: tuple) -> Any:
             known, _, _, length, longest, (value, _) = carry
-            promises = (length > _ZERO * longest) & (_FALLS * length > eps * abs(loss))  # a fall that can be seen
+            promises = (length > _ZERO * longest) & (_FALLS * length > eps * abs(loss))  # The fall has to be visible.
             return (known < room) & promises & ~(value < loss - _FALLS * length)
 
         def follow(carry: tuple) -> tuple:
@@ -112,7 +112,7 @@ def _region(np: Any, number: Any, radius: Any, typical: Blocks, steepest: Blocks
 
 
 def _along(place: Place, probe: Probe, begin: Blocks, loss: Any, way: Blocks) -> tuple[Any, Blocks]:
-    """The lowest loss along a way, and its point."""
+    """Return the lowest loss along a way, and its point."""
     np = place.np
 
     def attempt(number: Any, lowest: tuple[Any, Blocks]) -> tuple[Any, Blocks]:
@@ -126,10 +126,10 @@ def _along(place: Place, probe: Probe, begin: Blocks, loss: Any, way: Blocks) ->
 
 
 def _shortest(place: Place, rows: Blocks, weights: Any, known: Any, dtype: Any) -> tuple[Any, Any, Any]:
-    """The weights of the shortest vector in the convex hull of the first rows, its length, and the longest row's.
+    """Return the weights and length of the shortest vector in the convex hull of the first rows, and the longest row's.
 
-    Weight goes to the row that is least along their sum from the one that is most, as in Platt, "Sequential minimal
-    optimization", 1998.
+    Weight moves from the row that is longest along their sum to the one that is shortest, as in Platt, "Sequential
+    minimal optimization", 1998.
     """
     np = place.np
     row = lambda number: [products(place, rows, [block[number] for block in rows], dtype)]

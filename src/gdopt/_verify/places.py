@@ -1,6 +1,6 @@
-"""Arrays and loops for what runs in two places: by NumPy on the host, or by JAX in a trace.
+"""Arrays and loops for code that runs in two places: with NumPy on the host, or with JAX in a trace.
 
-As a program a verification takes a second to compile, so a run outside of jit computes it on the host.
+A verification takes a second to compile, so a run outside jit computes it on the host.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Blocks = list[Any]  # real arrays, the entries of the params
 
 
 class Probe(NamedTuple):
-    """A loss to look at."""
+    """The functions of a loss: its value, gradient and Hessian products."""
 
     at: Callable[[Blocks], tuple[Any, Blocks]]  # the loss and its gradient
     times: Callable[[Blocks, Blocks], Blocks]  # (point, direction) -> the Hessian times the direction
 
 
 class OnHost:
-    """Arrays and loops of Python's."""
+    """Arrays of NumPy, and loops of Python."""
 
     np = np
     tensordot = staticmethod(np.tensordot)
@@ -69,7 +69,7 @@ class OnHost:
 
 
 class InTrace:
-    """The same for what is being traced."""
+    """Arrays and loops of JAX, in a trace."""
 
     np = jnp
     tensordot = staticmethod(functools.partial(jnp.tensordot, precision="highest"))
@@ -94,7 +94,7 @@ Place = type[OnHost] | type[InTrace]
 
 
 def loss_at(place: Place, probe: Probe, params: Blocks) -> Any:
-    """The loss; NaN where the params, which it may leave aside, or its gradient are not finite."""
+    """Return the loss; NaN if the params, which it may not read, or its gradient are not finite."""
     np = place.np
     loss, grad = probe.at(params)
     finite = np.stack([np.isfinite(x).all() for x in (*params, *grad)]).all()
@@ -102,17 +102,17 @@ def loss_at(place: Place, probe: Probe, params: Blocks) -> Any:
 
 
 def count_of(blocks: Blocks) -> int:
-    """The number of all entries."""
+    """Count all entries."""
     return sum(block.size for block in blocks)
 
 
 def coarsest(blocks: Blocks) -> float:
-    """The largest eps of their dtypes."""
+    """Return the largest eps of their dtypes."""
     return max(float(jnp.finfo(block.dtype).eps) for block in blocks)
 
 
 def largest(np: Any, blocks: Blocks) -> Any:
-    """The largest absolute value of all entries."""
+    """Return the largest absolute value of all entries."""
     return np.max(np.stack([np.max(abs(block), initial=0).astype(_trees.norm_dtype(blocks)) for block in blocks]))
 
 
@@ -121,7 +121,7 @@ def shifted(params: Blocks, ways: Blocks) -> Blocks:
 
 
 def products(place: Place, rows: Blocks, blocks: Blocks, dtype: Any) -> Any:
-    """The inner product with each row."""
+    """Return the inner product with each row."""
 
     def flat(rows: Any, block: Any) -> Any:
         axes = tuple(range(1, rows.ndim)), tuple(range(block.ndim))
@@ -131,7 +131,7 @@ def products(place: Place, rows: Blocks, blocks: Blocks, dtype: Any) -> Any:
 
 
 def combined(place: Place, weights: Any, rows: Blocks) -> Blocks:
-    """The sum of the rows, each times its weight."""
+    """Return the sum of the rows, each times its weight."""
     return [place.tensordot(weights.astype(block.dtype), block, 1) for block in rows]
 
 
@@ -140,7 +140,7 @@ def dot(place: Place, a: Blocks, b: Blocks, dtype: Any) -> Any:
 
 
 def normal(place: Place, blocks: Blocks, dtype: Any) -> Blocks:
-    """The blocks with norm 1; 0 if they have none."""
+    """Scale the blocks to norm 1; return 0 if they are zero."""
     np = place.np
     size = sum(np.max(np.abs(block), initial=0).astype(dtype) for block in blocks)
     unit = [block / np.where(size > 0, size, 1).astype(block.dtype) for block in blocks]
@@ -149,10 +149,10 @@ def normal(place: Place, blocks: Blocks, dtype: Any) -> Blocks:
 
 
 def chance(place: Place, like: Blocks, number: Any) -> Blocks:
-    """Entries from -1 to 1 that look random, others for each number: JAX's own take long to compile.
+    """Return entries from -1 to 1 that look random, others for each number: JAX's own take long to compile.
 
     Source: Weyl's equidistributed sequences, with the irrational numbers of Roberts, "The unreasonable effectiveness of
-    quasirandom sequences", 2018, and a hash of what they give.
+    quasirandom sequences", 2018, and a hash of their values.
     """
     np, begin, out = place.np, 1, []
     for block in like:
@@ -160,12 +160,12 @@ def chance(place: Place, like: Blocks, number: Any) -> Blocks:
         begin += block.size
         mixed = np.sin(entries * np.float32(0.75487767) + number * np.float32(0.56984029)) * np.float32(1e4)
         share = 2 * (mixed - np.floor(mixed)) - 1
-        out.append(np.where(share == 0, 0.5, share).astype(block.dtype))  # no entry is left where it is
+        out.append(np.where(share == 0, 0.5, share).astype(block.dtype))  # Every entry has to move.
     return out
 
 
 def neighbour(place: Place, number: Any, typical: Blocks, eps: float) -> Blocks:
-    """A step of random length: along all entries, or along a single one."""
+    """Return a step of random length, along all entries or along a single one."""
     np, begin, out = place.np, 0, []
     share = number * np.float32(0.61803399)
     length = eps ** (0.1 + 0.65 * (share - np.floor(share)))

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from gdopt._verify.places import Blocks, Place, Probe, chance, combined, count_of, normal, products
 
-_SWEEPS, _SIGNS = 5, 2  # to even the scales of the entries, with so many directions in each
-_KRYLOV, _MANY_KRYLOV = 24, 96  # directions for more of them, at the most, and at the most where they are cheap
-_LATE, _FADES = 0.02, 0.75  # no more of them where the last ones add less than this part of what all of them tell
-_ENTRIES, _CHEAP, _FEWEST = 2**24, 2**21, 6  # of all directions together, and the fewest of these
-_NOISE = 10  # eps times the number of directions: the rounding of a curvature
+_SWEEPS, _SIGNS = 5, 2  # the sweeps that even the scales of the entries, and the directions of random signs in each
+_KRYLOV, _MANY_KRYLOV = 24, 96  # the most directions for many entries, and the most if these are cheap
+_LATE, _FADES = 0.02, 0.75  # the share of the whole gain that the last directions have to add, and their fading
+_ENTRIES, _CHEAP, _FEWEST = 2**24, 2**21, 6  # the entries of all directions together, and the fewest directions
+_NOISE = 10  # the rounding of a curvature, in eps times the number of directions
 
 
 class Spectrum(NamedTuple):
@@ -19,16 +19,16 @@ class Spectrum(NamedTuple):
 
     scale: Blocks  # the unit of each entry
     basis: Blocks  # with a leading axis of directions, in units of the scale
-    right: Any  # the gradient along each
+    right: Any  # the gradient along each direction
     matrix: Any
     even: Any  # about the root of each direction's curvature, by which the matrix is divided from both sides
-    values: Any  # of that, ascending
+    values: Any  # the eigenvalues of that matrix, ascending
     vectors: Any
     weak: Any  # the gradient along each of them whose curvature is lost in rounding, 0 along others
-    lowest: Any  # weights of another direction of negative curvature, if there is one
-    noise: Any  # of the values
+    lowest: Any  # the weights of another direction of negative curvature, if there is one
+    noise: Any  # the noise of the values
     known: Any
-    whole: bool  # whether it is all of the Hessian
+    whole: bool  # whether it is the whole Hessian
 
     @property
     def highest(self) -> Any:
@@ -36,11 +36,11 @@ class Spectrum(NamedTuple):
         return abs(self.matrix).max()
 
     def way(self, place: Place, weights: Any) -> Blocks:
-        """The direction with these weights, in the units of the params."""
+        """Return the direction with these weights, in the units of the params."""
         return scaled(self.scale, combined(place, weights, self.basis))
 
     def along(self, place: Place, grad: Blocks) -> Any:
-        """A gradient along each direction."""
+        """Return the gradient along each direction."""
         return products(place, self.basis, scaled(self.scale, grad), self.right.dtype)
 
 
@@ -54,7 +54,7 @@ def newton_step(place: Place, found: Spectrum, right: Any) -> tuple[Any, Any]:
     sizes = np.abs(found.values)
     firm = np.maximum(sizes, found.noise)
     weights = np.where(parts == 0, 0, parts / np.where(firm > 0, firm, 1))
-    # A curvature that is lost in rounding may be smaller than that, and more be left.
+    # A curvature that is lost in rounding may be smaller than that, so more may be left.
     least = np.maximum(sizes, found.noise / (_NOISE * len(sizes)))
     gains = np.where(parts == 0, 0, parts * (parts / np.where(least > 0, least, 1))) / 2
     left = np.where((firm > 0).all(), np.sum(gains), np.where((parts != 0).any(), np.inf, 0))
@@ -74,7 +74,7 @@ def scaled_product(probe: Probe, params: Blocks, scale: Blocks, way: Blocks) -> 
 def spectrum(
     place: Place, probe: Probe, params: Blocks, grad: Blocks, scale: Blocks, accuracy: Any, dtype: Any, *, whole: bool
 ) -> Spectrum:
-    """The eigenvalues of the Hessian at a point: of all of it, or of what Lanczos' directions see.
+    """Return the eigenvalues of the Hessian at a point: of all of it, or of its part between Lanczos' directions.
 
     Products of the Hessian are known up to ``accuracy``.
     """
@@ -87,7 +87,7 @@ def spectrum(
     matrix, right = np.where(known, matrix, 0), np.where(np.isfinite(right), right, 0)
     even = _even(np, matrix) if whole else np.ones_like(right)
     values, vectors = np.linalg.eigh(matrix / even[:, None] / even[None, :])
-    # Rounding between entries of very different scales can spoil the lowest: then that of the plain matrix is better.
+    # Rounding between entries of very different scales can spoil the lowest. Then that of the plain matrix is better.
     lowest = np.linalg.eigh(matrix)[1][:, 0] if whole else vectors[:, 1]
     noise = _NOISE * matrix.shape[0] * accuracy * np.max(np.abs(values))
     weak = np.where(np.abs(values) <= noise, vectors.T @ (right / even), 0)
@@ -95,10 +95,10 @@ def spectrum(
 
 
 def evened(place: Place, probe: Probe, params: Blocks, scale: Blocks) -> Blocks:
-    """The scale by which all rows of S H S have a norm of about 1, where H is known by its products alone.
+    """Return the scale S that gives all rows of S H S a norm of about 1, from products with H alone.
 
     Source: Bradley, "Algorithms for the equilibration of matrices and their application to limited-memory quasi-Newton
-    methods", 2010, section 2.3 (a few directions of random signs tell the norms of all rows).
+    methods", 2010, section 2.3 (a few directions of random signs estimate the norms of all rows).
     """
     np = place.np
 
@@ -118,9 +118,9 @@ def evened(place: Place, probe: Probe, params: Blocks, scale: Blocks) -> Blocks:
 
 
 def _even(np: Any, matrix: Any) -> Any:
-    """Numbers that divide rows and columns of a symmetric matrix so that the largest entry of each is about 1.
+    """Return divisors of rows and columns of a symmetric matrix that make the largest entry of each about 1.
 
-    Not roots of the diagonal, which is zero for units of a network that have no output yet.
+    Roots of the diagonal do not serve, because it is zero for units of a network that have no output yet.
     Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
     """
     even = np.ones_like(matrix[0])
@@ -131,7 +131,7 @@ def _even(np: Any, matrix: Any) -> Any:
 
 
 def _whole(place: Place, times: Callable, like: Blocks, count: int, dtype: Any) -> tuple[Blocks, Any]:
-    """Each entry as a direction, and the matrix between them."""
+    """Return each entry as a direction, and the matrix between them."""
     np = place.np
     begins = [count_of(like[:number]) for number in range(len(like))]
     basis = [
@@ -144,7 +144,7 @@ def _whole(place: Place, times: Callable, like: Blocks, count: int, dtype: Any) 
 
 
 def _krylov(place: Place, times: Callable, slope: Blocks, count: int, dtype: Any) -> tuple[Blocks, Any]:
-    """Directions from the gradient on, with a little of chance in it, and the matrix between them.
+    """Return directions that start from the gradient plus a little chance, and the matrix between them.
 
     Source: Lanczos, "An iteration method for the solution of the eigenvalue problem", 1950; orthogonalised in full.
     """
@@ -163,12 +163,12 @@ def _krylov(place: Place, times: Callable, slope: Blocks, count: int, dtype: Any
         image = times([block[number] for block in rows])
         along = products(place, rows, image, dtype)
         matrix = place.put(matrix, number, along)
-        for _ in range(2):  # once leaves what rounding has put there
+        for _ in range(2):  # A single pass leaves rounding.
             taken = combined(place, products(place, rows, image, dtype), rows)
             image = [a - b for a, b in zip(image, taken, strict=True)]
         following = normal(place, image, dtype)
         rows = [place.put(block, number + 1, x) for block, x in zip(rows, following, strict=True)]
-        # What this direction adds to what Newton's step gains, by the pivots of the matrix.
+        # The pivots of the matrix give what this direction adds to the gain of Newton's step.
         across = np.where(number > 0, along[np.maximum(number - 1, 0)], 0) / pivot
         pivot, weight = along[number] - across**2 * pivot, np.where(number > 0, -weight * across, 1)
         gain = weight**2 / abs(pivot)
@@ -176,7 +176,7 @@ def _krylov(place: Place, times: Callable, slope: Blocks, count: int, dtype: Any
 
     begin = np.zeros((), np.int32), rows, np.zeros((size, size), dtype), one, one, 0 * one, 0 * one
     number, rows, matrix, *_ = place.loop(goes_on, follow, begin)
-    used = np.arange(size) < number  # one direction more is there already
+    used = np.arange(size) < number  # There is one more direction already.
     rows = [np.where(used.reshape(-1, *(1,) * (block.ndim - 1)), block, 0) for block in rows]
-    lower = np.tril(matrix)  # at its time each direction knew nothing of the later ones
+    lower = np.tril(matrix)  # Each direction was computed before the later ones.
     return rows, lower + np.tril(matrix, -1).T
