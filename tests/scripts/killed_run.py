@@ -18,11 +18,11 @@ import optax
 
 import gdopt
 from gdopt import schedules
-from gdopt._loop import loop
+from gdopt._loop import while_loops
 from gdopt._run import host_loop
 
 kind, path, chunk, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-loop.CAPACITY = chunk  # other sizes of chunks come to the same bits
+while_loops.CAPACITY = chunk  # other sizes of chunks come to the same bits
 host_loop._CHUNK_SECONDS = 1e9
 ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
 
