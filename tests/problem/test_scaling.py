@@ -45,6 +45,8 @@ def times(params: Any, sizes: Any = SIZES) -> Any:
 def test_it_is_the_run_in_scaled_variables(name: str) -> None:
     result = gdopt.minimize(line, START, scale=SIZES, **CALLS[name])
     by_hand = gdopt.minimize(lambda z: line(times(z)), START, **CALLS[name])
+    assert result.history is not None
+    assert by_hand.history is not None
     for ours, theirs in zip(result.history, by_hand.history, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert result.params == times(by_hand.params)
