@@ -28,7 +28,7 @@ class Compilations:
 _counters: list[Compilations] = []
 
 
-def _listen(event: str, duration: float, **metadata: object) -> None:
+def _listen(event: str, duration_secs: float, **metadata: object) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         for counter in _counters:
             counter.names.append(str(metadata.get("fun_name", "?")))

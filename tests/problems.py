@@ -119,7 +119,7 @@ def _tree() -> Problem:
     }
     leaves = jax.tree.leaves(minimum)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any) -> Any:
         pairs = zip(jax.tree.leaves(params), leaves, strict=True)
         return sum(k / 2 * jnp.sum((x - _like(x, c)) ** 2) for k, (x, c) in enumerate(pairs, 1))
 
@@ -162,7 +162,7 @@ def _rosenbrock(x: jax.Array) -> jax.Array:  # 1
     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
 
 
-def _beale(x: jax.Array) -> jax.Array:  # 5
+def _beale(x: jax.Array) -> Any:  # 5
     return sum((y - x[0] * (1 - x[1] ** i)) ** 2 for i, y in enumerate((1.5, 2.25, 2.625), 1))
 
 

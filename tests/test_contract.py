@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def optimizers() -> dict[str, tuple[Any, Any]]:
     part = {"w": "a", "b": "s"}
 
     def own(rate: Any) -> optax.GradientTransformation:
-        update = lambda grad, state, params=None: (jax.tree.map(lambda g: -rate * g, grad), state)
+        update = lambda updates, state, params=None: (jax.tree.map(lambda g: -rate * g, updates), state)
         return optax.GradientTransformation(lambda params: (), update)
 
     return {
@@ -349,7 +349,7 @@ def test_history_has_the_rates(case: Case) -> None:
     if case.rate is None:
         assert (np.array(rates) > 0).all() if case.name in TELLS_RATE else np.isnan(rates).all()
     elif callable(case.rate):
-        np.testing.assert_allclose(rates, [case.rate(k) for k in range(len(rates))], rtol=1e-6)
+        np.testing.assert_allclose(rates, np.asarray([case.rate(k) for k in range(len(rates))]), rtol=1e-6)
     else:
         assert set(rates) == {np.float32(case.rate)}
 
@@ -384,7 +384,7 @@ def test_equals_a_hand_written_loop(case: Case) -> None:
     for k in range(len(history)):
         params, state, value = step(params, state, k, None if callable(rate) else rate)
         losses.append(float(value))
-    tolerance = {"rtol": 0} if case.name in EXACT else {"rtol": 1e-5, "atol": 1e-7 * history[0]}
+    tolerance: dict[str, Any] = {"rtol": 0} if case.name in EXACT else {"rtol": 1e-5, "atol": 1e-7 * history[0]}
     np.testing.assert_allclose(history, np.array(losses), **tolerance)
 
 
@@ -466,6 +466,7 @@ USUAL = {
 @pytest.mark.parametrize("name", some_of(SCHEDULES, USUAL | {"optax_cosine", "optax_join"}))
 def test_schedule_in_minimize(name: str) -> None:
     run = fit(gdopt.gd, SCHEDULES[name], max_steps=_RATES, tol=0)
+    assert run.result.history is not None
     losses, _, rates = run.result.history
     expected = rates_of(SCHEDULES[name])
     assert_rates_equal(rates[:-1], expected)
@@ -488,7 +489,8 @@ def test_schedule_in_jit_vmap_and_sgd(name: str) -> None:
     expected = rates_of(schedule)
     assert np.isfinite(expected).all()
     assert (expected >= 0).all()
-    jitted, sgd = jax.jit(schedule), optax.sgd(schedule)
+    jitted = jax.jit(schedule)
+    sgd: Any = optax.sgd(schedule)
     assert_rates_equal([jitted(k) for k in range(_RATES)], expected)
     assert_rates_equal(jax.jit(jax.vmap(schedule))(jnp.arange(_RATES)), expected)
 
@@ -531,7 +533,7 @@ def test_extra_arguments_belong_to_the_step() -> None:
         same = (value == value_fn(params)) & (value == obj_fn(params)) & (updates == grad)
         return jnp.where(same & (grad == grad_fn(params, 0)), -0.1 * grad, jnp.nan), state
 
-    probe = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    probe = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), cast(Any, update))
 
     def loss(x: jax.Array, batch: jax.Array, key: jax.Array) -> jax.Array:
         return (x - batch[0] - jax.random.normal(key)) ** 2

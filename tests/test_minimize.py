@@ -113,7 +113,7 @@ def test_n_updates_make_n_plus_one_evaluations_each_of_one_point():
         value, grad = jax.value_and_grad(quadratic)(x)
         np.testing.assert_allclose(result.history.loss[k], value, rtol=1e-6)
         np.testing.assert_allclose(result.history.grad_norm[k], jnp.linalg.norm(grad), rtol=1e-6)
-    np.testing.assert_array_equal(result.history.learning_rate, np.float32([0.05] * 20 + [np.nan]))
+    np.testing.assert_array_equal(result.history.learning_rate, np.array([0.05] * 20 + [np.nan], np.float32))
 
 
 def test_loss_and_gradient_norm_belong_to_the_returned_params():

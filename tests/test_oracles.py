@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,8 @@ def test_logistic_regression_agrees_with_scikit_learn(load, method):
 
 
 def test_ridge_regression_agrees_with_the_normal_equations():
-    X, y = load_diabetes(return_X_y=True)
+    diabetes: Any = load_diabetes(return_X_y=True)
+    X, y = diabetes
     X, y = StandardScaler().fit_transform(X), (y - y.mean()) / y.std()
     reference = Ridge(alpha=1.0, fit_intercept=False).fit(X, y)
     with jax.enable_x64(True):
@@ -93,7 +96,7 @@ def test_mini_batches_with_a_cyclical_rate_reach_the_full_batch_answer():
     X, y = load_breast_cancer(return_X_y=True)
     X = StandardScaler().fit_transform(X).astype(np.float32)
     strength = 10 / len(X)
-    loss = lambda params, batch: softmax_loss(params, *batch, strength)
+    loss = lambda params, batch: softmax_loss(params, batch[0], batch[1], strength)
     start = {"w": np.zeros((X.shape[1], 2), np.float32), "b": np.zeros(2, np.float32)}
     full = gdopt.minimize(lambda params: loss(params, (X, y)), start, learning_rate=0.1, tol=1e-5)
     schedule = gdopt.schedules.triangular2(0.01, 0.1, step_size_up=5 * (len(X) // 32))

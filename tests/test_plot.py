@@ -7,6 +7,7 @@ import functools
 import io
 import sys
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,7 @@ def test_the_lines_are_the_history(name):
     assert result.status is status
     figure = gdopt.plot.descent(result)
     assert [axes.get_ylabel() for axes in figure.axes] == PANELS[:panels]
+    assert result.history is not None
     for axes, values in zip(figure.axes, result.history, strict=False):
         line, finite = axes.lines[0], np.isfinite(values)
         np.testing.assert_array_equal(line.get_xdata(), np.flatnonzero(finite))
@@ -120,7 +122,8 @@ def test_it_can_be_saved(name):
 )
 def test_crosses_mark_values_that_are_not_finite(name, crosses):
     figure = gdopt.plot.descent(run(name))
-    found = [[x for line in axes.lines if line.get_marker() == "x" for x in line.get_xdata()] for axes in figure.axes]
+    crossed = [[line for line in axes.lines if line.get_marker() == "x"] for axes in figure.axes]
+    found = [[x for line in lines for x in np.asarray(line.get_xdata())] for lines in crossed]
     assert found == crosses
 
 
@@ -146,11 +149,13 @@ def test_a_ladder_of_rates_is_drawn_on_a_logarithmic_axis():
 
 def test_noise_gets_a_line_of_means():
     result = run("mini-batches")
+    epoch = result.steps_per_epoch
+    assert epoch is not None
+    assert result.history is not None
     for axes, values in zip(gdopt.plot.descent(result).axes[:2], result.history, strict=False):
-        _, means = axes.lines
-        epoch = result.steps_per_epoch
-        assert means.get_ydata()[0] == pytest.approx(values[:epoch].mean(), rel=1e-5)
-        assert len(means.get_ydata()) == len(values) // epoch
+        means = np.asarray(axes.lines[1].get_ydata())
+        assert means[0] == pytest.approx(values[:epoch].mean(), rel=1e-5)
+        assert len(means) == len(values) // epoch
         assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"mean of {epoch} steps"]
 
 
@@ -173,7 +178,7 @@ def test_float64_keeps_its_digits():
     with jax.enable_x64(True):
         result = gdopt.minimize(square, 1.0, learning_rate=0.1, max_steps=9)
     (line,) = gdopt.plot.descent(result).axes[0].lines
-    assert line.get_ydata().dtype == np.float64
+    assert np.asarray(line.get_ydata()).dtype == np.float64
     np.testing.assert_array_equal(line.get_ydata(), result.history.loss)
 
 
@@ -222,12 +227,12 @@ def test_the_blow_up_is_outside_of_the_picture():
 def test_a_schedule_is_drawn_step_by_step():
     cycle = gdopt.schedules.triangular(0.1, 0.5, 4)
     (axes,) = gdopt.plot.schedule(cycle, 20).axes
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), [cycle(k) for k in range(20)])
+    np.testing.assert_allclose(np.asarray(axes.lines[0].get_ydata()), [cycle(k) for k in range(20)])
     assert axes.get_yscale() == "linear"
     (axes,) = gdopt.plot.schedule(gdopt.schedules.range_test(1e-6, 1.0, 30), 30).axes
     assert axes.get_yscale() == "log"
     with pytest.raises(gdopt.InputError, match="is not a function"):
-        gdopt.plot.schedule(0.1, 20)
+        gdopt.plot.schedule(cast(Any, 0.1), 20)
     with pytest.raises(gdopt.InputError, match="steps=0"):
         gdopt.plot.schedule(cycle, 0)
 
@@ -243,7 +248,8 @@ def test_it_draws_into_given_axes(draw):
     from matplotlib.figure import Figure
 
     figure = Figure()
-    axes = figure.subfigures().subplots(1, 2)
+    part: Any = figure.subfigures()
+    axes = part.subplots(1, 2)
     assert draw(axes[0]) is figure
     assert axes[0].lines
     assert not axes[1].lines

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def under(values: dict[str, Any]) -> Generator[None]:
 ROWS = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
 THERE = jax.device_put(ROWS)
 PARTS = jax.device_put(np.split(ROWS, 3))
-NUMPY_START = {"w": np.float32([3.0, -2.0, 1.0]), "b": np.float32(0.5)}
+NUMPY_START = {"w": np.array([3.0, -2.0, 1.0], np.float32), "b": np.float32(0.5)}
 START = jax.device_put(NUMPY_START)
 STARTS = jax.device_put({name: np.stack([leaf, 2 * leaf]) for name, leaf in NUMPY_START.items()})
 TWO, TWOS = jax.device_put(np.float32(2.0)), jax.device_put(np.full(3, 2.0, np.float32))
@@ -416,7 +416,7 @@ class Watched:
             return value(*args, **options)
 
         if isinstance(value, np.ufunc):
-            watched.accumulate = value.accumulate
+            cast(Any, watched).accumulate = value.accumulate
         return watched
 
 
@@ -433,7 +433,7 @@ def test_the_host_reads_only_explicitly(name: str, monkeypatch: pytest.MonkeyPat
     asked, get, kind = threading.local(), jax.device_get, type(THERE)
 
     def check(way: str) -> None:
-        allowed = jax.config.jax_transfer_guard_device_to_host == "allow" or getattr(asked, "now", False)
+        allowed = cast(Any, jax.config).jax_transfer_guard_device_to_host == "allow" or getattr(asked, "now", False)
         assert allowed, f"{way} of an array on the device"
 
     def device_get(tree: Any) -> Any:

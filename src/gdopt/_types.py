@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 PyTree = Any
@@ -15,4 +16,4 @@ Loss = Callable[..., Any]
 Schedule = Callable[[Any], Any]
 # An optax transformation, or a factory learning_rate -> transformation.
 Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
-Scalar = float | jax.Array
+Scalar = float | np.floating[Any] | jax.Array

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -337,7 +337,7 @@ def test_other_params_and_x64_are_errors(path) -> None:
 )
 def test_other_numbers_in_an_optimizer_are_an_error(first, then, path) -> None:
     """Their reprs are the same, so only what they compute tells them apart."""
-    rate = {} if hasattr(first, "init") else {"learning_rate": 0.01}
+    rate: dict[str, Any] = {} if hasattr(first, "init") else {"learning_rate": 0.01}
     run = lambda optimizer, steps: gdopt.minimize(
         loss, jnp.zeros(3), data=ROWS, batch_size=7, optimizer=optimizer, max_steps=steps, checkpoint=path, **rate
     )
@@ -427,7 +427,7 @@ def test_a_changed_loss_is_a_warning(path) -> None:
 
 def test_other_devices_or_cores_are_a_warning(path, monkeypatch) -> None:
     minimize(path, max_steps=20)
-    here = layout_of(jnp.zeros(3))
+    here = layout_of(cast(Any, jnp.zeros(3)))
     assert re.fullmatch(r"cpu, 1 device, \d+ cores?", here)
     minimize(path, max_steps=30)  # the same ones: no warning
     monkeypatch.setattr(resume, "layout_of", lambda carry: "NVIDIA H100, 2 devices")

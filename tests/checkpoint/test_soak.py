@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from gdopt._checkpoint import file as saves
 from gdopt._errors import CheckpointError
 
 SECONDS = 600
@@ -66,7 +67,7 @@ class Process:
 
 def readable(file: Path) -> bool:
     try:
-        file.read(str(file))
+        saves.read(str(file))
     except CheckpointError:
         return False
     return True

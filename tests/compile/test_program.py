@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import hypothesis.strategies as st
@@ -455,7 +455,7 @@ RUNS = {
     ),
     "rule in a line search": lambda c: minimize(rule_vjp(1 + c), optimizer=optax.lbfgs()),
     "rule in an optimizer's loop": lambda c: minimize(
-        rule_vjp(1 + c), optimizer=optax.GradientTransformationExtraArgs(lambda _: (), _descend_alone)
+        rule_vjp(1 + c), optimizer=optax.GradientTransformationExtraArgs(lambda params: (), cast(Any, _descend_alone))
     ),
     "rule in lbfgs": lambda c: minimize(
         rule_beside(c), optimizer=functools.partial(optax.lbfgs, memory_size=3), learning_rate=1.0
@@ -961,10 +961,8 @@ def test_no_array_of_the_caller_is_deleted_or_changed(options: dict) -> None:
 
 def test_an_array_that_the_optimizer_holds_is_not_donated() -> None:
     held = jnp.ones(3)
-    optimizer = optax.GradientTransformation(
-        lambda params: {"held": held, "params": params},
-        lambda g, state, params=None: (jax.tree.map(lambda g: -0.1 * g * state["held"], g), state),
-    )
+    update: Any = lambda g, state, params=None: (jax.tree.map(lambda g: -0.1 * g * state["held"], g), state)
+    optimizer = optax.GradientTransformation(lambda params: {"held": held, "params": params}, update)
     assert bits(minimize(square(1), optimizer=optimizer)) == bits(minimize(square(1), optimizer=optimizer))
     assert not held.is_deleted()
 
@@ -1006,7 +1004,7 @@ KEEPERS = {
     "closed over by a jit in a loop": lambda a: _run(looped(lambda a: jax.jit(distance(a)))(a)),
     "rule": lambda a: _run(rule_of_distance(a)),
     "callback": lambda a: _run(call_back(lambda: np.float32(a[0]))),
-    "callback with effects": lambda a: _run(lambda x: (jax.debug.callback(lambda: float(a[0])), x**2)[1]),
+    "callback with effects": lambda a: _run(lambda x: (jax.debug.callback(cast(Any, lambda: float(a[0]))), x**2)[1]),
     "args": lambda a: _run(lambda x, a: distance(a)(x), args=(a,)),
     "data": lambda a: _run(lambda x, a: distance(a)(x), data=a),
     "batches": lambda a: _run(lambda x, a: distance(a)(x), data=a, batch_size=100),

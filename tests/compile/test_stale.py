@@ -153,7 +153,7 @@ WRAPPERS: dict[str, Callable[[Any], Callable]] = {
     "callback in a scan": unseen(
         lambda c: lambda x: lax.scan(lambda s, _: (called_back(c)(s), None), x, None, length=1)[0]
     ),
-    "ode": lambda c: lambda x: odeint(lambda y, _: jitted(c)(0 * y), x, np.float32([0, 1]))[1],
+    "ode": lambda c: lambda x: odeint(lambda y, _: jitted(c)(0 * y), x, np.array([0, 1], np.float32))[1],
 }
 
 
@@ -379,7 +379,7 @@ def _without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _without_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep arrays that would be arguments in the program, and ignore them."""
-    monkeypatch.setattr(fingerprints._Copier, "_hole", lambda self, array: array)
+    monkeypatch.setattr(fingerprints.Copy, "_hole", lambda self, array: array)
     monkeypatch.setattr(fingerprints, "_value", _blind(fingerprints._value, lambda value: isinstance(value, jax.Array)))
 
 
@@ -467,10 +467,14 @@ def test_nothing_is_shared_if_traces_cannot_be_read(part: str, monkeypatch: pyte
     rows = np.random.default_rng(0)
     data = rows.normal(size=(20, 3)).astype(np.float32), rows.normal(size=20).astype(np.float32)
 
+    settings: list[dict[str, Any]] = [{"optimizer": optax.adam, "batch_size": 5}, {}]
+
     def run() -> tuple[Any, list, Any]:
         result = gdopt.minimize(loss, np.zeros(3, np.float32), data=data, args=(0.1,))
-        for options in ({"optimizer": optax.adam, "learning_rate": 0.1, "batch_size": 5}, {"learning_rate": 0.1}):
-            gdopt.minimize(loss, np.zeros(3, np.float32), data=data, args=(0.1,), max_steps=4, **options)
+        for options in settings:
+            gdopt.minimize(
+                loss, np.zeros(3, np.float32), data=data, args=(0.1,), learning_rate=0.1, max_steps=4, **options
+            )
         gdopt.gd_step(loss, np.zeros(3, np.float32), 0.1, data, 0.1)
         slopes = [
             way(lambda c: gdopt.minimize(lambda x: jnp.sum((x - c) ** 2), jnp.zeros(2), tol=1e-6).params[0])(3.0)
@@ -563,7 +567,7 @@ class Policy:
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Policy)
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __call__(self, _: Any, g: Any) -> tuple:
         return (self.rate * g,)
@@ -631,4 +635,4 @@ def test_no_array_of_the_caller_is_kept(wrapper: str, carrier: str) -> None:
 
 def test_a_trace_is_copied_only_if_necessary() -> None:
     closed, _ = replays.trace(lambda x: lax.scan(lambda s, _: (jnp.sin(s), None), x, None, length=2)[0], X)
-    assert fingerprints.copy(closed, replays.Mode.PROGRAM).jaxpr is _jax.opened(closed)
+    assert fingerprints.Copy(closed, replays.Mode.PROGRAM).jaxpr is _jax.opened(closed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import hypothesis.strategies as st
 import jax
@@ -22,7 +23,7 @@ def quadratic(x):
     return 0.5 * jnp.sum(CURVATURES * (x - 1) ** 2)
 
 
-def minimize(loss=quadratic, params=None, learning_rate=0.1, **more):
+def minimize(loss=quadratic, params=None, learning_rate: Any = 0.1, **more):
     return gdopt.minimize(loss, jnp.zeros(2) if params is None else params, learning_rate=learning_rate, **more)
 
 

@@ -131,7 +131,7 @@ def test_any_of_its_inputs_may_be_traced(transform, how: str) -> None:
 
 def test_a_vmap_equals_one_run_after_the_other() -> None:
     centers = jnp.array([0.0, 1.0, -50.0])
-    many = jax.vmap(lambda c: gdopt.minimize(lambda x: quadratic(x, c), jnp.zeros(3)))(centers)
+    many: Any = jax.vmap(lambda c: gdopt.minimize(lambda x: quadratic(x, c), jnp.zeros(3)))(centers)
     for k, center in enumerate(centers):
         one = gdopt.minimize(quadratic, jnp.zeros(3), args=(center,))
         assert (int(many.steps[k]), int(many.status[k])) == (one.steps, one.status)
@@ -185,7 +185,8 @@ def x64():
 @pytest.fixture
 def ridge(x64):
     """Return the data, minimize's solution by penalty and data, and the closed form."""
-    X, y = load_diabetes(return_X_y=True)
+    diabetes: Any = load_diabetes(return_X_y=True)
+    X, y = diabetes
     X, y = jnp.asarray(X / X.std(0)), jnp.asarray((y - y.mean()) / y.std())
 
     def solved(penalty, X=X):

@@ -130,7 +130,8 @@ def test_trials_outside_of_the_domain_are_undone() -> None:
 
 def test_overshoot_is_undone_without_loss_of_digits() -> None:
     """No single float32 addition leads from 1e20 back to 1.234567, so the state holds the point itself."""
-    optimizer, x = gdopt.spectral(), jnp.array([1.234567, -0.5])
+    optimizer: Any = gdopt.spectral()
+    x = jnp.array([1.234567, -0.5])
     loss = lambda x: jnp.sum((x - 1) ** 2)
     value, grad = evaluate(loss, x)
     _, state = optimizer.update(grad, optimizer.init(x), x, value=value)
@@ -243,7 +244,8 @@ def test_a_plateau_above_the_best_point_is_no_minimum() -> None:
 
 def test_a_step_onto_a_plateau_is_undone() -> None:
     """This holds although its loss is below the average that a new point is compared with."""
-    optimizer, x = gdopt.spectral(), jnp.array([1.0])
+    optimizer: Any = gdopt.spectral()
+    x = jnp.array([1.0])
     state = optimizer.init(x)
     numbers = {"accepted": jnp.int32(9), "weight": jnp.float32(9), "reference": jnp.float32(5), "value": jnp.float32(2)}
     state = state._replace(trials=state.trials._replace(**numbers))
@@ -318,7 +320,7 @@ TREES = {
 TREES["all of these"] = {name: TREES[name] for name in ("nested", "real and complex", "empty leaf", "half and single")}
 
 
-def bowl(params: Any) -> jax.Array:
+def bowl(params: Any) -> Any:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
     return sum(
         k * jnp.sum(jnp.abs(leaf.astype(jnp.result_type(leaf, jnp.float32)) - 1) ** 2)

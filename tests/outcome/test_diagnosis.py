@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ DEFECT = X.copy()
 DEFECT[7, 1] = np.nan
 
 
-def run(loss, params, learning_rate=1.0, max_steps=50, **options):
+def run(loss, params, learning_rate: Any = 1.0, max_steps=50, **options):
     result = gdopt.minimize(loss, params, learning_rate=learning_rate, max_steps=max_steps, **options)
     assert result.status is Status.NON_FINITE
     return result
@@ -307,6 +308,7 @@ def test_finite_params_with_infinite_squares_are_finite() -> None:
 def test_a_schedule_that_gives_nan_is_named() -> None:
     result = run(lambda x: jnp.sum(x**2), jnp.ones(2), lambda step: jnp.where(step < 2, 0.1, jnp.nan))
     found = gdopt.diagnose(result)
+    assert found.learning_rate is not None
     assert np.isnan(found.learning_rate)
     assert "the update with the learning rate nan made it" in found.message
     assert found.message.endswith("Correct the schedule.")
@@ -374,7 +376,7 @@ def test_results_without_anything_to_diagnose() -> None:
     with pytest.raises(gdopt.InputError, match="result ended with CONVERGED, not with NON_FINITE"):
         gdopt.diagnose(good)
     with pytest.raises(gdopt.InputError, match=r"result=1\.0 is not a gdopt\.Result\. Pass what gdopt\.minimize"):
-        gdopt.diagnose(1.0)
+        gdopt.diagnose(cast(Any, 1.0))
     inside = jax.jit(lambda x: gdopt.minimize(lambda x: x**2, x, learning_rate=0.25))(1.0)
     with pytest.raises(gdopt.InputError, match=r"Call gdopt\.minimize outside"):
         gdopt.diagnose(inside)

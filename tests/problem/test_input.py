@@ -11,7 +11,7 @@ import math
 import random
 import warnings
 from random import gauss
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ def line(w, batch):
     return jnp.mean((batch[0] @ w - batch[1]) ** 2)
 
 
+transformation: Any = optax.GradientTransformation  # also of what its types forbid
 W = np.zeros(2, np.float32)
 BATCHES = {"params": W, "loss": line, "data": (X, y)}
 
@@ -277,11 +278,11 @@ BAD = {
         "does not work as a schedule, .*compute with jax.numpy instead of numpy",
     ),
     "update of nothing": (
-        {"optimizer": lambda rate: optax.GradientTransformation(lambda p: (), lambda g, s, p: None)},
+        {"optimizer": lambda rate: transformation(lambda p: (), lambda g, s, p: None)},
         "has an update that returned a NoneType. Return",
     ),
     "update of another shape": (
-        {"optimizer": lambda rate: optax.GradientTransformation(lambda p: (), lambda g, s, p: (jnp.ones(3), s))},
+        {"optimizer": lambda rate: transformation(lambda p: (), lambda g, s, p: (jnp.ones(3), s))},
         r"returned updates with another structure or other shapes than it received: float32\[3\] instead of float32",
     ),
     "key of three words": ({"key": np.zeros(3, np.uint32)}, "is not one random key. Pass"),
@@ -350,7 +351,7 @@ def takes(function, *args):
             updates, state = apply(optimizer, grad, state, W, **extra_arguments(slope, slope(W), grad))
     except Exception:  # of many kinds: the arguments are for something else
         return False
-    return bool((updates < 0).all())
+    return bool(np.all(np.asarray(updates) < 0))
 
 
 # The signature does not tell. These leave the sign to what follows in a chain; need one of two further arguments; go
@@ -389,7 +390,7 @@ class Factory:
     [
         gdopt.gd,
         lambda rate: optax.sgd(rate),
-        lambda rate=None: optax.sgd(rate),
+        lambda rate=None: optax.sgd(cast(Any, rate)),
         lambda *rates: optax.sgd(*rates),
         functools.partial(optax.adamw, weight_decay=1e-2),
         functools.partial(optax.contrib.schedule_free, optax.sgd(0.1)),
@@ -436,8 +437,8 @@ def test_leaves_of_all_kinds_are_accepted():
 
 @pytest.mark.parametrize("optimizer", [optax.lbfgs, optax.polyak_sgd, optax.MultiSteps(optax.sgd(0.1), 2)])
 def test_optimizers_of_all_kinds_are_accepted(optimizer):
-    given = {} if isinstance(optimizer, optax.MultiSteps) else {"learning_rate": 0.5}
-    result = gdopt.minimize(square, 1.0, optimizer=optimizer, max_steps=8, **given)
+    given: dict[str, Any] = {} if isinstance(optimizer, optax.MultiSteps) else {"learning_rate": 0.5}
+    result = gdopt.minimize(square, 1.0, optimizer=cast(Any, optimizer), max_steps=8, **given)
     assert result.loss < 0.5
 
 
@@ -549,7 +550,7 @@ def test_exceptions_from_a_callback_carry_the_result_so_far(data, keep_best):
     with pytest.raises(OSError, match=r"(?s)full.*gdopt: raised by callback=<.* this error's .result") as caught:
         gdopt.minimize(loss, W, data=data, callback=callback, throw=True, **options)
     assert caught.value is error
-    result = caught.value.result
+    result = cast(Any, caught.value).result
     assert (result.status, result.success) == (Status.STOPPED, False)
     assert len(result.history.loss) == result.steps + 1 >= 7
     assert result.loss < result.history.loss[0]
@@ -562,7 +563,7 @@ def test_an_exception_from_the_last_callback_carries_the_final_status():
 
     with pytest.raises(OSError, match="gdopt") as caught:
         gdopt.minimize(square, 1.0, learning_rate=0.4, callback=callback)
-    assert caught.value.result.status is Status.CONVERGED
+    assert cast(Any, caught.value).result.status is Status.CONVERGED
 
 
 def test_an_exception_keeps_the_result_that_it_has():
@@ -586,7 +587,7 @@ def test_an_exception_keeps_the_result_that_it_has():
 def test_invalid_return_values_of_a_callback(answer):
     with pytest.raises(gdopt.InputError, match=r"callback returned .* Return True to stop the run, and None") as caught:
         gdopt.minimize(square, 1.0, learning_rate=0.1, callback=lambda report: answer)
-    assert caught.value.result.steps > 0
+    assert cast(Any, caught.value).result.steps > 0
 
 
 @pytest.mark.parametrize("stop", [True, np.True_, jnp.asarray(True)])
@@ -677,7 +678,7 @@ def test_objects_whose_attributes_raise_are_harmless():
 
 
 def test_updates_may_be_a_list_and_broadcast():
-    mean = optax.GradientTransformation(lambda p: (), lambda g, s, p: [-0.1 * jnp.mean(g), s])
+    mean = transformation(lambda p: (), lambda g, s, p: [-0.1 * jnp.mean(g), s])
     assert gdopt.minimize(lambda w: square(w - 1), W, optimizer=mean).success
 
 

@@ -21,7 +21,7 @@ import gdopt
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 Y = X @ np.array([[1.0], [-2.0], [0.5]], np.float32)
-DATA = {"args": (X, Y), "learning_rate": 0.1, "max_steps": 8}
+DATA: dict[str, Any] = {"args": (X, Y), "learning_rate": 0.1, "max_steps": 8}
 
 
 def error(prediction: Any, y: Any) -> jax.Array:
@@ -257,8 +257,8 @@ def test_linen_statistics_come_back_as_aux():
         return error(prediction, y), new["batch_stats"]
 
     variables = linen()
-    given = {"args": (variables["batch_stats"], X, Y)}
-    result = gdopt.minimize(loss, variables["params"], has_aux=True, **DATA | given)
+    given: dict[str, Any] = DATA | {"args": (variables["batch_stats"], X, Y)}
+    result = gdopt.minimize(loss, variables["params"], has_aux=True, **given)
     assert result.loss < 0.95 * result.history.loss[0]
     assert jax.tree.structure(result.aux) == jax.tree.structure(variables["batch_stats"])
     assert (result.aux["BatchNorm_0"]["mean"] != 0).any()
@@ -301,7 +301,7 @@ def test_nnx_state_that_the_loss_writes_to_is_an_error(kind):
 def test_nnx_dropout_with_a_fresh_key_at_each_step():
     loss = lambda model, x, y, key: error(model(x, rngs=nnx.Rngs(key)), y)
     model = nnx.view(network(), deterministic=False)
-    result = gdopt.minimize(loss, model, with_key=True, **DATA | {"learning_rate": 1e-30})
+    result = gdopt.minimize(loss, model, with_key=True, **{**DATA, "learning_rate": 1e-30})
     assert len(np.unique(result.history.loss)) == 9  # nothing moved, and each loss is of another mask
 
 
@@ -372,7 +372,7 @@ def test_complex_leaves_follow_their_real_and_imaginary_parts():
     for k in range(21):
         point, (value, grad) = xy, both(xy)
         assert result.history.loss[k] == pytest.approx(float(value), rel=1e-5)
-        norm = np.hypot(*map(np.linalg.norm, grad.values()))
+        norm = np.hypot(np.linalg.norm(grad["x"]), np.linalg.norm(grad["y"]))
         assert result.history.grad_norm[k] == pytest.approx(norm, rel=1e-3)
         xy = {name: point[name] - np.float32(0.05) * np.asarray(grad[name]) for name in point}
     np.testing.assert_allclose(result.params, point["x"] + 1j * point["y"], rtol=1e-4)
@@ -391,10 +391,10 @@ def test_each_leaf_keeps_its_dtype():
 
 def test_keys_of_both_kinds():
     params = {"x": jnp.ones(2), "key": jax.random.key(0), "keys": jax.random.split(jax.random.key(1))}
-    loss = lambda p: jnp.sum((p["x"] - jax.random.normal(p["key"], 2)) ** 2) + 0 * jax.random.normal(p["keys"][1])
+    loss = lambda p: jnp.sum((p["x"] - jax.random.normal(p["key"], (2,))) ** 2) + 0 * jax.random.normal(p["keys"][1])
     for trainable in (None, True, {"x": True, "key": False, "keys": True}):
         result = gdopt.minimize(loss, params, trainable=trainable, learning_rate=0.25)
-        np.testing.assert_allclose(result.params["x"], jax.random.normal(params["key"], 2), atol=0.05)
+        np.testing.assert_allclose(result.params["x"], jax.random.normal(params["key"], (2,)), atol=0.05)
         assert result.params["key"] is params["key"]
     legacy = params | {"key": jax.random.key_data(params["key"])}
     with pytest.raises(gdopt.InputError, match=r"params\['key'\] is of dtype uint32.*trainable="):

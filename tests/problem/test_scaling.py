@@ -45,6 +45,8 @@ def times(params: Any, sizes: Any = SIZES) -> Any:
 def test_it_is_the_run_in_scaled_variables(name: str) -> None:
     result = gdopt.minimize(line, START, scale=SIZES, **CALLS[name])
     by_hand = gdopt.minimize(lambda z: line(times(z)), START, **CALLS[name])
+    assert result.history is not None
+    assert by_hand.history is not None
     for ours, theirs in zip(result.history, by_hand.history, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert result.params == times(by_hand.params)
@@ -228,11 +230,11 @@ def test_a_diagnosis_is_in_the_units_of_the_params() -> None:
         ({"a": 1.0, "b": -2}, r"scale\['b'\] holds -2. Pass sizes from"),
         ({"a": 1.0, "b": float("nan")}, r"scale\['b'\] holds nan"),
         ({"a": 1.0, "b": 1e-60}, r"scale\['b'\] holds 1e-60. Pass sizes from"),
-        ({"a": 1.0, "b": 1e-45}, r"scale\['b'\] holds 1.4.*e-45. Pass sizes from"),
+        ({"a": 1.0, "b": 1e-45}, r"scale\['b'\] holds 1e-45. Pass sizes from"),
         ({"a": 1.0, "b": 10**400}, r"scale\['b'\] holds inf. Pass sizes from"),
         ({"a": 1.0, "b": 1j}, r"scale\['b'\] is 1j. Pass a positive number"),
         ({"a": 1.0, "b": True}, r"scale\['b'\] is True. Pass a positive number"),
-        ({"a": 1.0, "b": jax.random.key(0)}, r"scale\['b'\] is .*key.*Pass a positive number"),
+        ({"a": 1.0, "b": jax.random.key(0)}, r"scale\['b'\] is Array.*key.*"),
         ({"a": 1.0, "b": np.ma.array(2.0)}, r"scale\['b'\] is a masked array"),
         ({"a": 1.0, 1: 2.0}, "does not fit params"),
         ({"a": 1.0, "b": "large"}, r"scale\['b'\] is 'large'. Pass a positive number"),

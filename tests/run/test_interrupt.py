@@ -205,7 +205,7 @@ def minimize(**options: Any) -> gdopt.Result:
 
 
 def bits(result: gdopt.Result) -> list[bytes]:
-    kept = result.params, result.loss, result.grad_norm, tuple(result.history)
+    kept = result.params, result.loss, result.grad_norm, result.history
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(kept)]
 
 

@@ -104,6 +104,8 @@ def test_a_bar_changes_nothing(bars):
     with_bar, without = (
         gdopt.minimize(square, 1.0, learning_rate=0.1, progress=progress) for progress in (True, False)
     )
+    assert with_bar.history is not None
+    assert without.history is not None
     for ours, theirs in zip(with_bar.history, without.history, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert len(bars) == 1

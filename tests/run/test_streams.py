@@ -67,10 +67,11 @@ def hand_step(loss: Callable) -> Callable:
     return step
 
 
-def by_hand(stream, loss=loss, start=START, epochs=1, max_steps=None):
+def by_hand(stream: Any, loss=loss, start: Any = START, epochs=1, max_steps=None):
     """Return the params after an update with each batch, and the losses, with that of the last batch once more."""
     w, losses, step = start, [], hand_step(loss)
-    passes = (batch for _ in range(epochs) for batch in (stream() if callable(stream) else stream))
+    again: Any = stream if callable(stream) else lambda: stream
+    passes = (batch for _ in range(epochs) for batch in again())
     for batch in passes:
         batch = jax.tree.map(np.asarray, batch)
         w, value = step(w, (batch,), RATE)
@@ -81,7 +82,7 @@ def by_hand(stream, loss=loss, start=START, epochs=1, max_steps=None):
     return w, np.asarray(losses)
 
 
-def run(stream, loss=loss, start=START, **options):
+def run(stream, loss=loss, start: Any = START, **options):
     return gdopt.minimize(loss, start, data=stream, **{"learning_rate": RATE, **options})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[Carry, str]:
     assert isinstance(compiled, Compiled)
     chunk = jax.jit(compiled.chunk).lower(compiled.start(inputs), np.int32(0), np.int32(3), inputs).compile()
     carry, _ = chunk(compiled.start(inputs), np.int32(0), np.int32(3), inputs)
-    return carry, chunk.as_text()
+    return carry, chunk.as_text() or ""
 
 
 FAST = ("spectral", "batches")
@@ -230,7 +230,7 @@ BAD = {
     "no rows": (lambda: gdopt.shard(np.zeros(()), MESH, rows="data"), "is a scalar and has no rows"),
     "axis": (lambda: gdopt.shard(ROWS, MESH, rows="batch"), "rows='batch' is no axis of the mesh. It has 'data'"),
     "both": (lambda: gdopt.shard(ROWS, MESH, rows="data", largest="data"), "Pass rows for data, largest for params"),
-    "no mesh": (lambda: gdopt.shard(ROWS, jax.devices()), r"is not a mesh\. Pass"),
+    "no mesh": (lambda: gdopt.shard(ROWS, cast(Any, jax.devices())), r"is not a mesh\. Pass"),
     "batch_size": (
         lambda: gdopt.minimize(loss, START, data=sharded()[1], batch_size=12, learning_rate=0.1),
         r"batch_size=12 is not divisible by the 8 devices that data is split over\. Pass 8 or 16",

@@ -65,7 +65,7 @@ def came_to(saves: gdopt.Checkpoint | None) -> tuple[str, int]:
     callback = between if saves else None
     result = gdopt.minimize(loss, params, data=rows, max_steps=STEPS, checkpoint=saves, callback=callback, **options)
     whole = result.params if case == "copied" else multihost_utils.process_allgather(result.params, tiled=True)
-    leaves = jax.tree.leaves((whole, result.loss, result.aux, tuple(result.history)))
+    leaves = jax.tree.leaves((whole, result.loss, result.aux, result.history))
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest(), result.steps
 
 
@@ -73,7 +73,7 @@ if case == "elsewhere":
     path = path.replace("run", f"{process}/run")
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    found = {"saved": came_to(gdopt.Checkpoint(path, every_seconds=0.1, keep=2))}
+    found: dict[str, Any] = {"saved": came_to(gdopt.Checkpoint(path, every_seconds=0.1, keep=2))}
 found["warnings"] = [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
 found["whole"] = came_to(None)
 print(json.dumps(found))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def grain_batches() -> Any:
     import grain
 
     sampler = grain.samplers.IndexSampler(len(ROWS), grain.sharding.NoSharding(), shuffle=True, num_epochs=1, seed=1)
-    return grain.DataLoader(data_source=ROWS, sampler=sampler, operations=[grain.transforms.Batch(16)])
+    return grain.DataLoader(data_source=cast(Any, ROWS), sampler=sampler, operations=[grain.transforms.Batch(16)])
 
 
 def valley(w: jax.Array) -> jax.Array:
@@ -86,6 +86,6 @@ if __name__ == "__main__":
     saves = None if path == "none" else gdopt.Checkpoint(path, every_seconds=0, keep=2)
     objective, options = CALLS[kind]
     result = gdopt.minimize(objective, jnp.zeros(5), callback=saves and slows_down, checkpoint=saves, **options)
-    leaves = jax.tree.leaves((result.params, result.loss, result.grad_norm, result.aux, tuple(result.history)))
+    leaves = jax.tree.leaves((result.params, result.loss, result.grad_norm, result.aux, result.history))
     digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()
     print(digest, result.status.name, result.steps)

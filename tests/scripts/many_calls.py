@@ -55,6 +55,8 @@ def call(kind: str, path: str) -> None:
         case "callback":
             seen = []
             gdopt.minimize(whole, jnp.zeros(8), callback=lambda report: seen.append((report, whole)), **steps)
+        case _:
+            raise ValueError(kind)
 
 
 def held() -> dict[str, int]:

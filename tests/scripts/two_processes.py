@@ -80,7 +80,7 @@ options: dict[str, Any] = {"batch_size": 16, "with_key": True, "optimizer": opta
 stream: dict[str, Any] = {"learning_rate": 0.1}
 
 if case == "same":
-    answers = {
+    answers: dict[str, Any] = {
         "full batch": summary(minimize(loss, params, args=(rows,), learning_rate=0.1, max_steps=8, progress=True)),
         "batches": summary(minimize(noisy, params, data=rows, epochs=2, **options)),
         "stream": summary(minimize(loss, params, data=batches, epochs=1, **stream)),

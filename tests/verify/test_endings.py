@@ -498,7 +498,7 @@ def test_mini_batches_that_end_above_the_start_are_no_success() -> None:
 def test_endings_inside_of_a_transformation_are_the_same() -> None:
     starts = jnp.array([[0.0, 0.0], [3.0, 0.5], [1.0, 1.0]])
     fit = lambda start: gdopt.minimize(lambda p: (p[0] * p[1] - 1) ** 2 + 1e-3 * jnp.sum(p**2), start)
-    inside = jax.vmap(fit)(starts)
+    inside: Any = jax.vmap(fit)(starts)
     for row, start in enumerate(starts):
         outside = fit(start)
         assert (outside.status, outside.success) == (int(inside.status[row]), bool(inside.success[row]))
@@ -507,11 +507,6 @@ def test_endings_inside_of_a_transformation_are_the_same() -> None:
 
 
 def test_derivatives_need_success() -> None:
-    def end(scale: jax.Array, steps: int) -> jax.Array:
-        return gdopt.minimize(
-            lambda x: jnp.sum((x - scale) ** 4 + (x - scale) ** 2), jnp.zeros(2), max_steps=steps
-        ).loss
-
     fit = lambda scale, steps: gdopt.minimize(lambda x: jnp.sum((x - scale) ** 2), jnp.zeros(2), max_steps=steps).params
     assert np.isnan(jax.jacobian(lambda scale: fit(scale, 1))(3.0)).all()
     np.testing.assert_allclose(jax.jacobian(lambda scale: fit(scale, 1000))(3.0), 1, rtol=1e-4)
@@ -522,7 +517,7 @@ def test_derivatives_need_success() -> None:
 
 def test_grad_tol_is_the_largest_entry_of_the_gradient() -> None:
     loss = lambda x: jnp.sum(jnp.array([1.0, 100.0]) * x**2)
-    options = {"learning_rate": 0.004, "tol": 0.0}
+    options: dict[str, Any] = {"learning_rate": 0.004, "tol": 0.0}
     result = gdopt.minimize(loss, jnp.ones(2), grad_tol=0.1, **options)
     largest = np.abs(jax.grad(loss)(result.params)).max()
     assert result.status == Status.CONVERGED

@@ -21,7 +21,7 @@ def fastai_rules() -> dict:
     source = Path(path.locate()).read_text()
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name in RULES]
     names = {"np": np, "tuple": tuple, "to_np": lambda tensor: tensor.numpy()}
-    exec(compile(ast.Module(functions, []), "fastai", "exec"), names)
+    exec(compile(ast.Module([*functions], []), "fastai", "exec"), names)
     return {name: names[name] for name in RULES}
 
 
