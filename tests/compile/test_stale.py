@@ -28,7 +28,7 @@ from jax.experimental.ode import odeint
 
 import gdopt
 from gdopt import _jax
-from gdopt._compile import fingerprints, program, replays
+from gdopt._compile import copies, fingerprints, program, replays, self_check
 
 X = np.array([0.5, -1.0, 2.0], np.float32)
 FLOAT = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -379,7 +379,7 @@ def _without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _without_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep arrays that would be arguments in the program, and ignore them."""
-    monkeypatch.setattr(fingerprints.Copy, "_hole", lambda self, array: array)
+    monkeypatch.setattr(copies.Copy, "_hole", lambda self, array: array)
     monkeypatch.setattr(fingerprints, "_value", _blind(fingerprints._value, lambda value: isinstance(value, jax.Array)))
 
 
@@ -440,14 +440,14 @@ WEAKENED = {
 @pytest.mark.parametrize("name", WEAKENED)
 def test_each_part_of_the_fingerprint_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weaken, checks = WEAKENED[name]
-    fingerprints.is_reliable()  # its answer is kept
+    self_check.is_reliable()  # its answer is kept
     weaken(monkeypatch)
     assert [check() for check in checks] == [True] * len(checks)
 
 
 @pytest.mark.parametrize("name", ["arrays", "copies", "holes", "literals", "bodies", "parameters"])
 def test_the_self_check_notices_a_weakened_fingerprint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = fingerprints.is_reliable.__wrapped__
+    check = self_check.is_reliable.__wrapped__
     assert check()
     WEAKENED[name][0](monkeypatch)
     with pytest.warns(UserWarning, match="look alike"):
@@ -462,7 +462,7 @@ def _missing(*_: Any, **__: Any) -> Any:
 def test_nothing_is_shared_if_traces_cannot_be_read(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gdopt.clear_cache()
     monkeypatch.setattr(_jax, part, _missing)
-    fingerprints.is_reliable.cache_clear()
+    self_check.is_reliable.cache_clear()
     loss = lambda w, data, decay: jnp.mean((data[0] @ w - data[1]) ** 2) + decay * jnp.sum(jax.nn.relu(w) ** 2)
     rows = np.random.default_rng(0)
     data = rows.normal(size=(20, 3)).astype(np.float32), rows.normal(size=20).astype(np.float32)
@@ -491,7 +491,7 @@ def test_nothing_is_shared_if_traces_cannot_be_read(part: str, monkeypatch: pyte
         assert nan.status.name == "NON_FINITE"
     finally:
         monkeypatch.undo()
-        fingerprints.is_reliable.cache_clear()
+        self_check.is_reliable.cache_clear()
     expected = gdopt.minimize(loss, np.zeros(3, np.float32), data=data, args=(0.1,))
     np.testing.assert_allclose(result.params, expected.params, rtol=1e-3)
 
@@ -599,17 +599,17 @@ def test_functions_without_a_module_get_no_fingerprint() -> None:
 def test_the_self_check_is_quick_and_runs_once() -> None:
     script = """
         import time, jax, numpy as np, gdopt
-        from gdopt._compile import fingerprints
+        from gdopt._compile import self_check
         from gdopt._compile import replays
-        calls, trace = [], fingerprints.trace
-        fingerprints.trace = lambda *args: calls.append(1) or trace(*args)
+        calls, trace = [], self_check.trace
+        self_check.trace = lambda *args: calls.append(1) or trace(*args)
         for _ in range(2):
             gdopt.gd_step(lambda x: x**2, 1.0, 0.1)
         print(len(calls))
     """
     run = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == 2 * len(fingerprints.TRAPS) + 1
+    assert int(done.stdout) == 2 * len(self_check.TRAPS) + 1
 
 
 # ----------------------------------------------------------------------------------------------- nothing is kept alive
@@ -635,4 +635,4 @@ def test_no_array_of_the_caller_is_kept(wrapper: str, carrier: str) -> None:
 
 def test_a_trace_is_copied_only_if_necessary() -> None:
     closed, _ = replays.trace(lambda x: lax.scan(lambda s, _: (jnp.sin(s), None), x, None, length=2)[0], X)
-    assert fingerprints.Copy(closed, replays.Mode.PROGRAM).jaxpr is _jax.opened(closed)
+    assert copies.Copy(closed, replays.Mode.PROGRAM).jaxpr is _jax.opened(closed)

@@ -22,6 +22,8 @@ import numpy as np
 
 from gdopt import _jax, _trees
 from gdopt._compile import fingerprints, replays
+from gdopt._compile.copies import Copy
+from gdopt._compile.self_check import is_reliable
 from gdopt._types import PyTree
 
 _PROGRAMS = 128  # the most compiled programs that are kept; the least recently used go first
@@ -47,7 +49,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace with such
     rules has no identity: JAX calls them when it differentiates, and what they read may have changed by then.
     """
-    if not fingerprints.is_reliable():
+    if not is_reliable():
         made, out, constants = _converted(function, *args)
         return Traced(made, constants, out, None, None)
     levels: list[int] = []
@@ -58,7 +60,7 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
 
     closed, out = replays.trace(watched, *args)
     mode = replays.Mode.LOSS if rules else replays.Mode.FINAL
-    kept = fingerprints.Copy(closed, mode)
+    kept = Copy(closed, mode)
     treedef, jaxpr, count = jax.tree.structure(out), kept.jaxpr, len(_jax.consts(closed))
     nested = count + len(kept.arrays)
 
@@ -139,12 +141,12 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
     The function is traced now. Call the result with arguments of the same structure, shapes and dtypes. With
     ``donate_first`` the first argument's buffers are reused, so they must not be the caller's.
     """
-    if not fingerprints.is_reliable():
+    if not is_reliable():
         made, out, constants = _converted(function, *args)
         return Shared(jax.jit(made, donate_argnums=(1,) if donate_first else ()), constants, out, closed=False)
     closed, out = replays.trace(function, *args)
     # A traced call becomes part of the caller's program, which may outlive this call, so it keeps its callbacks.
-    kept = fingerprints.Copy(closed, replays.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
+    kept = Copy(closed, replays.Mode.PROGRAM, slots=not is_traced(_jax.consts(closed), args))
     treedef, count = jax.tree.structure(out), len(_jax.consts(closed))
     donated = len(jax.tree.leaves(args[0])) if donate_first else 0
     identity = None if kept.effects else fingerprints.fingerprint(kept.jaxpr)

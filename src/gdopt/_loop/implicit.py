@@ -19,7 +19,8 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
 
 from gdopt import _jax, _trees
-from gdopt._compile import fingerprints, replays
+from gdopt._compile import replays
+from gdopt._compile.self_check import is_reliable
 from gdopt._errors import InputError
 from gdopt._settings import own_promotion
 from gdopt._types import PyTree
@@ -167,7 +168,7 @@ def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree)
 
 def _has_rules_for_reverse_alone(closed: Any) -> bool:
     """Tell whether forward mode would fail in a trace, which JAX reports only when it compiles."""
-    return fingerprints.is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
+    return is_reliable() and any(True for _ in _jax.calls(closed, "custom_vjp_call"))
 
 
 def _of_least_norm(
