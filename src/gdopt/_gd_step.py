@@ -10,7 +10,7 @@ import jax
 from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._optimizers.spectral import check_learning_rate
-from gdopt._problem.objective import make_problem
+from gdopt._problem.objective import make_objective
 from gdopt._settings import own_promotion, own_transfers
 from gdopt._types import Loss, PyTree, Scalar
 
@@ -43,16 +43,16 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
     if callable(learning_rate):
         raise InputError(f"learning_rate={learning_rate!r} is a schedule. Pass its value for this step.")
     rate = check_learning_rate(learning_rate)
-    problem = make_problem(loss, params)
+    objective = make_objective(loss, params)
 
     def vanilla(traced: program.Traced, constants: list, params: PyTree, rate: Any, args: tuple) -> tuple:
         (value, _), grad = traced.replay(traced.constants, params, constants, *args)
         with own_promotion():
             return jax.tree.map(lambda x, g: (x - rate * g).astype(x.dtype), params, grad), value
 
-    value = program.trace(problem.value, problem.params, *args, rules=True)
-    given = value.constants, problem.params, rate, args
-    traced = lambda: program.with_gradient(value, problem.value, problem.params, *args)[0]
+    value = program.trace(objective.value, objective.params, *args, rules=True)
+    given = value.constants, objective.params, rate, args
+    traced = lambda: program.with_gradient(value, objective.value, objective.params, *args)[0]
     if program.is_traced(given):  # The step becomes a part of the caller's program.
         new, loss_before = vanilla(traced(), *given)
     else:
@@ -60,4 +60,4 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
         shared = program.shared_for(gd_step, value, given, make)
         with own_transfers():
             new, loss_before = shared.call(*given)
-    return problem.rest.combine(new), loss_before
+    return objective.rest.combine(new), loss_before

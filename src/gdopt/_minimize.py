@@ -23,9 +23,9 @@ from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
 from gdopt._outcome.messages import explain
 from gdopt._problem.limits import Steps, check_grad_tol, check_steps, check_target, check_tol
 from gdopt._problem.lints import warn_of_no_gradient
-from gdopt._problem.objective import make_problem
+from gdopt._problem.objective import make_objective
+from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
-from gdopt._problem.task import Task, make_task
 from gdopt._rate_finder.auto import rates_by_test
 from gdopt._result import RangeTest, Report, Result
 from gdopt._run import host_loop
@@ -171,43 +171,43 @@ def minimize(
     check_optimizer(optimizer, searched=is_auto(learning_rate))
     check_callback(callback)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
-    problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
-    task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
-    steps = check_steps(max_steps, epochs, task)
-    noisy = task.noisy
+    objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
+    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    steps = check_steps(max_steps, epochs, problem)
+    noisy = problem.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
-    task = scaled(task, scale)
+    problem = scaled(problem, scale)
     options = {"callback": callback, "checkpoint": checkpoint}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
     given = {name: value is not None for name, value in options.items()}
-    loop.check_alike(task, **asked, **given, keep_best=keep_best)
-    if checkpoint is not None and loop.is_inside(task):
+    loop.check_alike(problem, **asked, **given, keep_best=keep_best)
+    if checkpoint is not None and loop.is_inside(problem):
         refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
-        saves.compare(task, keep_best=keep_best)
-        method, range_test = _chosen(task, optimizer, learning_rate, steps, saves)
+        saves.compare(problem, keep_best=keep_best)
+        method, range_test = _chosen(problem, optimizer, learning_rate, steps, saves)
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
-            key, some = task.key if noisy else None, task._replace(data=data)
+            key, some = problem.key if noisy else None, problem._replace(data=data)
             return loop.compile(some, method, limits, key, keep_best=keep_best)
 
-        compiled, inputs = compile(task.data)
+        compiled, inputs = compile(problem.data)
         if isinstance(compiled, Whole):
-            stream = None if task.stream is None else data
+            stream = None if problem.stream is None else data
             refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
-            return result_inside(compiled, inputs, task)
+            return result_inside(compiled, inputs, problem)
         check_joined(inputs)
-        source = source_of(task, compiled, compile, steps, pause=callback is not None)
+        source = source_of(problem, compiled, compile, steps, pause=callback is not None)
         with progress_bar(progress, steps.expected) as advance:
-            watcher = Watcher(callback, task, source, advance)
+            watcher = Watcher(callback, problem, source, advance)
             compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
         ended_at = time.perf_counter()
         if history.grad_norm[0] == 0:
-            warn_of_no_gradient(task)
+            warn_of_no_gradient(problem)
     inputs, returned = source.last_inputs(inputs), params_to_return(state)
     has_steps = max_steps is not None or epochs is not None
     ended = Ended(
-        *(task, method, compiled, inputs, state, history, status, returned, has_steps, range_test),
+        *(problem, method, compiled, inputs, state, history, status, returned, has_steps, range_test),
         *(source.steps_per_epoch, source.why),
     )
     result = ended.result(
@@ -218,18 +218,18 @@ def minimize(
 
 
 def _chosen(
-    task: Task, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
+    problem: Problem, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
-    if optimizer is None and (task.noisy or not is_auto(learning_rate)):
+    if optimizer is None and (problem.noisy or not is_auto(learning_rate)):
         optimizer = gd
-    finds_steps = is_transformation(optimizer) or (not task.noisy and (optimizer is None or optimizer is gd))
+    finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:
-        test, learning_rate = rates_by_test(task, optimizer, steps, saves.range_test)
-    method = make_method(optimizer, learning_rate, task.problem.params)
+        test, learning_rate = rates_by_test(problem, optimizer, steps, saves.range_test)
+    method = make_method(optimizer, learning_rate, problem.objective.params)
     saves.range_test = test
-    saves.compare_programs(task, method)
+    saves.compare_programs(problem, method)
     return method, test
 
 

@@ -17,8 +17,8 @@ import gdopt
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, Compiled
 from gdopt._optimizers.method import make_method
-from gdopt._problem.objective import make_problem
-from gdopt._problem.task import make_task
+from gdopt._problem.objective import make_objective
+from gdopt._problem.problem import make_problem
 from gdopt._stopping import Limits
 
 assert jax.device_count() == 8
@@ -101,10 +101,12 @@ def test_a_run_on_eight_devices_stays_there_and_equals_a_run_on_one(name, kind) 
 def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[Carry, str]:
     """Return the state after three steps, and the text of the program that made them."""
     batch_size, rate = options.pop("batch_size", None), options.pop("learning_rate", "auto")
-    task = make_task(make_problem(loss, params), args=(), data=rows, batch_size=batch_size, with_key=False, key=None)
+    problem = make_problem(
+        make_objective(loss, params), args=(), data=rows, batch_size=batch_size, with_key=False, key=None
+    )
     method = make_method(options.pop("optimizer", gdopt.gd), rate)
-    key = task.key if task.noisy else None
-    compiled, inputs = loop.compile(task, method, Limits(100, 0.0, None, -np.inf), key)
+    key = problem.key if problem.noisy else None
+    compiled, inputs = loop.compile(problem, method, Limits(100, 0.0, None, -np.inf), key)
     assert isinstance(compiled, Compiled)
     chunk = jax.jit(compiled.chunk).lower(compiled.start(inputs), np.int32(0), np.int32(3), inputs).compile()
     carry, _ = chunk(compiled.start(inputs), np.int32(0), np.int32(3), inputs)
@@ -140,11 +142,11 @@ def test_the_data_stay_where_they_are_without_split_params() -> None:
 
 def test_arrays_in_a_closure_stay_split() -> None:
     _, rows = sharded()
-    task = make_task(
-        make_problem(lambda p: loss(p, rows), START), args=(), data=None, batch_size=None, with_key=False, key=None
+    problem = make_problem(
+        make_objective(lambda p: loss(p, rows), START), args=(), data=None, batch_size=None, with_key=False, key=None
     )
     method = make_method(gdopt.gd, 0.1)
-    _, inputs = loop.compile(task, method, Limits(9, 0.0, None, -np.inf), None)
+    _, inputs = loop.compile(problem, method, Limits(9, 0.0, None, -np.inf), None)
     assert shares(inputs.constants[0]) == [(8, 160)] * 8
     result = gdopt.minimize(lambda p: loss(p, rows), START, learning_rate=0.1, max_steps=3)
     assert shares(result.params["w"]) == [(160, 128)] * 8

@@ -11,24 +11,24 @@ import jax
 from gdopt import _trees
 from gdopt._compile import program
 from gdopt._loop.state import Carry
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._stopping import Limits
 from gdopt._types import PyTree
 
 _LONGEST = 200  # the most characters of a description
 
 
-def identity_of(task: Task, *, keep_best: bool) -> dict[str, str]:
+def identity_of(problem: Problem, *, keep_best: bool) -> dict[str, str]:
     """Describe, by name, everything that has to be the same when a run is resumed."""
     return {
-        "params": _described(task.problem.params),
-        "data": "a stream" if task.stream else _with_checksum(task.data),
-        "batch_size": repr(task.batches and task.batches.batch_size),
-        "args": _with_checksum(task.args),
-        "held params": _with_checksum(task.problem.rest.arrays),
-        "key": _trees.on_host(jax.random.key_data(task.key)).tobytes().hex() if task.noisy else "none",
+        "params": _described(problem.objective.params),
+        "data": "a stream" if problem.stream else _with_checksum(problem.data),
+        "batch_size": repr(problem.batches and problem.batches.batch_size),
+        "args": _with_checksum(problem.args),
+        "held params": _with_checksum(problem.objective.rest.arrays),
+        "key": _trees.on_host(jax.random.key_data(problem.key)).tobytes().hex() if problem.noisy else "none",
         "keep_best": repr(keep_best),
-        "scale": _with_checksum(task.problem.sizes),
+        "scale": _with_checksum(problem.objective.sizes),
         "float": jax.dtypes.canonicalize_dtype(float).name,
     }
 

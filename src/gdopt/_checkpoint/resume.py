@@ -31,7 +31,7 @@ from gdopt._loop.state import Carry, State
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import search
 from gdopt._problem.data import Feed, Position
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._result import History, RangeTest, concatenated
 from gdopt._settings import own_promotion
 from gdopt._status import FAILURES, RUNNING, Status
@@ -107,11 +107,11 @@ class Saves:
             return f" That was the end of the run saved in {file!r}. Pass another path to make another one."
         return f" It resumed from step {step}, saved in {file!r}{again}."
 
-    def compare(self, task: Task, *, keep_best: bool) -> None:
+    def compare(self, problem: Problem, *, keep_best: bool) -> None:
         """Raise InputError if the checkpoint is of another run."""
-        sharded.check_installed(task.problem.params)
-        given = identity_of(task, keep_best=keep_best)
-        self._meta = {"given": given, "start": program.checksum(task.problem.params)}
+        sharded.check_installed(problem.objective.params)
+        given = identity_of(problem, keep_best=keep_best)
+        self._meta = {"given": given, "start": program.checksum(problem.objective.params)}
         if self.found is None:
             return
         theirs = self.found.meta.get("given", {})
@@ -121,9 +121,9 @@ class Saves:
         if self.found.meta.get("start") != self._meta["start"]:
             warn(f"params differ from the start of the run saved in {self.found.file!r}, which resumes all the same.")
 
-    def compare_programs(self, task: Task, method: Method) -> None:
+    def compare_programs(self, problem: Problem, method: Method) -> None:
         """Raise InputError if the checkpoint is of another optimizer; warn of another loss or learning rate."""
-        loss, updates = loop.digests(task, method)
+        loss, updates = loop.digests(problem, method)
         text = short(repr(method.optimizer))
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
         self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}

@@ -25,7 +25,7 @@ from gdopt._loop.verifier import Verifier
 from gdopt._loop.while_loops import chunk_loop, first_carry, side_by_side, whole_loop
 from gdopt._optimizers.method import Method
 from gdopt._problem import lints
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._stopping import Epoch, Limits
 from gdopt._types import PyTree
@@ -37,30 +37,30 @@ _TRIAL_INSIDE = (
 )
 
 
-def compile(task: Task, *args: Any, **options: Any) -> tuple[Compiled | Whole, Inputs]:
+def compile(problem: Problem, *args: Any, **options: Any) -> tuple[Compiled | Whole, Inputs]:
     """Trace the loss once, and return the compiled loop, which all equal problems share, with its inputs.
 
     On a mesh with Explicit axes the loss is traced as on Auto axes, on which it need not say how to split each
     operation. If that fails, as in a `shard_map` over that mesh, it is traced on the Explicit axes.
     """
     try:
-        return _compile(task, *args, **options)
+        return _compile(problem, *args, **options)
     except InputError:
         raise
     except Exception as error:
-        mesh = explicit_mesh(task.problem.params, task.data, task.args)
-        key = task.key if task.with_key else None
+        mesh = explicit_mesh(problem.objective.params, problem.data, problem.args)
+        key = problem.key if problem.with_key else None
         with contextlib.suppress(Exception):
             if mesh is None and not any(note.startswith("gdopt") for note in getattr(error, "__notes__", ())):
                 # The loss itself can be traced, and its trace shows the mesh that it maps over.
-                mesh = mapped_mesh(task.value, task.problem.params, task.batch, task.args, key)
+                mesh = mapped_mesh(problem.value, problem.objective.params, problem.batch, problem.args, key)
             if mesh is not None:
-                return _compile(task._replace(explicit=mesh), *args, **options)
+                return _compile(problem._replace(explicit=mesh), *args, **options)
         raise
 
 
 def _compile(
-    task: Task,
+    problem: Problem,
     method: Method,
     limits: Limits,
     key: jax.Array | None,
@@ -68,7 +68,7 @@ def _compile(
     trial: bool = False,
     keep_best: bool = True,
 ) -> tuple[Compiled | Whole, Inputs]:
-    """Compile the loop of a task.
+    """Compile the loop of a problem.
 
     If jit, vmap or grad traces any of the inputs, it traces all of the loop.
 
@@ -76,46 +76,46 @@ def _compile(
     and a run that has ended stays as it is. A ``trial`` shows what its rates do, however small they are: only failures
     and the number of steps end it. Without ``keep_best`` there is no point to fall back on.
     """
-    noisy = task.noisy or trial
+    noisy = problem.noisy or trial
     # The inputs are placed before the trace, so that the loss is traced for the devices on which it will run.
-    given, _ = placed({"params": task.problem.params, "data": task.data, "args": task.args})
+    given, _ = placed({"params": problem.objective.params, "data": problem.data, "args": problem.args})
     start, data, args = given.values()
-    batch = task._replace(data=data).batch
-    one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and task.with_key else None
-    value = program.trace(task.value, start, batch, args, one_key, rules=True)
+    batch = problem._replace(data=data).batch
+    one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and problem.with_key else None
+    value = program.trace(problem.value, start, batch, args, one_key, rules=True)
     lints.warn_of_all_pairs(value.jaxpr)
     with own_promotion():
         schedule = None if method.schedule is None else program.trace(method.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
-    epoch = None if task.stream is None else Epoch(begins=True, ends=False, steps=1)
+    epoch = None if problem.stream is None else Epoch(begins=True, ends=False, steps=1)
     inputs = Inputs(start, data, args, key, None if schedule else method.rate, limits, value.constants, numbers, epoch)
-    inputs, layout = _placed(inputs, constants_stay=task.explicit is not None)
+    inputs, layout = _placed(inputs, constants_stay=problem.explicit is not None)
     inside = program.is_traced(inputs)
     if inside and trial:
         raise InputError(_TRIAL_INSIDE)
     tests_gradient = limits.grad_tol is not None
     settings = Settings(
-        noisy, task.batches, task.with_key, keep_best, tests_gradient, inside, None if inside else layout
+        noisy, problem.batches, problem.with_key, keep_best, tests_gradient, inside, None if inside else layout
     )
     options = method.identity, schedule.identity if schedule else (), settings, inside and limits.has_target
 
     # A trace of the loss identifies its gradient, too. But if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options), inputs, passing=True)
     if not seen:
-        loss, value = program.with_gradient(value, task.value, start, batch, args, one_key)
+        loss, value = program.with_gradient(value, problem.value, start, batch, args, one_key)
         kept = program.place_for((loss.identity, *options), inputs)
         if not kept:
             with own_promotion():
-                made, closed = _make(task, method, inputs, loss, schedule, settings)
+                made, closed = _make(problem, method, inputs, loss, schedule, settings)
             if not closed:
-                return _finished(task, method, value, schedule, settings, made), inputs
+                return _finished(problem, method, value, schedule, settings, made), inputs
             kept.append(made)
         seen.append(kept[0])
-    return _finished(task, method, value, schedule, settings, seen[0]), inputs
+    return _finished(problem, method, value, schedule, settings, seen[0]), inputs
 
 
 def _finished(
-    task: Task,
+    problem: Problem,
     method: Method,
     value: program.Traced,
     schedule: program.Traced | None,
@@ -127,31 +127,33 @@ def _finished(
         return _differentiable(made, value, settings.noisy)
     if settings.noisy:
         return made
-    verifier = Verifier(task, method, None, schedule, settings, made.eps, value, ChainMap({}, made.probes))
+    verifier = Verifier(problem, method, None, schedule, settings, made.eps, value, ChainMap({}, made.probes))
     return made._replace(verify=verifier.on_host, look_back=verifier.look_back)
 
 
-def digests(task: Task, method: Method) -> tuple[str, str]:
+def digests(problem: Problem, method: Method) -> tuple[str, str]:
     """Return checksums of the loss and of the optimizer, to compare with those of a checkpoint."""
-    given = task.problem.params, task.batch, task.args, task.key
+    given = problem.objective.params, problem.batch, problem.args, problem.key
 
     def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
-        loss, value = lambda params: task.value(params, *given)[0], jnp.zeros((), float)
+        loss, value = lambda params: problem.value(params, *given)[0], jnp.zeros((), float)
         return method.update(rate, params, method.init(rate, params), params, loss, value)
 
     with own_promotion():
         updates = program.digest(update, 0.1, *given)
-    return program.digest(task.value, *given), updates
+    return program.digest(problem.value, *given), updates
 
 
-def is_inside(task: Task) -> bool:
-    """Tell whether jit, vmap or grad traces any of what the task's loss reads."""
-    problem, key = task.problem, task.key if task.with_key else None
-    given = problem.params, task.data, task.args, task.given_key
-    return program.is_traced(given, program.trace(task.value, problem.params, task.batch, task.args, key).constants)
+def is_inside(problem: Problem) -> bool:
+    """Tell whether jit, vmap or grad traces any of what the loss of a problem reads."""
+    objective, key = problem.objective, problem.key if problem.with_key else None
+    given = objective.params, problem.data, problem.args, problem.given_key
+    return program.is_traced(
+        given, program.trace(problem.value, objective.params, problem.batch, problem.args, key).constants
+    )
 
 
-def check_alike(task: Task, **given: Any) -> None:
+def check_alike(problem: Problem, **given: Any) -> None:
     """Raise InputError if several processes were called with different arguments."""
     others = peers()
     if isinstance(others, Alone):
@@ -160,12 +162,12 @@ def check_alike(task: Task, **given: Any) -> None:
         with own_work():
             given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
-        loss=program.text(task.value, task.problem.params, task.batch, task.args, task.key),
-        params=described(task.problem.params),
-        data=described(task.data),
-        args=described(task.args),
-        key=described(task.key),
-        batches=task.batches,
+        loss=program.text(problem.value, problem.objective.params, problem.batch, problem.args, problem.key),
+        params=described(problem.objective.params),
+        data=described(problem.data),
+        args=described(problem.args),
+        key=described(problem.key),
+        batches=problem.batches,
         **given,
     )
 
@@ -190,7 +192,7 @@ def _placed(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | N
 
 
 def _make(
-    task: Task,
+    problem: Problem,
     method: Method,
     inputs: Inputs,
     traced_loss: program.Traced,
@@ -198,7 +200,7 @@ def _make(
     settings: Settings,
 ) -> tuple[Compiled | Whole, bool]:
     """Return the loop around a traced loss, and whether it depends on nothing but that trace and its inputs."""
-    step = Step(task, method, traced_loss, schedule, settings)
+    step = Step(problem, method, traced_loss, schedule, settings)
     eps = float(jnp.finfo(traced_loss.out[0][0].dtype).eps)
     if not settings.inside:
         many_runs = inputs.key is not None and inputs.key.ndim
@@ -214,8 +216,8 @@ def _make(
         if many_runs:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # An optimizer closes over traced values.
-        step = Step(task, method, traced_loss, schedule, settings)
-    verifier = Verifier(task, method, traced_loss, schedule, settings, eps)
+        step = Step(problem, method, traced_loss, schedule, settings)
+    verifier = Verifier(problem, method, traced_loss, schedule, settings, eps)
     verify = (lambda state, _: state) if settings.noisy else verifier.in_trace
     whole = program.share(whole_loop(step.start, step, verify, settings, inputs.limits.has_target), inputs)
     return Whole(whole.run, whole.constants), whole.closed and not step.asks_again

@@ -18,7 +18,7 @@ from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import inject, search
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem.data import Batches
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._status import RUNNING
 from gdopt._stopping import Epoch, Evaluation, Search, Watch
 from gdopt._trees import Packed
@@ -51,14 +51,14 @@ class Step:
 
     def __init__(
         self,
-        task: Task,
+        problem: Problem,
         method: Method,
         loss: program.Traced,
         schedule: program.Traced | None,
         settings: Settings,
     ):
         self.asks_again = False  # whether an optimizer has called the loss itself, in its own trace
-        self._task, self._method, self._loss, self._schedule, self._settings = task, method, loss, schedule, settings
+        self._task, self._method, self._loss, self._schedule, self._settings = problem, method, loss, schedule, settings
         (value, self._aux), _ = loss.out
         self._loss_dtype = jnp.promote_types(value.dtype, jnp.float32)
         self._eps = float(jnp.finfo(value.dtype).eps)

@@ -18,7 +18,7 @@ from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned
 from gdopt._loop.step import rate_of
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import restarted, search
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._settings import as_own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
@@ -30,7 +30,7 @@ from gdopt._verify.places import InTrace, OnHost, Probe
 class Verifier(NamedTuple):
     """The verification of a claim to be at a minimum: see `claim.settle`."""
 
-    task: Task
+    problem: Problem
     method: Method
     loss: program.Traced | None  # with its gradient; None if it is traced only for a claim
     schedule: program.Traced | None
@@ -125,9 +125,9 @@ class Verifier(NamedTuple):
         return self.known[exact]
 
     def _programs(self, state: State, inputs: Inputs, *, exact: bool) -> Programs:
-        task = self.task
-        batch = task._replace(data=inputs.data).batch
-        loss, _ = program.with_gradient(self.value, task.value, inputs.start, batch, inputs.args, None)
+        problem = self.problem
+        batch = problem._replace(data=inputs.data).batch
+        loss, _ = program.with_gradient(self.value, problem.value, inputs.start, batch, inputs.args, None)
         traced = self._replace(loss=loss)
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
@@ -190,7 +190,7 @@ class Verifier(NamedTuple):
 
         def moved(number: jax.Array) -> PyTree:
             turned = jax.tree.map(lambda g: (1 - 2 * number).astype(g.real.dtype) * g, grad)
-            asked = lambda params: self.task.value(params, *given)[0]
+            asked = lambda params: self.problem.value(params, *given)[0]
             updates, _ = method.update(rate, turned, state.optimizer, params, asked, loss)
             return jax.tree.map(jnp.not_equal, optax.apply_updates(params, updates), params)
 

@@ -15,7 +15,7 @@ from gdopt._compile import replays
 from gdopt._compile.program import value_and_grad
 from gdopt._errors import InputError
 from gdopt._outcome import nan_search
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._result import History, Result, ends, table
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import Status
@@ -126,19 +126,19 @@ def _named(**trees: PyTree) -> list[tuple[str, Any]]:
     return [(_trees.path_name(path, root), leaf) for root, (path, leaf) in leaves]
 
 
-def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: float | None) -> Evidence | None:
+def make_evidence(problem: Problem, params: PyTree, given: tuple, step: int, rate: float | None) -> Evidence | None:
     """Collect the facts on a step whose loss or gradient is not finite.
 
     Return None if that step cannot be computed again: the result matters more than its explanation.
     """
     try:
-        problem = task.problem
-        rest, params = problem.rest, problem.natural(params)
-        task = task._replace(problem=problem._replace(params=problem.natural(problem.params), sizes=None))
+        objective = problem.objective
+        rest, params = objective.rest, objective.natural(params)
+        problem = problem._replace(objective=objective._replace(params=objective.natural(objective.params), sizes=None))
 
         def value(params: PyTree, held: tuple, *given: Any) -> Any:
-            problem = task.problem._replace(rest=dataclasses.replace(rest, arrays=held))
-            return task._replace(problem=problem).value(params, *given)
+            objective = problem.objective._replace(rest=dataclasses.replace(rest, arrays=held))
+            return problem._replace(objective=objective).value(params, *given)
 
         # The loss is traced anew, because the trace of the loop has lost the lines of its source.
         trace, out = replays.trace(value_and_grad(value), params, rest.arrays, *given)
@@ -161,7 +161,7 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
         here, gradient, _ = finite(_jax.consts(trace), arguments)
         bad = lambda flags: [name for name, flag in zip(names, flags, strict=False) if not flag]
         bad_inputs = [name for name, leaf in named[count:] if nan_search.is_bad(leaf)]
-        if bad_inputs and (task.noisy or step == 0):
+        if bad_inputs and (problem.noisy or step == 0):
             filled = [nan_search.filled(leaf) if name in bad_inputs else leaf for name, leaf in named]
             # The loss may mask them out, or they may be intended. They are to blame if it is finite without them.
             bad_inputs = bad_inputs if all(itertools.chain(*finite(_jax.consts(trace), filled))) else []
@@ -173,9 +173,9 @@ def make_evidence(task: Task, params: PyTree, given: tuple, step: int, rate: flo
 
 
 @as_own_work
-def named_inputs(task: Task) -> str:
+def named_inputs(problem: Problem) -> str:
     """Return a sentence on the data and args that hold NaN; "" if none does."""
-    names = [name for name, leaf in _named(data=task.data, args=task.args) if nan_search.is_nan(leaf)]
+    names = [name for name, leaf in _named(data=problem.data, args=problem.args) if nan_search.is_nan(leaf)]
     return f" {_hold(names)} NaN. Leave it out, or fill it." if names else ""
 
 

@@ -17,7 +17,7 @@ from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.method import Method, Rates
 from gdopt._optimizers.optax_state import learns_scales
 from gdopt._outcome.diagnose import Evidence, make_evidence
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._result import NO_MESSAGE, History, RangeTest, Result
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import FAILURES, Status
@@ -30,7 +30,7 @@ from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 class Ended:
     """A run that has ended, with everything that its result and its message depend on."""
 
-    task: Task
+    problem: Problem
     method: Method
     compiled: Compiled
     inputs: Inputs  # those of the last evaluation, with its batch
@@ -46,7 +46,7 @@ class Ended:
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
         return Result(
-            params=self.task.problem.whole(self.params),
+            params=self.problem.objective.whole(self.params),
             loss=float(kept.loss),
             grad_norm=float(kept.grad_norm),
             steps=self.steps,
@@ -82,13 +82,13 @@ class Ended:
         """The facts on the last evaluation, if it was not finite."""
         if self.status is not Status.NON_FINITE:
             return None
-        task, state, step = self.task, self.state, self.steps
+        problem, state, step = self.problem, self.state, self.steps
         rate = float(self.history.learning_rate[step - 1]) if step else None
         if rate is not None and self.method.owns_rate and not math.isfinite(rate):  # The optimizer reports no rate.
             rate = None
         with own_work():
-            given = loss_arguments(self.inputs, state.order, state.step, task.batches, with_key=task.with_key)
-            return make_evidence(task, state.params, given, step, rate)
+            given = loss_arguments(self.inputs, state.order, state.step, problem.batches, with_key=problem.with_key)
+            return make_evidence(problem, state.params, given, step, rate)
 
     @functools.cached_property
     def hindsight(self) -> Hindsight:
@@ -126,7 +126,9 @@ class Ended:
     def success(self) -> bool:
         if self.status is Status.DATA_EXHAUSTED:  # This is a success only if the caller set no other end.
             return not (self.has_steps or self.inputs.limits.has_target) and self.is_better
-        return bool(succeeded(self.status, self.watch, noisy=self.task.noisy, has_target=self.inputs.limits.has_target))
+        return bool(
+            succeeded(self.status, self.watch, noisy=self.problem.noisy, has_target=self.inputs.limits.has_target)
+        )
 
     @property
     def returned_step(self) -> int:
@@ -140,7 +142,7 @@ class Ended:
     @functools.cached_property
     def farthest(self) -> float:
         """The largest entry of the params, on the host; 0 if other processes hold some of them."""
-        leaves = jax.tree.leaves(self.task.problem.natural(self.params))
+        leaves = jax.tree.leaves(self.problem.objective.natural(self.params))
         leaves = [leaf for leaf in leaves if getattr(leaf, "is_fully_addressable", True)]
         return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
 
@@ -156,12 +158,12 @@ def refuse_host_visits(**options: Any) -> None:
 
 
 @as_own_work
-def result_inside(whole: Whole, inputs: Inputs, task: Task) -> Result:
+def result_inside(whole: Whole, inputs: Inputs, problem: Problem) -> Result:
     """Return the result of a traced run. Its numbers are arrays on the device, so that no vmap has to move them."""
     outcome: Any = whole.solve(whole.constants, inputs)
     zero: Any = _trees.on_device(0.0)
     return Result(
-        params=task.problem.whole(outcome.params),
+        params=problem.objective.whole(outcome.params),
         loss=outcome.loss,
         grad_norm=outcome.grad_norm,
         steps=outcome.steps,
@@ -171,7 +173,7 @@ def result_inside(whole: Whole, inputs: Inputs, task: Task) -> Result:
         left=outcome.ending.left,
         verified=outcome.ending.verified > 0,
         history=None,
-        steps_per_epoch=jax.tree.map(_trees.on_device, task.steps_per_epoch),
+        steps_per_epoch=jax.tree.map(_trees.on_device, problem.steps_per_epoch),
         range_test=None,
         aux=outcome.aux,
         compile_seconds=zero,

@@ -47,7 +47,7 @@ def explain(ended: Ended) -> str:
         if ended.rates is Rates.SEARCHED:
             other, out = "", "optimizer"
         divided, what = "", "scale='curvature'"
-        if ended.task.problem.sizes is not None:
+        if ended.problem.objective.sizes is not None:
             divided, what = "Divided by scale, ", "other sizes"
         message += (
             f" {divided}{larger} and {smaller} differ in scale by 100 times or more. Pass {what}{other}, or leave the "
@@ -75,12 +75,12 @@ def _explain(status: Status, ended: Ended) -> str:
         case Status.CONVERGED:
             return _converged(ended, words)
         case Status.TARGET_REACHED:
-            what = "mean loss of an epoch" if ended.task.noisy else "loss"
+            what = "mean loss of an epoch" if ended.problem.noisy else "loss"
             return (
                 f"reached the target {after}: the {what}, {last}, is at or below {float(ended.inputs.limits.target):g}."
             )
         case Status.MAX_STEPS:
-            return _noisy_max_steps(ended, words) if ended.task.noisy else _max_steps(ended, words)
+            return _noisy_max_steps(ended, words) if ended.problem.noisy else _max_steps(ended, words)
         case Status.PRECISION_LIMIT:
             return _precision_limit(ended, words)
         case Status.STALLED:
@@ -98,7 +98,7 @@ def _explain(status: Status, ended: Ended) -> str:
 
 
 def _words(status: Status, ended: Ended) -> _Words:
-    losses, steps, how, noisy = ended.history[0], ended.steps, ended.rates, ended.task.noisy
+    losses, steps, how, noisy = ended.history[0], ended.steps, ended.rates, ended.problem.noisy
     # A single batch says little. So with mini-batches the sentence compares the means of the first and the last epoch,
     # without the evaluation after the last update. A full-batch run that did not fail ends with the returned point.
     width = (ended.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
@@ -173,7 +173,7 @@ def _non_finite(ended: Ended, words: _Words) -> str:
     (losses, grad_norms, rates), steps = ended.history, ended.steps
     found, cure = ("", "") if ended.evidence is None else (ended.evidence.sentence, ended.evidence.cure)
     if steps == 0:
-        is_scaled = ended.task.problem.sizes is not None and np.isfinite(losses[0])
+        is_scaled = ended.problem.objective.sizes is not None and np.isfinite(losses[0])
         if is_scaled and not (ended.evidence and ended.evidence.leaves):
             return (
                 f"the gradient times scale is {grad_norms[0]:g} at the start, beyond the range of the params' dtype. "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gdopt._checks import number, whole_number
 from gdopt._errors import InputError
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 
 LAST_STEP = 2**31 - 1  # the largest number of a step
 _MAX_STEPS = 10_000  # the default number of steps
@@ -22,8 +22,8 @@ class Steps(NamedTuple):
     expected: int | None  # the expected steps; None if not known
 
 
-def check_steps(max_steps: Any, epochs: Any, task: Task) -> Steps:
-    data, batches, stream = task.data, task.batches, task.stream
+def check_steps(max_steps: Any, epochs: Any, problem: Problem) -> Steps:
+    data, batches, stream = problem.data, problem.batches, problem.stream
     asked = [] if max_steps is None else [whole_number("max_steps", max_steps)]
     if epochs is not None:
         if data is None:

@@ -9,15 +9,15 @@ from gdopt import _jax
 from gdopt._checks import warn
 from gdopt._compile.program import value_and_grad
 from gdopt._compile.replays import trace
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._types import PyTree
 
 
-def warn_of_no_gradient(task: Task) -> None:
+def warn_of_no_gradient(problem: Problem) -> None:
     """Warn, after a gradient that was exactly zero at the start, if the loss does not use the params at all."""
-    key = task.key if task.with_key else None
-    grad = lambda *given: value_and_grad(task.value)(*given)[1]
-    if not _depends(grad, task.problem.params, task.batch, task.args, key):
+    key = problem.key if problem.with_key else None
+    grad = lambda *given: value_and_grad(problem.value)(*given)[1]
+    if not _depends(grad, problem.objective.params, problem.batch, problem.args, key):
         warn(
             "the gradient is exactly zero everywhere, and nothing was optimised: the loss does not depend on the "
             "params, or only through operations without a gradient (stop_gradient, argmax, round, comparisons)."

@@ -16,7 +16,7 @@ from gdopt._problem import nnx, random_state
 from gdopt._types import Loss, PyTree
 
 
-class Problem(NamedTuple):
+class Objective(NamedTuple):
     """A loss as a function of the leaves that are optimised."""
 
     loss: Loss
@@ -58,7 +58,7 @@ def times(leaf: jax.Array, size: Any) -> jax.Array:
     return lax.complex(leaf.real * size, leaf.imag * size)
 
 
-def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None) -> Problem:
+def make_objective(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable: Any = None) -> Objective:
     """Split the params of a loss; raise InputError, before anything is traced, if they cannot be optimised.
 
     Float and complex leaves are optimised. Functions, strings and other leaves that are no arrays are carried along. So
@@ -90,7 +90,7 @@ def make_problem(loss: Loss, params: PyTree, *, has_aux: bool = False, trainable
     if not any(np.size(leaf) for leaf in optimised):
         raise InputError(_nothing_to_optimise(params, trainable, chosen, settings))
     _warn_of_narrowing(some)
-    return Problem(loss, _trees.strong(some), rest, has_aux)
+    return Objective(loss, _trees.strong(some), rest, has_aux)
 
 
 def check_start(params: PyTree, root: str = "params") -> None:

@@ -17,8 +17,8 @@ from gdopt._checks import fault
 from gdopt._compile import program
 from gdopt._devices.sharding import placed
 from gdopt._errors import InputError
-from gdopt._problem.objective import Problem, check_start, times
-from gdopt._problem.task import Task
+from gdopt._problem.objective import Objective, check_start, times
+from gdopt._problem.problem import Problem
 from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
 
@@ -26,37 +26,37 @@ _PROBES = 10  # the Hessian products with random signs that estimate the diagona
 _EXACT = 64  # the most entries that have a Hessian product each
 
 
-def scaled(task: Task, scale: PyTree) -> Task:
-    """Return the task in the variables ``params / scale``.
+def scaled(problem: Problem, scale: PyTree) -> Problem:
+    """Return the problem in the variables ``params / scale``.
 
     Sizes are rounded to powers of two, so that dividing and multiplying by them loses no digit.
     """
     if scale is None:
-        return task
-    problem = task.problem
+        return problem
+    objective = problem.objective
     with own_work(), own_promotion():
-        sizes = _by_curvature(task, scale) if isinstance(scale, str) else _given(problem, scale)
-        sizes = jax.tree.map(_power_of_two, sizes, problem.params)
-        start = jax.tree.map(jnp.divide, problem.params, sizes)
+        sizes = _by_curvature(problem, scale) if isinstance(scale, str) else _given(objective, scale)
+        sizes = jax.tree.map(_power_of_two, sizes, objective.params)
+        start = jax.tree.map(jnp.divide, objective.params, sizes)
         if isinstance(scale, str):
-            sizes = jax.tree.map(_kept_in_range, sizes, problem.params, start)
-            start = jax.tree.map(jnp.divide, problem.params, sizes)
+            sizes = jax.tree.map(_kept_in_range, sizes, objective.params, start)
+            start = jax.tree.map(jnp.divide, objective.params, sizes)
     check_start(start, "params / scale")
-    jax.tree_util.tree_map_with_path(_check_digits, problem.params, sizes, start)
-    return task._replace(problem=problem._replace(params=start, sizes=sizes))
+    jax.tree_util.tree_map_with_path(_check_digits, objective.params, sizes, start)
+    return problem._replace(objective=objective._replace(params=start, sizes=sizes))
 
 
-def _given(problem: Problem, scale: PyTree) -> PyTree:
+def _given(objective: Objective, scale: PyTree) -> PyTree:
     """Return a size, or an array of them, for each leaf that is optimised."""
     try:
-        sizes = _trees.spread(scale, problem.whole(problem.params))
+        sizes = _trees.spread(scale, objective.whole(objective.params))
     except (ValueError, TypeError) as error:
         raise InputError(
             f"scale={_trees.summary(scale)} does not fit params. Pass a positive number for each leaf or subtree of "
             f"params, an array (not a list) of the shape of a leaf, or 'curvature'. ({error})"
         ) from error
-    optimised = [size if kept else None for size, kept in zip(sizes, problem.rest.kept, strict=True)]
-    return jax.tree_util.tree_map_with_path(_checked, problem.params, problem.rest.treedef.unflatten(optimised))
+    optimised = [size if kept else None for size, kept in zip(sizes, objective.rest.kept, strict=True)]
+    return jax.tree_util.tree_map_with_path(_checked, objective.params, objective.rest.treedef.unflatten(optimised))
 
 
 def _checked(path: tuple, leaf: jax.Array, size: Any) -> jax.Array:
@@ -125,22 +125,22 @@ def _check_digits(path: tuple, leaf: jax.Array, size: Any, start: jax.Array) -> 
         )
 
 
-def _by_curvature(task: Task, scale: str) -> PyTree:
+def _by_curvature(problem: Problem, scale: str) -> PyTree:
     """Return 1 / sqrt(|d|) with the diagonal d of the Hessian at the start, in which all curvatures are 1."""
     if scale != "curvature":
         raise InputError(f"scale={scale!r} is unknown. Pass 'curvature', or a tree of positive sizes.")
-    if task.noisy:
+    if problem.noisy:
         raise InputError(
             "scale='curvature' was given for a noisy loss, whose curvature differs from step to step. Pass a tree of "
             "typical sizes (for example {'w': 1e-3, 'b': 1.0})."
         )
-    trees, _ = placed({"params": task.problem.params, "data": task.data, "args": task.args})
+    trees, _ = placed({"params": problem.objective.params, "data": problem.data, "args": problem.args})
     params, given = trees["params"], (trees["data"], trees["args"], None)
-    value = program.trace(task.value, params, *given, rules=True)
+    value = program.trace(problem.value, params, *given, rules=True)
     inputs = params, value.constants, *given
 
     def make() -> program.Shared:
-        loss, _ = program.with_gradient(value, task.value, params, *given)
+        loss, _ = program.with_gradient(value, problem.value, params, *given)
         try:
             return program.share(functools.partial(_sizes, loss), *inputs)
         except InputError:

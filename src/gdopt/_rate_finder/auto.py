@@ -9,7 +9,7 @@ import numpy as np
 from gdopt import _trees
 from gdopt._errors import InputError
 from gdopt._problem.limits import Steps
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._rate_finder import lr_find as lr_finder
 from gdopt._result import RangeTest
 from gdopt._status import Status
@@ -20,7 +20,7 @@ _LEAST_TEST = 50  # the fewest steps of a range test
 _PEAK = 2.0  # the peak of the cycles over the suggestion of the test; measured by benchmarks/auto_training.py
 
 
-def rates_by_test(task: Task, optimizer: Any, steps: Steps, made: RangeTest | None) -> tuple[RangeTest, Schedule]:
+def rates_by_test(problem: Problem, optimizer: Any, steps: Steps, made: RangeTest | None) -> tuple[RangeTest, Schedule]:
     """Return the range test of `"auto"`, unless one was made before, and the schedule that it leads to."""
     max_steps = steps.expected
     if max_steps is None:
@@ -33,7 +33,7 @@ def rates_by_test(task: Task, optimizer: Any, steps: Steps, made: RangeTest | No
     fewest = max(max_steps // 5, _LEAST_TEST)
     for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # Noise may drown a short test.
         ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
-        test = lr_finder.range_test(task, optimizer, ladder)
+        test = lr_finder.range_test(problem, optimizer, ladder)
         if test.suggestion is not None:
             return test, _cycles(_PEAK * test.suggestion, max_steps)
     cure = "Or pass a learning_rate."

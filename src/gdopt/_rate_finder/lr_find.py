@@ -23,9 +23,9 @@ from gdopt._optimizers.method import Method
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.diagnose import named_inputs
 from gdopt._problem.limits import LAST_STEP, Steps
-from gdopt._problem.objective import make_problem
+from gdopt._problem.objective import make_objective
+from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
-from gdopt._problem.task import Task, make_task
 from gdopt._rate_finder import rules
 from gdopt._result import History, RangeTest, Refinement
 from gdopt._run import host_loop
@@ -124,9 +124,9 @@ def lr_find(
     repeats = whole_number("repeats", repeats)
     _check_factory(optimizer)
     check_flags(refine=refine, has_aux=has_aux, with_key=with_key)
-    problem = make_problem(loss, params, has_aux=has_aux, trainable=trainable)
-    task = make_task(problem, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
-    return range_test(scaled(task, scale), optimizer, steps, repeats=repeats, refine=refine)
+    objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
+    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    return range_test(scaled(problem, scale), optimizer, steps, repeats=repeats, refine=refine)
 
 
 class Ladder(NamedTuple):
@@ -163,27 +163,27 @@ def _check_factory(optimizer: Any) -> None:
         )
 
 
-def range_test(task: Task, optimizer: Any, steps: Ladder, *, repeats: int = 1, refine: bool = False) -> RangeTest:
-    """Run `lr_find` for a checked task."""
-    if task.stream is not None and task.stream.once:
+def range_test(problem: Problem, optimizer: Any, steps: Ladder, *, repeats: int = 1, refine: bool = False) -> RangeTest:
+    """Run `lr_find` for a checked problem."""
+    if problem.stream is not None and problem.stream.once:
         raise InputError(
             "data is an iterator, which can be read only once, but a range test reads the first batches before the "
             "training does. Pass a function that returns a new iterator each time, or pass a learning_rate."
         )
-    loop.check_alike(task, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
+    loop.check_alike(problem, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
     with own_work():
-        keys = jax.random.fold_in(task.key, 2)  # 0 and 1 are the training's
+        keys = jax.random.fold_in(problem.key, 2)  # 0 and 1 are the training's
         keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # a run without vmap traces twice as fast
-    with _error_notes.memory(params=task.problem.params, data=task.data, args=task.args):
-        curve, verdict = _climb(task, optimizer, steps, keys, lowest := 0)
+    with _error_notes.memory(params=problem.objective.params, data=problem.data, args=problem.args):
+        curve, verdict = _climb(problem, optimizer, steps, keys, lowest := 0)
         while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -_EXTENSIONS:
-            curve, verdict = _climb(task, optimizer, steps, keys, lowest := lowest - 1)
+            curve, verdict = _climb(problem, optimizer, steps, keys, lowest := lowest - 1)
         suggestion, refinement = verdict.suggestion, None
         if refine and suggestion is not None:
-            refinement = _refine(task, optimizer, suggestion, keys)
+            refinement = _refine(problem, optimizer, suggestion, keys)
             suggestion = refinement.best
     if suggestion is None:
-        holding = named_inputs(task)
+        holding = named_inputs(problem)
         if holding:  # no other rate helps
             reason = verdict.reason if curve.end == 0 else ""
             verdict = verdict._replace(reason=(reason + holding).strip())
@@ -207,9 +207,9 @@ class _Curve(NamedTuple):
         return self.rates[: self.end], losses, rules.smooth(losses)
 
 
-def _climb(task: Task, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
+def _climb(problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
     """Climb from the given section upwards until the curve says enough; every repeat begins at the start."""
-    advance, state, inputs = _begin(task, optimizer, keys, _each(steps.section(lowest), keys))
+    advance, state, inputs = _begin(problem, optimizer, keys, _each(steps.section(lowest), keys))
     rates, records = np.empty(0), []
 
     def all_over(step: int, state: State, history: History) -> bool:
@@ -236,17 +236,17 @@ def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
     return _trees.on_device(np.broadcast_to(rates, (*keys.shape, len(rates))))
 
 
-def _begin(task: Task, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, Carry, Inputs]:
+def _begin(problem: Problem, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, Carry, Inputs]:
     """Return how runs side by side advance, one per key and row of rates, and their state before the first step."""
 
     def compile(data: PyTree) -> tuple[Any, Inputs]:
         limits = Limits(LAST_STEP, 0.0, None, -math.inf)
-        return loop.compile(task._replace(data=data), Method(optimizer, rates), limits, keys, trial=True)
+        return loop.compile(problem._replace(data=data), Method(optimizer, rates), limits, keys, trial=True)
 
-    compiled, inputs = compile(task.data)
+    compiled, inputs = compile(problem.data)
     assert isinstance(compiled, Compiled)  # Inside jit, InputError was raised before.
     check_joined(inputs)
-    source = source_of(task, compiled, compile, _ALL_STEPS, pause=False)
+    source = source_of(problem, compiled, compile, _ALL_STEPS, pause=False)
     advance = functools.partial(host_loop.advance, compiled, source, saves=NoSaves())
     return advance, host_loop.begin(compiled, inputs), inputs
 
@@ -265,13 +265,13 @@ def _verdict(curve: _Curve) -> rules.Verdict:
     return rules.suggest(*curve.combined(), blew_up=curve.end < len(curve.rates))
 
 
-def _refine(task: Task, optimizer: Any, suggestion: float, keys: jax.Array) -> Refinement:
+def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array) -> Refinement:
     """Train the neighbours of a suggestion on the same batches, and compare their last losses."""
     rates = suggestion * _NEIGHBOURS
     with own_work():
         keys = jnp.atleast_1d(keys)
         lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
-    advance, state, inputs = _begin(task, optimizer, many, lanes)
+    advance, state, inputs = _begin(problem, optimizer, many, lanes)
     _, history, cause = advance(state, inputs, lambda *_: False, until=_REFINING_STEPS)
     _check_cause(cause)
     last = np.full((_JUDGED, len(lanes)), np.inf)  # A run that ended early counts as infinite.

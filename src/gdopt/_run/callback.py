@@ -12,8 +12,8 @@ from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
 from gdopt._loop.state import State, params_to_return
 from gdopt._problem.limits import LAST_STEP
-from gdopt._problem.objective import Problem
-from gdopt._problem.task import Task
+from gdopt._problem.objective import Objective
+from gdopt._problem.problem import Problem
 from gdopt._result import History, Report, Result
 from gdopt._run.sources import InMemory, Streamed
 from gdopt._settings import as_own_work
@@ -22,9 +22,9 @@ from gdopt._settings import as_own_work
 class Watcher:
     """The observer of a run between two chunks, for the progress bar and for the callback, which may stop the run."""
 
-    def __init__(self, callback: Callable | None, task: Task, source: InMemory | Streamed, advance: Callable):
+    def __init__(self, callback: Callable | None, problem: Problem, source: InMemory | Streamed, advance: Callable):
         self.failure: Exception | None = None  # the exception of the callback
-        self._callback, self._task, self._source, self._advance = callback, task, source, advance
+        self._callback, self._task, self._source, self._advance = callback, problem, source, advance
 
     @property
     def boundary(self) -> int:
@@ -38,7 +38,7 @@ class Watcher:
         if self._callback is None:
             return False
         try:
-            report = _report(self._task.problem, step, self._source.epoch(step), state, records)
+            report = _report(self._task.objective, step, self._source.epoch(step), state, records)
             return _wants_stop(self._callback(report))
         except Exception as error:  # The run ends as if the callback had stopped it, and then raises this.
             self.failure = error
@@ -68,12 +68,12 @@ def _wants_stop(answer: Any) -> bool:
 
 
 @as_own_work
-def _report(problem: Problem, step: int, epoch: int, state: State, records: History) -> Report:
+def _report(objective: Objective, step: int, epoch: int, state: State, records: History) -> Report:
     kept = state.kept
     return Report(
         step=step,
         epoch=epoch,
-        params=problem.whole(_trees.copy(params_to_return(state))),
+        params=objective.whole(_trees.copy(params_to_return(state))),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         learning_rate=float(records.learning_rate[-1]),

@@ -16,7 +16,7 @@ from gdopt._errors import InputError
 from gdopt._loop.state import Carry, Compiled, Inputs
 from gdopt._problem.data import Batch, Feed
 from gdopt._problem.limits import Steps
-from gdopt._problem.task import Task
+from gdopt._problem.problem import Problem
 from gdopt._status import RUNNING
 from gdopt._stopping import Epoch
 from gdopt._types import PyTree
@@ -29,8 +29,8 @@ class InMemory:
 
     ended, why = False, ""
 
-    def __init__(self, task: Task, compiled: Compiled):
-        self.steps_per_epoch = task.steps_per_epoch
+    def __init__(self, problem: Problem, compiled: Compiled):
+        self.steps_per_epoch = problem.steps_per_epoch
         self._compiled = compiled
 
     def resume(self, made: int, saves: Saves | NoSaves) -> None:
@@ -173,12 +173,17 @@ class Streamed:
 
 
 def source_of(
-    task: Task, compiled: Compiled, compile_for: Callable[[PyTree], tuple[Any, Inputs]], steps: Steps, *, pause: bool
+    problem: Problem,
+    compiled: Compiled,
+    compile_for: Callable[[PyTree], tuple[Any, Inputs]],
+    steps: Steps,
+    *,
+    pause: bool,
 ) -> InMemory | Streamed:
-    """Return the source of a task's steps; ``compile_for`` compiles the step for batches of another shape."""
-    if task.stream is None:
-        return InMemory(task, compiled)
-    return Streamed(Feed(task.stream, steps.epochs, steps.most), compile_for, pause=pause)
+    """Return the source of a problem's steps; ``compile_for`` compiles the step for batches of another shape."""
+    if problem.stream is None:
+        return InMemory(problem, compiled)
+    return Streamed(Feed(problem.stream, steps.epochs, steps.most), compile_for, pause=pause)
 
 
 def _kind(leaf: Any) -> tuple:

@@ -15,15 +15,15 @@ from gdopt._checks import fault, refuse_no_arrays
 from gdopt._devices.sharding import check_batch_size, explicitly
 from gdopt._errors import InputError
 from gdopt._problem.data import Batches, Stream, check_data
-from gdopt._problem.objective import Problem, check_start
+from gdopt._problem.objective import Objective, check_start
 from gdopt._settings import own_work
 from gdopt._types import PyTree
 
 
-class Task(NamedTuple):
+class Problem(NamedTuple):
     """A problem, and all arguments of its loss besides the params."""
 
-    problem: Problem
+    objective: Objective
     args: PyTree  # the traced ones; None in place of functions and the like
     args_rest: _trees.Rest
     data: PyTree  # for a stream, its first batch
@@ -61,30 +61,30 @@ class Task(NamedTuple):
     def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """Return (loss, aux) of all data or of a batch; the loss gets the key only if it takes one."""
         if self.explicit is not None:
-            given = self.problem.params, self.data, self.args, self.given_key
+            given = self.objective.params, self.data, self.args, self.given_key
             inside = self._replace(explicit=None).value
             return explicitly(inside, self.explicit, given)(params, data, args, key)
         given = self.args_rest.combine(args)
         given = given if data is None else (data, *given)
-        return self.problem.value(params, *given, **({"key": key} if self.with_key else {}))
+        return self.objective.value(params, *given, **({"key": key} if self.with_key else {}))
 
 
-def make_task(
-    problem: Problem,
+def make_problem(
+    objective: Objective,
     *,
     args: tuple,
     data: PyTree,
     batch_size: int | None,
     with_key: bool,
     key: jax.Array | None,
-) -> Task:
+) -> Problem:
     """Check everything that a run needs; raise InputError, before anything is traced, if it cannot be used."""
     data, batches, stream = check_data(data, batch_size)
     if batches is not None:
         check_batch_size(data, batches.batch_size)
-    check_start(problem.params)
+    check_start(objective.params)
     traced, rest = _split_args(args)
-    return Task(problem, traced, rest, data, batches, stream, with_key, _check_key(key))
+    return Problem(objective, traced, rest, data, batches, stream, with_key, _check_key(key))
 
 
 def _check_key(key: Any) -> jax.Array | None:
