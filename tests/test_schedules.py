@@ -512,7 +512,7 @@ def test_unusable_step_size_down() -> None:  # None stands for the step size up
     [
         (lambda: schedules.range_test(0.1, 1.0, 1), ["num_steps=1", "from 2"]),
         (lambda: schedules.range_test(0.1, 1.0, 10, "log"), ["mode='log'", "'exponential'", "'linear'"]),
-        (lambda: schedules.triangular(0.2, 0.1, 10), ["max_lr=0.1", "base_lr=0.2", "exchange"]),
+        (lambda: schedules.triangular(0.2, 0.1, 10), ["max_lr=0.1", "base_lr=0.2", "Swap"]),
         (
             lambda: schedules.cyclical(0.1, 0.2, 10, mode="triangle"),
             ["mode='triangle'", "'triangular'", "'triangular2'", "'exp_range'"],

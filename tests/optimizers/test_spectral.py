@@ -260,7 +260,7 @@ def test_a_point_that_no_step_leaves() -> None:
     result = gdopt.minimize(loss, 1.0)
     assert (result.status, result.success) == (Status.STALLED, False)
     assert result.params == 1
-    assert "is not finite there" in result.message
+    assert "is not finite after the next step" in result.message
 
 
 def test_start_that_is_not_finite() -> None:

@@ -644,7 +644,7 @@ def test_a_search_that_idles_at_a_minimum_claims_it(
 
 def test_a_nan_gradient_nearby_is_named() -> None:
     result = gdopt.minimize(lambda x: (x - 1) ** 2 + 0 * jnp.sqrt(jnp.maximum(x - 1.5, 0.0)), 3.0)
-    assert "the loss or its gradient is not finite there" in result.message
+    assert "the loss or its gradient is not finite after the next step" in result.message
 
 
 def test_a_rate_that_diverges_at_once_gets_a_suggestion() -> None:
