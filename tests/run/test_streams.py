@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import gdopt
 from gdopt import Status
-from gdopt._problem.data import Stream
+from gdopt._problem.stream import Stream
 
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES, LABELS = (IMAGES[:300] / 16).astype(np.float32), LABELS[:300].astype(np.int32)

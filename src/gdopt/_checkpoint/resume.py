@@ -30,8 +30,8 @@ from gdopt._loop import loop
 from gdopt._loop.state import Carry, State
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import search
-from gdopt._problem.data import Feed, Position
 from gdopt._problem.problem import Problem
+from gdopt._problem.stream import Feed, Position
 from gdopt._result import History, RangeTest, concatenated
 from gdopt._settings import own_promotion
 from gdopt._status import FAILURES, RUNNING, Status

@@ -119,7 +119,7 @@ def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
 def _leaf(value: Any) -> Hashable:
     """Describe a value that is no container."""
     match value:
-        case Hole() | enum.Enum():
+        case Hole() | enum.Enum() | np.dtype():
             return value
         case Slot():
             return value.place
@@ -129,8 +129,6 @@ def _leaf(value: Any) -> Hashable:
             return getattr(value, "dtype", None), int(value)
         case np.ndarray() | jax.Array():
             return _array(value)
-        case np.dtype():
-            return value
         case jax.tree_util.PyTreeDef() if _trees.is_plain(value):
             return value
         case FunctionType() if is_known(value, *_OWNERS, "numpy"):

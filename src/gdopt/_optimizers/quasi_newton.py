@@ -58,7 +58,7 @@ def quasi_newton(memory: int = PAIRS) -> optax.GradientTransformationExtraArgs:
     last ``memory`` steps, with the changes of the gradient along them, correct it. The loss may rise on the way: a
     trial point is accepted if its loss is sufficiently below a running average of the accepted ones. Otherwise the next
     update leads back to the last accepted point, and from there makes a smaller or a better step. If the loss is not
-    convex along a step, the next one goes up to four times as far. `minimize` uses this by default.
+    convex along a step, the next one goes at least four times as far. `minimize` uses this by default.
 
     Args:
         memory: the number of pairs (default 5, which solved most of 219 problems among 1 to 10). The state takes

@@ -21,6 +21,11 @@ _TURNS, _MOSTLY = 50, 0.8  # the turns and their share of the steps that show a 
 _LAST = 1000  # the last steps, whose gain shows whether more steps would help
 _PART = 10  # the steps over those averaged at either end, for a stream that ended in its first pass
 _WORTHLESS = 1e4  # the growth of a gradient in one step above which it reveals no curvature
+_FROM_OUTSIDE = {
+    Status.STOPPED: "stopped by the callback",
+    Status.DATA_EXHAUSTED: "the data ended",
+    Status.INTERRUPTED: "interrupted",
+}
 
 
 class _Words(NamedTuple):
@@ -67,10 +72,9 @@ def explain(ended: Ended) -> str:
 
 
 def _explain(status: Status, ended: Ended) -> str:
-    """The sentence on the status, with its remedy."""
+    """Return the sentence on the status, with its remedy."""
     words = _words(status, ended)
     first, last, after = words.first, words.last, words.after
-    went = f"the loss went from {first} to {last}"
     match status:
         case Status.CONVERGED:
             return _converged(ended, words)
@@ -89,12 +93,8 @@ def _explain(status: Status, ended: Ended) -> str:
             return f"diverged at step {ended.steps}: the loss grew from {first} to {last}.{words.back} {words.slower}"
         case Status.NON_FINITE:
             return _non_finite(ended, words)
-        case Status.STOPPED:
-            return f"stopped by the callback {after}: {went}."
-        case Status.DATA_EXHAUSTED:
-            return f"the data ended {after}: {went}."
-        case Status.INTERRUPTED:
-            return f"interrupted {after}: {went}."
+        case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED:
+            return f"{_FROM_OUTSIDE[status]} {after}: the loss went from {first} to {last}."
 
 
 def _words(status: Status, ended: Ended) -> _Words:

@@ -65,47 +65,59 @@ def _rows_of_all_pairs(jaxpr: Any) -> int | None:
 _SHAPES = ("reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "convert_element_type")
 
 
-def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
-    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+class _Made:
+    """The equations of a trace by what they make."""
 
-    def by(atom: Any, *names: str) -> Any:
-        """Return the equation that made it, if it is one of these."""
-        eqn = None if _jax.is_literal(atom) else made.get(atom)
-        return eqn if eqn is not None and eqn.primitive.name in names else None
+    def __init__(self, jaxpr: Any):
+        self._made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
 
-    summed = total.invars[0]
-    while (scaled := by(summed, "mul")) is not None and _jax.is_literal(scaled.invars[0]):
-        summed = scaled.invars[1]  # The square may be halved.
-    square = by(summed, "square", "integer_pow", "mul")
-    if square is None or square.params.get("y", 2) != 2 or square.invars[0] is not square.invars[-1]:
+    def by(self, atom: Any, *names: str) -> Any:
+        """Return the equation that made an atom, if it is one of these; of any name if none is given."""
+        eqn = None if _jax.is_literal(atom) else self._made.get(atom)
+        return eqn if eqn is not None and (not names or eqn.primitive.name in names) else None
+
+    def whole(self, atom: Any) -> Any:
+        """Return the array that the numbers come from, before changes of shape."""
+        while (eqn := self.by(atom, *_SHAPES)) is not None:
+            atom = eqn.invars[0]
+        return atom
+
+    def squared(self, total: Any) -> Any:
+        """Return the equation of the difference whose squares are summed, if it is one."""
+        summed = total.invars[0]
+        while (scaled := self.by(summed, "mul")) is not None and _jax.is_literal(scaled.invars[0]):
+            summed = scaled.invars[1]  # The square may be halved.
+        square = self.by(summed, "square", "integer_pow", "mul")
+        if square is None or square.params.get("y", 2) != 2 or square.invars[0] is not square.invars[-1]:
+            return None
+        return self.by(square.invars[0], "sub")
+
+    def is_column_of_a_vector(self, column: Any, n: int) -> bool:
+        """Tell whether a vector of n entries was made a column on the way to this one."""
+        todo, seen = [column], set[Any]()
+        while todo:
+            atom = todo.pop()
+            eqn = self.by(atom)
+            if eqn is None or atom in seen or eqn.primitive.name == "dot_general":
+                continue
+            seen.add(atom)
+            inputs = [atom for atom in eqn.invars if not _jax.is_literal(atom)]
+            if eqn.primitive.name in ("broadcast_in_dim", "reshape") and inputs and inputs[0].aval.shape == (n,):
+                return True
+            todo += [atom for atom in inputs if atom.aval.shape == (n, 1)]
         return False
-    difference = by(square.invars[0], "sub")
+
+
+def _is_all_pairs(total: Any, jaxpr: Any) -> bool:
+    made = _Made(jaxpr)
+    difference = made.squared(total)
     if difference is None:
         return False
     column, row = sorted(difference.invars, key=lambda atom: atom.aval.shape[-1:])
-    n, broadcast = total.invars[0].aval.shape[0], by(row, "broadcast_in_dim", "reshape")
+    n, broadcast = total.invars[0].aval.shape[0], made.by(row, "broadcast_in_dim", "reshape")
     if (column.aval.shape, row.aval.shape) != ((n, 1), (1, n)) or broadcast is None:
         return False
     if len(broadcast.invars[0].aval.shape) != 1:
         return False
-
-    def whole(atom: Any) -> Any:
-        """Return the array that the numbers come from, before changes of shape."""
-        while (eqn := by(atom, *_SHAPES)) is not None:
-            atom = eqn.invars[0]
-        return atom
-
-    if whole(column) is whole(row):  # All pairs of an array with itself are intended.
-        return False
-    todo, seen = [column], set()
-    while todo:  # Go back to the equation that made the column.
-        atom = todo.pop()
-        eqn = made.get(atom)
-        if eqn is None or atom in seen or eqn.primitive.name == "dot_general":
-            continue
-        seen.add(atom)
-        inputs = [atom for atom in eqn.invars if not _jax.is_literal(atom)]
-        if eqn.primitive.name in ("broadcast_in_dim", "reshape") and inputs and inputs[0].aval.shape == (n,):
-            return False
-        todo += [atom for atom in inputs if atom.aval.shape == (n, 1)]
-    return True
+    # All pairs of an array with itself are intended.
+    return made.whole(column) is not made.whole(row) and not made.is_column_of_a_vector(column, n)

@@ -14,8 +14,9 @@ from gdopt import _trees
 from gdopt._checks import fault, refuse_no_arrays
 from gdopt._devices.sharding import check_batch_size, explicitly
 from gdopt._errors import InputError
-from gdopt._problem.data import Batches, Stream, check_data
+from gdopt._problem.data import Batches, check_data
 from gdopt._problem.objective import Objective, check_start
+from gdopt._problem.stream import Stream
 from gdopt._settings import own_work
 from gdopt._types import PyTree
 

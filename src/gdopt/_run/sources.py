@@ -14,9 +14,9 @@ from gdopt._checks import warn
 from gdopt._devices.processes import peers
 from gdopt._errors import InputError
 from gdopt._loop.state import Carry, Compiled, Inputs
-from gdopt._problem.data import Batch, Feed
 from gdopt._problem.limits import Steps
 from gdopt._problem.problem import Problem
+from gdopt._problem.stream import Batch, Feed
 from gdopt._status import RUNNING
 from gdopt._stopping import Epoch
 from gdopt._types import PyTree
