@@ -374,7 +374,7 @@ def _without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprints, "_own", lambda array: array)
+    monkeypatch.setattr(copies, "_own", lambda array: array)
 
 
 def _without_holes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def pack(tree: PyTree) -> Packed:
 def update(
     updates: PyTree, state: Any, params: PyTree | None = None, *, value: Any, **extra_args: Any
 ) -> tuple[PyTree, Any]:
-    """The update of an optimizer whose state holds trials, and has a ``name`` and a function for the ``next`` one."""
+    """Update an optimizer whose state holds ``trials``, its ``name``, and a function for the ``next`` trial."""
     del extra_args
     if params is None:
         raise InputError(f"{state.name} was updated without params. Call update(grad, state, params, value=loss).")
