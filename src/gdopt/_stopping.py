@@ -344,7 +344,7 @@ def contradicted(np: Any, watch: Watch, step: Any) -> Watch:
     return watch._replace(held=none, stalled=none, idle=none, bar=bar, patience=patience)
 
 
-def failed(code: jax.Array) -> jax.Array:
+def is_failure(code: jax.Array) -> jax.Array:
     """Tell whether a run ended by a failure."""
     return functools.reduce(jnp.logical_or, [code == status for status in FAILURES])
 

@@ -18,10 +18,10 @@ from gdopt._types import PyTree
 _LONGEST = 200  # the most characters of a description
 
 
-def identity_of(problem: Problem, *, keep_best: bool) -> dict[str, str]:
+def run_identity(problem: Problem, *, keep_best: bool) -> dict[str, str]:
     """Describe, by name, everything that has to be the same when a run is resumed."""
     return {
-        "params": _described(problem.objective.params),
+        "params": _shapes_of(problem.objective.params),
         "data": "a stream" if problem.stream else _with_checksum(problem.data),
         "batch_size": repr(problem.batches and problem.batches.batch_size),
         "args": _with_checksum(problem.args),
@@ -56,10 +56,10 @@ def short(text: str) -> str:
 
 
 def _with_checksum(tree: PyTree) -> str:
-    return f"{_described(tree)} with the checksum {program.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
+    return f"{_shapes_of(tree)} with the checksum {program.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
 
 
-def _described(tree: PyTree) -> str:
+def _shapes_of(tree: PyTree) -> str:
     """Describe a tree by paths, dtypes and shapes, and by a checksum if it has many leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     text = ", ".join(

@@ -19,7 +19,7 @@ from gdopt import _trees
 from gdopt._checkpoint import sharded
 from gdopt._checkpoint.file import SPREAD
 from gdopt._checkpoint.folder import Checkpoint, Saved
-from gdopt._checkpoint.identity import identity_of, layout_of, numbers_of, short
+from gdopt._checkpoint.identity import layout_of, numbers_of, run_identity, short
 from gdopt._checkpoint.multi_process import JointSaver, opened
 from gdopt._checks import warn
 from gdopt._compile import program
@@ -29,7 +29,7 @@ from gdopt._errors import InputError
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import search
+from gdopt._optimizers.optax_state import trials_in
 from gdopt._problem.problem import Problem
 from gdopt._problem.stream import Feed, Position
 from gdopt._result import History, RangeTest, concatenated
@@ -66,7 +66,7 @@ class Saves:
 
     def __init__(self, saver: JointSaver, found: Saved | None):
         self.found = found
-        self.range_test: RangeTest | None = None if found is None else _range_test(found)
+        self.range_test: RangeTest | None = None if found is None else _restored_test(found)
         self.feed: Feed | None = None  # None without a stream
         self._stream: dict[str, Any] = {} if found is None else found.meta.get("stream", {})
         self._saver = saver
@@ -110,7 +110,7 @@ class Saves:
     def compare(self, problem: Problem, *, keep_best: bool) -> None:
         """Raise InputError if the checkpoint is of another run."""
         sharded.check_installed(problem.objective.params)
-        given = identity_of(problem, keep_best=keep_best)
+        given = run_identity(problem, keep_best=keep_best)
         self._meta = {"given": given, "start": program.checksum(problem.objective.params)}
         if self.found is None:
             return
@@ -171,7 +171,7 @@ class Saves:
         if found.meta["loss"] != self._meta["loss"]:  # Measurements of the old loss do not hold for the new one.
             others, best = True, np.full_like(state.kept.loss, np.inf)
             state = state._replace(watch=fresh.watch, kept=state.kept._replace(loss=best))
-            if search(state.optimizer) is not None:
+            if trials_in(state.optimizer) is not None:
                 state = state._replace(optimizer=fresh.optimizer)
         # A run that ended at its limits continues if the limits have changed: its last point is evaluated once more.
         if ended == Status.MAX_STEPS or (ended != RUNNING and others):
@@ -278,7 +278,7 @@ def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Generato
 _TEST_ARRAYS = ("learning_rate", "loss", "smoothed_loss", "losses", "smoothed_losses")
 
 
-def _range_test(saved: Saved) -> RangeTest | None:
+def _restored_test(saved: Saved) -> RangeTest | None:
     told = saved.meta.get("range_test")
     if told is None:
         return None

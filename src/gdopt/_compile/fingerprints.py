@@ -35,12 +35,12 @@ def fingerprint(jaxpr: Any, *, lifted: bool = False, rules: bool = False) -> Has
     be differentiated, policies of checkpoints count, and a function with derivative rules gets no fingerprint.
     """
     try:
-        return tuple(_parts(jaxpr, lifted, rules))
+        return tuple(_items(jaxpr, lifted, rules))
     except Exception:  # It is _Unshareable, or an unknown object raised something else.
         return None
 
 
-def _parts(jaxpr: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
+def _items(jaxpr: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
     jaxpr, order = _jax.opened(jaxpr), {}
 
     def bind(var: Any) -> Hashable:
@@ -105,7 +105,7 @@ def _value(value: Any, lifted: bool = False, rules: bool = False) -> Hashable:
     if kind in (NoneType, bool, int, str, bytes) or (kind.__name__ in _COMPARED and _is_jaxs_own(kind)):
         return kind, value
     if _jax.is_jaxpr(value):  # An inner jit keeps the arrays that it closes over in its trace.
-        return tuple(_parts(value, lifted, rules)), tuple(map(_value, _jax.consts(value)))
+        return tuple(_items(value, lifted, rules)), tuple(map(_value, _jax.consts(value)))
     inner = functools.partial(_value, lifted=lifted, rules=rules)
     if kind in (tuple, list) or (isinstance(value, tuple) and _is_jaxs_own(kind)):
         return kind, tuple(map(inner, value))

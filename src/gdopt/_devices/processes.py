@@ -131,14 +131,14 @@ def check_joined(inputs: PyTree) -> None:
         )
 
 
-def described(tree: PyTree) -> str:
+def comparable(tree: PyTree) -> str:
     """Describe a tree by its structure, shapes and places, and by its values if each process holds all of them."""
     parts = [str(jax.tree.structure(tree))]
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             parts.append(f"{leaf.dtype} {leaf.shape} {getattr(leaf.sharding, 'spec', None)}")
         elif _trees.is_key(leaf):
-            parts.append(described(jax.random.key_data(leaf)))
+            parts.append(comparable(jax.random.key_data(leaf)))
         elif _trees.is_array(leaf):
             array = _trees.on_host(leaf)
             parts.append(f"{array.dtype} {array.shape} {zlib.crc32(array.tobytes())}")

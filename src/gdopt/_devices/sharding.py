@@ -64,7 +64,7 @@ def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | N
         raise InputError(f"{name}={axis!r} is no axis of the mesh. It has {', '.join(map(repr, mesh.axis_names))}.")
     mesh = _auto(mesh)
 
-    def placed(path: tuple, leaf: Any) -> Any:
+    def put(path: tuple, leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray):
             return leaf
         if rows is not None:
@@ -76,7 +76,7 @@ def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | N
             spec[max(even, key=lambda place: leaf.shape[place])] = axis
         return put_on(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    return jax.tree_util.tree_map_with_path(placed, tree)
+    return jax.tree_util.tree_map_with_path(put, tree)
 
 
 def _check_rows(name: str, shape: tuple[int, ...], parts: int, axis: str) -> None:
@@ -183,7 +183,7 @@ class Layout(NamedTuple):
         return lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
 
-def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[str, PyTree], Layout | None]:
+def on_one_mesh(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[str, PyTree], Layout | None]:
     """Place all trees on the mesh that some arrays are on; arrays on no mesh are copied to each device.
 
     The trees named in ``kept`` stay on Explicit axes, if they are. Raise InputError, with the names, if the arrays are
@@ -197,7 +197,7 @@ def placed(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[st
     for name, other in others:
         if list(other.devices.flat) != list(mesh.devices.flat):
             raise InputError(
-                f"{first} is on {_described(mesh)}, and {name} on {_described(other)}. Place both on one mesh (for "
+                f"{first} is on {_mesh_text(mesh)}, and {name} on {_mesh_text(other)}. Place both on one mesh (for "
                 "example with gdopt.shard)."
             )
     auto_mesh = _auto(mesh)
@@ -244,6 +244,6 @@ def check_batch_size(data: PyTree, batch_size: int) -> None:
             )
 
 
-def _described(mesh: Mesh) -> str:
+def _mesh_text(mesh: Mesh) -> str:
     shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return f"a mesh of ({shape}) with devices {[device.id for device in mesh.devices.flat]}"

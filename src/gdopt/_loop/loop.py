@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt._compile import program
-from gdopt._devices.processes import Alone, described, peers
-from gdopt._devices.sharding import Layout, explicit_mesh, mapped_mesh, placed
+from gdopt._devices.processes import Alone, comparable, peers
+from gdopt._devices.sharding import Layout, explicit_mesh, mapped_mesh, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
 from gdopt._loop.state import Compiled, Inputs, Settings, Whole
@@ -78,7 +78,7 @@ def _compile(
     """
     noisy = problem.noisy or trial
     # The inputs are placed before the trace, so that the loss is traced for the devices on which it will run.
-    given, _ = placed({"params": problem.objective.params, "data": problem.data, "args": problem.args})
+    given, _ = on_one_mesh({"params": problem.objective.params, "data": problem.data, "args": problem.args})
     start, data, args = given.values()
     batch = problem._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and problem.with_key else None
@@ -89,7 +89,7 @@ def _compile(
     numbers = schedule and schedule.constants
     epoch = None if problem.stream is None else Epoch(begins=True, ends=False, steps=1)
     inputs = Inputs(start, data, args, key, None if schedule else method.rate, limits, value.constants, numbers, epoch)
-    inputs, layout = _placed(inputs, constants_stay=problem.explicit is not None)
+    inputs, layout = _inputs_on_one_mesh(inputs, constants_stay=problem.explicit is not None)
     inside = program.is_traced(inputs)
     if inside and trial:
         raise InputError(_TRIAL_INSIDE)
@@ -163,10 +163,10 @@ def check_alike(problem: Problem, **given: Any) -> None:
             given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
         loss=program.text(problem.value, problem.objective.params, problem.batch, problem.args, problem.key),
-        params=described(problem.objective.params),
-        data=described(problem.data),
-        args=described(problem.args),
-        key=described(problem.key),
+        params=comparable(problem.objective.params),
+        data=comparable(problem.data),
+        args=comparable(problem.args),
+        key=comparable(problem.key),
         batches=problem.batches,
         **given,
     )
@@ -182,12 +182,12 @@ def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
     return made._replace(solve=differentiable(made.solve, of, known, defined=not noisy))
 
 
-def _placed(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
+def _inputs_on_one_mesh(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
     """Place the inputs on the devices that some of them are on."""
     names = {"start": "params", "data": "data", "args": "args", "constants": "what the loss closes over"}
     names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
     stay = {names["constants"]} if constants_stay else ()
-    trees, layout = placed({name: getattr(inputs, field) for field, name in names.items()}, stay)
+    trees, layout = on_one_mesh({name: getattr(inputs, field) for field, name in names.items()}, stay)
     return inputs._replace(**{field: trees[name] for field, name in names.items()}), layout
 
 

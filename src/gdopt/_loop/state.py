@@ -145,11 +145,11 @@ def returned_params(state: State) -> PyTree:
 def params_to_return(state: State) -> PyTree:
     """Return the params whose loss is in ``state.kept``, on the devices of the params."""
 
-    def placed(leaf: Any, like: Any) -> jax.Array:
+    def put(leaf: Any, like: Any) -> jax.Array:
         if isinstance(leaf, jax.Array):
             return leaf
         array = jax.device_put(leaf)
         shared = isinstance(like, jax.Array) and array.sharding != like.sharding
         return jax.device_put(leaf, like.sharding) if shared else array
 
-    return jax.tree.map(placed, returned_params(state), state.params)
+    return jax.tree.map(put, returned_params(state), state.params)

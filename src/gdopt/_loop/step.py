@@ -15,7 +15,7 @@ from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import inject, search
+from gdopt._optimizers.optax_state import inject, trials_in
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem.data import Batches
 from gdopt._problem.problem import Problem
@@ -88,7 +88,7 @@ class Step:
         norm = jnp.full((), jnp.nan, _trees.norm_dtype(inputs.start))
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._aux)
         optimizer = self._method.init(rate_of(self._method, self._schedule, inputs, jnp.int32(0)), inputs.start)
-        if search(optimizer) is not None:
+        if trials_in(optimizer) is not None:
             _check_search(settings)
         best = _trees.copy(settings.compact(inputs.start)) if settings.keep_best else None
         state = State(
@@ -129,7 +129,7 @@ class Step:
         return Evaluation(k, value, grad_norm, distance, finite, largest), here
 
     def _judged(self, state: State, point: Evaluation, inputs: Inputs) -> tuple[jax.Array, Watch]:
-        found = search(state.optimizer)
+        found = trials_in(state.optimizer)
         if found is not None:
             found = Search(found.rejected >= MAX_REJECTED, found.accepted, found.left.astype(self._loss_dtype))
         epoch = self._epoch(inputs, point.step)
@@ -150,7 +150,7 @@ class Step:
             lower = (value < last.loss) | ((value == last.loss) & (grad_norm == 0))
             keep = (k == 0) | (finite & lower)
         else:
-            failed = _stopping.failed(code)
+            failed = _stopping.is_failure(code)
             keep = (k == 0) | jnp.where(running, value <= watch.first_loss, ~failed)
         keep_best = self._settings.keep_best
         kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))

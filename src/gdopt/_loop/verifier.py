@@ -17,7 +17,7 @@ from gdopt._compile import program
 from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned_params
 from gdopt._loop.step import rate_of
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import restarted, search
+from gdopt._optimizers.optax_state import restarted, trials_in
 from gdopt._problem.problem import Problem
 from gdopt._settings import as_own_work
 from gdopt._status import Status
@@ -211,7 +211,7 @@ class Verifier(NamedTuple):
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
         arrays = lambda tree: list(map(np.asarray, self._blocks(tree)))
-        searches = search(state.optimizer) is not None
+        searches = trials_in(state.optimizer) is not None
         claim = Claim(
             state.code,
             state.step,

@@ -98,7 +98,7 @@ def whole_loop(
         if average is not state.params:
             last = inputs._replace(limits=inputs.limits._replace(max_steps=state.step))
             again = shuffled(state._replace(code=jnp.int32(RUNNING), params=average), inputs)
-            failed = _stopping.failed(state.code)
+            failed = _stopping.is_failure(state.code)
             state = _trees.select(failed, state, step(again, last)[0])
         params, kept = returned_params(state), state.kept
         success = _stopping.succeeded(ended.code, ended.watch, noisy=settings.noisy, has_target=has_target)

@@ -99,7 +99,7 @@ def is_transformation(optimizer: Any) -> bool:
     return callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
 
 
-def identity_of(function: Any) -> Hashable | None:
+def function_identity(function: Any) -> Hashable | None:
     """Return the identity of a function that nobody changes, or of its partial with numbers; None for others."""
     if type(function) is not functools.partial:
         return function if _is_fixed(function) else None

@@ -14,8 +14,8 @@ import optax
 
 from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
-from gdopt._optimizers.factory import identity_of, is_transformation
-from gdopt._optimizers.optax_state import apply, extra_arguments, owned_rate, search
+from gdopt._optimizers.factory import function_identity, is_transformation
+from gdopt._optimizers.optax_state import apply, extra_arguments, owned_rate, trials_in
 from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
 from gdopt._types import Optimizer, PyTree, Schedule
@@ -48,7 +48,7 @@ class Method(NamedTuple):
 
     def rates(self, state: PyTree) -> Rates:
         """Tell who decides the rates, by the optimizer's state: one of its parts may search for them."""
-        if search(state) is not None:
+        if trials_in(state) is not None:
             return Rates.SEARCHED
         if self.owns_rate:
             return Rates.OWNED
@@ -150,14 +150,14 @@ class Method(NamedTuple):
     @property
     def may_project(self) -> bool:
         """Tell whether the optimizer may hold params at a bound, as a composed or an unknown one may."""
-        return identity_of(self.optimizer) is None and self.identity is None
+        return function_identity(self.optimizer) is None and self.identity is None
 
     @property
     def identity(self) -> Hashable | None:
         """An identity, equal only for optimizers that make the same updates; None if only their traces show that."""
         if not self.owns_rate:
-            return identity_of(self.optimizer)
-        both = identity_of(self.optimizer.init), identity_of(self.optimizer.update)
+            return function_identity(self.optimizer)
+        both = function_identity(self.optimizer.init), function_identity(self.optimizer.update)
         return None if None in both else both
 
 

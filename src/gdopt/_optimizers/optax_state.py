@@ -49,7 +49,7 @@ def extra_arguments(loss: Callable[[PyTree], jax.Array], value: jax.Array, grad:
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
     """Return the optimizer's answer: the params, or the average that schedule-free methods keep."""
-    for averaged in _parts(state, ScheduleFreeState):
+    for averaged in _states_of(state, ScheduleFreeState):
 
         def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:
             if isinstance(z, optax.MaskedNode):  # This leaf is left to another optimizer.
@@ -69,7 +69,9 @@ def owned_rate(state: PyTree) -> jax.Array:
 
 def inject(state: PyTree, rate: jax.Array) -> PyTree:
     """Put this rate into a state of ``optax.inject_hyperparams``, which would otherwise keep using its first rate."""
-    kept = [part for part in _parts(state, optax.InjectStatefulHyperparamsState) if "learning_rate" in part.hyperparams]
+    kept = [
+        part for part in _states_of(state, optax.InjectStatefulHyperparamsState) if "learning_rate" in part.hyperparams
+    ]
     if len(kept) != 1:
         return state
 
@@ -82,9 +84,9 @@ def inject(state: PyTree, rate: jax.Array) -> PyTree:
     return jax.tree.map(replace, state, is_leaf=lambda node: node is kept[0])
 
 
-def search(state: PyTree) -> Trials | None:
+def trials_in(state: PyTree) -> Trials | None:
     """Return the trials in the state of an optimizer that takes bad points back; None for other optimizers."""
-    return next(iter(_parts(state, Trials)), None)
+    return next(iter(_states_of(state, Trials)), None)
 
 
 def restarted(state: PyTree) -> PyTree:
@@ -96,10 +98,10 @@ def restarted(state: PyTree) -> PyTree:
 
 def learns_scales(state: PyTree) -> bool:
     """Tell whether the optimizer learns a scale for each entry of the params, as `quasi_newton` does."""
-    return bool(_parts(state, QuasiNewtonState))
+    return bool(_states_of(state, QuasiNewtonState))
 
 
-def _parts(state: PyTree, kind: type) -> list[Any]:
+def _states_of(state: PyTree, kind: type) -> list[Any]:
     """Return the states of this kind within an optimizer's state."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from gdopt import _jax, _trees
 from gdopt._checks import fault
 from gdopt._compile import program
-from gdopt._devices.sharding import placed
+from gdopt._devices.sharding import on_one_mesh
 from gdopt._errors import InputError
 from gdopt._problem.objective import Objective, check_start, times
 from gdopt._problem.problem import Problem
@@ -134,7 +134,7 @@ def _by_curvature(problem: Problem, scale: str) -> PyTree:
             "scale='curvature' was given for a noisy loss, whose curvature differs from step to step. Pass a tree of "
             "typical sizes (for example {'w': 1e-3, 'b': 1.0})."
         )
-    trees, _ = placed({"params": problem.objective.params, "data": problem.data, "args": problem.args})
+    trees, _ = on_one_mesh({"params": problem.objective.params, "data": problem.data, "args": problem.args})
     params, given = trees["params"], (trees["data"], trees["args"], None)
     value = program.trace(problem.value, params, *given, rules=True)
     inputs = params, value.constants, *given

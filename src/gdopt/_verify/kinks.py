@@ -42,6 +42,18 @@ class Below(NamedTuple):
     tells: Any  # whether the gradients of the last region led down, or showed that there is no way
 
 
+class _Bundle(NamedTuple):
+    """Gradients near a point, their shortest convex combination, and the lowest point along it."""
+
+    known: Any  # the number of gradients
+    rows: Blocks
+    weights: Any  # the weights of the gradients in the shortest vector
+    length: Any  # its length
+    longest: Any  # the length of the longest gradient
+    loss: Any  # the lowest loss
+    point: Blocks
+
+
 def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: Blocks) -> Below:
     """Go down from a point at a kink.
 
@@ -54,54 +66,61 @@ def look_below(place: Place, probe: Probe, params: Blocks, loss: Any, typical: B
     few = min(count_of(params), _SAMPLES) + 1
     room = few + min(4 * count_of(params), _MORE)
 
-    def beside(point: Blocks, sizes: Blocks, number: Any) -> Blocks:
-        """Return the gradient at the point, or at another one near it."""
-        away = [np.where(number == 0, 0, s * c) for s, c in zip(sizes, chance(place, sizes, number), strict=True)]
-        return probe.at(shifted(point, away))[1]
-
     def descend(number: Any, below: tuple[Below, Blocks]) -> tuple[Below, Blocks]:
         (loss, begin, least, _), steepest = below
         radius = eps ** (0.15 * ((number + 1) // 2))
         sizes = _region(np, number, radius, typical, steepest, loss)
-        rows = place.rows(lambda number: beside(begin, sizes, number), few)
-        rows = [np.concatenate([block, np.zeros((room - few, *block.shape[1:]), block.dtype)]) for block in rows]
-        rows = [np.where(np.isfinite(block), block, 0) for block in rows]
+        rows = _gradients(place, probe, begin, sizes, few, room)
         steepest = [np.maximum(np.max(abs(block), axis=0), s) for block, s in zip(rows, steepest, strict=True)]
         rows = [block * s[None] for block, s in zip(rows, sizes, strict=True)]
         unit = largest(np, rows)
         unit = np.where(unit > 0, unit, 1)
 
-        def goes_on(carry: tuple) -> Any:
-            known, _, _, length, longest, (value, _) = carry
-            promises = (length > _ZERO * longest) & (_FALLS * length > eps * abs(loss))  # The fall has to be visible.
-            return (known < room) & promises & ~(value < loss - _FALLS * length)
+        def goes_on(bundle: _Bundle) -> Any:
+            length = bundle.length
+            promises = (length > _ZERO * bundle.longest) & (_FALLS * length > eps * abs(loss))  # It has to be visible.
+            return (bundle.known < room) & promises & ~(bundle.loss < loss - _FALLS * length)
 
-        def follow(carry: tuple) -> tuple:
-            known, rows, weights, *_ = carry
+        def follow(bundle: _Bundle) -> _Bundle:
+            known, rows = bundle.known, bundle.rows
             scaled = [block / unit.astype(block.dtype) for block in rows]
-            weights, length, longest = _shortest(place, scaled, weights, known, dtype)
+            weights, length, longest = _shortest(place, scaled, bundle.weights, known, dtype)
             way = normal(place, combined(place, weights, scaled), dtype)
             way = [s * w for s, w in zip(sizes, way, strict=True)]
             there = shifted(begin, [-w for w in way])
             grad = [g * s for g, s in zip(probe.at(there)[1], sizes, strict=True)]
             grad = [np.where(np.isfinite(g), g, 0) for g in grad]
             rows = [place.put(block, known, g) for block, g in zip(rows, grad, strict=True)]
-            lowest = _along(place, probe, begin, loss, way)
-            return known + 1, rows, weights, length * unit, longest * unit, lowest
+            return _Bundle(
+                known + 1, rows, weights, length * unit, longest * unit, *_along(place, probe, begin, loss, way)
+            )
 
-        def further(_: Any, carry: tuple) -> tuple:
-            return place.when(goes_on(carry), lambda: follow(carry), lambda: carry)
+        def further(_: Any, bundle: _Bundle) -> _Bundle:
+            return place.when(goes_on(bundle), lambda: follow(bundle), lambda: bundle)
 
         one = np.ones((), dtype)
         first = np.where(np.arange(room) == 0, one, 0)
-        start = np.int32(few) + 0 * number, rows, first, np.inf * one, one * unit, (loss, begin)
-        _, _, _, length, _, (value, point) = carry = place.fold(room - few, further, start)
-        slope = np.where(number < _COARSE, np.inf, length / radius)
-        return Below(value, point, np.minimum(least, slope).astype(dtype), ~goes_on((few, *carry[1:]))), steepest
+        start = _Bundle(np.int32(few) + 0 * number, rows, first, np.inf * one, one * unit, loss, begin)
+        end = place.fold(room - few, further, start)
+        least = np.minimum(least, np.where(number < _COARSE, np.inf, end.length / radius)).astype(dtype)
+        return Below(end.loss, end.point, least, ~goes_on(end._replace(known=few))), steepest
 
     first = [abs(g).astype(t.dtype) for g, t in zip(probe.at(params)[1], typical, strict=True)]
     unknown = np.full((), np.inf, dtype)
     return place.fold(_ROUNDS, descend, (Below(loss, params, unknown, unknown < 0), first))[0]
+
+
+def _gradients(place: Place, probe: Probe, point: Blocks, sizes: Blocks, few: int, room: int) -> Blocks:
+    """Return the gradient at the point and a few near it, with room for further ones."""
+    np = place.np
+
+    def beside(number: Any) -> Blocks:
+        away = [np.where(number == 0, 0, s * c) for s, c in zip(sizes, chance(place, sizes, number), strict=True)]
+        return probe.at(shifted(point, away))[1]
+
+    rows = place.rows(beside, few)
+    rows = [np.concatenate([block, np.zeros((room - few, *block.shape[1:]), block.dtype)]) for block in rows]
+    return [np.where(np.isfinite(block), block, 0) for block in rows]
 
 
 def _region(np: Any, number: Any, radius: Any, typical: Blocks, steepest: Blocks, loss: Any) -> Blocks:
