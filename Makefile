@@ -73,7 +73,8 @@ lint: $(VENV)/stamp-dev ## check style, formatting and the direction of imports
 
 types: $(VENV)/stamp-dev ## check types, and that every public name has one
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(VENV)/bin/python
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(VENV)/bin/python --verifytypes gdopt --ignoreexternal
+	PYTHONPATH=src PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(VENV)/bin/python --verifytypes gdopt \
+		--ignoreexternal
 
 format: $(VENV)/stamp-dev ## fix style and formatting if that is safe
 	$(RUN) ruff check --fix
