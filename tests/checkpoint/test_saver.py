@@ -409,6 +409,15 @@ def test_saving_works_without_file_locks(base: Path, monkeypatch: pytest.MonkeyP
     assert steps(base) == [1]
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_followed(base: Path):
+    other = base.with_name("other")
+    other.write_text("kept")
+    base.with_name(f"{base.name}.lock").symlink_to(other)
+    with pytest.raises(InputError, match="lock' cannot be written"):
+        Saver(Checkpoint(base)).__enter__()
+    assert other.read_text() == "kept"
+
+
 # ----------------------------------------------------------------------------------------------------- real processes
 
 NURSERY = """

@@ -19,7 +19,8 @@ def acquire(base: str) -> int:
     lock = f"{base}.lock"
     while True:
         try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            # A link in its place would lead to a file that is then emptied.
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             raise InputError(
                 f"checkpoint path={base!r} cannot be used: {lock!r} cannot be written, {error.strerror}. Pass another "
