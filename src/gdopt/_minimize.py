@@ -15,7 +15,7 @@ from gdopt._checks import check_flags
 from gdopt._compile import program
 from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
-from gdopt._loop.state import Inputs, Whole, params_to_return
+from gdopt._loop.state import Inputs, Whole
 from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method, is_auto, make_method
 from gdopt._optimizers.spectral import gd
@@ -204,12 +204,9 @@ def minimize(
         ended_at = time.perf_counter()
         if history.grad_norm[0] == 0:
             warn_of_no_gradient(problem)
-    inputs, returned = source.last_inputs(inputs), params_to_return(state)
-    has_steps = max_steps is not None or epochs is not None
-    ended = Ended(
-        *(problem, method, compiled, inputs, state, history, status, returned, has_steps, range_test),
-        *(source.steps_per_epoch, source.why),
-    )
+    inputs, has_steps = source.last_inputs(inputs), max_steps is not None or epochs is not None
+    known = source.steps_per_epoch, source.why
+    ended = Ended(problem, method, compiled, inputs, state, history, status, has_steps, range_test, *known)
     result = ended.result(
         explain(ended) + saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at
     )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -284,6 +284,18 @@ def masked(mask: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: part(updates))
 
 
+def one_step_each(carrier: str, options: Callable[[Any], dict[str, Any]]) -> Iterator[tuple[float, gdopt.Result]]:
+    """Yield each number with a run whose options hold it in a carrier, which is changed after the run."""
+    gdopt.clear_cache()
+    for event in ("nothing", "cleared caches"):
+        for number in (2.0, 3.0):
+            value = CARRIERS[carrier](number)
+            with EVENTS[event]():
+                result = gdopt.minimize(lambda x: jnp.sum(x), X, max_steps=1, **options(value))
+            change(value)
+            yield number, result
+
+
 OPTIMIZERS = {
     "chain": lambda mask: optax.chain(optax.identity(), masked(mask)),
     "MultiSteps": lambda mask: optax.MultiSteps(masked(mask), 1),
@@ -295,14 +307,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", some_of(OPTIMIZERS, {"chain", "apply_if_finite"}))
 @pytest.mark.parametrize("carrier", some_of(CARRIERS, {"NumPy array", "JAX array"}))
 def test_optimizers_keep_their_own_arrays(name: str, carrier: str) -> None:
-    gdopt.clear_cache()
-    for event in ("nothing", "cleared caches"):
-        for number in (2.0, 3.0):
-            mask = CARRIERS[carrier](number)
-            with EVENTS[event]():
-                result = gdopt.minimize(lambda x: jnp.sum(x), X, optimizer=OPTIMIZERS[name](mask), max_steps=1)
-            change(mask)
-            np.testing.assert_allclose(result.history.loss[-1], np.sum(X - 0.1 * number), rtol=1e-5)
+    for number, result in one_step_each(carrier, lambda mask: {"optimizer": OPTIMIZERS[name](mask)}):
+        np.testing.assert_allclose(result.history.loss[-1], np.sum(X - 0.1 * number), rtol=1e-5)
 
 
 SCHEDULES = {
@@ -316,14 +322,8 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", some_of(SCHEDULES, {"jit", "cond"}))
 @pytest.mark.parametrize("carrier", ["number", "NumPy's array of no axes", "JAX array of no axes"])
 def test_schedules_keep_their_own_arrays(name: str, carrier: str) -> None:
-    gdopt.clear_cache()
-    for event in ("nothing", "cleared caches"):
-        for number in (2.0, 3.0):
-            value = CARRIERS[carrier](number)
-            with EVENTS[event]():
-                result = gdopt.minimize(lambda x: jnp.sum(x), X, learning_rate=SCHEDULES[name](value), max_steps=1)
-            change(value)
-            np.testing.assert_allclose(result.history.learning_rate[0], 0.1 * number, rtol=1e-6)
+    for number, result in one_step_each(carrier, lambda value: {"learning_rate": SCHEDULES[name](value)}):
+        np.testing.assert_allclose(result.history.learning_rate[0], 0.1 * number, rtol=1e-6)
 
 
 class Target:

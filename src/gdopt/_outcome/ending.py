@@ -12,7 +12,7 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._errors import InputError
-from gdopt._loop.state import Compiled, Inputs, State, Whole
+from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return
 from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.method import Method, Rates
 from gdopt._optimizers.optax_state import learns_scales
@@ -37,7 +37,6 @@ class Ended:
     state: State
     history: History
     status: Status
-    params: PyTree  # to be returned
     has_steps: bool  # whether the caller gave max_steps or epochs
     range_test: RangeTest | None
     steps_per_epoch: int | None
@@ -63,6 +62,11 @@ class Ended:
             run_seconds=run_seconds,
             _evidence=self.evidence,
         )
+
+    @functools.cached_property
+    def params(self) -> PyTree:
+        """The params to return."""
+        return params_to_return(self.state)
 
     @functools.cached_property
     def ending(self) -> Ending:
