@@ -108,9 +108,14 @@ def test_directories_without_a_save_are_ignored_and_removed(base: Path) -> None:
     with Saver(place) as saver:
         save(saver, base, 5)
         save(saver, base, 6)
-        assert names(base) == ["000000000006.0123abcd.orbax", "000000000006.gdopt", "lock"]  # of two, one is kept
+        assert names(base) == ["000000000006.0123abcd.orbax", "000000000006.gdopt", "gdopt.lock"]  # of two, one is kept
     for name in ("000000000006.00000000", "000000000007.0123abcd", "000000000004.0123abcd"):
         (base.parent / f"run.{name}.orbax" / "d").mkdir(parents=True)
+        (base.parent / f"run.{name}.orbax" / "gdopt-checkpoint").touch()
+    (base.parent / "run.000000000008.0123abcd.orbax").mkdir()  # A process was killed before it wrote there.
+    foreign = base.parent / "run.000000000009.0123abcd.orbax"
+    foreign.mkdir()
+    (foreign / "notes").write_text("kept")
     others = [base.parent / "run.x.0123abcd.orbax", base.parent / "run2.000000000007.0123abcd.orbax"]
     for other in others:
         other.mkdir()
@@ -119,9 +124,16 @@ def test_directories_without_a_save_are_ignored_and_removed(base: Path) -> None:
     assert found.meta["step"] == 6
     with Saver(place) as saver:
         saved = ["000000000006.0123abcd.orbax", "000000000006.gdopt"]
-        assert names(base) == [*saved, "lock", "run2.000000000007.0123abcd.orbax", "x.0123abcd.orbax"]
+        assert names(base) == [
+            *saved,
+            "000000000009.0123abcd.orbax",
+            "gdopt.lock",
+            "run2.000000000007.0123abcd.orbax",
+            "x.0123abcd.orbax",
+        ]
         save(saver, base, 6, "ffff0000")  # the same step again
     assert names(base)[:2] == ["000000000006.ffff0000.orbax", "000000000006.gdopt"]
+    assert (foreign / "notes").read_text() == "kept"
     (base.parent / "run.000000000006.gdopt").unlink()
     assert newest(place) is None
 
@@ -142,7 +154,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_one_is_made(base: Path, m
             with pytest.warns(UserWarning, match=rf"step {2 * at} was not saved: .*No space left"):
                 save(saver, base, 2 * at + 1)
         assert names(base) == [f"{step:012d}.{ending}" for step in (1, 3) for ending in ("0123abcd.orbax", "gdopt")] + [
-            "lock"
+            "gdopt.lock"
         ]
 
 
@@ -152,7 +164,7 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_one_is_made(base: Path, m
         ({"directory": "../run.000000000005.0123abcd.orbax"}, "is not its directory"),
         ({"directory": "run.000000000006.0123abcd.orbax"}, "is not its directory"),
         ({"directory": 3}, "is not its directory"),
-        ({"files": {"../run.lock": [0, 0]}}, "'../run.lock', which is not in"),
+        ({"files": {"../run.gdopt.lock": [0, 0]}}, "'../run.gdopt.lock', which is not in"),
         ({"files": {"/etc/passwd": [0, 0]}}, "'/etc/passwd', which is not in"),
         ({"files": {"pipe": [0, 0]}}, "'pipe' is not a regular file"),
         ({"files": {"x": 0}}, "not that of a checkpoint"),

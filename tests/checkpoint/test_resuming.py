@@ -114,7 +114,7 @@ def test_sigterm_ends_with_a_save_and_a_result(path) -> None:
     began = time.monotonic()
     assert "INTERRUPTED" in finished(process)
     assert time.monotonic() - began < 30  # at once, but for the end of the interpreter on a busy machine
-    assert not path.with_name("run.lock").exists()
+    assert not path.with_name("run.gdopt.lock").exists()
 
 
 # ------------------------------------------------------------------------------------------ one call after another

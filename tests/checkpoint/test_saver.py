@@ -152,8 +152,8 @@ def base(tmp_path: Path) -> Path:
 def steps(base: Path) -> list[int]:
     """Return the steps of the saves, and check that there are no other files."""
     names = sorted(path.name for path in base.parent.iterdir())
-    assert all(re.fullmatch(r"run\.\d{12}\.gdopt|run\.lock", name) for name in names), names
-    return [int(name.split(".")[1]) for name in names if name != "run.lock"]
+    assert all(re.fullmatch(r"run\.\d{12}\.gdopt|run\.gdopt\.lock", name) for name in names), names
+    return [int(name.split(".")[1]) for name in names if name != "run.gdopt.lock"]
 
 
 def settle(saver: Saver) -> None:
@@ -336,6 +336,33 @@ def test_a_damaged_later_save_displaces_no_good_one(base: Path):
     assert steps(base) == [31]
 
 
+def test_files_of_others_with_a_name_of_gdopts_stay(base: Path):
+    """None is removed as old or as left behind, or replaced, or overwritten through a link."""
+    foreign = [
+        Path(f"{base}.{1:012d}.gdopt"),
+        Path(f"{base}.{3:012d}.gdopt"),
+        Path(f"{base}.{2:012d}.gdopt.0123abcd.tmp"),
+    ]
+    for path in foreign:
+        path.write_text("kept")
+    target = base.with_name("target")
+    write(str(target), ARRAYS, META)
+    link = Path(f"{base}.{2:012d}.gdopt")
+    link.symlink_to(target)
+    before = target.read_bytes()
+    with Saver(Checkpoint(base, every_seconds=0, keep=1)) as saver:
+        for step in (2, 3):
+            saver.save(step, ARRAYS, META)
+            saver.wait()
+            with pytest.warns(UserWarning, match=rf"step {step} was not saved: .*is in its place.*Move it away"):
+                saver.due()
+        saver.close((4, ARRAYS, META))
+    assert Path(f"{base}.{4:012d}.gdopt").exists()
+    assert all(path.read_text() == "kept" for path in foreign)
+    assert link.is_symlink()
+    assert target.read_bytes() == before
+
+
 def test_a_change_of_directory_changes_nothing(base: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(base.parent)
     with Saver(Checkpoint("run")) as saver:
@@ -409,13 +436,51 @@ def test_saving_works_without_file_locks(base: Path, monkeypatch: pytest.MonkeyP
     assert steps(base) == [1]
 
 
-def test_a_link_in_the_place_of_the_lock_is_not_followed(base: Path):
-    other = base.with_name("other")
-    other.write_text("kept")
-    base.with_name(f"{base.name}.lock").symlink_to(other)
-    with pytest.raises(InputError, match="lock' cannot be written"):
+def test_a_lock_of_another_tool_stays(base: Path):
+    """A package manager's ``uv.lock`` beside the path ``uv`` is not gdopt's lock."""
+    other = base.with_name(f"{base.name}.lock")
+    other.write_text("version = 1")
+    with Saver(Checkpoint(base)) as saver:
+        saver.close((1, ARRAYS, META))
+    assert other.read_text() == "version = 1"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "directory", "pipe"])
+def test_whatever_stands_in_the_place_of_the_lock_stays(base: Path, kind: str):
+    place, other = base.with_name(f"{base.name}.gdopt.lock"), base.with_name("other")
+    match kind:
+        case "file":
+            place.write_text("kept")
+        case "link":
+            other.write_text("kept")
+            place.symlink_to(other)
+        case "dangling link":
+            place.symlink_to(other)
+        case "directory":
+            place.mkdir()
+        case _:
+            os.mkfifo(place)
+    before = [(path.name, path.lstat().st_mode) for path in sorted(base.parent.iterdir())]
+    with pytest.raises(InputError, match=r"lock' (cannot be written|is not a lock of gdopt)"):
         Saver(Checkpoint(base)).__enter__()
-    assert other.read_text() == "kept"
+    assert [(path.name, path.lstat().st_mode) for path in sorted(base.parent.iterdir())] == before
+    assert all(path.read_text() == "kept" for path in base.parent.iterdir() if path.is_file())
+
+
+def test_a_file_that_took_the_place_of_the_lock_stays(base: Path):
+    place = base.with_name(f"{base.name}.gdopt.lock")
+    with Saver(Checkpoint(base)):
+        place.unlink()
+        place.write_text("kept")
+    assert place.read_text() == "kept"
+
+
+@pytest.mark.parametrize("text", ["", "gdopt lock of process 1 on a machine that was switched off"])
+def test_a_lock_that_was_left_behind_is_taken(base: Path, text: str):
+    base.with_name(f"{base.name}.gdopt.lock").write_text(text)
+    with Saver(Checkpoint(base)):
+        pass
+    assert not list(base.parent.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------- real processes
@@ -556,7 +621,7 @@ with Saver(Checkpoint({str(base)!r})) as saver:
         with pytest.raises(InputError, match=rf"in use by a live run \(process {pid} on "):
             Saver(Checkpoint(base)).__enter__()
         nursery.kill(pid)
-        assert Path(f"{base}.lock").exists()
+        assert Path(f"{base}.gdopt.lock").exists()
         with Saver(Checkpoint(base)):
             pass
         os.kill(child, 0)
@@ -586,7 +651,11 @@ with Saver(place) as saver, warnings.catch_warnings(record=True) as caught:
 """
     )
     saves = [NAME.format(step).split(".", 1)[1] for step in (1, 2, 3)]
-    assert printed[:3] == [f"1 {[saves[0], 'lock']}", f"1 {[saves[0], 'lock']}", f"3 {[saves[0], saves[2], 'lock']}"]
+    assert printed[:3] == [
+        f"1 {[saves[0], 'gdopt.lock']}",
+        f"1 {[saves[0], 'gdopt.lock']}",
+        f"3 {[*saves[::2], 'gdopt.lock']}",
+    ]
     assert re.fullmatch(r"the checkpoint of step 2 was not saved: OSError: .*File too large\. Older.*", printed[3])
 
 
@@ -607,7 +676,7 @@ def test_a_lock_of_another_user_is_an_error(base: Path, monkeypatch: pytest.Monk
         return usual(path, *args, **options)
 
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(InputError, match=r"run.lock' cannot be written, Permission denied\. Pass another"):
+    with pytest.raises(InputError, match=r"run.gdopt.lock' cannot be written, Permission denied\. Pass another"):
         Saver(Checkpoint(base)).__enter__()
 
 

@@ -51,8 +51,8 @@ Arrays = Mapping[str, Any]  # JAX's or NumPy's, by name
 def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
     """Write a file that after a crash at any moment is either the whole new one or the old one.
 
-    Raise OSError for failures of the disk, CheckpointError for arrays of anything but numbers, TypeError for a ``meta``
-    that JSON cannot hold. In these cases, too, the old file stays.
+    Raise OSError for failures of the disk, CheckpointError for arrays of anything but numbers or if somebody else's
+    file has the name, TypeError for a ``meta`` that JSON cannot hold. In these cases, too, the old file stays.
     """
     data, entries, offset = [], [], 0
     for name in sorted(arrays):
@@ -74,12 +74,25 @@ def write(file: str, arrays: Mapping[str, np.ndarray], meta: Meta) -> None:
                 stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
+        if os.path.lexists(file) and not is_own(file):
+            raise CheckpointError(f"{file!r} is in its place, and is not a checkpoint of gdopt. Move it away.")
         os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     sync_directory(os.path.dirname(file) or os.curdir)
+
+
+def is_own(file: str) -> bool:
+    """Tell whether gdopt may replace or remove a file: it begins as a checkpoint does, or is empty, and is no link."""
+    try:
+        if not stat.S_ISREG(os.lstat(file).st_mode):
+            return False
+        with open(file, "rb") as stream:
+            return stream.read(len(_MAGIC)) in (b"", _MAGIC)
+    except OSError:
+        return False
 
 
 def _native(name: str, array: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._checkpoint import sharded
-from gdopt._checkpoint.file import SPREAD, Arrays, Meta, read, write
+from gdopt._checkpoint.file import SPREAD, Arrays, Meta, is_own, read, write
 from gdopt._checkpoint.folder import Checkpoint, beside, check_directory, directories, save_at, saves_of
 from gdopt._checkpoint.lock import acquire, release
 from gdopt._checks import warn
@@ -51,8 +51,7 @@ class Saver:
         self._lock = acquire(self._base)
         _holding.add(self)
         for match in beside(self._base, r"\.\d{12}\.gdopt\.[0-9a-f]{8}\.tmp"):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(os.path.dirname(self._base), match.string))
+            _remove(os.path.join(os.path.dirname(self._base), match.string))
         self._remove_parts()
         self._since = time.monotonic()
         return self
@@ -134,9 +133,9 @@ class Saver:
     def _remove_old(self, step: int) -> None:
         """Remove old checkpoints. Later ones than this are damaged, and stay until the run has passed their step."""
         with contextlib.suppress(OSError):
-            files = [file for at, file in saves_of(self._base).items() if at <= step]
+            files = [file for at, file in saves_of(self._base).items() if at <= step and is_own(file)]
             for file in files[: -self._keep]:
-                os.unlink(file)
+                _remove(file)
         self._remove_parts()
 
     def _remove_parts(self) -> None:
@@ -154,6 +153,12 @@ class Saver:
     def _report(self) -> None:
         while self._failures:
             warn(f"{self._failures.pop(0)}. Older ones are kept, and the next is tried when it is due.")
+
+
+def _remove(file: str) -> None:
+    if is_own(file):
+        with contextlib.suppress(OSError):
+            os.unlink(file)
 
 
 def _named(file: str | None, found: set[str]) -> set[str]:

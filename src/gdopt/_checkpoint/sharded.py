@@ -28,6 +28,7 @@ from gdopt._errors import CheckpointError, GdoptError
 from gdopt._types import PyTree
 
 _BLOCK = 2**20  # bytes that are read at once
+_MARK = "gdopt-checkpoint"  # a file in each directory of gdopt's, without which it is not removed
 _TOKEN = re.compile(r"\.[0-9a-f]{8}\.orbax", re.ASCII)  # the ending after a path with its step
 
 Listing = dict[str, Any]  # the record that `complete` makes for `check` and `load`
@@ -92,6 +93,8 @@ def write(directory: str, arrays: Mapping[str, jax.Array]) -> None:
     """Write the parts that are on this process's devices, and return when they are on the disk."""
     orbax, path_class = _orbax()
     os.makedirs(directory, exist_ok=True)  # Any process may be the first.
+    with open(os.path.join(directory, _MARK), "wb") as stream:
+        stream.write(b"gdopt\n")
     with _handler() as handler:
         handler.save(path_class(directory), args=orbax.args.PyTreeSave(_numbered(arrays)))
 
@@ -186,5 +189,9 @@ def load(file: str, listing: Listing, places: Mapping[str, Any]) -> dict[str, ja
 
 
 def remove(directory: str) -> None:
-    """Remove a directory of orbax's, as far as the disk permits."""
-    shutil.rmtree(directory, ignore_errors=True)
+    """Remove a directory that `write` made, as far as the disk permits."""
+    if os.path.isfile(os.path.join(directory, _MARK)):
+        shutil.rmtree(directory, ignore_errors=True)  # This follows no links.
+    else:  # A process that was killed before it made the mark left the directory empty.
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
