@@ -26,6 +26,7 @@ Part: its purpose; the first JAX that has it; its replacement.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -95,6 +96,13 @@ def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Return everything that an object of JAX's own holds, as far as Python shows it."""
+    slots = itertools.chain(*(getattr(kind, "__slots__", ()) for kind in type(value).__mro__))
+    names = [name for name in slots if name != "__weakref__" and hasattr(value, name)]
+    return {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
 
 
 def lines(eqn: Any) -> list[tuple[str, int, str]]:

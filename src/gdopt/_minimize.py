@@ -126,14 +126,15 @@ def minimize(
             and the error has its `Result` as ``error.result``.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
-            call with the same path to resume from the newest checkpoint. On the same machine the result is bit-for-bit
-            that of an uninterrupted run; other devices or another number of cores are a warning. With more steps or
-            epochs, a run that ended resumes beyond its end, by the same range test if there was one. A changed loss,
-            start or learning_rate is a warning; any other difference (data, args, the optimizer) is an error. A stream
-            has to give the same batches, which are not compared. If its iterators have ``get_state`` and ``set_state``,
-            as grain's do, and the state is bytes or what JSON holds, the stream is set to the last batch that was used.
-            Other streams are replayed up to that point, as the result's message then says. Several processes give one
-            path on a disk that they share; params that are split over them need orbax (``gdopt[checkpoint]``).
+            call with the same path to resume from the newest checkpoint that can be used. On the same machine the
+            result is bit-for-bit that of an uninterrupted run; other devices or another number of cores are a warning.
+            With more steps or epochs, a run that ended resumes beyond its end, by the same range test if there was one.
+            Changed limits, a changed learning_rate (with both rates), loss or start, and other batches of a stream are
+            warnings; any other difference (data, args, the optimizer) is an error. If the iterators of a stream have
+            ``get_state`` and ``set_state``, as grain's do, and the state is bytes or what JSON holds, the stream is set
+            to the last batch that was used. Other streams are replayed up to that point, as the result's message then
+            says. Several processes give one path on a disk that they share; params that are split over them need orbax
+            (``gdopt[checkpoint]``).
         throw: raise an error if the run does not end with success, instead of saying so in the result.
 
     Returns:
@@ -184,7 +185,7 @@ def minimize(
     if checkpoint is not None and loop.is_inside(problem):
         refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
-        saves.compare(problem, keep_best=keep_best)
+        saves.compare(problem, steps, keep_best=keep_best)
         method, range_test = _chosen(problem, optimizer, learning_rate, steps, saves)
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:

@@ -202,6 +202,7 @@ def apart(file: Path, dtype: Any = None) -> None:
     write(str(file), arrays, {**meta, SPREAD: sharded.complete(directory, spread)})
 
 
+@pytest.mark.filterwarnings("ignore:this call differs from the run saved in .*max_steps=")
 def test_one_process_resumes_what_several_saved(base: Path) -> None:
     """If the dtype is another one, to which orbax would convert it, the run counts as another one."""
     fit = lambda steps, place: gdopt.minimize(

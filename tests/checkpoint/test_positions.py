@@ -17,6 +17,11 @@ import gdopt
 from gdopt import Status
 from gdopt._checkpoint import file as checkpoint_file
 
+# Most of these runs resume with other limits than before, which is a warning of its own test.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:this call differs from the run saved in .*(max_steps|epochs|tol|target)="
+)
+
 ROWS = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 SIZE, PER_EPOCH, EPOCHS = 8, 5, 4
 

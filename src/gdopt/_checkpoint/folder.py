@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -100,15 +101,22 @@ def check_directory(path: str) -> None:
         )
 
 
-def newest(checkpoint: Checkpoint) -> Saved | None:
-    """Return the newest checkpoint that can be read, and warn of each newer one; None if there are no checkpoints.
+def newest(
+    checkpoint: Checkpoint,
+    prepared: Callable[[Saved], Saved] = lambda saved: saved,
+    *,
+    before: int | None = None,
+) -> Saved | None:
+    """Return the newest checkpoint that can be used, and warn of each newer one; None if there are no checkpoints.
 
-    Raise CheckpointError if none of them can be read: a new run would replace them in time.
+    ``prepared`` checks the contents, and returns those to use. Only checkpoints ``before`` a step count. Raise
+    CheckpointError if no checkpoint can be used: a new run would replace them in time.
     """
     skipped = []
-    for file in reversed(saves_of(os.fspath(checkpoint.path)).values()):
+    files = saves_of(os.fspath(checkpoint.path))
+    for file in [files[step] for step in reversed(files) if before is None or step < before]:
         try:
-            saved = Saved(file, *read(file))
+            saved = prepared(Saved(file, *read(file)))
             if SPREAD in saved.meta:
                 sharded.check(file, saved.meta[SPREAD])
         except CheckpointError as error:
@@ -128,6 +136,11 @@ def newest(checkpoint: Checkpoint) -> Saved | None:
 def save_at(base: str, step: int) -> str:
     """Return the file of the checkpoint of a step."""
     return f"{base}.{step:012d}.gdopt"
+
+
+def step_of(file: str) -> int:
+    """Return the step in the name of a checkpoint."""
+    return int(file.split(".")[-2])
 
 
 def saves_of(base: str) -> dict[int, str]:

@@ -1,17 +1,23 @@
-"""The identity of a run: only the same call resumes a checkpoint."""
+"""The identity of a run: what a checkpoint says about the call that made it, to compare it with the next call."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
+from importlib import metadata
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gdopt import _trees
-from gdopt._compile import program
+from gdopt._compile import digests
 from gdopt._loop.state import Carry
+from gdopt._optimizers.method import Method
 from gdopt._problem.problem import Problem
+from gdopt._settings import own_promotion
 from gdopt._stopping import Limits
 from gdopt._types import PyTree
 
@@ -31,6 +37,30 @@ def run_identity(problem: Problem, *, keep_best: bool) -> dict[str, str]:
         "scale": _with_checksum(problem.objective.sizes),
         "float": jax.dtypes.canonicalize_dtype(float).name,
     }
+
+
+def program_identity(problem: Problem, method: Method) -> dict[str, Any]:
+    """Describe the loss and the optimizer, by checksums of their traces and of all that these hold.
+
+    The gradient is traced, too: only its trace shows the rules of custom_jvp and custom_vjp.
+    """
+    given = problem.objective.params, problem.batch, problem.args, problem.key
+
+    def gradient(params: PyTree, *given: PyTree) -> PyTree:
+        return jax.grad(lambda params: problem.value(params, *given)[0])(params)
+
+    def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
+        loss, value = lambda params: problem.value(params, *given)[0], jnp.zeros((), float)
+        return method.update(rate, params, method.init(rate, params), params, loss, value)
+
+    with own_promotion():
+        updates = digests.digest(update, 0.1, *given)
+    loss, rules = digests.digest(problem.value, *given), ""
+    with contextlib.suppress(Exception):  # The loop raises it, with what helps.
+        rules = digests.digest(gradient, *given)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
+    text = short(repr(method.optimizer))
+    return {"loss": loss, "gradient": rules, "optimizer": {"text": text, "updates": updates, "versions": versions}}
 
 
 def layout_of(carry: Carry) -> str:
@@ -56,7 +86,7 @@ def short(text: str) -> str:
 
 
 def _with_checksum(tree: PyTree) -> str:
-    return f"{_shapes_of(tree)} with the checksum {program.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
+    return f"{_shapes_of(tree)} with the checksum {digests.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
 
 
 def _shapes_of(tree: PyTree) -> str:

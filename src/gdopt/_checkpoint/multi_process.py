@@ -20,8 +20,9 @@ import numpy as np
 
 from gdopt._checkpoint import sharded
 from gdopt._checkpoint.file import Arrays, Meta, read
-from gdopt._checkpoint.folder import Checkpoint, Saved, newest, save_at
+from gdopt._checkpoint.folder import Checkpoint, Saved, newest, save_at, step_of
 from gdopt._checkpoint.lock import holder_of
+from gdopt._checkpoint.older import usable
 from gdopt._checkpoint.saver import Saver
 from gdopt._devices.processes import Alone, Peers
 from gdopt._errors import CheckpointError, InputError
@@ -38,8 +39,8 @@ def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Generator[tuple[Join
     base, first = os.fspath(checkpoint.path), not peers.several or jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(Saver(checkpoint)) if first else None
-        found = newest(checkpoint) if first else None
-        step = None if found is None else int(found.file.split(".")[-2])
+        found = newest(checkpoint, usable) if first else None
+        step = None if found is None else step_of(found.file)
         told = peers.exchange(step=step, holder=holder_of(base))[0]
         if holder_of(base) != told["holder"]:
             raise InputError(
@@ -48,7 +49,7 @@ def opened(checkpoint: Checkpoint, peers: Alone | Peers) -> Generator[tuple[Join
             )
         if not first and told["step"] is not None:
             file = save_at(base, told["step"])
-            found = Saved(file, *read(file))
+            found = usable(Saved(file, *read(file)))
         joint = JointSaver(base, peers, saver)
         stack.callback(joint.close)
         yield joint, found

@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator
-from importlib import metadata
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import numpy as np
 
 from gdopt import _trees
-from gdopt._checkpoint import sharded
-from gdopt._checkpoint.file import SPREAD
-from gdopt._checkpoint.folder import Checkpoint, Saved
-from gdopt._checkpoint.identity import layout_of, numbers_of, run_identity, short
+from gdopt._checkpoint import older, sharded
+from gdopt._checkpoint.changes import changed_limits, changed_rates, rates_at, rates_of
+from gdopt._checkpoint.folder import Checkpoint, Saved, newest, step_of
+from gdopt._checkpoint.identity import layout_of, numbers_of, program_identity, run_identity
 from gdopt._checkpoint.multi_process import JointSaver, opened
+from gdopt._checkpoint.restore import plain, refuse_other, restored_state
+from gdopt._checkpoint.schema import TEST_ARRAYS
 from gdopt._checks import warn
-from gdopt._compile import program
+from gdopt._compile import digests
 from gdopt._devices.processes import peers
-from gdopt._devices.sharding import put_on
-from gdopt._errors import InputError
-from gdopt._loop import loop
+from gdopt._errors import CheckpointError, InputError
 from gdopt._loop.state import Carry, State
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import trials_in
+from gdopt._problem.limits import LAST_STEP, Steps
 from gdopt._problem.problem import Problem
 from gdopt._problem.stream import Feed, Position
 from gdopt._result import History, RangeTest, concatenated
-from gdopt._settings import own_promotion
 from gdopt._status import FAILURES, RUNNING, Status
 from gdopt._stopping import Limits
 
@@ -43,6 +42,7 @@ class NoSaves:
 
     range_test: RangeTest | None = None
     feed: Feed | None = None
+    batches: Callable[[], dict[str, str]] = dict
     position = steps_per_epoch = None
     keeps_positions = False
     told = ""
@@ -50,7 +50,7 @@ class NoSaves:
     def nothing(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
-    compare = compare_programs = tells = hears = update = finish = nothing
+    compare = compare_programs = compare_batches = tells = hears = update = finish = nothing
 
     def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
         """Return the fresh carry, and no history."""
@@ -64,12 +64,14 @@ class NoSaves:
 class Saves:
     """The checkpoints of a run: the one from which it resumes, if there is one, and those that it makes."""
 
-    def __init__(self, saver: JointSaver, found: Saved | None):
+    def __init__(self, checkpoint: Checkpoint, saver: JointSaver, found: Saved | None):
         self.found = found
+        self.batches: Callable[[], dict[str, str]] = dict  # the checksums of the batches around a step of a stream
         self.range_test: RangeTest | None = None if found is None else _restored_test(found)
         self.feed: Feed | None = None  # None without a stream
         self._stream: dict[str, Any] = {} if found is None else found.meta.get("stream", {})
-        self._saver = saver
+        self._checkpoint, self._saver = checkpoint, saver
+        self._rates_there: list[float] = []  # the rates of this call at the steps that the checkpoint lists
         self._meta: dict[str, Any] = {}
         self._ended: Status | None = None  # how the saved run ended, if it does not continue
 
@@ -107,68 +109,71 @@ class Saves:
             return f" That was the end of the run saved in {file!r}. Pass another path to make another one."
         return f" It resumed from step {step}, saved in {file!r}{again}."
 
-    def compare(self, problem: Problem, *, keep_best: bool) -> None:
+    def compare(self, problem: Problem, steps: Steps, *, keep_best: bool) -> None:
         """Raise InputError if the checkpoint is of another run."""
         sharded.check_installed(problem.objective.params)
+        self._steps = steps
+        asked = {"max_steps": None if steps.most == LAST_STEP else steps.most, "epochs": steps.epochs}
         given = run_identity(problem, keep_best=keep_best)
-        self._meta = {"given": given, "start": program.checksum(problem.objective.params)}
+        self._meta = {"given": given, "start": digests.checksum(problem.objective.params), "asked": asked}
         if self.found is None:
             return
-        theirs = self.found.meta.get("given", {})
-        for name, mine in given.items():
-            # Old checkpoints have no scale.
-            self._refuse_other(name, theirs.get(name, "nothing" if name == "scale" else None), mine)
-        if self.found.meta.get("start") != self._meta["start"]:
+        self._refuse_other_calls(self.found)
+        if self.found.meta["start"] != self._meta["start"]:
             warn(f"params differ from the start of the run saved in {self.found.file!r}, which resumes all the same.")
 
-    def compare_programs(self, problem: Problem, method: Method) -> None:
-        """Raise InputError if the checkpoint is of another optimizer; warn of another loss or learning rate."""
-        loss, updates = loop.digests(problem, method)
-        text = short(repr(method.optimizer))
-        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
-        self._meta |= {"loss": loss, "optimizer": {"text": text, "updates": updates, "versions": versions}}
-        if self.range_test is None:  # After a range test, a run with more steps has longer cycles.
-            schedule = method.schedule
-            with own_promotion():
-                rate = repr(method.rate) if schedule is None else program.digest(schedule, np.int32(0))
-            self._meta["learning_rate"] = rate
-        if self.found is None:
-            return
-        theirs = self.found.meta.get("optimizer", {})
-        if theirs.get("versions") != versions:  # Traces differ between versions.
-            self._refuse_other("optimizer", theirs.get("text"), text)
-        elif theirs["updates"] != updates:
-            told = f"{theirs['text']} with updates of the checksum {theirs['updates']}"
-            self._refuse_other("optimizer", told, f"{text} with {updates}")
-        if self.found.meta.get("loss") != loss:
-            warn(f"the loss is not that of the checkpoint {self.found.file!r}. The run resumes with the new loss.")
+    def _refuse_other_calls(self, found: Saved) -> None:
+        theirs = {"scale": "nothing", **found.meta["given"]}  # Old checkpoints have no scale.
+        for name, mine in self._meta["given"].items():
+            refuse_other(found, name, theirs.get(name), mine)
 
-    def _refuse_other(self, name: str, theirs: Any, mine: Any) -> None:
-        if theirs != mine:
-            raise InputError(
-                f"the checkpoint {self.found and self.found.file!r} is of another run: its {name} is {theirs}, but "
-                f"here it is {mine}. Make the same call, or pass another path."
-            )
+    def compare_programs(self, problem: Problem, method: Method) -> None:
+        """Raise InputError if the checkpoint is of another optimizer; warn of another loss."""
+        found = self.found
+        self._meta |= program_identity(problem, method)
+        at = () if found is None else found.meta.get("rates", {}).get("steps", ())
+        self._meta["rates"] = rates_of(method, self._steps.most, by_test=self.range_test is not None)
+        self._rates_there = rates_at(method, at) if found and at else []
+        if found is None:
+            return
+        self._refuse_other_optimizers(found)
+        if not self._is_of_this_loss(found):
+            versions = [meta["optimizer"]["versions"] for meta in (found.meta, self._meta)]
+            why = "" if versions[0] == versions[1] else f" as far as {versions[1]} can tell, which is not {versions[0]}"
+            warn(f"the loss is not that of the checkpoint {found.file!r}{why}. The run resumes with the new loss.")
+
+    def _refuse_other_optimizers(self, found: Saved) -> None:
+        theirs, mine = found.meta["optimizer"], self._meta["optimizer"]
+        if theirs["versions"] != mine["versions"]:  # Traces differ between versions.
+            refuse_other(found, "optimizer", older.text_of_optimizer(theirs["text"]), mine["text"])
+        elif theirs["updates"] != mine["updates"]:
+            told = f"{theirs['text']} with updates of the checksum {theirs['updates']}"
+            refuse_other(found, "optimizer", told, f"{mine['text']} with {mine['updates']}")
+
+    def _is_of_this_loss(self, found: Saved) -> bool:
+        """Tell whether the loss has the trace, the numbers and, as far as they are known, the derivatives of before."""
+        known = ("loss", "gradient") if found.meta.get("gradient") else ("loss",)
+        return all(found.meta[name] == self._meta[name] for name in known)
 
     def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
         """Return the carry that replaces a fresh one, and the history so far."""
         fresh = carry[0].tree()
         sharded.check_installed(fresh)
         self._meta["layout"] = here = layout_of(carry)
-        found = self.found
-        if found is None:
+        if self.found is None:
             return carry, []
+        found, state = self.found, self._first_that_fits(fresh)
+        found = self.found
         there = found.meta.get("layout", here)  # Old checkpoints have no layout.
         if there != here:
             warn(
                 f"the checkpoint {found.file!r} was made on {there}, but this is {here}. The run resumes, but its last "
                 "bits will differ from those of an uninterrupted run."
             )
-        state = self._state(found, fresh)
         history = History(*(found.arrays[f"history.{name}"] for name in History._fields))
         ended = int(state.code)
         others = found.meta["limits"] != numbers_of(limits)
-        if found.meta["loss"] != self._meta["loss"]:  # Measurements of the old loss do not hold for the new one.
+        if not self._is_of_this_loss(found):  # Measurements of the old loss do not hold for the new one.
             others, best = True, np.full_like(state.kept.loss, np.inf)
             state = state._replace(watch=fresh.watch, kept=state.kept._replace(loss=best))
             if trials_in(state.optimizer) is not None:
@@ -179,42 +184,63 @@ class Saves:
             history = History(*(entries[:-1] for entries in history))
         elif ended != RUNNING:
             self._ended = Status(ended)
-        rate = self._meta.get("learning_rate")
-        if self._ended is None and found.meta.get("learning_rate", rate) != rate:  # Old checkpoints have none.
-            warn(
-                f"learning_rate is not that of the checkpoint {found.file!r}. The run resumes with the new "
-                "learning_rate."
-            )
+        if self._ended is None:
+            self._warn_of_changes(found, history, limits)
         return (_trees.pack(state), carry[1]), [history]
 
-    def _state(self, found: Saved, fresh: State) -> State:
-        """Return the saved state, each leaf on the devices of the fresh one."""
-        arrays = found.arrays
-        kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        spread = found.meta.get(SPREAD)
-        kinds |= {} if spread is None else sharded.kinds(spread)
-        kind = lambda shape, dtype: f"{dtype}{list(shape)}"
-        places, unknown = {}, {name for name in kinds if name.startswith("state")}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
-            name, plain = _trees.path_name(path, "state"), _plain(leaf)
-            theirs = kind(*kinds[name]) if name in kinds else "nothing"
-            self._refuse_other(name, theirs, kind(plain.shape, plain.dtype))
-            unknown.discard(name)
-            places[name] = getattr(plain, "sharding", None)
-        for name in sorted(unknown):
-            self._refuse_other(name, kind(*kinds[name]), "nothing")
-        if spread is not None:
-            arrays = {**arrays, **sharded.load(found.file, spread, places)}
+    def _warn_of_changes(self, found: Saved, history: History, limits: Limits) -> None:
+        """Warn of what a run may change when it resumes, with both values."""
+        made = int(found.arrays["state.step"])
+        changes = [*changed_limits(found.meta, self._meta | {"limits": numbers_of(limits)})]
+        changes += changed_rates(found.meta.get("rates"), self._meta["rates"], self._rates_there, made)
+        if changes:
+            gone = f" The point of step {int(limits.max_steps)} is gone." if int(limits.max_steps) < made else ""
+            warn(
+                f"this call differs from the run saved in {found.file!r}, which made {made} steps: "
+                f"{', '.join(changes)}. The run resumes with the new values.{gone}"
+            )
 
-        def put(path: tuple, leaf: Any) -> Any:
-            saved = arrays[_trees.path_name(path, "state")]
-            if not isinstance(leaf, jax.Array):
-                return np.asarray(saved)[()]
-            if not isinstance(saved, jax.Array):  # what comes from orbax is in its place
-                saved = put_on(saved, _plain(leaf).sharding)
-            return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(leaf)) if _trees.is_key(leaf) else saved
+    def compare_batches(self, batches: Callable[[], dict[str, str]]) -> None:
+        """Warn if a stream gives other batches than before the resume, by the checksums of those around it."""
+        others = peers()
+        if self.found is None or (others.several and jax.process_index()):
+            return
+        theirs = self.found.meta.get("batches", {})
+        for number, mine in batches().items():
+            if theirs.get(number, mine) != mine:
+                warn(
+                    f"data gives other batches than to the run saved in {self.found.file!r}: batch {number} has the "
+                    f"checksum {mine}, and had {theirs[number]}. The run resumes, but it will differ from an "
+                    "uninterrupted one. Pass a stream that gives the same batches each time (for example a loader "
+                    "with a seed)."
+                )
+                return
 
-        return jax.tree_util.tree_map_with_path(put, fresh)
+    def _first_that_fits(self, fresh: State) -> State:
+        """Return the state of the newest checkpoint whose arrays have the shapes of a fresh one, and take that one."""
+        assert self.found is not None
+        found, first, skipped = self.found, None, []
+        while found is not None:
+            try:
+                self._refuse_other_calls(found)
+                self._refuse_other_optimizers(found)
+                state = restored_state(found, fresh)
+            except InputError as error:
+                first = first or error
+                skipped.append(found.file)
+                found = self._before(found)
+                continue
+            if skipped:
+                warn(f"resuming from the checkpoint {found.file!r}, because a newer one was skipped: {first}")
+            self.found, self._stream = found, found.meta.get("stream", {})
+            return state
+        assert first is not None
+        raise first
+
+    def _before(self, found: Saved) -> Saved | None:
+        with contextlib.suppress(CheckpointError):
+            return newest(self._checkpoint, older.usable, before=step_of(found.file))
+        return None
 
     def tells(self) -> Any:
         """Return what the other processes have to know about the checkpoints before each `due`."""
@@ -245,17 +271,18 @@ class Saves:
 
     def _contents(self, state: State, history: History, limits: Limits) -> tuple[int, dict[str, Any], dict[str, Any]]:
         leaves = jax.tree_util.tree_leaves_with_path(state)
-        arrays = {_trees.path_name(path, "state"): _plain(leaf) for path, leaf in leaves}
+        arrays = {_trees.path_name(path, "state"): plain(leaf) for path, leaf in leaves}
         arrays |= {f"history.{name}": entries for name, entries in history._asdict().items()}
         meta = {**self._meta, "limits": numbers_of(limits), "range_test": None}
         if self.range_test is not None:
             test = self.range_test
-            arrays |= {f"range_test.{name}": getattr(test, name) for name in _TEST_ARRAYS}
+            arrays |= {f"range_test.{name}": getattr(test, name) for name in TEST_ARRAYS}
             told = {"message": test.message, "suggestion": test.suggestion, "suggestions": test.suggestions}
             meta["range_test"] = {"status": int(test.status), **told}
         if self.feed is not None:
             known = self.feed.steps_per_epoch
             meta["stream"] = {"steps_per_epoch": known}
+            meta["batches"] = self.batches()
             position = self.feed.position(int(state.step))
             if position is not None and position.state is not None:
                 raw, place = position.state, position._asdict()
@@ -272,20 +299,13 @@ def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Generato
         return
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     with opened(given, peers()) as (saver, found):
-        yield Saves(saver, found)
-
-
-_TEST_ARRAYS = ("learning_rate", "loss", "smoothed_loss", "losses", "smoothed_losses")
+        yield Saves(given, saver, found)
 
 
 def _restored_test(saved: Saved) -> RangeTest | None:
     told = saved.meta.get("range_test")
     if told is None:
         return None
-    arrays = {name: saved.arrays[f"range_test.{name}"] for name in _TEST_ARRAYS}
+    arrays = {name: saved.arrays[f"range_test.{name}"] for name in TEST_ARRAYS}
     rest: dict[str, Any] = {**told, "status": Status(told["status"])}
     return RangeTest(**arrays, **rest, refinement=None)
-
-
-def _plain(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import itertools
 import sys
 import weakref
 from collections.abc import Hashable, Iterator
@@ -152,9 +151,7 @@ def _array(array: Any) -> Hashable:
 
 def _attributes(value: Any) -> Hashable:
     """Describe an object of JAX's own by everything that it holds."""
-    slots = itertools.chain(*(getattr(kind, "__slots__", ()) for kind in type(value).__mro__))
-    names = [name for name in slots if name != "__weakref__" and hasattr(value, name)]
-    held = {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
+    held = _jax.attributes(value)
     if not held and not hasattr(value, "__dict__"):  # Compiled code does not show what it holds.
         raise _Unshareable
     return tuple((name, _value(item)) for name, item in held.items())

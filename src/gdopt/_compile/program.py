@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import threading
 import weakref
-import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -165,36 +163,6 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
         weakref.finalize(call, executable.release)
     is_closed = identity is not None and not constants and not program.callbacks
     return Shared(call, constants, out, is_closed)
-
-
-def text(function: Callable, *args: PyTree) -> str:
-    """Write the function's trace as text, to compare it with that of another process or time."""
-    return _text(_jax.opened(replays.trace(function, *args)[0]))
-
-
-def digest(function: Callable, *args: PyTree) -> str:
-    """Return a checksum of the trace and of the arrays that the function closes over."""
-    closed, _ = replays.trace(function, *args)
-    return f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(_jax.consts(closed))}"
-
-
-def _text(jaxpr: Any) -> str:
-    ordered = lambda found: ", ".join(sorted(found[1].split(", ")))
-    text = re.sub(r"frozenset\(\{(.*?)\}\)", ordered, str(jaxpr))  # Strings have another order in each process.
-    return re.sub(r"\b0x[0-9a-f]+", "0x", text)  # Addresses differ, above all those of functions.
-
-
-def checksum(tree: PyTree) -> str:
-    """Return a checksum of the numbers in a tree, as far as this process holds them."""
-    crc = 0
-    for leaf in jax.tree.leaves(tree):
-        leaf = jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            if not leaf.is_fully_replicated:
-                continue
-            leaf = leaf.addressable_data(0)
-        crc = zlib.crc32(np.ascontiguousarray(_trees.on_host(leaf)).reshape(-1).view(np.uint8).data, crc)
-    return f"{crc:08x}"
 
 
 def is_traced(*trees: PyTree) -> bool:

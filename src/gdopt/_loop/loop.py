@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt._compile import program
+from gdopt._compile import digests, program
 from gdopt._devices.processes import Alone, comparable, peers
 from gdopt._devices.sharding import Layout, explicit_mesh, mapped_mesh, on_one_mesh
 from gdopt._errors import InputError
@@ -131,19 +131,6 @@ def _finished(
     return made._replace(verify=verifier.on_host, look_back=verifier.look_back)
 
 
-def digests(problem: Problem, method: Method) -> tuple[str, str]:
-    """Return checksums of the loss and of the optimizer, to compare with those of a checkpoint."""
-    given = problem.objective.params, problem.batch, problem.args, problem.key
-
-    def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
-        loss, value = lambda params: problem.value(params, *given)[0], jnp.zeros((), float)
-        return method.update(rate, params, method.init(rate, params), params, loss, value)
-
-    with own_promotion():
-        updates = program.digest(update, 0.1, *given)
-    return program.digest(problem.value, *given), updates
-
-
 def is_inside(problem: Problem) -> bool:
     """Tell whether jit, vmap or grad traces any of what the loss of a problem reads."""
     objective, key = problem.objective, problem.key if problem.with_key else None
@@ -162,7 +149,7 @@ def check_alike(problem: Problem, **given: Any) -> None:
         with own_work():
             given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
-        loss=program.text(problem.value, problem.objective.params, problem.batch, problem.args, problem.key),
+        loss=digests.text(problem.value, problem.objective.params, problem.batch, problem.args, problem.key),
         params=comparable(problem.objective.params),
         data=comparable(problem.data),
         args=comparable(problem.args),

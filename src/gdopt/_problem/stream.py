@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     ends: bool  # whether a pass ends with it
     steps: int  # the steps of its pass so far, with this one
     passes: int  # the passes that are complete with it
+    number: int = 0  # the batches before it
 
 
 class Position(NamedTuple):
@@ -115,6 +116,7 @@ class Feed:
         self._cut = False  # whether it stopped at the most batches, so that the rest of the pass is not known
         self._walk, self._ahead = self._batches(), _END  # No batch is pulled yet.
         self._steps = self._begun = 0  # the steps of the pass, and the passes begun
+        self._given = 0  # the batches that were given
         self._made, self._at = 0, Position()
         self._keeps, self._places = False, deque[Position](maxlen=_PLACES)
 
@@ -151,7 +153,8 @@ class Feed:
             ends = not self._cut or steps == (self.steps_per_epoch or self._stream.length)
         if ends and self.steps_per_epoch is None:
             self.steps_per_epoch = steps
-        return Batch(data, begins, ends, steps, self._begun - (not ends))
+        self._given += 1
+        return Batch(data, begins, ends, steps, self._begun - (not ends), self.first + self._given - 1)
 
     def _batches(self) -> Iterator[tuple[PyTree, bool]]:
         """Yield each batch, and whether a pass begins with it."""

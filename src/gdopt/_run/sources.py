@@ -11,6 +11,7 @@ import numpy as np
 from gdopt import _trees
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
+from gdopt._compile import digests
 from gdopt._devices.processes import peers
 from gdopt._errors import InputError
 from gdopt._loop.state import Carry, Compiled, Inputs
@@ -72,6 +73,7 @@ class Streamed:
         self._next: Batch | None = None
         self._made: int | None = None  # the steps before this call
         self._begun = False
+        self._saves: NoSaves | Saves | None = None
 
     @property
     def why(self) -> str:
@@ -87,7 +89,8 @@ class Streamed:
         """Note the number of batches that were used before, and pull none yet. Only the first call counts."""
         if self._made is not None:
             return
-        self._made, saves.feed = made, self._feed
+        self._made, self._saves = made, saves
+        saves.feed, saves.batches = self._feed, self.checksums
         self._feed.go_on(made, saves.position, saves.steps_per_epoch, keeps=saves.keeps_positions)
 
     def begin(self) -> None:
@@ -103,6 +106,13 @@ class Streamed:
                     "batches as before, or another path."
                 )
             self._given, self._next = self._next, self._feed.next()
+        if self._saves is not None:
+            self._saves.compare_batches(self.checksums)
+
+    def checksums(self) -> dict[str, str]:
+        """Return the checksums of the batch given last and of the next one, by their numbers."""
+        around = [batch for batch in (self._given, self._next) if batch is not None]
+        return {str(batch.number): digests.checksum(batch.data) for batch in around}
 
     def epoch(self, step: int) -> int:
         """Return how many passes are complete with the batch given last."""

@@ -1,0 +1,82 @@
+"""The state of a run, as a checkpoint holds it, in the place of a fresh one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdopt import _trees
+from gdopt._checkpoint import older, sharded
+from gdopt._checkpoint.file import SPREAD
+from gdopt._checkpoint.folder import Saved
+from gdopt._devices.sharding import put_on
+from gdopt._errors import InputError
+from gdopt._loop.state import State, returned_params
+
+
+def refuse_other(found: Saved, name: str, theirs: Any, mine: Any) -> None:
+    """Raise InputError if something is another one than in the checkpoint."""
+    if theirs != mine:
+        raise InputError(
+            f"the checkpoint {found.file!r} is of another run: its {name} is {theirs}, but here it is {mine}. Make the "
+            "same call, or pass another path."
+        )
+
+
+def restored_state(found: Saved, fresh: State) -> State:
+    """Return the saved state, each leaf on the devices of the fresh one; raise InputError if it is another kind."""
+    arrays, spread = found.arrays, found.meta.get(SPREAD)
+    stays_fresh = older.stays_fresh(found, fresh)
+    places = _places(found, fresh, stays_fresh)
+    if spread is not None:
+        arrays = {**arrays, **sharded.load(found.file, spread, places)}
+
+    def put(path: tuple, leaf: Any) -> Any:
+        name = _trees.path_name(path, "state")
+        if stays_fresh(name):
+            return leaf
+        saved = arrays[name]
+        if not isinstance(leaf, jax.Array):
+            return np.asarray(saved)[()]
+        if not isinstance(saved, jax.Array):  # what comes from orbax is in its place
+            saved = _like(saved, plain(leaf))
+        return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(leaf)) if _trees.is_key(leaf) else saved
+
+    state = jax.tree_util.tree_map_with_path(put, fresh)
+    if stays_fresh("state.optimizer"):  # A search begins at the best point. The last one may have been a trial.
+        state = state._replace(params=returned_params(state))
+    return state
+
+
+def _places(found: Saved, fresh: State, stays_fresh: Any) -> dict[str, Any]:
+    """Return where each leaf belongs; raise InputError if the checkpoint has other ones."""
+    kinds = {name: (array.shape, array.dtype) for name, array in found.arrays.items()}
+    spread = found.meta.get(SPREAD)
+    kinds |= {} if spread is None else sharded.kinds(spread)
+    kind = lambda shape, dtype: f"{dtype}{list(shape)}"
+    places, unknown = {}, {name for name in kinds if name.startswith("state") and not stays_fresh(name)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
+        name, like = _trees.path_name(path, "state"), plain(leaf)
+        if not stays_fresh(name):
+            theirs = kind(*kinds[name]) if name in kinds else "nothing"
+            refuse_other(found, name, theirs, kind(like.shape, like.dtype))
+            unknown.discard(name)
+            places[name] = getattr(like, "sharding", None)
+    for name in sorted(unknown):
+        refuse_other(found, name, kind(*kinds[name]), "nothing")
+    return places
+
+
+def _like(saved: np.ndarray, fresh: jax.Array) -> jax.Array:
+    """Return a saved array in the place of a fresh one.
+
+    It is committed to that place only if the fresh one is. Otherwise the program would compile once more.
+    """
+    return put_on(saved, fresh.sharding) if fresh.committed else jax.device_put(saved)
+
+
+def plain(leaf: Any) -> Any:
+    """Return the numbers of a typed key, and other leaves as they are."""
+    return jax.random.key_data(leaf) if _trees.is_key(leaf) else leaf

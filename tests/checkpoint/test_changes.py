@@ -1,0 +1,292 @@
+"""What differs between a saved run and the call that resumes it is told, with both values."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import count_compilations
+
+import gdopt
+from gdopt.schedules import constant, triangular
+
+ROWS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+
+
+def loss(w: Any, rows: Any) -> Any:
+    return jnp.mean((rows @ w - 1) ** 2)
+
+
+def run(path: Path | None, max_steps: int | None = 10, loss: Callable = loss, **options: Any) -> gdopt.Result:
+    given = {"data": ROWS, "batch_size": 7, "optimizer": optax.adam, "learning_rate": 0.01, **options}
+    return gdopt.minimize(loss, jnp.zeros(3), max_steps=max_steps, checkpoint=path, **given)
+
+
+def told(call: Callable[[], Any]) -> list[str]:
+    """Return the warnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+# ---------------------------------------------------------------------------------------------------- limits and rates
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ({}, {"max_steps": 20}, "max_steps=20 (it was 10). The"),
+        (
+            {},
+            {"max_steps": 4},
+            "max_steps=4 (it was 10). The run resumes with the new values. The point of step 4 is gone.",
+        ),
+        ({}, {"max_steps": None, "epochs": 2}, "max_steps=14 (it was 10). The"),
+        ({}, {"target": 0.1}, "target=0.1 (it was None). The"),
+        ({}, {"learning_rate": 0.02}, "learning_rate=0.02 (it was 0.01). The"),
+        ({}, {"learning_rate": constant(0.01)}, ""),
+        ({"learning_rate": constant(0.01)}, {"learning_rate": 0.01}, ""),
+        (
+            {},
+            {"learning_rate": triangular(0.01, 0.1, step_size_up=8)},
+            "learning_rate=0.0775 at step 10 (it was 0.01). The",
+        ),
+        (
+            {"learning_rate": triangular(0.01, 0.1, step_size_up=8)},
+            {"learning_rate": 0.01},
+            "0.01 at step 10 (it was 0.0775)",
+        ),
+        (
+            {"learning_rate": optax.cosine_decay_schedule(0.1, 100)},
+            {"learning_rate": optax.cosine_decay_schedule(0.1, 200)},
+            "learning_rate=0.0993844 at step 10 (it was 0.0975528). The",
+        ),
+        (
+            {"learning_rate": lambda step: jnp.where(step == 12345, 1.0, 0.01)},
+            {"learning_rate": lambda step: jnp.where(step == 12345, 2.0, 0.01)},
+            "learning_rate is another schedule. The",
+        ),
+        ({"learning_rate": "auto", "max_steps": 50}, {"learning_rate": "auto", "max_steps": 90}, "learning_rate="),
+        (
+            {"learning_rate": "auto", "max_steps": 50},
+            {"learning_rate": 0.5, "max_steps": 90},
+            "learning_rate=0.5 at step",
+        ),
+        ({"learning_rate": 0.5, "max_steps": 50}, {"learning_rate": "auto", "max_steps": 90}, "(it was 0.5)"),
+        (
+            {"data": lambda: iter(np.split(ROWS, 5)), "batch_size": None},
+            {"max_steps": 15},
+            "max_steps=15 (it was 10). The",
+        ),
+        (
+            {"data": lambda: iter(np.split(ROWS, 5)), "batch_size": None, "max_steps": None, "epochs": 1},
+            {"max_steps": None, "epochs": 2},
+            "epochs=2 (it was 1). The",
+        ),
+    ],
+)
+def test_a_changed_limit_or_rate_is_told(before: dict, after: dict, why: str, path: Path) -> None:
+    run(path, **before)
+    messages = told(lambda: run(path, **{**before, **after}))
+    if not why:
+        assert messages == []
+        return
+    (message,) = messages
+    assert message.startswith("this call differs from the run saved in '")
+    assert why in message
+
+
+def test_the_same_call_says_nothing(path: Path) -> None:
+    """This holds for a run that was stopped, too."""
+    stop = lambda report: True
+    for rate in (0.01, triangular(0.01, 0.1, step_size_up=8), "auto"):
+        place = path.with_name(f"{type(rate).__name__}")
+        run(place, 60, learning_rate=rate, callback=stop)
+        assert told(lambda: run(place, 60, learning_rate=rate)) == []  # noqa: B023
+        assert told(lambda: run(place, 60, learning_rate=rate)) == []  # noqa: B023
+
+
+def test_a_deterministic_run_tells_a_changed_tol(path: Path) -> None:
+    near = lambda tol: gdopt.minimize(lambda x: jnp.sum((x - 1) ** 4), jnp.zeros(2), tol=tol, checkpoint=path)
+    near(1e-3)
+    (message,) = told(lambda: near(1e-6))
+    assert "tol=1e-06 (it was 0.001)" in message
+
+
+# ------------------------------------------------------------------------------------------- numbers inside of a trace
+
+
+def of_inner_jit(number: float) -> Callable:
+    table = jnp.full(3, number)
+    inner = jax.jit(lambda w: jnp.sum((w - table) ** 2))
+    return lambda w, rows: inner(w)
+
+
+def of_branch(number: float) -> Callable:
+    table = np.full(3, number, np.float32)
+    return lambda w, rows: jax.lax.cond(w[0] > 9, lambda w: jnp.sum(w), jax.jit(lambda w: jnp.sum((w - table) ** 2)), w)
+
+
+def of_jvp_rule(number: float) -> Callable:
+    table = jnp.full(3, number)
+    square = jax.custom_jvp(lambda w: jnp.sum(w**2))
+    square.defjvp(lambda primals, tangents: (square(*primals), jnp.sum(table * primals[0] * tangents[0])))
+    return lambda w, rows: square(w - 1)
+
+
+def of_vjp_rule(number: float) -> Callable:
+    square = jax.custom_vjp(lambda w: jnp.sum(w**2))
+    square.defvjp(lambda w: (square(w), w), lambda w, cotangent: (number * w * cotangent,))
+    return lambda w, rows: square(w - 1)
+
+
+def on_host(function: Callable) -> Callable:
+    """Return a loss that adds a number from the host, without a gradient."""
+
+    def read(w: Any, rows: Any) -> Any:
+        number = jax.pure_callback(function, jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(w))
+        return jnp.sum((w - number) ** 2)
+
+    return read
+
+
+def of_closure(number: float) -> Callable:
+    table = np.full((), number, np.float32)
+    return on_host(lambda w: table)
+
+
+def of_partial(number: float) -> Callable:
+    return on_host(functools.partial(lambda number, w: np.float32(number), number))
+
+
+def of_default(number: float) -> Callable:
+    return on_host(lambda w, number=number: np.float32(number))
+
+
+class Model:
+    def __init__(self, number: float):
+        self.weights = {"layers": [np.float32(number)]}
+
+    def __call__(self, w: Any) -> Any:
+        return self.weights["layers"][0]
+
+    def read(self, w: Any) -> Any:
+        return self.weights["layers"][0]
+
+
+def of_method(number: float) -> Callable:
+    return on_host(Model(number).read)
+
+
+def of_object(number: float) -> Callable:
+    return on_host(Model(number))
+
+
+TABLE = {"number": np.float32(0)}
+
+
+def look_up(w: Any) -> Any:
+    return TABLE["number"]
+
+
+def of_global(number: float) -> Callable:
+    TABLE["number"] = np.float32(number)
+    return on_host(lambda w: look_up(w))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(of_inner_jit, of_branch, of_jvp_rule, of_vjp_rule),
+        *(of_closure, of_partial, of_default, of_method, of_object, of_global),
+    ],
+)
+def test_a_changed_number_anywhere_in_the_loss_is_told(kind: Callable, path: Path) -> None:
+    run(path, loss=kind(2.0))
+    assert told(lambda: run(path, loss=kind(2.0))) == []
+    (message,) = told(lambda: run(path, loss=kind(3.0)))
+    assert message.startswith("the loss is not that of the checkpoint")
+
+
+def test_records_of_calls_are_no_part_of_a_loss(path: Path) -> None:
+    calls, count = [], {"calls": 0}
+
+    def number(w: Any) -> Any:
+        calls.append(float(w[0]))
+        count["calls"] += 1
+        return np.float32(1)
+
+    run(path, loss=on_host(number))
+    assert calls
+    assert told(lambda: run(path, loss=on_host(number))) == []
+
+
+def test_a_changed_number_in_an_inner_jit_of_the_optimizer_is_an_error(path: Path) -> None:
+    def sgd(number: float) -> Callable:
+        table = jnp.full(3, number)
+        scaled = jax.jit(lambda update: update * table)
+        return lambda rate: optax.stateless(lambda updates, _: scaled(-rate * updates))
+
+    run(path, optimizer=sgd(1.0))
+    with pytest.raises(gdopt.InputError, match="of another run: its optimizer is"):
+        run(path, optimizer=sgd(2.0))
+
+
+# ------------------------------------------------------------------------------------------------- batches of a stream
+
+
+def shuffled(seed: int) -> Callable[[], Iterator]:
+    return lambda: iter(np.split(np.random.default_rng(seed).permutation(ROWS), 5))
+
+
+@pytest.mark.parametrize("steps", [3, 5, 7])
+def test_other_batches_of_a_stream_are_told(steps: int, path: Path) -> None:
+    given: dict[str, Any] = {"batch_size": None, "callback": lambda report: report.step >= steps}
+    one = lambda seed, **more: run(path, 40, **{**given, "data": shuffled(seed), **more})
+    one(1)
+    assert told(lambda: one(1)) == []
+    (message,) = told(lambda: one(2, callback=None))
+    assert "data gives other batches than to the run saved in" in message
+    assert "Pass a stream that gives the same batches" in message
+
+
+# ------------------------------------------------------------------------------------------------------- compilations
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer": None, "learning_rate": "auto", "data": None, "batch_size": None},
+        {"data": lambda: iter(np.split(ROWS, 5)), "batch_size": None},
+    ],
+    ids=["batches", "searched", "stream"],
+)
+@pytest.mark.filterwarnings("ignore:this call differs")
+def test_a_resume_compiles_the_step_once(options: dict[str, Any], path: Path) -> None:
+    own = (lambda w: jnp.sum((w - 1) ** 4)) if options.get("data", ROWS) is None else loss
+    run(path, loss=own, **options)
+    gdopt.clear_cache()
+    jax.clear_caches()
+    with count_compilations() as fresh:
+        run(None, 20, loss=own, **options)
+    gdopt.clear_cache()
+    jax.clear_caches()
+    with count_compilations() as resumed:
+        run(path, 20, loss=own, **options)
+    programs = lambda counter: counter.names.count("jit(run)")
+    assert programs(resumed) == programs(fresh) > 0
