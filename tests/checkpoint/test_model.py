@@ -17,7 +17,7 @@ from typing import Any
 import modelled
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from modelled import Call, plain_losses, run
@@ -218,7 +218,12 @@ def walk(steps: int, examples: int) -> None:
     run_state_machine_as_test(
         Runs,
         settings=settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=quiet, database=None
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=quiet,
+            database=None,
+            phases=[Phase.generate],
         ),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import zlib
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from gdopt import _trees
-from gdopt._compile import digests
+from gdopt._compile import digests, program
+from gdopt._devices.sharding import anywhere
 from gdopt._loop.state import Carry
 from gdopt._optimizers.method import Method
 from gdopt._problem.problem import Problem
@@ -42,25 +44,36 @@ def run_identity(problem: Problem, *, keep_best: bool) -> dict[str, str]:
 def program_identity(problem: Problem, method: Method) -> dict[str, Any]:
     """Describe the loss and the optimizer, by checksums of their traces and of all that these hold.
 
-    The gradient is traced, too: only its trace shows the rules of custom_jvp and custom_vjp.
+    All is traced as on one device, because a run may resume on others. The gradient is traced, too: only its trace
+    shows the rules of custom_jvp and custom_vjp.
     """
-    given = problem.objective.params, problem.batch, problem.args, problem.key
+    given = jax.tree.map(anywhere, (problem.objective.params, problem.batch, problem.args, problem.key))
+    value: Any = problem.value
+    traced = program.trace(value, *given, rules=True)
+    if any(map(_is_split, traced.constants)):  # The text of the trace would show their mesh.
+        here = [_trees.on_host(array) if _is_split(array) else array for array in traced.constants]
+        value = functools.partial(traced.replay, here)
 
     def gradient(params: PyTree, *given: PyTree) -> PyTree:
-        return jax.grad(lambda params: problem.value(params, *given)[0])(params)
+        return jax.grad(lambda params: value(params, *given)[0])(params)
 
     def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
-        loss, value = lambda params: problem.value(params, *given)[0], jnp.zeros((), float)
-        return method.update(rate, params, method.init(rate, params), params, loss, value)
+        loss = lambda params: value(params, *given)[0]
+        return method.update(rate, params, method.init(rate, params), params, loss, jnp.zeros((), float))
 
     with own_promotion():
         updates = digests.digest(update, 0.1, *given)
-    loss, rules = digests.digest(problem.value, *given), ""
+    loss, rules = digests.digest(value, *given), ""
     with contextlib.suppress(Exception):  # The loop raises it, with what helps.
         rules = digests.digest(gradient, *given)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
     text = short(repr(method.optimizer))
     return {"loss": loss, "gradient": rules, "optimizer": {"text": text, "updates": updates, "versions": versions}}
+
+
+def _is_split(array: Any) -> bool:
+    """Tell whether an array is on many devices of this process."""
+    return isinstance(array, jax.Array) and array.is_fully_addressable and len(array.sharding.device_set) > 1
 
 
 def layout_of(carry: Carry) -> str:

@@ -11,6 +11,7 @@ from gdopt import _trees
 from gdopt._checkpoint import older, sharded
 from gdopt._checkpoint.file import SPREAD
 from gdopt._checkpoint.folder import Saved
+from gdopt._checkpoint.packing import as_fresh, as_saved
 from gdopt._devices.sharding import put_on
 from gdopt._errors import InputError
 from gdopt._loop.state import State, returned_params
@@ -26,9 +27,10 @@ def refuse_other(found: Saved, name: str, theirs: Any, mine: Any) -> None:
 
 
 def restored_state(found: Saved, fresh: State) -> State:
-    """Return the saved state, each leaf on the devices of the fresh one; raise InputError if it is another kind."""
-    arrays, spread = found.arrays, found.meta.get(SPREAD)
+    """Return the saved state, packed as and on the devices of a fresh one; raise InputError if it is another kind."""
+    arrays, spread, now = found.arrays, found.meta.get(SPREAD), fresh
     stays_fresh = older.stays_fresh(found, fresh)
+    fresh = as_saved(fresh, {*arrays, *({} if spread is None else sharded.kinds(spread))})
     places = _places(found, fresh, stays_fresh)
     if spread is not None:
         arrays = {**arrays, **sharded.load(found.file, spread, places)}
@@ -47,7 +49,7 @@ def restored_state(found: Saved, fresh: State) -> State:
     state = jax.tree_util.tree_map_with_path(put, fresh)
     if stays_fresh("state.optimizer"):  # A search begins at the best point. The last one may have been a trial.
         state = state._replace(params=returned_params(state))
-    return state
+    return as_fresh(state, now)
 
 
 def _places(found: Saved, fresh: State, stays_fresh: Any) -> dict[str, Any]:
