@@ -127,7 +127,9 @@ def test_killed_at_any_moment_they_resume_bit_for_bit(kills: int, case: str, tmp
         for process in started:
             _, errors = process.communicate()
             assert process.returncode == -signal.SIGKILL, f"over before it was killed: {errors[-3000:]}"
-    (tmp_path / "run.000000000999.0123abcd.orbax" / "d").mkdir(parents=True)  # what another one may have left
+    left = tmp_path / "run.000000000999.0123abcd.orbax"  # what another one may have left
+    (left / "d").mkdir(parents=True)
+    (left / "gdopt-checkpoint").touch()
 
     answers = ended(start(KILLED, (0, 1), case, str(tmp_path / "run")))
     for code, _, errors, _ in answers:
