@@ -127,6 +127,16 @@ def test_a_deterministic_run_tells_a_changed_tol(path: Path) -> None:
     assert "tol=1e-06 (it was 0.001)" in message
 
 
+def test_another_rate_for_a_run_that_ended_is_told(path: Path) -> None:
+    """Its answer would look like one of the new rate."""
+    near = lambda rate: gdopt.minimize(
+        lambda x: jnp.sum((x - 1) ** 2), jnp.zeros(2), learning_rate=rate, checkpoint=path
+    )
+    assert near(0.1).success
+    (message,) = told(lambda: near(0.3))
+    assert "learning_rate=0.3 (it was 0.1). It had ended, and its result is returned. Pass another path" in message
+
+
 # ------------------------------------------------------------------------------------------- numbers inside of a trace
 
 

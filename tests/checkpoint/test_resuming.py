@@ -175,9 +175,10 @@ def test_another_target_counts_no_batch_twice(path) -> None:
 def test_resuming_a_failed_run_says_that_it_ended(path) -> None:
     run = lambda rate: gdopt.minimize(quartic, jnp.zeros(6), learning_rate=rate, checkpoint=path)
     assert "That was the end" not in run(1e9).message
-    assert run(1e-4).message.endswith(
-        "That was the end of the run saved in 'run.000000000001.gdopt'. Pass another path to make another one."
-    )
+    end = "That was the end of the run saved in 'run.000000000001.gdopt'. Pass another path to make another one."
+    assert run(1e9).message.endswith(end)
+    with pytest.warns(UserWarning, match=r"learning_rate=0.0001 \(it was 1e\+09\). It had ended"):
+        assert run(1e-4).message.endswith(end)
 
 
 def test_ctrl_c_in_the_last_save_loses_nothing(path, monkeypatch) -> None:

@@ -139,7 +139,7 @@ class Saves:
         self._refuse_other_optimizers(found)
         if not self._is_of_this_loss(found):
             versions = [meta["optimizer"]["versions"] for meta in (found.meta, self._meta)]
-            why = "" if versions[0] == versions[1] else f" as far as {versions[1]} can tell, which is not {versions[0]}"
+            why = "" if versions[0] == versions[1] else f", or its trace differs between {' and '.join(versions)}"
             warn(f"the loss is not that of the checkpoint {found.file!r}{why}. The run resumes with the new loss.")
 
     def _refuse_other_optimizers(self, found: Saved) -> None:
@@ -162,7 +162,7 @@ class Saves:
         self._meta["layout"] = here = layout_of(carry)
         if self.found is None:
             return carry, []
-        found, state = self.found, self._first_that_fits(fresh)
+        state = self._first_that_fits(fresh)
         found = self.found
         there = found.meta.get("layout", here)  # Old checkpoints have no layout.
         if there != here:
@@ -184,20 +184,22 @@ class Saves:
             history = History(*(entries[:-1] for entries in history))
         elif ended != RUNNING:
             self._ended = Status(ended)
-        if self._ended is None:
-            self._warn_of_changes(found, history, limits)
+        self._warn_of_changes(found, limits)
         return (_trees.pack(state), carry[1]), [history]
 
-    def _warn_of_changes(self, found: Saved, history: History, limits: Limits) -> None:
+    def _warn_of_changes(self, found: Saved, limits: Limits) -> None:
         """Warn of what a run may change when it resumes, with both values."""
         made = int(found.arrays["state.step"])
-        changes = [*changed_limits(found.meta, self._meta | {"limits": numbers_of(limits)})]
-        changes += changed_rates(found.meta.get("rates"), self._meta["rates"], self._rates_there, made)
-        if changes:
+        changes = [*changed_rates(found.meta.get("rates"), self._meta["rates"], self._rates_there, made)]
+        told = "It had ended, and its result is returned. Pass another path to make another run."
+        if self._ended is None:
+            changes = [*changed_limits(found.meta, self._meta | {"limits": numbers_of(limits)}), *changes]
             gone = f" The point of step {int(limits.max_steps)} is gone." if int(limits.max_steps) < made else ""
+            told = f"The run resumes with the new values.{gone}"
+        if changes:
             warn(
                 f"this call differs from the run saved in {found.file!r}, which made {made} steps: "
-                f"{', '.join(changes)}. The run resumes with the new values.{gone}"
+                f"{', '.join(changes)}. {told}"
             )
 
     def compare_batches(self, batches: Callable[[], dict[str, str]]) -> None:
