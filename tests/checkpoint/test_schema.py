@@ -247,6 +247,14 @@ def places(tree: Any, way: tuple = ()) -> list[tuple]:
     return found + [place for key, inner in items for place in places(inner, (*way, key))]
 
 
+def extreme(array: np.ndarray, which: int) -> np.ndarray:
+    """Return an array of the same shape and dtype, full of a number that no run would save there."""
+    if array.dtype.kind in "iu":
+        limits = np.iinfo(array.dtype)
+        return np.full_like(array, (limits.min, limits.max, 0, 1)[which])
+    return np.full_like(array, (np.nan, np.inf, -np.inf, 1e30)[which])
+
+
 # The numbers of an optimizer and of the params may be any, and nobody can tell that they were changed.
 FREE = ("state.params", "state.optimizer", "state.kept", "state.watch", "state.ending", "history.")
 
@@ -267,9 +275,13 @@ def test_any_contents_raise_gdopts_errors_or_are_skipped(
             if data.draw(st.booleans()):
                 name = data.draw(st.sampled_from(sorted(arrays)))
                 free = free or name.startswith(FREE)
-                arrays.pop(name) if data.draw(st.booleans()) else arrays.update({name: data.draw(ARRAYS)})
-                if not arrays:
-                    return
+                match data.draw(st.sampled_from(["none", "other", "extreme"])):
+                    case "none":
+                        arrays.pop(name)
+                    case "other":
+                        arrays[name] = data.draw(ARRAYS)
+                    case _:
+                        arrays[name] = extreme(arrays[name], data.draw(st.integers(0, 3)))
             elif found := places(meta):
                 *way, last = data.draw(st.sampled_from(sorted(found, key=str)))
                 inner: Any = meta
