@@ -69,7 +69,7 @@ def plain_losses(calls: tuple[Call, ...]) -> tuple[float, ...]:
         value, grad = _gradient(call.goal)(w, ROWS[np.asarray(order)[at : at + BATCH_SIZE]])
         losses.append(float(value))
         updates, state = optimizer.update(grad, state)
-        w = w - call.rate * updates
+        w = w - call.rate * jnp.asarray(updates)
     return tuple(losses)
 
 

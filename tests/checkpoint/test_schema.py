@@ -65,7 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def run(kind: str, path: Path | None, stop: int = 1000) -> gdopt.Result:
     """Make a run of up to 60 steps, or stop at the first report after a step."""
-    options = {"tol": 0} if kind in ("schedule", "searched") else {}
+    options: dict[str, Any] = {"tol": 0} if kind in ("schedule", "searched") else {}
     halt = lambda report: report.step >= stop
     return gdopt.minimize(loss, jnp.zeros(3), max_steps=60, checkpoint=path, callback=halt, **KINDS[kind], **options)
 

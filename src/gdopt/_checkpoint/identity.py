@@ -49,10 +49,11 @@ def program_identity(problem: Problem, method: Method) -> dict[str, Any]:
     """
     given = jax.tree.map(anywhere, (problem.objective.params, problem.batch, problem.args, problem.key))
     value: Any = problem.value
-    traced = program.trace(value, *given, rules=True)
-    if any(map(_is_split, traced.constants)):  # The text of the trace would show their mesh.
-        here = [_trees.on_host(array) if _is_split(array) else array for array in traced.constants]
-        value = functools.partial(traced.replay, here)
+    if jax.local_device_count() > 1:  # The text of a trace shows the mesh of arrays that the loss closes over.
+        traced = program.trace(value, *given, rules=True)
+        if any(map(_is_split, traced.constants)):
+            here = [_trees.on_host(array) if _is_split(array) else array for array in traced.constants]
+            value = functools.partial(traced.replay, here)
 
     def gradient(params: PyTree, *given: PyTree) -> PyTree:
         return jax.grad(lambda params: value(params, *given)[0])(params)
