@@ -139,11 +139,13 @@ def minimize(
     Returns:
         A `Result`, also inside ``jit``, ``vmap`` and ``grad``. Inside these the whole run is one ``while_loop``, and
         numbers are arrays. Derivatives with respect to ``args``, ``data`` and what the loss closes over are those of
-        the minimum, by the implicit function theorem. They are NaN if the run had no success, zero for the start and
-        the rate, and an error for mini-batches and keys. If the minimum is not unique, as with more params than rows,
-        they are those of least norm for up to 256 params. They are NaN for more params, or if the minimum jumps. They
-        are as exact as the minimum, so lower ``tol`` for them. Call ``jax.jit`` around what you differentiate more than
-        once.
+        the minimum, by the implicit function theorem. They are NaN unless the run ended at a smooth minimum: with
+        success, at no kink, and not merely at ``target``. They are zero for the start and the rate, and an error for
+        mini-batches and keys. ``params``, ``loss`` and ``aux`` have them; those of ``grad_norm`` and ``left``, which
+        depend on each step, are NaN. Params that an optimizer holds at a bound do not move. If the minimum is not
+        unique, as with more params than rows, derivatives are those of least norm for up to 256 params. They are NaN
+        for more params, or if the minimum jumps. They are as exact as the minimum, so lower ``tol`` for them. Call
+        ``jax.jit`` around what you differentiate more than once.
 
         A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or NON_FINITE the best
         or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a last checkpoint if it

@@ -181,6 +181,12 @@ class Verifier(NamedTuple):
         treedef = jax.tree.structure(self.settings.compact(_trees.as_real(params)[0]))
         return lambda blocks: treedef.unflatten(blocks).tree()
 
+    def held(self, state: State, inputs: Inputs) -> PyTree:
+        """Return the same as `free`, as a tree of real leaves; None if the optimizer holds no entry."""
+        if self.settings.noisy or not self.method.may_project:
+            return None
+        return self._tree(returned_params(state))(self.free(state, inputs))
+
     def free(self, state: State, inputs: Inputs) -> list:
         """Return 0 for entries that the optimizer holds at a bound: it moves them only against the gradient."""
         params, method = returned_params(state), self.method
