@@ -406,6 +406,14 @@ def test_each_number_of_a_result_has_its_derivative_or_nan(derivative: Any, how:
     }
 
 
+@pytest.mark.parametrize("dtype", some_of(["bfloat16", "float16"], ["bfloat16"]))
+def test_params_of_half_precision_have_derivatives(dtype: str) -> None:
+    run = lambda a: gdopt.minimize(lambda x: jnp.sum((x - a) ** 2), jnp.zeros(2, dtype)).params
+    moves = jax.jit(jax.jacrev(run))(jnp.asarray(1.5, dtype))
+    assert moves.dtype == dtype
+    assert [*moves] == [1, 1]
+
+
 @pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
 def test_the_start_moves_no_minimum_but_the_numbers_of_its_run(derivative: Any) -> None:
     result = lambda start: gdopt.minimize(moving_bowl, start * jnp.ones(2), args=(1.5,))

@@ -221,17 +221,19 @@ def _of_least_norm(
     if flat.size > _DENSE or not flat.size:
         return None
     rows = lax.map(lambda way: ravel_pytree(times(whole(way)))[0], jnp.eye(flat.size, dtype=flat.dtype))
+    rows = rows.astype(_trees.norm_dtype(x))  # There are no eigenvalues in half precision.
     matrix = jnp.where(jnp.isfinite(rows).all(), rows + rows.T, 0) / 2
     values, vectors = jnp.linalg.eigh(matrix)
     least = _RANK * flat.size**0.5 * float(jnp.finfo(flat.dtype).eps) * jnp.max(jnp.abs(values))
     regular = jnp.abs(values) > least
     inverse = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
-    chance = jnp.sin(1e3 * lax.iota(flat.dtype, flat.size) + 1)  # Any direction will do that is not special.
+    chance = jnp.sin(1e3 * lax.iota(rows.dtype, flat.size) + 1)  # Any direction will do that is not special.
     lost = vectors @ jnp.where(regular, 0, vectors.T @ chance)
-    moved, all_moved = (_trees.norm(across(whole(way))) for way in (lost, chance))
+    moved, all_moved = (_trees.norm(across(whole(way.astype(flat.dtype)))) for way in (lost, chance))
 
     def solution(right: PyTree) -> PyTree:
-        return whole(vectors @ (inverse * (vectors.T @ ravel_pytree(right)[0])))
+        projected = vectors.T @ ravel_pytree(right)[0].astype(rows.dtype)
+        return whole((vectors @ (inverse * projected)).astype(flat.dtype))
 
     return ~regular.all(), solution, moved <= _RESIDUAL * all_moved
 
