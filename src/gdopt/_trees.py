@@ -119,12 +119,17 @@ def on_host(leaf: Any) -> np.ndarray:
 
 def strong(tree: PyTree) -> PyTree:
     """Remove weak types: a weak leaf would become strong after one update, and everything would be recompiled."""
+    return jax.tree.map(_strong_leaf, tree)
 
-    def strong_leaf(leaf: Any) -> jax.Array:
-        array = on_device(leaf)
-        return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
-    return jax.tree.map(strong_leaf, tree)
+def _strong_leaf(leaf: Any) -> jax.Array:
+    if not isinstance(leaf, jax.Array):  # `jnp.asarray` would compile programs for a number, before all is checked.
+        return on_device(np.asarray(leaf, jnp.result_type(leaf)))
+    if not leaf.weak_type:
+        return leaf
+    if _jax.is_tracer(leaf) or leaf.committed or leaf.size > SMALL:
+        return lax.convert_element_type(leaf, leaf.dtype)
+    return on_device(on_host(leaf))
 
 
 def same(one: PyTree, other: PyTree) -> bool:
