@@ -153,6 +153,7 @@ class RangeTest:
     refinement: Refinement | None
 
     __eq__ = equal_fields
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     def __repr__(self) -> str:
         rates = {"suggestion": self.suggestion, **self.suggestions}
@@ -226,6 +227,7 @@ class Result:
     _evidence: Any = None
 
     __eq__ = equal_fields
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_evidence": None}
@@ -234,9 +236,10 @@ class Result:
         return dataclasses.replace(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Result:
-        memo[id(self._evidence)] = self._evidence  # Nothing changes it, and it may be as large as the data.
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Result(**copy.deepcopy(fields, memo))
+        # Nothing changes the record, which may be as large as the data. A copied function would not equal the original.
+        copied = lambda leaf: copy.deepcopy(leaf, memo) if _trees.is_array(leaf) else leaf
+        fields = {name: jax.tree.map(copied, getattr(self, name)) for name in _numbers_of(Result)}
+        return dataclasses.replace(self, **fields)
 
     def __bool__(self) -> bool:
         return True  # also with no runs, and of a single run, which has no length

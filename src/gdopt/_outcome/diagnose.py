@@ -56,6 +56,7 @@ class Diagnosis:
     message: str
 
     __eq__ = equal_fields
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     def __hash__(self) -> int:
         return hash((self.step, self.leaves, self.primitive, self.place))  # The rate may be NaN.
