@@ -129,8 +129,15 @@ def fault(leaf: Any, carried: bool) -> str:
         return (
             f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it elsewhere"
         )
-    if carried or isinstance(leaf, type | int | float | complex):
+    return "" if carried else _unfit(leaf)
+
+
+def _unfit(leaf: Any) -> str:
+    """Say what is wrong with a leaf of another type than an array, where numbers are expected."""
+    if isinstance(leaf, type | int | float | complex):
         return ""
+    if isinstance(leaf, Iterator):
+        return _once(leaf)
     if is_foreign(leaf) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
         return (
             f"is a {type(leaf).__module__}.{type(leaf).__name__}, not an array of NumPy or JAX: convert it with "
@@ -151,26 +158,33 @@ def refuse_misread(name: str, tree: PyTree) -> None:
 
     An iterator would be empty from the second trace of the loss on, and then so would be its gradient.
     """
-    once = lambda node: isinstance(node, Iterator | MappingView)  # JAX warns of these, unless it is told to stop there.
-    if any(map(_misread, flatten(name, tree, once)[0])):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=once):
+    if any(map(_misread, flatten(name, tree, _is_warned_of)[0])):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_warned_of):
             if why := _misread(leaf):
-                raise InputError(f"{_trees.path_name(path, name)} {why}")
+                raise InputError(f"{_trees.path_name(path, name)} {why}.")
+
+
+def _is_warned_of(node: Any) -> bool:
+    """Tell whether JAX warns of a leaf, unless it is told to stop there. Iterators of others may be pytrees."""
+    return isinstance(node, Iterator | MappingView) and type(node).__module__ in ("builtins", "itertools")
 
 
 def _misread(leaf: Any) -> str:
     if isinstance(leaf, jax.Array | str | int | float):
         return ""
-    kind = type(leaf).__name__
     if isinstance(leaf, Iterator):
-        return (
-            f"is a {kind}, which can be read only once, but the loss is called more often. Pass a tuple of its items."
-        )
+        return _once(leaf)
     if isinstance(leaf, np.ndarray) and leaf.dtype == object:
-        return "is an array of dtype object, not of numbers. Convert it with .astype(float), or pass a list."
-    if isinstance(leaf, UNORDERED) and any(isinstance(x, float | complex | np.ndarray | jax.Array) for x in leaf):
-        return f"is a {kind}, which holds numbers but is no array. Pass a tuple of its items."
+        return "is an array of dtype object, not of numbers: convert it with .astype(float), or pass a list"
+    items: Any = leaf if isinstance(leaf, UNORDERED) else ()
+    if any(isinstance(item, float | complex | np.ndarray | jax.Array) for item in items):
+        return f"is a {type(leaf).__name__}, which holds numbers but is no array: pass a tuple of its items"
     return ""
+
+
+def _once(leaf: Any) -> str:
+    what = f"is a {type(leaf).__name__}, which can be read only once, but the loss is called more often"
+    return f"{what}: pass a tuple of its items"
 
 
 def _wrapped(leaf: np.ndarray | np.generic) -> str:

@@ -125,7 +125,7 @@ def strong(tree: PyTree) -> PyTree:
 def _strong_leaf(leaf: Any) -> jax.Array:
     if not isinstance(leaf, jax.Array):  # `jnp.asarray` would compile programs for a number, before all is checked.
         return on_device(np.asarray(leaf, jnp.result_type(leaf)))
-    if not leaf.weak_type:
+    if not getattr(leaf, "weak_type", False):  # Keys have no such type.
         return leaf
     if _jax.is_tracer(leaf) or leaf.committed or leaf.size > SMALL:
         return lax.convert_element_type(leaf, leaf.dtype)

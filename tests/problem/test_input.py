@@ -68,6 +68,21 @@ class Table:
         return np.stack([column.astype(column.dtype if numeric else object) for column in self.columns.values()], 1)
 
 
+class Once:
+    """An iterator that JAX, which warns of those of Python, does not know."""
+
+    def __init__(self, items: list):
+        self._items = items
+
+    def __iter__(self) -> Once:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._items:
+            raise StopIteration
+        return self._items.pop()
+
+
 BAD = {
     "loss no function": ({"loss": 3}, "loss=3 is not a function"),
     "no loss": ({"loss": None}, "loss=None is not a function. Pass one that is called as loss"),
@@ -309,13 +324,17 @@ BAD = {
     "key of three words": ({"key": np.zeros(3, np.uint32)}, "is not one random key. Pass"),
     "iterator in args": (
         {"args": ({"x": iter([1.0])},)},
-        r"args\[0\]\['x'\] is a list_iterator, which can be read only once, .* Pass a tuple of its items",
+        r"args\[0\]\['x'\] is a list_iterator, which can be read only once, .* pass a tuple of its items",
+    ),
+    "iterator among params": (
+        {"params": {"w": 1.0, "x": Once([1.0])}},
+        r"params\['x'\] is a Once, which can be read only once, .* pass a tuple of its items",
     ),
     "generator in args": ({"args": (y * 2 for y in X)}, "args is a generator. Pass a tuple"),
     "generator among args": ({"args": ((y * 2 for y in X),)}, r"args\[0\] is a generator, which can be read only once"),
     "set of numbers in args": (
         {"args": ({1.0, 2.0},)},
-        r"args\[0\] is a set, which holds numbers .* Pass a tuple of its",
+        r"args\[0\] is a set, which holds numbers .* pass a tuple of its",
     ),
     "view of a dict in args": (
         {"args": ({"x": X}.values(),)},
@@ -323,7 +342,7 @@ BAD = {
     ),
     "array of objects in args": (
         {"args": (np.array([1.0, 2.0], object),)},
-        r"args\[0\] is an array of dtype object, not of numbers. Convert it with .astype\(float\), or pass a list",
+        r"args\[0\] is an array of dtype object, not of numbers. convert it with .astype\(float\), or pass a list",
     ),
     "table of texts in args": (
         {"args": (Table(a=y, b=np.array(list("abcdef"))),)},
@@ -532,6 +551,20 @@ def test_arrays_of_other_libraries_are_taken_as_numbers(foreign):
     np.testing.assert_allclose(new, W - 0.05 * np.asarray(jax.grad(of_args)(jnp.asarray(W), table)), rtol=1e-6)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Walk:
+    """A pytree that is an iterator, too."""
+
+    step: Any
+
+    def __iter__(self) -> Walk:
+        return self
+
+    def __next__(self) -> Any:
+        return self.step
+
+
 class Kind(enum.Enum):
     SQUARE = 2
 
@@ -550,6 +583,7 @@ STATIC = {
     "keys": ({"square": 1.0}.keys(), lambda w, names: square(w - 1) if "square" in names else w[0]),
     "decimal": (decimal.Decimal(1), lambda w, one: square(w - float(one))),
     "list of functions": ([jnp.square], lambda w, functions: jnp.sum(functions[0](w - 1))),
+    "a pytree that is an iterator": (Walk(1.0), lambda w, walk: square(w - next(walk))),
     "bool": (True, lambda w, one: square(w - one)),
     "int": (1, lambda w, one: square(w - one)),
 }
@@ -586,6 +620,14 @@ def test_a_step_with_bad_input_is_refused_before_anything_compiles(arguments, me
     with count_compilations() as counter, pytest.raises(gdopt.InputError, match=message):
         gdopt.gd_step(*arguments)
     assert counter.names == []
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_the_default_key_is_the_key_of_zero(implementation):
+    noisy = lambda w, key: square(w - jax.random.normal(key, w.shape))
+    run = functools.partial(gdopt.minimize, noisy, W, with_key=True, learning_rate=0.1, max_steps=3)
+    with jax.default_prng_impl(implementation):
+        assert run() == run(key=jax.random.key(0))
 
 
 def test_a_traced_step_may_have_nan_params():

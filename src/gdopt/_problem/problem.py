@@ -39,9 +39,10 @@ class Problem(NamedTuple):
         """The key from which all random numbers of a call are drawn."""
         if self.given_key is not None:
             return self.given_key
+        config: Any = jax.config  # It creates its attributes on demand.
         with own_work():
-            if jax.config.jax_default_prng_impl == "threefry2x32":  # Then this is the same key, and compiles nothing.
-                return jax.random.wrap_key_data(np.zeros(2, np.uint32))
+            if config.jax_default_prng_impl == "threefry2x32":  # Then this is the same key, and compiles nothing.
+                return jax.random.wrap_key_data(_trees.on_device(np.zeros(2, np.uint32)))
             return jax.random.key(0)
 
     @property
