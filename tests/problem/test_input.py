@@ -363,7 +363,7 @@ BAD = {
     "set as data": (BATCHES | {"data": {1.0, 2.0}}, "data is a set, which is neither a pytree of arrays nor a stream"),
     "stream of an argument": (
         BATCHES | {"data": lambda epoch: [(X, y)]},
-        "data=<function .* is called without arguments, once for each epoch, .*'epoch'. Pass a function without",
+        "data=<function .* is called without arguments, once for each epoch: .*'epoch'. Pass a function that needs",
     ),
     "tuple of a noisy loss": (
         {"loss": lambda x, key: (x, x), "with_key": True},

@@ -202,8 +202,8 @@ def _check_call(source: Any) -> None:
         inspect.signature(source).bind()
     except TypeError as error:
         raise InputError(
-            f"data={source!r} is called without arguments, once for each epoch, but it has a {error}. Pass a function "
-            "without arguments (for example data=lambda: batches(...))."
+            f"data={source!r} is called without arguments, once for each epoch: {error}. Pass a function that needs "
+            "none (for example data=lambda: batches(...))."
         ) from error
     except ValueError:  # Some functions that are written in C do not show their arguments.
         return
