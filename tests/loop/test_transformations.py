@@ -474,6 +474,17 @@ def test_params_that_the_optimizer_holds_at_a_bound_do_not_move(derivative: Any)
     np.testing.assert_allclose(loss_dot, 2 * lowest, rtol=1e-4)
 
 
+def test_complex_params_of_a_composed_optimizer_move_in_both_parts() -> None:
+    def parts(a: Any) -> Any:
+        loss = lambda z: jnp.sum(jnp.abs(z - a * jnp.array([1 + 3j, 2j])) ** 2)
+        optimizer = optax.chain(optax.sgd(0.1), optax.identity())
+        result = gdopt.minimize(loss, jnp.zeros(2, jnp.complex64), optimizer=optimizer)
+        return result.params.real, result.params.imag
+
+    real, imaginary = jax.jit(jax.jacrev(parts))(1.0)
+    np.testing.assert_allclose([real, imaginary], [[1, 0], [3, 2]], atol=1e-5)
+
+
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])
 def test_with_more_params_than_rows_the_derivative_has_least_norm(derivative, x64: bool) -> None:

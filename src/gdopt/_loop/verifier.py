@@ -198,10 +198,13 @@ class Verifier(NamedTuple):
             turned = jax.tree.map(lambda g: (1 - 2 * number).astype(g.real.dtype) * g, grad)
             asked = lambda params: self.problem.value(params, *given)[0]
             updates, _ = method.update(rate, turned, state.optimizer, params, asked, loss)
-            return jax.tree.map(jnp.not_equal, optax.apply_updates(params, updates), params)
+            new, _ = _trees.as_real(optax.apply_updates(params, updates))
+            return jax.tree.map(jnp.not_equal, new, real)
 
+        real, _ = _trees.as_real(params)
         both = lax.map(moved, lax.iota(jnp.int32, 2))
-        return self._blocks(jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, params))
+        free = jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, real)
+        return jax.tree.leaves(self.settings.compact(free))
 
     def _settled(
         self,
