@@ -267,3 +267,11 @@ def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch):
     with pytest.raises(gdopt.GdoptError, match=r'pip install "gdopt\[plot\]"') as caught:
         gdopt.plot.descent(result)
     assert isinstance(caught.value.__cause__, ImportError)
+
+
+def test_a_result_that_went_through_a_jit_is_drawn_as_before() -> None:
+    result = gdopt.minimize(square, 1.0, learning_rate=0.1)
+    figures = [gdopt.plot.descent(one) for one in (result, jax.jit(lambda result: result)(result))]
+    titles = [figure.axes[0].get_title() for figure in figures]
+    assert titles[0] == titles[1]
+    assert titles[0].startswith("CONVERGED after ")

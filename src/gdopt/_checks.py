@@ -6,7 +6,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MappingView, Set
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from gdopt._errors import InputError
 from gdopt._types import PyTree
 
 _BETWEEN = ("gdopt", "jax", "contextlib")  # the modules between the caller and a warning
+UNORDERED = (Set, MappingView)  # sets, and the views of a dict
 _LARGEST_COUNT = 10**9  # steps; the sum of two such counts fits the 32-bit counter
 
 
@@ -78,10 +79,10 @@ def refuse_no_arrays(name: str, tree: PyTree) -> None:
             raise InputError(f"{_trees.path_name(path, name)} {why}.")
 
 
-def flatten(name: str, tree: PyTree) -> tuple[list[Any], Any]:
+def flatten(name: str, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
     """Call ``jax.tree.flatten``, and raise InputError for dicts that JAX cannot sort."""
     try:
-        return jax.tree.flatten(tree)
+        return jax.tree.flatten(tree, is_leaf)
     except (TypeError, ValueError) as error:  # JAX's error does not say where the dict is.
         nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_unsortable)
         for path, node in nodes:
@@ -128,14 +129,62 @@ def fault(leaf: Any, carried: bool) -> str:
         return (
             f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it elsewhere"
         )
-    if carried or isinstance(leaf, type | int | float | complex):
+    return "" if carried else _unfit(leaf)
+
+
+def _unfit(leaf: Any) -> str:
+    """Say what is wrong with a leaf of another type than an array, where numbers are expected."""
+    if isinstance(leaf, type | int | float | complex):
         return ""
-    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+    if isinstance(leaf, Iterator):
+        return _once(leaf)
+    if is_foreign(leaf) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
         return (
             f"is a {type(leaf).__module__}.{type(leaf).__name__}, not an array of NumPy or JAX: convert it with "
             "numpy.asarray"
         )
     return f"is a {type(leaf).__name__}: pass float(...) of it" if isinstance(leaf, numbers.Number) else ""
+
+
+def is_foreign(leaf: Any) -> bool:
+    """Tell whether a leaf is an array of another library (such as a torch tensor or a pandas Series)."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | type) or hasattr(leaf, "__jax_array__"):
+        return False
+    return hasattr(leaf, "__array__") and hasattr(leaf, "shape")
+
+
+def refuse_misread(name: str, tree: PyTree) -> None:
+    """Raise InputError for objects that hold numbers but count as a function or a text does.
+
+    An iterator would be empty from the second trace of the loss on, and then so would be its gradient.
+    """
+    if any(map(_misread, flatten(name, tree, _is_warned_of)[0])):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_warned_of):
+            if why := _misread(leaf):
+                raise InputError(f"{_trees.path_name(path, name)} {why}.")
+
+
+def _is_warned_of(node: Any) -> bool:
+    """Tell whether JAX warns of a leaf, unless it is told to stop there. Iterators of others may be pytrees."""
+    return isinstance(node, Iterator | MappingView) and type(node).__module__ in ("builtins", "itertools")
+
+
+def _misread(leaf: Any) -> str:
+    if isinstance(leaf, jax.Array | str | int | float):
+        return ""
+    if isinstance(leaf, Iterator):
+        return _once(leaf)
+    if isinstance(leaf, np.ndarray) and leaf.dtype == object:
+        return "is an array of dtype object, not of numbers: convert it with .astype(float), or pass a list"
+    items: Any = leaf if isinstance(leaf, UNORDERED) else ()
+    if any(isinstance(item, float | complex | np.ndarray | jax.Array) for item in items):
+        return f"is a {type(leaf).__name__}, which holds numbers but is no array: pass a tuple of its items"
+    return ""
+
+
+def _once(leaf: Any) -> str:
+    what = f"is a {type(leaf).__name__}, which can be read only once, but the loss is called more often"
+    return f"{what}: pass a tuple of its items"
 
 
 def _wrapped(leaf: np.ndarray | np.generic) -> str:

@@ -32,3 +32,6 @@ class NotConvergedError(GdoptError, RuntimeError):
     def __init__(self, message: str, result: Any):
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.result), self.__dict__  # It may come from another process.

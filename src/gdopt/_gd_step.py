@@ -10,7 +10,8 @@ import jax
 from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._optimizers.spectral import check_learning_rate
-from gdopt._problem.objective import make_objective
+from gdopt._problem.objective import check_start, make_objective
+from gdopt._problem.problem import split_args
 from gdopt._settings import own_promotion, own_transfers
 from gdopt._types import Loss, PyTree, Scalar
 
@@ -24,13 +25,14 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
             own, call `gd_step` inside ``jax.jit``, where it costs nothing.
         params: any pytree; float and complex leaves are updated in their own dtype, the rest is carried along.
         learning_rate: a positive number. A new value recompiles nothing.
-        *args: further arguments of the loss, pytrees of arrays.
+        *args: further arguments of the loss, any pytrees, as in ``args`` of `minimize`.
 
     Returns:
         The new params, and the loss of the *old* ones.
 
     Raises:
-        InputError: for integer or empty params, a loss that is not a scalar, a rate that is not positive and finite.
+        InputError: for params that are integers, empty, or not finite, a loss that is not a scalar, a rate that is not
+            positive and finite. Params on a GPU or TPU are not checked for NaN, because each step would wait for them.
 
     Example:
         >>> import gdopt
@@ -44,15 +46,21 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
         raise InputError(f"learning_rate={learning_rate!r} is a schedule. Pass its value for this step.")
     rate = check_learning_rate(learning_rate)
     objective = make_objective(loss, params)
+    if jax.default_backend() == "cpu":
+        check_start(objective.params)
+    some, rest = split_args(args)
 
-    def vanilla(traced: program.Traced, constants: list, params: PyTree, rate: Any, args: tuple) -> tuple:
-        (value, _), grad = traced.replay(traced.constants, params, constants, *args)
+    def evaluated(params: PyTree, some: PyTree) -> tuple:
+        return objective.value(params, *rest.combine(some))
+
+    def vanilla(traced: program.Traced, constants: list, params: PyTree, rate: Any, some: PyTree) -> tuple:
+        (value, _), grad = traced.replay(traced.constants, params, constants, some)
         with own_promotion():
             return jax.tree.map(lambda x, g: (x - rate * g).astype(x.dtype), params, grad), value
 
-    value = program.trace(objective.value, objective.params, *args, rules=True)
-    given = value.constants, objective.params, rate, args
-    traced = lambda: program.with_gradient(value, objective.value, objective.params, *args)[0]
+    value = program.trace(evaluated, objective.params, some, rules=True)
+    given = value.constants, objective.params, rate, some
+    traced = lambda: program.with_gradient(value, evaluated, objective.params, some)[0]
     if program.is_traced(given):  # The step becomes a part of the caller's program.
         new, loss_before = vanilla(traced(), *given)
     else:

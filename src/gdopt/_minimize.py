@@ -17,7 +17,7 @@ from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
 from gdopt._loop.state import Inputs, Whole
 from gdopt._optimizers.factory import check_optimizer, is_transformation
-from gdopt._optimizers.method import Method, is_auto, make_method
+from gdopt._optimizers.method import Method, check_rate, is_auto, make_method
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
 from gdopt._outcome.messages import explain
@@ -74,13 +74,14 @@ def minimize(
         params: any pytree. Float and complex leaves (arrays, and numbers in dicts, lists and tuples) are optimised in
             their own dtype. Functions, strings, None, random keys and numbers inside modules are carried along. So are
             all variables of Flax's nnx but its Params, unless ``trainable`` names them.
-        args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``.
+        args: further arguments of the loss, any pytrees. Arrays and numbers are traced, as by ``jax.jit``. Arrays of
+            other libraries (torch tensors, pandas objects) become arrays of JAX.
         data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream. A
             stream is an iterable of batches (a torch ``DataLoader``, a grain loader), read once per epoch, or a
-            function that returns one. Batches are pytrees of NumPy or JAX arrays or torch tensors. They move to the
-            device while the step before is computed. Each makes one update, also a last one with fewer rows. The point
-            after the last update is evaluated on the last batch once more (with arrays, on the next one). The loss
-            takes a batch as one argument: write ``X, y = batch`` in it.
+            function that returns one. Batches are pytrees of NumPy or JAX arrays, torch tensors or pandas objects. They
+            move to the device while the step before is computed. Each makes one update, also a last one with fewer
+            rows. The point after the last update is evaluated on the last batch once more (with arrays, on the next
+            one). The loss takes a batch as one argument: write ``X, y = batch`` in it.
         batch_size: rows per step, for arrays. Rows are shuffled anew in each epoch, and those that fill no batch sit
             that epoch out. By default (None) each step sees all rows, unshuffled.
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
@@ -140,11 +141,13 @@ def minimize(
     Returns:
         A `Result`, also inside ``jit``, ``vmap`` and ``grad``. Inside these the whole run is one ``while_loop``, and
         numbers are arrays. Derivatives with respect to ``args``, ``data`` and what the loss closes over are those of
-        the minimum, by the implicit function theorem. They are NaN if the run had no success, zero for the start and
-        the rate, and an error for mini-batches and keys. If the minimum is not unique, as with more params than rows,
-        they are those of least norm for up to 256 params. They are NaN for more params, or if the minimum jumps. They
-        are as exact as the minimum, so lower ``tol`` for them. Call ``jax.jit`` around what you differentiate more than
-        once.
+        the minimum, by the implicit function theorem. They are NaN unless the run ended at a smooth minimum: with
+        success, at no kink, and not merely at ``target``. They are zero for the start and the rate, and an error for
+        mini-batches and keys. ``params``, ``loss`` and ``aux`` have them; those of ``grad_norm`` and ``left``, which
+        depend on each step, are NaN. Params that an optimizer holds at a bound do not move. If the minimum is not
+        unique, as with more params than rows, derivatives are those of least norm for up to 256 params. They are NaN
+        for more params, or if the minimum jumps. They are as exact as the minimum, so lower ``tol`` for them. Call
+        ``jax.jit`` around what you differentiate more than once.
 
         A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or NON_FINITE the best
         or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a last checkpoint if it
@@ -177,6 +180,7 @@ def minimize(
     steps = check_steps(max_steps, epochs, problem)
     noisy = problem.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
+    check_rate(optimizer, learning_rate)
     problem = scaled(problem, scale)
     options = {"callback": callback, "checkpoint": checkpoint}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+import operator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +14,29 @@ import numpy as np
 
 from gdopt import _jax, _trees
 from gdopt._errors import GdoptError, NotConvergedError
+from gdopt._settings import as_own_work, own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
+
+_SECONDS = ("compile_seconds", "run_seconds")
+_NOT_COMPARED = ("message", "_evidence", *_SECONDS)  # A message describes the numbers.
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Tell whether two tuples of one type hold the same numbers; a tuple of arrays by itself cannot tell."""
+    return type(one) is type(other) and _trees.same(tuple(one), tuple(other))
+
+
+def _unequal(one: Any, other: Any) -> bool:
+    return not _equal(one, other)
+
+
+def equal_fields(one: Any, other: Any) -> bool:
+    """Tell whether two results hold the same numbers, whatever their messages say and however long they took."""
+    if type(one) is not type(other):
+        return NotImplemented
+    names = [field.name for field in dataclasses.fields(one) if field.name not in _NOT_COMPARED]
+    return _trees.same([getattr(one, name) for name in names], [getattr(other, name) for name in names])
 
 
 class History(NamedTuple):
@@ -33,6 +57,9 @@ class History(NamedTuple):
     loss: np.ndarray
     grad_norm: np.ndarray
     learning_rate: np.ndarray
+
+    __eq__ = _equal
+    __ne__ = _unequal
 
 
 def concatenated(records: Sequence[History]) -> History:
@@ -62,6 +89,9 @@ class Report(NamedTuple):
     grad_norm: float
     learning_rate: float
 
+    __eq__ = _equal
+    __ne__ = _unequal
+
 
 class Refinement(NamedTuple):
     """The losses of a suggestion and its neighbours, trained side by side on the same batches.
@@ -79,13 +109,16 @@ class Refinement(NamedTuple):
     learning_rate: np.ndarray
     loss: np.ndarray
 
+    __eq__ = _equal
+    __ne__ = _unequal
+
     @property
     def best(self) -> float:
         """The rate with the lowest loss."""
         return float(self.learning_rate[np.argmin(self.loss)])
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class RangeTest:
     """The losses of a range test, rate by rate, and the rate that they suggest.
 
@@ -119,6 +152,9 @@ class RangeTest:
     suggestions: dict[str, float | None]
     refinement: Refinement | None
 
+    __eq__ = equal_fields
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
+
     def __repr__(self) -> str:
         rates = {"suggestion": self.suggestion, **self.suggestions}
         told = {name: "none" if rate is None else _number(rate, ".3g") for name, rate in rates.items()}
@@ -127,13 +163,17 @@ class RangeTest:
         return table("gdopt.RangeTest", rows)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Result:
     """The params that a run found, and how it ended.
 
     A pytree: you can pass it to ``jit``, ``vmap`` and the like, and return it from them. Inside these all numbers
     become arrays (with a leading axis after a vmap), ``status`` holds the number of a `Status`, and ``message`` is
     lost. If `minimize` was called inside these, there is no history either, because its length is not known.
+
+    After a vmap it holds many runs: ``result[3]`` is one of them, ``result[2:5]`` are some, ``len(result)`` counts
+    them, and a loop goes through them. Two results are equal if all their numbers are. NaN equals NaN, and neither the
+    seconds nor the messages count.
 
     Attributes:
         params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
@@ -184,10 +224,65 @@ class Result:
     compile_seconds: float
     run_seconds: float
     # The record that `diagnose` needs, if the last evaluation was not finite: no child of the pytree, and not pickled.
-    _evidence: Any = dataclasses.field(default=None, compare=False)
+    _evidence: Any = None
+
+    __eq__ = equal_fields
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_evidence": None}
+
+    def __copy__(self) -> Result:
+        return dataclasses.replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Result:
+        # Nothing changes the record, which may be as large as the data. A copied function would not equal the original.
+        copied = lambda leaf: copy.deepcopy(leaf, memo) if _trees.is_array(leaf) else leaf
+        fields = {name: jax.tree.map(copied, getattr(self, name)) for name in _numbers_of(Result)}
+        return dataclasses.replace(self, **fields)
+
+    def __bool__(self) -> bool:
+        return True  # also with no runs, and of a single run, which has no length
+
+    def __len__(self) -> int:
+        return self._runs()[0]
+
+    def __iter__(self) -> Iterator[Result]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, index: int | slice) -> Result:
+        """Return one run of many side by side, or some of them."""
+        runs, count = self._runs(), len(self)
+        if isinstance(index, slice):
+            return self._part(index, self.message)
+        number = operator.index(index)
+        if not -count <= number < count:
+            raise IndexError(f"the result holds {count} runs, so there is no run {number}.")
+        number %= count
+        if len(runs) > 1 or _jax.is_tracer(self.status):
+            return self._part(number, NO_MESSAGE)
+        return self._part(number, f"run {number} of {count}. Its sentence was {_LOST}.")._with_numbers()
+
+    def _runs(self) -> tuple[int, ...]:
+        """Return how many runs it holds, along each axis."""
+        shape = np.shape(self.status)
+        if not shape:
+            raise TypeError("the result is of a single run. Only a result of many, as a vmap returns it, has parts.")
+        return shape
+
+    @as_own_work
+    def _part(self, index: int | slice, message: str) -> Result:
+        fields = {name: getattr(self, name) for name in _numbers_of(Result)}
+        return Result(**jax.tree.map(lambda leaf: leaf[index], fields), message=message)
+
+    def _with_numbers(self) -> Result:
+        """Return it with Python's numbers, as of a run outside of transformations."""
+        kinds = {"loss": float, "grad_norm": float, "left": float, "steps": int, "success": bool, "verified": bool}
+        kinds |= {"status": _as_status, "steps_per_epoch": int} | dict.fromkeys(_SECONDS, float)
+        with own_work():
+            found = jax.device_get({name: getattr(self, name) for name in [*kinds, "history"]})
+        numbers = {name: None if found[name] is None else kind(found[name]) for name, kind in kinds.items()}
+        return dataclasses.replace(self, **numbers, history=found["history"])
 
     def raise_for_status(self) -> Result:
         """Return this result if the run ended with success; raise an error if not.
@@ -213,6 +308,7 @@ class Result:
         raise NotConvergedError(message, self)
 
     def __repr__(self) -> str:
+        shape = np.shape(self.status)
         rows = {
             "status": ends(self.status),
             "message": self.message,
@@ -223,21 +319,33 @@ class Result:
         }
         if self.aux is not None:
             rows["aux"] = _trees.summary(self.aux)
-        return table("gdopt.Result", rows)
+        many = f" of {' x '.join(map(str, shape))} runs" if shape else ""
+        return table(f"gdopt.Result{many}", rows)
 
 
-NO_MESSAGE = "lost in jit, vmap, grad or tree.map, which keep only numbers: status is the number of a gdopt.Status."
+_LOST = "lost in jit, vmap, grad or tree.map, which keep only numbers"
+NO_MESSAGE = f"{_LOST}: status is the number of a gdopt.Status."
+
+
+def _as_status(code: Any) -> int:
+    """Return the status with this number; the number if there is none."""
+    try:
+        return Status(int(code))
+    except ValueError:  # Arithmetic with results may make any number.
+        return int(code)
 
 
 class _Sentence:
     """The message of a result, as the part of a pytree that is no leaf.
 
     All messages count as equal. So two results have one structure, and jit compiles nothing for another message. A
-    message belongs to the numbers that it describes; beside other numbers, `NO_MESSAGE` replaces it.
+    message belongs to the numbers that it describes; beside other numbers, `NO_MESSAGE` replaces it. The same goes for
+    the record that `diagnose` needs. A reference to the result does not keep it alive: jit keeps structures, and would
+    keep the data of a run with them.
     """
 
-    def __init__(self, text: str, numbers: list[Any]):
-        self._text, self._of = text, _as_text(numbers)
+    def __init__(self, result: Any, numbers: list[Any]):
+        self._text, self._of, self._result = result.message, _as_text(numbers), weakref.ref(result)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Sentence)
@@ -245,9 +353,15 @@ class _Sentence:
     def __hash__(self) -> int:
         return hash(_Sentence)
 
-    def beside(self, numbers: list[Any]) -> str:
-        """Return the message if these are the numbers that it describes, `NO_MESSAGE` if not."""
-        return self._text if self._of is not None and self._of == _as_text(numbers) else NO_MESSAGE
+    def beside(self, numbers: list[Any]) -> dict[str, Any]:
+        """Return the fields that describe these numbers; `NO_MESSAGE` if they describe others."""
+        if self._of is None or self._of != _as_text(numbers):
+            return {"message": NO_MESSAGE}
+        evidence = getattr(self._result(), "_evidence", None)
+        return {"message": self._text} | ({} if evidence is None else {"_evidence": evidence})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_result": _nothing}
 
 
 def _as_text(numbers: list[Any]) -> str | None:
@@ -260,17 +374,26 @@ def _as_text(numbers: list[Any]) -> str | None:
         return None
 
 
+def _nothing() -> None:
+    """Stand for a reference to a result that is gone."""
+
+
+def _numbers_of(cls: type) -> list[str]:
+    """Return the names of the fields that are children of the pytree."""
+    return [field.name for field in dataclasses.fields(cls) if field.name not in ("message", "_evidence")]
+
+
 def _make_pytree(cls: type, *telling: str) -> None:
     """Register a class as a pytree. All fields are children but the message, which describes those ``telling``."""
-    names = [field.name for field in dataclasses.fields(cls) if field.name not in ("message", "_evidence")]
+    names = _numbers_of(cls)
 
     def flatten(result: Any) -> tuple[list[tuple[Any, Any]], _Sentence]:
-        told = _Sentence(result.message, [getattr(result, name) for name in telling])
+        told = _Sentence(result, [getattr(result, name) for name in telling])
         return [(jax.tree_util.GetAttrKey(name), getattr(result, name)) for name in names], told
 
     def unflatten(told: _Sentence, children: Iterable[Any]) -> Any:
         fields = dict(zip(names, children, strict=True))
-        return cls(**fields, message=told.beside([fields[name] for name in telling]))
+        return cls(**fields, **told.beside([fields[name] for name in telling]))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from gdopt import _jax
+from gdopt._errors import GdoptError
 from gdopt._settings import own_work
 from gdopt._types import PyTree
 
@@ -118,12 +119,44 @@ def on_host(leaf: Any) -> np.ndarray:
 
 def strong(tree: PyTree) -> PyTree:
     """Remove weak types: a weak leaf would become strong after one update, and everything would be recompiled."""
+    return jax.tree.map(_strong_leaf, tree)
 
-    def strong_leaf(leaf: Any) -> jax.Array:
-        array = on_device(leaf)
-        return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
-    return jax.tree.map(strong_leaf, tree)
+def _strong_leaf(leaf: Any) -> jax.Array:
+    if not isinstance(leaf, jax.Array):  # `jnp.asarray` would compile programs for a number, before all is checked.
+        return on_device(np.asarray(leaf, jnp.result_type(leaf)))
+    if not getattr(leaf, "weak_type", False):  # Keys have no such type.
+        return leaf
+    if _jax.is_tracer(leaf) or leaf.committed or leaf.size > SMALL:
+        return lax.convert_element_type(leaf, leaf.dtype)
+    return on_device(on_host(leaf))
+
+
+def same(one: PyTree, other: PyTree) -> bool:
+    """Tell whether two trees have one structure and equal leaves. NaN equals NaN; dtypes do not count."""
+    try:
+        (leaves, treedef), (others, other_treedef) = jax.tree.flatten(one), jax.tree.flatten(other)
+        return treedef == other_treedef and all(map(_same_leaf, leaves, others))
+    except GdoptError:
+        raise
+    except Exception:  # A leaf was deleted, or is an object that cannot be compared.
+        return False
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if _jax.is_tracer(one) or _jax.is_tracer(other):
+        raise GdoptError("Results were compared inside jit, vmap or grad, where their numbers have no values yet.")
+    if is_key(one) and is_key(other):
+        return one.dtype == other.dtype and _same_leaf(jax.random.key_data(one), jax.random.key_data(other))
+    if not (is_array(one) and is_array(other)):
+        return bool(one == other)
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in (one, other)):
+        parts = [[shard.data for shard in leaf.addressable_shards] for leaf in (one, other)]
+        return one.sharding == other.sharding and all(map(_same_leaf, *parts))
+    a, b = on_host(one), on_host(other)
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @jax.tree_util.register_dataclass

@@ -8,7 +8,7 @@ import numpy as np
 
 from gdopt._checks import whole_number
 from gdopt._errors import GdoptError, InputError
-from gdopt._result import RangeTest, Result
+from gdopt._result import RangeTest, Result, ends
 from gdopt._settings import own_work
 from gdopt._types import Schedule
 
@@ -59,7 +59,7 @@ def descent(result: Result) -> Figure:
     figure = _figure(2 + 1.5 * panels)
     rows = figure.subplots(panels, sharex=True, height_ratios=[2, 1, 1][:panels])
     steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
-    rows[0].set_title(f"{result.status.name} after {steps}, returned loss {result.loss:.4g}")
+    rows[0].set_title(f"{ends(result.status)} after {steps}, returned loss {result.loss:.4g}")
     each = 0 if result.steps_per_epoch is None else max(result.steps_per_epoch, len(loss) // _MEANS, 2)
     _line(rows[0], "loss", loss, "C0", log=_spans_decades(loss), each=each)
     _line(rows[1], "gradient norm", grad_norm, "C1", log=_spans_decades(grad_norm), each=each)

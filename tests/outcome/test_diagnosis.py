@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import pickle
@@ -390,6 +391,27 @@ def test_a_pickled_result_has_neither_the_loss_nor_the_data() -> None:
     with pytest.raises(gdopt.InputError, match="holds no record of its last step: either it was pickled"):
         gdopt.diagnose(pickle.loads(text))
     assert gdopt.diagnose(result).primitive == "log"
+
+
+@pytest.mark.parametrize(
+    "made", [copy.copy, copy.deepcopy, jax.device_get, jax.device_put, lambda result: jax.tree.map(lambda x: x, result)]
+)
+def test_a_copied_result_can_be_diagnosed(made) -> None:
+    result = run(lambda x: jnp.sum(jnp.log(x - 2)), jnp.float32(1.0))
+    copied = made(made(result))
+    assert copied is not result
+    assert gdopt.diagnose(copied) == gdopt.diagnose(result)
+
+
+def test_a_result_that_went_through_a_transformation_cannot_be_diagnosed() -> None:
+    result = run(lambda x: jnp.sum(jnp.log(x - 2)), jnp.float32(1.0))
+    with pytest.raises(gdopt.InputError, match=r"or it went through jit, vmap or grad.* Call gdopt\.minimize again"):
+        gdopt.diagnose(jax.jit(lambda result: result)(result))
+    many = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), result)
+    with pytest.raises(gdopt.InputError, match=r"holds 2 runs side by side, which leave no record\. Call"):
+        gdopt.diagnose(many)
+    with pytest.raises(gdopt.InputError, match="holds no record of its last step"):
+        gdopt.diagnose(many[1])
 
 
 def test_a_loss_that_cannot_be_called_again_costs_no_result() -> None:

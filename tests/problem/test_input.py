@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import decimal
+import enum
 import functools
 import inspect
 import math
@@ -23,6 +24,7 @@ from helpers import count_compilations
 
 import gdopt
 from gdopt import Status
+from gdopt._compile.self_check import is_reliable
 from gdopt._optimizers.factory import check_optimizer
 from gdopt._optimizers.optax_state import apply, extra_arguments
 
@@ -45,6 +47,40 @@ BATCHES = {"params": W, "loss": line, "data": (X, y)}
 DELETED = jnp.ones((3, 2))
 DELETED.delete()
 MASKED = np.ma.array(y, mask=y > 0)
+
+
+class Table:
+    """Columns of numbers, as in a DataFrame of pandas: it has a shape, becomes an array, and has no single dtype."""
+
+    def __init__(self, **columns: np.ndarray):
+        self.columns = columns
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {name: column.dtype for name, column in self.columns.items()}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(next(iter(self.columns.values()))), len(self.columns)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        numeric = all(column.dtype.kind == "f" for column in self.columns.values())
+        return np.stack([column.astype(column.dtype if numeric else object) for column in self.columns.values()], 1)
+
+
+class Once:
+    """An iterator that JAX, which warns of those of Python, does not know."""
+
+    def __init__(self, items: list):
+        self._items = items
+
+    def __iter__(self) -> Once:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._items:
+            raise StopIteration
+        return self._items.pop()
 
 
 BAD = {
@@ -286,6 +322,64 @@ BAD = {
         r"returned updates with another structure or other shapes than it received: float32\[3\] instead of float32",
     ),
     "key of three words": ({"key": np.zeros(3, np.uint32)}, "is not one random key. Pass"),
+    "iterator in args": (
+        {"args": ({"x": iter([1.0])},)},
+        r"args\[0\]\['x'\] is a list_iterator, which can be read only once, .* pass a tuple of its items",
+    ),
+    "iterator among params": (
+        {"params": {"w": 1.0, "x": Once([1.0])}},
+        r"params\['x'\] is a Once, which can be read only once, .* pass a tuple of its items",
+    ),
+    "generator in args": ({"args": (y * 2 for y in X)}, "args is a generator. Pass a tuple"),
+    "generator among args": ({"args": ((y * 2 for y in X),)}, r"args\[0\] is a generator, which can be read only once"),
+    "set of numbers in args": (
+        {"args": ({1.0, 2.0},)},
+        r"args\[0\] is a set, which holds numbers .* pass a tuple of its",
+    ),
+    "view of a dict in args": (
+        {"args": ({"x": X}.values(),)},
+        r"args\[0\] is a dict_values, which holds numbers but is",
+    ),
+    "array of objects in args": (
+        {"args": (np.array([1.0, 2.0], object),)},
+        r"args\[0\] is an array of dtype object, not of numbers. convert it with .astype\(float\), or pass a list",
+    ),
+    "table of texts in args": (
+        {"args": (Table(a=y, b=np.array(list("abcdef"))),)},
+        r"args\[0\] is a Table whose columns 'b' do not hold numbers. Leave them out, or",
+    ),
+    "table of texts in data": (
+        BATCHES | {"data": (Table(a=y, b=np.array(list("abcdef")), c=y.astype(object)), y)},
+        r"data\[0\] is a Table whose columns 'b', 'c' do not hold numbers. Leave them out, or convert them",
+    ),
+    "table among params": (
+        {"params": {"w": Table(a=y)}},
+        r"params\['w'\] is a test_input.Table, not an array of NumPy",
+    ),
+    "view of a dict as data": (
+        BATCHES | {"data": {"X": X, "y": y}.values()},
+        "data is a dict_values, which is neither a pytree of arrays nor a stream of batches. Pass a tuple of its items",
+    ),
+    "set as data": (BATCHES | {"data": {1.0, 2.0}}, "data is a set, which is neither a pytree of arrays nor a stream"),
+    "stream of an argument": (
+        BATCHES | {"data": lambda epoch: [(X, y)]},
+        "data=<function .* is called without arguments, once for each epoch: .*'epoch'. Pass a function that needs",
+    ),
+    "tuple of a noisy loss": (
+        {"loss": lambda x, key: (x, x), "with_key": True},
+        "the loss returned a tuple of 2. Return only the value, or pass has_aux=True",
+    ),
+    "weak start": ({"params": jnp.asarray(1.0), "tol": -1}, "tol=-1 is not a finite number"),
+    "negative rate and a scale": (
+        {"scale": "curvature", "learning_rate": -1},
+        "learning_rate=-1 is not a finite number",
+    ),
+    "ready optimizer and a scale": (
+        {"scale": "curvature", "optimizer": optax.adam(1e-3)},
+        "learning_rate=0.1 was given with an optimizer that owns its rate",
+    ),
+    "negative scale": ({"scale": -1.0}, "scale holds -1. Pass sizes from 1.2e-38"),
+    "huge scale": ({"scale": 1e300}, r"scale holds 1e\+300. Pass sizes from 1.2e-38"),
     "args no tuple": ({"args": [1.0]}, r"args is a list. Pass a tuple \(for example args=\(x,\)\)"),
 }
 
@@ -314,9 +408,11 @@ def test_bad_input_is_refused_before_anything_compiles(change, message):
 
 def check_refused(change, message):
     arguments = {"loss": square, "params": 1.0, "learning_rate": 0.1, "max_steps": 5} | change
+    is_reliable()  # It compiles programs of its own, once.
+    jax.clear_caches()  # Otherwise those of another test would hide what this one compiles.
     with count_compilations() as counter, pytest.raises(gdopt.InputError, match=f"(?s){message}"):
         gdopt.minimize(arguments.pop("loss"), arguments.pop("params"), **arguments)
-    assert "jit(run)" not in counter.names  # what program.py compiles is called so
+    assert counter.names == []
 
 
 def test_input_errors_are_value_errors_too():
@@ -420,6 +516,123 @@ def test_harmless_input_gets_no_warning():
 
 
 # What works
+
+
+class Foreign:
+    """An array of another library."""
+
+    def __init__(self, array: Any):
+        self._array = np.asarray(array)
+        self.dtype, self.shape = self._array.dtype, self._array.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._array
+
+
+def make_torch_tensor(array: Any) -> Any:
+    return pytest.importorskip("torch").from_numpy(np.array(array))
+
+
+FOREIGN = [Foreign, make_torch_tensor, lambda array: Table(**{f"c{k}": array[:, k] for k in range(array.shape[1])})]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN, ids=["array", "torch", "table"])
+def test_arrays_of_other_libraries_are_taken_as_numbers(foreign):
+    table = np.arange(12, dtype=np.float32).reshape(6, 2) / 6
+    run = functools.partial(gdopt.minimize, learning_rate=0.05, max_steps=9)
+    of_args = lambda w, table: line(w, (table, y)) + square(table * w[None])
+    of_data = lambda w, batch: of_args(w, batch["table"])
+    expected = run(of_args, W, args=(table,))
+    assert run(of_args, W, args=(foreign(table),)) == expected
+    assert run(of_data, W, data={"table": foreign(table)}) == expected
+    streamed = run(of_data, W, data=lambda: [{"table": foreign(table)}] * 9)
+    np.testing.assert_allclose(streamed.params, expected.params, rtol=1e-3)
+    new, _ = gdopt.gd_step(of_args, W, 0.05, foreign(table))
+    np.testing.assert_allclose(new, W - 0.05 * np.asarray(jax.grad(of_args)(jnp.asarray(W), table)), rtol=1e-6)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Walk:
+    """A pytree that is an iterator, too."""
+
+    step: Any
+
+    def __iter__(self) -> Walk:
+        return self
+
+    def __next__(self) -> Any:
+        return self.step
+
+
+class Kind(enum.Enum):
+    SQUARE = 2
+
+
+STATIC = {
+    "function": (jnp.square, lambda w, f: jnp.sum(f(w - 1))),
+    "text": ("square", lambda w, name: jnp.sum(getattr(jnp, name)(w - 1))),
+    "texts": (np.array(["square"]), lambda w, names: jnp.sum(getattr(jnp, names[0])(w - 1))),
+    "None": (None, lambda w, none: square(w - 1) if none is None else w[0]),
+    "module": (math, lambda w, module: square(w - module.cos(0.0))),
+    "enum": (Kind.SQUARE, lambda w, kind: jnp.sum((w - 1) ** kind.value)),
+    "class": (Foreign, lambda w, kind: square(w - 1) if kind is Foreign else w[0]),
+    "range": (range(2), lambda w, places: sum(jnp.square(w[k] - 1) for k in places)),
+    "set of texts": ({"square"}, lambda w, names: square(w - 1) if "square" in names else w[0]),
+    "set of integers": ({0, 1}, lambda w, places: sum(jnp.square(w[k] - 1) for k in places)),
+    "keys": ({"square": 1.0}.keys(), lambda w, names: square(w - 1) if "square" in names else w[0]),
+    "decimal": (decimal.Decimal(1), lambda w, one: square(w - float(one))),
+    "list of functions": ([jnp.square], lambda w, functions: jnp.sum(functions[0](w - 1))),
+    "a pytree that is an iterator": (Walk(1.0), lambda w, walk: square(w - next(walk))),
+    "bool": (True, lambda w, one: square(w - one)),
+    "int": (1, lambda w, one: square(w - one)),
+}
+
+
+@pytest.mark.parametrize(("value", "loss"), STATIC.values(), ids=STATIC.keys())
+def test_args_that_are_no_arrays_reach_the_loss_as_they_are(value, loss):
+    expected = gdopt.minimize(lambda w: square(w - 1), W, learning_rate=0.25, max_steps=4)
+    result = gdopt.minimize(loss, W, args=(value,), learning_rate=0.25, max_steps=4)
+    np.testing.assert_allclose(result.params, expected.params, rtol=1e-6)
+    new, _ = gdopt.gd_step(loss, W, 0.25, value)
+    np.testing.assert_allclose(new, [0.5, 0.5], rtol=1e-6)
+
+
+BAD_STEPS = {
+    "nan": ((square, np.array([0.0, np.nan], np.float32), 0.1), r"params starts with nan at index \(1,\)"),
+    "infinity on the device": ((square, {"w": jnp.array([jnp.inf])}, 0.1), r"params\['w'\] starts with inf"),
+    "generator": ((square, W, 0.1, (x for x in y)), r"args\[0\] is a generator"),
+    "integers that would wrap": (
+        (square, W, 0.1, 2, np.array([2**40])),
+        r"args\[1\] holds integers up to 1099511627776",
+    ),
+    "masked array": ((square, W, 0.1, {"y": MASKED}), r"args\[0\]\['y'\] is a masked array"),
+    "integer params": ((square, 3, 0.1), "params is of dtype int32"),
+    "negative rate": ((square, W, -0.1), "learning_rate=-0.1 is not"),
+    "vector loss": ((lambda w: w, W, 0.1), r"the loss returned shape \(2,\)"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_STEPS.values(), ids=BAD_STEPS.keys())
+def test_a_step_with_bad_input_is_refused_before_anything_compiles(arguments, message):
+    is_reliable()
+    jax.clear_caches()
+    with count_compilations() as counter, pytest.raises(gdopt.InputError, match=message):
+        gdopt.gd_step(*arguments)
+    assert counter.names == []
+
+
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_the_default_key_is_the_key_of_zero(implementation):
+    noisy = lambda w, key: square(w - jax.random.normal(key, w.shape))
+    run = functools.partial(gdopt.minimize, noisy, W, with_key=True, learning_rate=0.1, max_steps=3)
+    with jax.default_prng_impl(implementation):
+        assert run() == run(key=jax.random.key(0))
+
+
+def test_a_traced_step_may_have_nan_params():
+    new, _ = jax.jit(lambda w: gdopt.gd_step(square, w, 0.1))(jnp.array([jnp.nan, 1.0]))
+    np.testing.assert_array_equal(np.isnan(new), [True, False])
 
 
 def test_leaves_of_all_kinds_are_accepted():

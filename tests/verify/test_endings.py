@@ -380,6 +380,17 @@ def test_bounds_of_a_projecting_optimizer() -> None:
     np.testing.assert_array_equal(result.params, 0)
 
 
+def test_both_parts_of_complex_params_are_verified_with_any_optimizer() -> None:
+    loss = lambda z: 100 * (z.real - 1) ** 2 + 0.1 * (z.imag - 1) ** 2 + 1
+    run = functools.partial(gdopt.minimize, loss, jnp.asarray(0j), max_steps=30_000)
+    known = run(optimizer=optax.sgd, learning_rate=0.004)
+    composed = run(optimizer=optax.chain(optax.sgd(0.004), optax.identity()))
+    assert (composed.status, composed.steps) == (known.status, known.steps)
+    assert composed.success
+    assert composed.left == pytest.approx(known.left)
+    assert composed.left >= 0.5 * (composed.loss - 1)
+
+
 # --- no minimum ---
 
 

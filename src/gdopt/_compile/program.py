@@ -22,6 +22,7 @@ from gdopt import _jax, _trees
 from gdopt._compile import fingerprints, replays
 from gdopt._compile.copies import Copy
 from gdopt._compile.self_check import is_reliable
+from gdopt._settings import own_work
 from gdopt._types import PyTree
 
 _PROGRAMS = 128  # the most compiled programs that are kept; the least recently used go first
@@ -167,7 +168,9 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
 
 def is_traced(*trees: PyTree) -> bool:
     """Tell whether jit, vmap or grad traces one of these values or, as jit does, everything."""
-    leaves = *jax.tree.leaves(trees), _trees.on_device(0.0)
+    with own_work():
+        probe = jax.device_put(np.float32(0))  # `jnp.asarray` would compile a program.
+    leaves = *jax.tree.leaves(trees), probe
     return any(map(_jax.is_tracer, leaves))
 
 

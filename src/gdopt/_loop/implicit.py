@@ -22,7 +22,7 @@ from gdopt import _jax, _trees
 from gdopt._compile import replays
 from gdopt._compile.self_check import is_reliable
 from gdopt._errors import InputError
-from gdopt._settings import own_promotion
+from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
 
 _ROUNDS = 5  # the most rounds of conjugate gradients
@@ -36,9 +36,10 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Return ``solve`` with its derivatives, of any order, forward and reverse.
 
-    ``solve(*inputs)`` returns a tuple with ``params``, ``loss``, ``aux`` and ``success``, which belong to
-    ``value(params, *known(*inputs)) -> (loss, aux)``. Derivatives are NaN if it had no success, or if H dx = r has no
-    solution. If they are not ``defined``, asking for them raises InputError.
+    ``solve(*inputs)`` returns an `Outcome`, whose ``params``, ``loss`` and ``aux`` belong to
+    ``value(params, *known(*inputs)) -> (loss, aux)``. Derivatives are NaN if it is no smooth minimum, or if H dx = r
+    has no solution. Those of the numbers that a minimum does not decide, such as the gradient norm, are always NaN. If
+    they are not ``defined``, asking for them raises InputError.
     """
 
     @jax.custom_jvp
@@ -68,10 +69,18 @@ def differentiable(
         moved = jax.jit(functools.partial(_moves, value, filled))
         with own_promotion():
             params_dot, loss_dot, aux_dot = moved(
-                out.params, out.success, [given[number] for number in moving], [ways[number] for number in moving]
+                out.params,
+                (out.is_smooth_minimum, out.free),
+                [given[number] for number in moving],
+                [ways[number] for number in moving],
             )
         still = jax.tree.map(_zero_tangent, out)
         aux_dot = jax.tree.map(lambda zero, moved: zero if moved is None else moved, still.aux, aux_dot)
+        all_ways = [way for way in jax.tree.leaves(tangents) if not _is_zero(way)]
+        if all_ways:
+            with own_work(), own_promotion():
+                norm_dot, left_dot = _unknown((out.grad_norm, out.ending.left), all_ways)
+            still = still._replace(grad_norm=norm_dot, ending=still.ending._replace(left=left_dot))
         return out, still._replace(params=params_dot, loss=loss_dot.astype(out.loss.dtype), aux=aux_dot)
 
     # Constants of the loss do not move, so a function of custom_vjp may close over them.
@@ -83,28 +92,57 @@ def _moves(
     value: Callable[..., tuple],
     filled: Callable[[list], tuple],
     params: PyTree,
-    success: jax.Array,
+    minimum: tuple[jax.Array, PyTree],
     some: list,
     ways: list,
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Return the tangents of params, loss and aux if ``some`` of what the loss depends on moves along ``ways``."""
+    """Return the tangents of params, loss and aux if ``some`` of what the loss depends on moves along ``ways``.
+
+    ``minimum`` tells whether the params are a smooth minimum, and which entries are free to move; None if all are.
+    """
+    is_minimum, free = minimum
     real, back = _trees.as_real(params)
+    freed = lambda way: way if free is None else jax.tree.map(jnp.multiply, free, way)
 
     def gradient(real: PyTree, some: list) -> PyTree:
         given = filled(some)
         return jax.grad(lambda real: value(back(real), *given)[0])(real)
 
-    right = _all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways)
-    times = lambda real, some, x: _hessian_times(lambda real: gradient(real, some), real, x)
+    right = freed(_all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
+    times = lambda real, some, x: freed(_hessian_times(lambda real: gradient(real, some), real, freed(x)))
     known = lax.stop_gradient((real, some))
-    across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](way)[0]
+    across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](freed(way))[0]
     singular = _of_least_norm(functools.partial(times, *known), across, known[0])
-    way = _solved(functools.partial(times, real, some), right, singular)
-    sign = jnp.where(success, -1.0, jnp.nan)  # As a factor, it also makes reverse-mode derivatives NaN.
-    way = jax.tree.map(lambda leaf: (sign * leaf).astype(leaf.dtype), way)
+    way = freed(_solved(functools.partial(times, real, some), right, singular))
+    way = _nan_unless(is_minimum, jax.tree.map(jnp.negative, way))
     params_dot = jax.jvp(back, (real,), (way,))[1]
     loss_dot, aux_dot = _tangents(lambda at: value(at[0], *filled(at[1])), (params, some), (params_dot, ways))
-    return params_dot, loss_dot, jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
+    aux_dot = jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
+    loss_dot, aux_dot = _nan_unless(is_minimum, _all_moving((loss_dot, aux_dot), ways))
+    return params_dot, loss_dot, aux_dot
+
+
+def _nan_unless(defined: Any, way: PyTree) -> PyTree:
+    """Return a tangent if it is defined, NaN if not.
+
+    In reverse mode a cotangent of zero stays zero. With NaN as a factor, results that nobody differentiates would make
+    all derivatives NaN.
+    """
+
+    def forward(_: Callable, way: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.where(defined, leaf, jnp.full_like(leaf, jnp.nan)), way)
+
+    def backward(_: Callable, way: PyTree) -> PyTree:
+        used = functools.reduce(jnp.logical_or, [(leaf != 0).any() for leaf in jax.tree.leaves(way)])
+        return jax.tree.map(lambda leaf: jnp.where(defined | ~used, leaf, jnp.full_like(leaf, jnp.nan)), way)
+
+    return lax.custom_linear_solve(lambda way: way, way, forward, transpose_solve=backward)
+
+
+@jax.jit
+def _unknown(numbers: PyTree, ways: list) -> PyTree:
+    """Return the tangents of numbers that depend on each step of a run if the inputs of the run move: NaN."""
+    return _nan_unless(False, _all_moving(jax.tree.map(jnp.zeros_like, numbers), ways))
 
 
 def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
@@ -183,17 +221,19 @@ def _of_least_norm(
     if flat.size > _DENSE or not flat.size:
         return None
     rows = lax.map(lambda way: ravel_pytree(times(whole(way)))[0], jnp.eye(flat.size, dtype=flat.dtype))
+    rows = rows.astype(_trees.norm_dtype(x))  # There are no eigenvalues in half precision.
     matrix = jnp.where(jnp.isfinite(rows).all(), rows + rows.T, 0) / 2
     values, vectors = jnp.linalg.eigh(matrix)
     least = _RANK * flat.size**0.5 * float(jnp.finfo(flat.dtype).eps) * jnp.max(jnp.abs(values))
     regular = jnp.abs(values) > least
     inverse = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
-    chance = jnp.sin(1e3 * lax.iota(flat.dtype, flat.size) + 1)  # Any direction will do that is not special.
+    chance = jnp.sin(1e3 * lax.iota(rows.dtype, flat.size) + 1)  # Any direction will do that is not special.
     lost = vectors @ jnp.where(regular, 0, vectors.T @ chance)
-    moved, all_moved = (_trees.norm(across(whole(way))) for way in (lost, chance))
+    moved, all_moved = (_trees.norm(across(whole(way.astype(flat.dtype)))) for way in (lost, chance))
 
     def solution(right: PyTree) -> PyTree:
-        return whole(vectors @ (inverse * (vectors.T @ ravel_pytree(right)[0])))
+        projected = vectors.T @ ravel_pytree(right)[0].astype(rows.dtype)
+        return whole((vectors @ (inverse * projected)).astype(flat.dtype))
 
     return ~regular.all(), solution, moved <= _RESIDUAL * all_moved
 
@@ -224,7 +264,7 @@ def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: 
             left = jax.tree.map(jnp.subtract, unit, times(found))
             return found, left, _trees.norm(left), size, rounds + 1
 
-        size = _trees.norm(unit)
+        unit_size = size = _trees.norm(unit)
         start = jax.tree.map(jnp.zeros_like, unit), unit, size, jnp.full_like(size, jnp.inf), 0
         found, _, size, _, _ = lax.while_loop(goes_on, improve, start)
         solved = size <= _RESIDUAL
@@ -237,6 +277,8 @@ def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: 
                 left = _trees.norm(jax.tree.map(jnp.subtract, unit, times(least)))
                 at_all &= left <= _RESIDUAL
             solved = solved | at_all
+        if backward:  # Nobody asks for these derivatives.
+            solved = solved | (unit_size == 0)
         factor = jnp.where(solved, scale, jnp.nan)
         return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), found)
 

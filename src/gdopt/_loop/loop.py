@@ -206,5 +206,6 @@ def _make(
         step = Step(problem, method, traced_loss, schedule, settings)
     verifier = Verifier(problem, method, traced_loss, schedule, settings, eps)
     verify = (lambda state, _: state) if settings.noisy else verifier.in_trace
-    whole = program.share(whole_loop(step.start, step, verify, settings, inputs.limits.has_target), inputs)
+    loop = whole_loop(step.start, step, verify, verifier.held, settings, inputs.limits.has_target)
+    whole = program.share(loop, inputs)
     return Whole(whole.run, whole.constants), whole.closed and not step.asks_again

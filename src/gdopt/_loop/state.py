@@ -11,7 +11,8 @@ from gdopt import _trees
 from gdopt._compile import program
 from gdopt._devices.sharding import Layout
 from gdopt._problem.data import Batches
-from gdopt._stopping import Ending, Epoch, Limits, Watch
+from gdopt._status import Status
+from gdopt._stopping import BY_NEIGHBOURS, Ending, Epoch, Limits, Watch
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 from gdopt._verify.hindsight import Hindsight
@@ -74,6 +75,15 @@ class Outcome(NamedTuple):
     code: jax.Array
     success: jax.Array
     ending: Ending
+    free: (
+        PyTree  # 0 for real entries of params that the optimizer holds at a bound, 1 for others; None if it holds none
+    )
+
+    @property
+    def is_smooth_minimum(self) -> jax.Array:
+        """Tell whether a minimum was found, and no kink: a target may be reached anywhere."""
+        claimed = (self.code == Status.CONVERGED) | (self.code == Status.PRECISION_LIMIT)
+        return claimed & (self.ending.verified != BY_NEIGHBOURS)
 
 
 class Compiled(NamedTuple):

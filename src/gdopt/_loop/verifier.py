@@ -181,6 +181,12 @@ class Verifier(NamedTuple):
         treedef = jax.tree.structure(self.settings.compact(_trees.as_real(params)[0]))
         return lambda blocks: treedef.unflatten(blocks).tree()
 
+    def held(self, state: State, inputs: Inputs) -> PyTree:
+        """Return the same as `free`, as a tree of real leaves; None if the optimizer holds no entry."""
+        if self.settings.noisy or not self.method.may_project:
+            return None
+        return self._tree(returned_params(state))(self.free(state, inputs))
+
     def free(self, state: State, inputs: Inputs) -> list:
         """Return 0 for entries that the optimizer holds at a bound: it moves them only against the gradient."""
         params, method = returned_params(state), self.method
@@ -192,10 +198,13 @@ class Verifier(NamedTuple):
             turned = jax.tree.map(lambda g: (1 - 2 * number).astype(g.real.dtype) * g, grad)
             asked = lambda params: self.problem.value(params, *given)[0]
             updates, _ = method.update(rate, turned, state.optimizer, params, asked, loss)
-            return jax.tree.map(jnp.not_equal, optax.apply_updates(params, updates), params)
+            new, _ = _trees.as_real(optax.apply_updates(params, updates))
+            return jax.tree.map(jnp.not_equal, new, real)
 
+        real, _ = _trees.as_real(params)
         both = lax.map(moved, lax.iota(jnp.int32, 2))
-        return self._blocks(jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, params))
+        free = jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, real)
+        return jax.tree.leaves(self.settings.compact(free))
 
     def _settled(
         self,

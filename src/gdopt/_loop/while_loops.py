@@ -59,7 +59,7 @@ def chunk_loop(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere:
 
 
 def whole_loop(
-    start: Callable, step: Callable, verify: Callable, settings: Settings, has_target: bool
+    start: Callable, step: Callable, verify: Callable, held: Callable, settings: Settings, has_target: bool
 ) -> Callable[[Inputs], Outcome]:
     """Make one program of all steps.
 
@@ -102,7 +102,8 @@ def whole_loop(
             state = _trees.select(failed, state, step(again, last)[0])
         params, kept = returned_params(state), state.kept
         success = _stopping.succeeded(ended.code, ended.watch, noisy=settings.noisy, has_target=has_target)
-        return Outcome(params, kept.loss, kept.grad_norm, kept.aux, ended.step, ended.code, success, ended.ending)
+        found = params, kept.loss, kept.grad_norm, kept.aux
+        return Outcome(*found, ended.step, ended.code, success, ended.ending, held(state, inputs))
 
     return whole
 

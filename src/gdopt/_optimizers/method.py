@@ -172,26 +172,33 @@ def _fits(new: PyTree, old: PyTree) -> bool:
         return False
 
 
-def make_method(optimizer: Optimizer | None, learning_rate: Any, params: PyTree = None) -> Method:
-    """Check that either the optimizer or the caller decides the rate.
-
-    "auto" stands for `spectral`, and without an optimizer for `quasi_newton` with as many pairs as there is memory for.
-    """
+def check_rate(optimizer: Optimizer | None, learning_rate: Any) -> Any:
+    """Return the rate, checked; raise InputError if it does not fit the optimizer, or is no rate."""
     if is_transformation(optimizer):
         if not is_auto(learning_rate):
             raise InputError(
                 f"learning_rate={learning_rate!r} was given with an optimizer that owns its rate. Leave learning_rate "
                 "out, or pass the factory itself (for example optax.adam instead of optax.adam(1e-3))."
             )
+        return learning_rate
+    if learning_rate is None:
+        raise InputError('learning_rate=None is no rate. Pass a number or a schedule, or leave it out for "auto".')
+    return learning_rate if is_auto(learning_rate) else check_learning_rate(learning_rate)
+
+
+def make_method(optimizer: Optimizer | None, learning_rate: Any, params: PyTree = None) -> Method:
+    """Check that either the optimizer or the caller decides the rate.
+
+    "auto" stands for `spectral`, and without an optimizer for `quasi_newton` with as many pairs as there is memory for.
+    """
+    checked = check_rate(optimizer, learning_rate)
+    if is_transformation(optimizer):
         return Method(optimizer)
     if is_auto(learning_rate):
         if optimizer is not None:
             return Method(spectral())
         memory = affordable_memory(params)
         return Method(quasi_newton(memory), chosen=memory)
-    if learning_rate is None:
-        raise InputError('learning_rate=None is no rate. Pass a number or a schedule, or leave it out for "auto".')
-    checked = check_learning_rate(learning_rate)
     return Method(optimizer, checked)
 
 

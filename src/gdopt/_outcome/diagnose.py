@@ -16,7 +16,7 @@ from gdopt._compile.program import value_and_grad
 from gdopt._errors import InputError
 from gdopt._outcome import nan_search
 from gdopt._problem.problem import Problem
-from gdopt._result import History, Result, ends, table
+from gdopt._result import History, Result, ends, equal_fields, table
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
@@ -25,7 +25,7 @@ _NAMED = 3  # the most leaves that a message names
 _SHOWN = 6  # the most entries of an array that a message shows
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Diagnosis:
     """The operation that made the loss of a run, or its gradient, NaN or infinite.
 
@@ -54,6 +54,12 @@ class Diagnosis:
     primitive: str | None
     place: str | None
     message: str
+
+    __eq__ = equal_fields
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
+
+    def __hash__(self) -> int:
+        return hash((self.step, self.leaves, self.primitive, self.place))  # The rate may be NaN.
 
     def __repr__(self) -> str:
         rate = "none" if self.learning_rate is None else f"{self.learning_rate:.3g}"
@@ -193,8 +199,9 @@ def diagnose(result: Result) -> Diagnosis:
         A `Diagnosis`. If there are several processes, all have to call it.
 
     Raises:
-        InputError: for any other result: one that ended well, one from inside jit, vmap or grad, and one that was
-            pickled, because a pickle holds neither the loss nor the data.
+        InputError: for any other result: one that ended well, one that was made inside jit, vmap or grad or passed
+            through them, and one that was pickled, because a pickle holds neither the loss nor the data. Copies made
+            by ``copy`` or ``jax.device_get`` keep the record.
 
     Example:
         >>> import gdopt, jax.numpy as jnp
@@ -206,6 +213,11 @@ def diagnose(result: Result) -> Diagnosis:
     """
     if not isinstance(result, Result):
         raise InputError(f"result={result!r} is not a gdopt.Result. Pass what gdopt.minimize returned.")
+    if np.ndim(result.status):
+        raise InputError(
+            f"result holds {len(result)} runs side by side, which leave no record. Call gdopt.minimize for one of them "
+            "by itself, outside of jit and vmap, and pass its result."
+        )
     if result.history is None:
         raise InputError(
             "result is of a run inside jit, vmap or grad, which leaves no record. Call gdopt.minimize outside of these."
@@ -216,8 +228,9 @@ def diagnose(result: Result) -> Diagnosis:
     case: Evidence | None = result._evidence  # pyright: ignore[reportPrivateUsage]
     if case is None:
         raise InputError(
-            "result holds no record of its last step: either it was pickled or copied, or that step could not be "
-            "computed again. Call gdopt.minimize again (for example from result.params), and pass its result."
+            "result holds no record of its last step: either it was pickled, or it went through jit, vmap or grad, or "
+            "that step could not be computed again. Call gdopt.minimize again (for example from result.params), and "
+            "pass its result."
         )
     with own_work():
         primitive, place, message = _of_update(case, result.history) if case.bad_params else _of_loss(case)

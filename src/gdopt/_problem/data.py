@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from gdopt import _trees
-from gdopt._checks import fault, flatten, whole_number
+from gdopt._checks import UNORDERED, fault, flatten, is_foreign, whole_number
 from gdopt._errors import InputError
 from gdopt._problem.stream import Stream, is_stream, numbers_of
 from gdopt._types import PyTree
@@ -51,6 +51,11 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None, S
 
     For a stream, return its first batch as the data.
     """
+    if isinstance(data, UNORDERED):
+        raise InputError(
+            f"data is a {type(data).__name__}, which is neither a pytree of arrays nor a stream of batches. Pass a "
+            "tuple of its items."
+        )
     if is_stream(data):
         if batch_size is not None:
             raise InputError(
@@ -83,7 +88,7 @@ def _array(name: str, leaf: Any) -> Any:
     known = isinstance(leaf, jax.Array | np.ndarray)
     if why := known and fault(leaf, carried=False):
         raise InputError(f"{name} {why}.")
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+    if not hasattr(leaf, "shape") or not (hasattr(leaf, "dtype") or is_foreign(leaf)):
         raise InputError(
             f"{name} is a {type(leaf).__name__}, not an array. Pass a pytree of arrays with a shared leading axis "
             "(for example (X, y)); convert lists with numpy.asarray."

@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gdopt import _trees
-from gdopt._checks import fault, refuse_no_arrays
+from gdopt._checks import fault, is_foreign, refuse_misread, refuse_no_arrays
 from gdopt._devices.sharding import check_batch_size, explicitly
 from gdopt._errors import InputError
 from gdopt._problem.data import Batches, check_data
 from gdopt._problem.objective import Objective, check_start
-from gdopt._problem.stream import Stream
+from gdopt._problem.stream import Stream, numbers_of
 from gdopt._settings import own_work
 from gdopt._types import PyTree
 
@@ -39,7 +39,10 @@ class Problem(NamedTuple):
         """The key from which all random numbers of a call are drawn."""
         if self.given_key is not None:
             return self.given_key
+        config: Any = jax.config  # It creates its attributes on demand.
         with own_work():
+            if config.jax_default_prng_impl == "threefry2x32":  # Then this is the same key, and compiles nothing.
+                return jax.random.wrap_key_data(_trees.on_device(np.zeros(2, np.uint32)))
             return jax.random.key(0)
 
     @property
@@ -84,7 +87,7 @@ def make_problem(
     if batches is not None:
         check_batch_size(data, batches.batch_size)
     check_start(objective.params)
-    traced, rest = _split_args(args)
+    traced, rest = split_args(args)
     return Problem(objective, traced, rest, data, batches, stream, with_key, _check_key(key))
 
 
@@ -101,16 +104,29 @@ def _check_key(key: Any) -> jax.Array | None:
     raise InputError(f"key={key!r} is not one random key. Pass one (for example jax.random.key(0)).")
 
 
-def _split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
+def split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
+    """Split the arguments of a loss into arrays, which are traced, and all others; raise InputError for unfit ones."""
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}. Pass a tuple (for example args=(x,)).")
+    refuse_misread("args", args)
     refuse_no_arrays("args", args)
+    leaves, treedef = jax.tree.flatten(args)
     limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
-        if isinstance(leaf, int) and not limits.min <= leaf <= limits.max:
-            raise InputError(
-                f"{_trees.path_name(path, 'args')} is an int of {leaf.bit_length()} bits, beyond the range of "
-                f"{limits.dtype}. Pass it as a float."
-            )
-    some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in jax.tree.leaves(args)])
+    if any(isinstance(leaf, int) or not _trees.is_array(leaf) for leaf in leaves):
+        paths = jax.tree_util.tree_leaves_with_path(args)
+        leaves = [_argument(path, leaf, limits) for path, leaf in paths]
+        args = treedef.unflatten(leaves)
+    some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in leaves])
     return jax.tree.map(lambda leaf: _trees.on_device(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest
+
+
+def _argument(path: tuple, leaf: Any, limits: Any) -> Any:
+    """Return a leaf of args, as an array if it is one of another library; raise InputError for an int too large."""
+    if is_foreign(leaf):
+        return numbers_of(_trees.path_name(path, "args"), leaf)
+    if isinstance(leaf, int) and not limits.min <= leaf <= limits.max:
+        raise InputError(
+            f"{_trees.path_name(path, 'args')} is an int of {leaf.bit_length()} bits, beyond the range of "
+            f"{limits.dtype}. Pass it as a float."
+        )
+    return leaf

@@ -75,7 +75,11 @@ def _checked(path: tuple, leaf: jax.Array, size: Any) -> jax.Array:
             f"{name} has shape {jnp.shape(size)}, but {_trees.path_name(path)} has {leaf.shape}. Pass one number, or "
             "an array of that shape."
         )
-    array = jnp.asarray(size, dtype)
+    if isinstance(size, jax.Array):
+        array = size.astype(dtype)
+    else:  # On the host, a conversion compiles nothing before it is checked.
+        with np.errstate(over="ignore"):
+            array = _trees.on_device(np.asarray(size).astype(dtype))
     if not _jax.is_tracer(array) and array.is_fully_addressable:
         bad = ~(np.isfinite(array) & (np.asarray(array) >= least))
         if bad.any():

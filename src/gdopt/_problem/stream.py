@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from collections import deque
@@ -45,6 +46,7 @@ class Stream:
 
     def __init__(self, source: Any):
         self._source = source
+        _check_call(source)
         iterator = self.open()
         self.once = iterator is source
         first = next(iterator, _END)
@@ -195,6 +197,21 @@ class Feed:
             iterator, steps = self._stream.open(), 0
 
 
+def _check_call(source: Any) -> None:
+    """Raise InputError for a function that cannot be called without arguments."""
+    if isinstance(source, Iterable):
+        return
+    try:
+        inspect.signature(source).bind()
+    except TypeError as error:
+        raise InputError(
+            f"data={source!r} is called without arguments, once for each epoch: {error}. Pass a function that needs "
+            "none (for example data=lambda: batches(...))."
+        ) from error
+    except ValueError:  # Some functions that are written in C do not show their arguments.
+        return
+
+
 def _has_positions(iterator: Any) -> bool:
     """Tell whether an iterator reports its position and can be set to it, by the methods of grain's iterators."""
     return all(callable(getattr(iterator, name, None)) for name in ("get_state", "set_state"))
@@ -236,11 +253,24 @@ def numbers_of(name: str, leaf: Any) -> np.ndarray:
     if why := fault(leaf if isinstance(leaf, np.ndarray | np.generic) else array, carried=True):
         raise InputError(f"{name} {why}.")
     if array.dtype not in _trees.NUMBERS:
+        if columns := _no_numbers(leaf):
+            raise InputError(
+                f"{name} is a {type(leaf).__name__} whose columns {columns} do not hold numbers. Leave them out, or "
+                "convert them with .astype(float)."
+            )
         raise InputError(
             f"{name} is a {type(leaf).__name__}, not an array of numbers. Pass pytrees of NumPy or JAX arrays, or of "
             "torch tensors."
         )
     return array
+
+
+def _no_numbers(table: Any) -> str:
+    """Return the names of the columns of a table, such as a pandas DataFrame, that do not hold numbers."""
+    try:
+        return ", ".join(repr(name) for name, dtype in table.dtypes.items() if dtype.kind not in "iufc")
+    except Exception:  # Other objects have no dtypes, or keep them in another way.
+        return ""
 
 
 def is_stream(data: Any) -> bool:
