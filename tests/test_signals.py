@@ -295,6 +295,41 @@ def test_under_asyncio_the_run_ends_with_a_result_and_then_its_task():
     assert out.split() == ["INTERRUPTED", "cancelled", "KeyboardInterrupt"], err
 
 
+CELL = """
+import jax.numpy as jnp, gdopt
+loss = lambda x: jnp.sum(jnp.cosh(x @ x.T / 100))
+told = []
+def started(report):
+    if not told:
+        told.append(print("started", flush=True))
+result = gdopt.minimize(loss, jnp.ones((100, 100)), learning_rate=1e-9, max_steps=10**9, tol=0, callback=started)
+print(result.status.name, result.steps > 0, flush=True)
+"""
+
+
+def test_interrupting_a_notebook_returns_a_result_and_its_kernel_lives_on():
+    pytest.importorskip("ipykernel")
+    jupyter = pytest.importorskip("jupyter_client")
+    manager, client = jupyter.manager.start_new_kernel(kernel_name="python3")
+    printed = []
+
+    def show(message: dict[str, Any]) -> None:
+        text = str(message["content"].get("text") or message["content"].get("traceback") or "")
+        printed.append(text)
+        if "started" in text:
+            manager.interrupt_kernel()
+
+    try:
+        reply = client.execute_interactive(CELL, output_hook=show, timeout=60)
+        assert reply["content"]["status"] == "ok", printed
+        assert "INTERRUPTED True" in "".join(printed)
+        client.execute_interactive("print(result.status, 6 * 7)", output_hook=show, timeout=60)
+        assert "INTERRUPTED 42" in "".join(printed)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 # ------------------------------------------------------------------------------- signals of this process to itself
 
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
