@@ -125,9 +125,9 @@ def minimize(
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
             because the last point is then a trial.
-        callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
-            mini-batches. It returns True to stop the run, and None or False to continue. If it raises, the run ends,
-            and the error has its `Result` as ``error.result``.
+        callback: called with a `Report` between two compiled chunks: after the first step, then about every 50 ms (at
+            first more often), and at the end of each epoch of mini-batches. It returns True to stop the run, and None
+            or False to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
             call with the same path to resume from the newest checkpoint. On the same machine the result is bit-for-bit
@@ -150,8 +150,10 @@ def minimize(
         once.
 
         A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or NON_FINITE the best
-        or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a last checkpoint if it
-        has a path for one; a second Ctrl-C raises.
+        or the last good one. The first Ctrl-C or SIGTERM, at any moment of a call in the main thread, ends the run with
+        a result (INTERRUPTED) after the current step, and with a last checkpoint if it has a path for one. In a range
+        test the result is the start. A second Ctrl-C raises KeyboardInterrupt, also if it comes within two seconds in a
+        later call. Runs in other threads see no signals.
 
     Raises:
         InputError: for bad input, before anything compiles; and if a range test finds no rate.

@@ -70,7 +70,8 @@ def lr_find(
 
     It is a pure function: every try starts from ``params``, and nothing of the caller's changes. One program is
     compiled for the whole test, and none for new rates, data of the same shape or a fresh lambda that computes the
-    same. Ctrl-C raises KeyboardInterrupt after the current step, because part of a curve offers no rate.
+    same. Ctrl-C raises KeyboardInterrupt after the current step, because part of a curve offers no rate; SIGTERM ends
+    the process then.
 
     Args:
         loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``, as in `minimize`.
