@@ -38,6 +38,7 @@ class _Handled:
     def __init__(self) -> None:
         self.calls: list[_Call] = []  # the outermost first
         self.replaced: dict[int, Any] = {}  # the handlers in whose place is ours
+        self.foreign: dict[int, Any] = {}  # the handlers of other code that were held back last
         self.shields = 0  # the sections around the current place that no exception may tear
         self.waiting: list[int] = []  # the signals that wait for the end of these sections
         self.last = -math.inf  # the time of the last Ctrl-C that was noted
@@ -97,7 +98,23 @@ def at_end(release: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def shielded() -> Generator[None]:
-    """Let no signal raise within a short section. One that would have raises at its end."""
+    """Let no signal raise within a short section. One that would have raises at its end.
+
+    A handler of other code may raise, too, so it is called after the section.
+    """
+    with _counted():
+        if _is_main() and _handled.shields == 1:
+            for number in _USUAL:
+                handler = signal.getsignal(number)
+                ours = _on_signal, _on_foreign, signal.default_int_handler
+                if callable(handler) and not any(handler is known for known in ours):
+                    _handled.foreign[number] = handler
+                    signal.signal(number, _on_foreign)
+        yield
+
+
+@contextlib.contextmanager
+def _counted() -> Generator[None]:
     if not _is_main():
         yield
         return
@@ -106,8 +123,24 @@ def shielded() -> Generator[None]:
         yield
     finally:
         _handled.shields -= 1
-        if _handled.waiting and not _handled.shields:
-            _act(_handled.waiting[0])
+        if not _handled.shields:
+            _put_back()
+            if _handled.waiting:
+                _act(max(_handled.waiting))
+
+
+def _put_back() -> None:
+    """Put the handlers of other code back. If one raises here, the others are called from `_on_foreign`."""
+    for number, handler in _handled.foreign.items():
+        if signal.getsignal(number) is _on_foreign:
+            signal.signal(number, handler)
+
+
+def _on_foreign(number: int, frame: Any) -> None:
+    if _handled.shields:
+        _handled.waiting.append(number)
+    else:
+        _handled.foreign[number](number, frame)
 
 
 def _is_main() -> bool:
@@ -117,13 +150,16 @@ def _is_main() -> bool:
 def _begin(call: _Call) -> None:
     if not _is_main():
         return
-    with shielded():
+    with _counted():
         calls = _handled.calls
         call.pressed = calls[-1].pressed if calls else None
         calls.append(call)
         if len(calls) > 1:
             return
+        _put_back()
         _handled.raised = -math.inf
+        _handled.waiting.clear()
+        _handled.replaced.clear()
         for number, usual in _USUAL.items():
             handler = signal.getsignal(number)
             if handler is _on_signal:  # Other code has put it back after an earlier call.
@@ -137,7 +173,7 @@ def _end(call: _Call) -> None:
     """Do what is left to do, and restore the handlers at the end of the outermost call. Once is enough."""
     if call not in _handled.calls:
         return
-    with shielded():
+    with _counted():
         try:
             for release in reversed(call.at_end):
                 release()
@@ -184,8 +220,8 @@ def _act(number: int) -> None:
     """Do what a signal would have done without gdopt."""
     handled = _handled
     handled.waiting.clear()
-    usual = handled.replaced.get(number, _USUAL[signal.Signals(number)])
-    if usual is signal.SIG_DFL:
+    usual = {**_USUAL, **handled.foreign, **handled.replaced}[signal.Signals(number)]
+    if usual == signal.SIG_DFL:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return

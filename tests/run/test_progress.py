@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ def test_a_run_whose_bar_cannot_be_written_goes_on(stream, midway, monkeypatch):
     def lose(report):
         if midway:
             monkeypatch.setattr(sys, "stderr", there)
-            for bar in list(tqdm.auto.tqdm._instances):
+            for bar in list(cast(Any, tqdm.auto.tqdm)._instances):
                 bar.fp = there
 
     if not midway:

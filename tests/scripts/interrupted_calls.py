@@ -1,7 +1,8 @@
-"""The script that test_signals.py runs: ``python interrupted_calls.py SECONDS DIRECTORY SEED`` prints counts as JSON.
+"""The script that test_signals.py runs: ``python interrupted_calls.py SECONDS DIRECTORY SEED HANDLER`` prints counts.
 
 It makes warm calls with checkpoints one after the other, while a thread sends it signals at random moments, often two
-at once. After each call it looks for everything that a signal could have left behind.
+at once. After each call it looks for everything that a signal could have left behind. HANDLER is "usual", or "own" for
+a handler of the program that raises each time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def call(path: Path, number: int) -> gdopt.Result:
     mean_square = lambda w, rows: jnp.mean((rows @ w - 1) ** 2)
     if number % 3 == 0:
         return gdopt.minimize(mean_square, jnp.zeros(3), args=(ROWS,), tol=0, checkpoint=saves)
-    options = {} if number % 3 == 1 else {"callback": lambda report: None}
+    options: dict[str, Any] = {} if number % 3 == 1 else {"callback": lambda report: None}
     return gdopt.minimize(
         mean_square,
         jnp.zeros(3),
@@ -105,7 +107,18 @@ def one(directory: Path, number: int) -> None:
     del held
 
 
+class Own(KeyboardInterrupt):
+    """The exception of the program's own handler."""
+
+
+def raise_own(*_: object) -> None:
+    raise Own
+
+
 def main() -> None:
+    if sys.argv[4] == "own":
+        signal.signal(signal.SIGINT, raise_own)
+    usual = signal.getsignal(signal.SIGINT)
     seconds, directory, chance = float(sys.argv[1]), Path(sys.argv[2]), random.Random(int(sys.argv[3]))
     for number in range(3):
         expected.append(call(directory / f"whole{number}", number).loss)
@@ -120,7 +133,7 @@ def main() -> None:
             one(directory, next(number))
         except KeyboardInterrupt:  # It came between two calls.
             counts["between"] += 1
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, usual)
             for file in directory.iterdir():
                 file.unlink()
     thread.join()

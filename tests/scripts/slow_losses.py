@@ -41,8 +41,8 @@ def sleeps(x: jax.Array, turns: int) -> jax.Array:
 
 def slows_down(x: jax.Array, turns: int) -> jax.Array:
     """A loss that falls by 1 in each step, and takes 4 % longer in each, up to 0.1 seconds."""
-    turns = jnp.exp(0.04 * jnp.minimum(-jax.lax.stop_gradient(x), 230.0)).astype(jnp.int32)
-    return x + loops(x, turns)
+    count = jnp.exp(0.04 * jnp.minimum(-jax.lax.stop_gradient(x), 230.0)).astype(jnp.int32)
+    return x + loops(x, count)
 
 
 def takes_turns(x: jax.Array, turns: int) -> jax.Array:

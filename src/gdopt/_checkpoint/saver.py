@@ -111,9 +111,9 @@ class Saver:
                 self._write(*final, spread)
         finally:
             with shielded():
-                if self._lock is not None:
-                    release(self._base, self._lock)
-                    self._lock = None
+                lock, self._lock = self._lock, None  # Never close a descriptor twice: it may be another file by then.
+                if lock is not None:
+                    release(self._base, lock)
         self._report()
 
     def let_go(self) -> None:
