@@ -215,7 +215,7 @@ def test_signals_at_any_moment_leave_nothing_behind(seconds: int, handler: str, 
     print(counts)
     assert counts["KeyboardInterrupt"]
     assert handler == "own" or counts["INTERRUPTED"]
-    for left in ("locks", "handlers", "ends differ", "left behind"):
+    for left in ("a call that begins interrupted", "locks", "handlers", "ends differ", "left behind"):
         assert counts[left] == 0, f"GDOPT_SOAK_SEED={seed}\n{counts}"
 
 
@@ -353,7 +353,7 @@ def _usual_handlers() -> Iterator[None]:
 
 def long_after_the_last_signal() -> None:
     """Let the next Ctrl-C be a first one, without waiting for two seconds."""
-    _signals._handled.last = -math.inf
+    _signals._handled.last = _signals._handled.noted = -math.inf
 
 
 pressed: list[bool] = []  # by those handlers that are somebody else's
@@ -580,6 +580,27 @@ def test_a_second_ctrl_c_in_a_later_call_raises_only_if_it_comes_soon():
     assert minimize(callback=lambda report: press()).status is gdopt.Status.INTERRUPTED
     long_after_the_last_signal()
     assert minimize(callback=lambda report: press()).status is gdopt.Status.INTERRUPTED
+
+
+def press_as_the_result_is_made(monkeypatch: pytest.MonkeyPatch, number: int) -> gdopt.Result:
+    explain = sys.modules["gdopt._minimize"].explain
+
+    def late(ended: Any) -> str:
+        press(number)
+        return explain(ended)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gdopt._minimize.explain", late)
+        return minimize()
+
+
+@pytest.mark.parametrize("number", USUAL)
+def test_a_signal_that_is_too_late_for_a_call_ends_the_next(number: int, monkeypatch: pytest.MonkeyPatch):
+    assert press_as_the_result_is_made(monkeypatch, number).status is gdopt.Status.MAX_STEPS
+    assert [minimize().status.name for _ in range(2)] == ["INTERRUPTED", "MAX_STEPS"]
+    press_as_the_result_is_made(monkeypatch, signal.SIGTERM)
+    long_after_the_last_signal()
+    assert minimize().status is gdopt.Status.MAX_STEPS
 
 
 def test_a_handler_that_other_code_puts_back_after_the_run_does_the_usual():

@@ -29,6 +29,7 @@ class _Call:
 
     def __init__(self) -> None:
         self.pressed: int | None = None  # the first signal
+        self.heard = False  # whether the call knows of it
         self.at_end: list[Callable[[], None]] = []
 
 
@@ -41,7 +42,9 @@ class _Handled:
         self.foreign: dict[int, Any] = {}  # the handlers of other code that were held back last
         self.shields = 0  # the sections around the current place that no exception may tear
         self.waiting: list[int] = []  # the signals that wait for the end of these sections
+        self.unheard: int | None = None  # the signal that came too late for the last call
         self.last = -math.inf  # the time of the last Ctrl-C that was noted
+        self.noted = -math.inf  # the time of the last signal of any kind
         self.raised = -math.inf  # the time at which a signal raised an exception in the outermost call
 
 
@@ -54,7 +57,8 @@ def interruptible(function: Callable[P, T]) -> Callable[P, T]:
     An exception could come between any two bytecodes, for example after the old state was donated and before the new
     one is bound, or while a lock is taken. Schedulers end a process by SIGTERM, so it is treated in the same way. A
     second signal does what it would have done without gdopt. A Ctrl-C within two seconds of one that ended an earlier
-    call counts as the second, so that two presses leave a loop of short calls. Handlers of other code, and other
+    call counts as the second, so that two presses leave a loop of short calls. A signal that comes too late for a call
+    ends the next one, if that begins within two seconds. Handlers of other code, and other
     threads, are left alone. Only the handler of asyncio is replaced, and called as well: it cancels the task.
     """
 
@@ -81,7 +85,10 @@ def interruptible(function: Callable[P, T]) -> Callable[P, T]:
 def pressed() -> bool:
     """Tell whether a signal asked the current call to end."""
     calls = _handled.calls
-    return bool(calls) and calls[-1].pressed is not None and _is_main()
+    if not calls or calls[-1].pressed is None or not _is_main():
+        return False
+    calls[-1].heard = True
+    return True
 
 
 def check() -> None:
@@ -152,7 +159,8 @@ def _begin(call: _Call) -> None:
         return
     with _counted():
         calls = _handled.calls
-        call.pressed = calls[-1].pressed if calls else None
+        soon = time.monotonic() - _handled.noted < _SOON
+        call.pressed = calls[-1].pressed if calls else _handled.unheard if soon else None
         calls.append(call)
         if len(calls) > 1:
             return
@@ -180,6 +188,7 @@ def _end(call: _Call) -> None:
         finally:
             del _handled.calls[_handled.calls.index(call) :]
             if not _handled.calls:
+                _handled.unheard = None if call.heard else call.pressed
                 _restore()
 
 
@@ -199,6 +208,7 @@ def _leave(call: _Call) -> NoReturn:
 def _on_signal(number: int, frame: Any) -> None:
     now, handled = time.monotonic(), _handled
     again = not handled.calls or handled.calls[-1].pressed is not None
+    handled.noted = now
     if number == signal.SIGINT:
         again, handled.last = again or now - handled.last < _SOON, now
     for call in handled.calls:
@@ -228,7 +238,10 @@ def _act(number: int) -> None:
     try:
         usual(number, None)
     except BaseException:
+        for call in handled.calls:
+            call.heard = True
         handled.raised, handled.last = time.monotonic(), -math.inf  # The next signal is a first one again.
+        handled.unheard = None
         raise
 
 

@@ -86,7 +86,7 @@ def one(directory: Path, number: int) -> None:
     held = None  # the exception stays, as that of a notebook's last cell does
     usual = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     if number % 2:
-        _signals._handled.last = -math.inf  # as if the last signal had come long before
+        _signals._handled.last = _signals._handled.noted = -math.inf  # as if the last signal had come long before
     try:
         try:
             inside.set()
@@ -96,8 +96,10 @@ def one(directory: Path, number: int) -> None:
     except KeyboardInterrupt as error:
         status, held = "KeyboardInterrupt", error
     counts[status] += 1
+    counts["a call that begins interrupted"] += status == "KeyboardInterrupt" and _signals._handled.unheard is not None
     counts["locks"] += is_locked(path)
     counts["handlers"] += (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) != usual
+    _signals._handled.noted = -math.inf
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # This one has to run to its end.
     counts["ends differ"] += call(path, number).loss != expected[number % 3]
     signal.signal(signal.SIGINT, usual[0])
