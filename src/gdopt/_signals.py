@@ -17,7 +17,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _SOON = 2.0  # the seconds in which a second Ctrl-C counts as one, even if a later call gets it
-_USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_USUAL: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -230,7 +230,7 @@ def _act(number: int) -> None:
     """Do what a signal would have done without gdopt."""
     handled = _handled
     handled.waiting.clear()
-    usual = {**_USUAL, **handled.foreign, **handled.replaced}[signal.Signals(number)]
+    usual = {**_USUAL, **handled.foreign, **handled.replaced}[number]
     if usual == signal.SIG_DFL:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
