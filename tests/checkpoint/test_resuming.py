@@ -104,7 +104,7 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(kind: str, kills: int, path
     assert killed == kills, "it was over before it was killed: make it longer"
 
 
-@pytest.mark.slow  # test_interrupt.py sends it to a run in its own process
+@pytest.mark.slow  # test_signals.py sends it to a run in its own process
 def test_sigterm_ends_with_a_save_and_a_result(path) -> None:
     process = start("batches", path, 30, 0.005)
     while not list(path.parent.glob("run.*.gdopt")):
