@@ -27,15 +27,19 @@ from gdopt._problem.objective import make_objective
 from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._rate_finder.auto import rates_by_test
+from gdopt._rate_finder.lr_find import Cut
 from gdopt._result import RangeTest, Report, Result
 from gdopt._run import host_loop
 from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
 from gdopt._run.sources import source_of
+from gdopt._signals import check, interruptible
+from gdopt._status import Status
 from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 
 
+@interruptible
 @joined
 def minimize(
     loss: Loss,
@@ -122,9 +126,9 @@ def minimize(
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
             because the last point is then a trial.
-        callback: called with a `Report` between two compiled chunks, about every 50 ms and at the end of each epoch of
-            mini-batches. It returns True to stop the run, and None or False to continue. If it raises, the run ends,
-            and the error has its `Result` as ``error.result``.
+        callback: called with a `Report` between two compiled chunks: after the first step, then about every 50 ms (at
+            first more often), and at the end of each epoch of mini-batches. It returns True to stop the run, and None
+            or False to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
             call with the same path to resume from the newest checkpoint that can be used. On the same machine the
@@ -150,8 +154,10 @@ def minimize(
         ``jax.jit`` around what you differentiate more than once.
 
         A full-batch run returns the best point it has seen, a noisy one its last; after DIVERGED or NON_FINITE the best
-        or the last good one. Ctrl-C and SIGTERM end the run with a result (INTERRUPTED), after a last checkpoint if it
-        has a path for one; a second Ctrl-C raises.
+        or the last good one. The first Ctrl-C or SIGTERM, at any moment of a call in the main thread, ends the run with
+        a result (INTERRUPTED) after the current step, and with a last checkpoint if it has a path for one. In a range
+        test the result is the start. A second Ctrl-C raises KeyboardInterrupt, also if it comes within two seconds in a
+        later call. Runs in other threads see no signals.
 
     Raises:
         InputError: for bad input, before anything compiles; and if a range test finds no rate.
@@ -190,7 +196,11 @@ def minimize(
         refuse_host_visits(checkpoint=checkpoint)
     with saves_at(checkpoint) as saves:
         saves.compare(problem, steps, keep_best=keep_best)
-        method, range_test = _chosen(problem, optimizer, learning_rate, steps, saves)
+        try:
+            method, range_test = _chosen(problem, optimizer, learning_rate, steps, saves)
+        except Cut as cut:
+            result = _result_of_start(cut, problem, began)
+            return result.raise_for_status() if throw else result
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
             key, some = problem.key if noisy else None, problem._replace(data=data)
@@ -200,6 +210,7 @@ def minimize(
         if isinstance(compiled, Whole):
             stream = None if problem.stream is None else data
             refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
+            check()  # Nothing can be interrupted there.
             return result_inside(compiled, inputs, problem)
         check_joined(inputs)
         source = source_of(problem, compiled, compile, steps, pause=callback is not None)
@@ -233,6 +244,17 @@ def _chosen(
     saves.range_test = test
     saves.compare_programs(problem, method)
     return method, test
+
+
+def _result_of_start(cut: Cut, problem: Problem, began: float) -> Result:
+    """Return the result of a call that a signal ended in its range test."""
+    now = time.perf_counter()
+    inputs, state, history, code = host_loop.at_start(cut.compiled, cut.source, cut.inputs)
+    status = Status.INTERRUPTED if code is Status.MAX_STEPS else code
+    per_epoch = cut.source.steps_per_epoch
+    ended = Ended(problem, cut.method, cut.compiled, inputs, state, history, status, True, None, per_epoch, "")
+    message = explain(ended) + " The range test for the learning rate was not complete, so the start is returned."
+    return ended.result(message, compile_seconds=now - began, run_seconds=time.perf_counter() - now)
 
 
 def clear_cache() -> None:

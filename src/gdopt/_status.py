@@ -20,7 +20,7 @@ class Status(enum.IntEnum):
     - ``NON_FINITE``: the loss, its gradient or the params became infinite or NaN, other than at a trial that is taken
       back.
     - ``STOPPED``: the callback stopped the run.
-    - ``INTERRUPTED``: Ctrl-C.
+    - ``INTERRUPTED``: Ctrl-C or SIGTERM.
     - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
     - ``STALLED``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or no further
       step was found, although more is left to gain. Either the learning rate has decayed, or the point is a saddle, or

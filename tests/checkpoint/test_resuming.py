@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
@@ -109,7 +108,7 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(kind: str, kills: int, path
     assert killed == kills, "it was over before it was killed: make it longer"
 
 
-@pytest.mark.slow  # test_interrupt.py sends it to a run in its own process
+@pytest.mark.slow  # test_signals.py sends it to a run in its own process
 def test_sigterm_ends_with_a_save_and_a_result(path) -> None:
     process = start("batches", path, 30, 0.005)
     while not list(path.parent.glob("run.*.gdopt")):
@@ -147,15 +146,13 @@ def test_a_call_with_fewer_steps_spoils_nothing(whole, path) -> None:
 
 def test_a_signal_before_the_first_step_spoils_nothing(path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        usual = host_loop.ctrl_c
+        usual = host_loop.begin
 
-        @contextlib.contextmanager
-        def at_once():
-            with usual() as pressed:
-                os.kill(os.getpid(), signal.SIGTERM)
-                yield pressed
+        def at_once(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return usual(*args)
 
-        patch.setattr(host_loop, "ctrl_c", at_once)
+        patch.setattr(host_loop, "begin", at_once)
         assert minimize(path).steps == 0
     assert bits(minimize(path)) == bits(minimize())
 

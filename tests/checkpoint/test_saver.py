@@ -141,6 +141,38 @@ def test_a_path_that_the_disk_refuses(tmp_path: Path):
         Saver(Checkpoint(tmp_path / ("x" * 255))).__enter__()
 
 
+PLACES = """
+import os, sys
+import gdopt
+
+for path in (sys.argv[1], os.path.join(os.path.dirname(sys.argv[1]), "\\u00e4")):
+    try:
+        result = gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.01, max_steps=3, checkpoint=path)
+        print(result.status.name)
+    except gdopt.InputError as error:
+        print(error)
+"""
+
+
+def test_a_path_that_is_not_ascii_where_file_names_are(tmp_path: Path):
+    """A path from the system can be used as it is, but a text has no encoding there."""
+    directory = tmp_path / "\u00e9"
+    directory.mkdir()
+    setting = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", PLACES, str(directory / "run")],
+        env={**os.environ, **setting},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    first, second = run.stdout.splitlines()
+    assert first == "MAX_STEPS"
+    assert [file.name for file in directory.iterdir()] == ["run.000000000003.gdopt"]
+    assert "has characters that file names cannot have here, where they are encoded in ascii" in second
+
+
 # ----------------------------------------------------------------------------------------------------------- the saver
 
 

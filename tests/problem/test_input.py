@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import decimal
 import enum
@@ -10,6 +11,8 @@ import functools
 import inspect
 import math
 import random
+import threading
+import time
 import warnings
 from random import gauss
 from typing import Any, cast
@@ -771,8 +774,11 @@ def test_exceptions_from_a_callback_carry_the_result_so_far(data, keep_best):
 
 
 def test_an_exception_from_the_last_callback_carries_the_final_status():
+    last = gdopt.minimize(square, 1.0, learning_rate=0.4).steps
+
     def callback(report):
-        raise OSError
+        if report.step == last:
+            raise OSError
 
     with pytest.raises(OSError, match="gdopt") as caught:
         gdopt.minimize(square, 1.0, learning_rate=0.4, callback=callback)
@@ -927,6 +933,45 @@ def test_random_numbers_that_are_drawn_once_get_a_warning(name):
     with pytest.warns(UserWarning, match=f"the loss draws from {name} only once, during tracing") as caught:
         gdopt.minimize(generators()[name], W, learning_rate=0.1, max_steps=2)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@contextlib.contextmanager
+def another_thread(work):
+    """Call a function over and over in another thread."""
+    ends = threading.Event()
+
+    def go_on():
+        while not ends.is_set():
+            work()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        thread.join()
+
+
+def draw_now_and_then():
+    np.random.random()
+    time.sleep(0.02)
+
+
+@pytest.mark.parametrize("draw", [np.random.random, draw_now_and_then], ids=["always", "now and then"])
+def test_random_numbers_that_another_thread_draws_get_no_warning(draw):
+    def loss(w):
+        time.sleep(0.03)  # while it is traced
+        return square(w)
+
+    with another_thread(draw):
+        gdopt.minimize(loss, W, learning_rate=0.1, max_steps=2)
+
+
+@pytest.mark.parametrize("name", ["numpy.random", "random", "inner"])
+def test_random_numbers_get_a_warning_beside_another_thread(name):
+    with another_thread(lambda: time.sleep(0.001)), pytest.warns(UserWarning, match=f"draws from {name} only once"):
+        gdopt.minimize(generators()[name], W, learning_rate=0.1, max_steps=2)
 
 
 COLUMN = X[:, :1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +126,42 @@ def test_without_tqdm_the_error_says_how_to_install_it(monkeypatch):
         gdopt.minimize(square, 1.0, learning_rate=0.1, progress=True)
     assert isinstance(caught.value.__cause__, ImportError)
     assert gdopt.minimize(square, 1.0, learning_rate=0.1).success  # without a bar it runs
+
+
+def closed() -> io.TextIOBase:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+def unread() -> io.TextIOBase:
+    """Return a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True)
+
+
+@pytest.mark.parametrize("midway", [False, True], ids=["from the start", "midway"])
+@pytest.mark.parametrize("stream", [lambda: None, closed, unread], ids=["None", "closed", "unread"])
+def test_a_run_whose_bar_cannot_be_written_goes_on(stream, midway, monkeypatch):
+    there = stream()
+
+    def lose(report):
+        if midway:
+            monkeypatch.setattr(sys, "stderr", there)
+            for bar in list(cast(Any, tqdm.auto.tqdm)._instances):
+                bar.fp = there
+
+    if not midway:
+        monkeypatch.setattr(sys, "stderr", there)
+    result = gdopt.minimize(square, 1.0, learning_rate=1e-4, max_steps=300, progress=True, callback=lose)
+    assert (result.status, result.steps) == (Status.MAX_STEPS, 300)
+    if there is not None:
+        there.close()
+
+
+def test_a_run_without_stdout_has_its_bar(bars, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    result = gdopt.minimize(square, 1.0, learning_rate=1e-4, max_steps=300, progress=True)
+    assert bars[0].n == result.steps == 300
+    monkeypatch.undo()

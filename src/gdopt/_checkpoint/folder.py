@@ -64,6 +64,13 @@ class Checkpoint:
             path = None
         if not isinstance(path, str) or "\0" in path:
             raise InputError(f"checkpoint path={self.path!r} is not a path: pass a str or a pathlib.Path.")
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"checkpoint path={path!a} has characters that file names cannot have here, where they are encoded in "
+                f"{error.encoding}. Set the environment variable PYTHONUTF8=1, or pass another path."
+            ) from None
         if os.path.basename(path) in ("", ".", "..") or os.path.isdir(path):
             cure = os.path.join(path, "run")
             raise InputError(f"checkpoint path={path!r} names a directory. Pass a file name (for example {cure!r}).")

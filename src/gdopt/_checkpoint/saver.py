@@ -22,6 +22,7 @@ from gdopt._checkpoint.folder import Checkpoint, beside, check_directory, direct
 from gdopt._checkpoint.lock import acquire, release
 from gdopt._checks import warn
 from gdopt._errors import CheckpointError
+from gdopt._signals import at_end, shielded
 
 
 class Saver:
@@ -48,7 +49,9 @@ class Saver:
         this process or another.
         """
         check_directory(self._base)
-        self._lock = acquire(self._base)
+        with shielded():
+            self._lock = acquire(self._base)
+            at_end(self.close)
         _holding.add(self)
         for match in beside(self._base, r"\.\d{12}\.gdopt\.[0-9a-f]{8}\.tmp"):
             _remove(os.path.join(os.path.dirname(self._base), match.string))
@@ -79,8 +82,10 @@ class Saver:
         try:
             self._host = _host_copies(arrays, self._host)
             given = (step, {**_device_copies(arrays), **self._host}, copy.deepcopy(meta), spread)
-            self._writer = threading.Thread(target=self._write, args=given, name="gdopt checkpoint", daemon=True)
-            self._writer.start()
+            writer = threading.Thread(target=self._write, args=given, name="gdopt checkpoint", daemon=True)
+            with shielded():  # Nobody could wait for a thread that is started but not known.
+                writer.start()
+                self._writer = writer
         except Exception as error:  # There is no memory for the copies, or for a thread.
             self._writer = None
             self._fail(step, error)
@@ -104,9 +109,10 @@ class Saver:
             if final is not None and self._lock is not None:
                 self._write(*final, spread)
         finally:
-            if self._lock is not None:
-                release(self._base, self._lock)
-                self._lock = None
+            with shielded():
+                lock, self._lock = self._lock, None  # Never close a descriptor twice: it may be another file by then.
+                if lock is not None:
+                    release(self._base, lock)
         self._report()
 
     def let_go(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdopt import _trees
+from gdopt import _signals, _trees
 from gdopt._compile import program
 from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned_params
 from gdopt._loop.step import rate_of
@@ -63,7 +64,10 @@ class Verifier(NamedTuple):
 
     @as_own_work
     def on_host(self, carry: Carry, inputs: Inputs) -> Carry:
-        """Do the same for a run that is not traced, and compile its programs now, if they were not compiled yet."""
+        """Do the same for a run that is not traced, and compile its programs now, if they were not compiled yet.
+
+        Raise `Interrupted` at Ctrl-C, because there may be many evaluations of the loss.
+        """
         state = carry[0].tree()
         if not claims(state):
             return carry
@@ -77,13 +81,16 @@ class Verifier(NamedTuple):
         first = compiled if exact else self.programs(state, inputs, exact=False)
 
         def at(xs: list) -> tuple[Any, list]:
+            _signals.check()
             loss, grad, _ = first.probe.call(tree(xs), still, inputs)
             return _trees.on_host(loss)[()], list(map(_trees.on_host, grad))
 
         def times(xs: list, ways: list) -> list:
+            _signals.check()
             return list(map(_trees.on_host, first.probe.call(tree(xs), tree(ways), inputs)[2]))
 
         def differences(xs: list, ways: list) -> list:
+            _signals.check()
             second = self.programs(state, inputs, exact=False)
             return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
 
@@ -94,7 +101,7 @@ class Verifier(NamedTuple):
 
     @as_own_work
     def look_back(self, state: State, inputs: Inputs, rate: float | None) -> Hindsight:
-        """Look at the loss at the end of a run that did not reach a minimum: see `hindsight`."""
+        """Look at the loss at the end of a run that did not reach a minimum: see `hindsight`. Ctrl-C ends that, too."""
         params = returned_params(state)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
@@ -105,13 +112,15 @@ class Verifier(NamedTuple):
         tree = self._tree(params)
 
         def probe(xs: list, ways: list) -> Any:
+            _signals.check()
             _, grad, product = compiled.probe.call(real(xs), real(ways), inputs)
             grad, product = (list(map(_trees.on_host, blocks)) for blocks in (grad, product))
             return jax.tree.leaves(tree(grad)), jax.tree.leaves(tree(product))
 
         names = [_trees.path_name(path) for path, _ in paths]
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), contextlib.suppress(_signals.Interrupted):
             return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
+        return Hindsight()
 
     def programs(self, state: State, inputs: Inputs, *, exact: bool = True) -> Programs:
         """Return the programs of earlier calls or of this one, which are made on demand.

@@ -42,7 +42,8 @@ class Objective(NamedTuple):
         except Exception as error:
             _error_notes.add_call(error, self.loss, (whole, *args), key)
             raise
-        if drawn := random_state.moved(self.loss, before):
+        again = lambda: jax.eval_shape(lambda: self.loss(whole, *args, **key))
+        if drawn := random_state.drawn(self.loss, before, again):
             warn(
                 f"the loss draws from {drawn} only once, during tracing, so each step sees the same numbers. Draw with "
                 "jax.random from the key of with_key=True, or pass the numbers in args= or data=."

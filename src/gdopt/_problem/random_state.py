@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import inspect
 import random
+import threading
+import time
 from collections.abc import Callable, Hashable
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -13,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 _WORDS = 625  # words of MT19937's state: its key and the position in it
+_WATCHED = 0.1  # the seconds in which other threads show that they draw
 
 
 def states(function: Callable) -> dict[str, Hashable]:
@@ -30,10 +34,28 @@ def states(function: Callable) -> dict[str, Hashable]:
     return {name: _state(generator) for name, generator in named.items()}
 
 
-def moved(function: Callable, before: dict[str, Hashable]) -> str:
-    """Name the generators whose states have changed since ``before``."""
+def drawn(function: Callable, before: dict[str, Hashable], again: Callable[[], Any]) -> str:
+    """Name the generators from which the function drew since ``before``; ``again`` calls it once more.
+
+    Another thread may have drawn from them meanwhile. So if there is one, a generator is named only if it moves in a
+    second call as well, and not while nothing is called.
+    """
+    names = _moved(function, before)
+    if names and threading.active_count() > 1:
+        before = states(function)
+        with contextlib.suppress(Exception):
+            again()
+        names = names & _moved(function, before)
+    if names and threading.active_count() > 1:
+        before = states(function)
+        time.sleep(_WATCHED)
+        names = names - _moved(function, before)
+    return " and ".join(name for name in before if name in names)
+
+
+def _moved(function: Callable, before: dict[str, Hashable]) -> set[str]:
     now = states(function)
-    return " and ".join(name for name, state in before.items() if now.get(name) != state)
+    return {name for name, state in before.items() if now.get(name) != state}
 
 
 def _state(generator: Any) -> Hashable:

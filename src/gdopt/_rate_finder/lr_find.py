@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -29,8 +28,9 @@ from gdopt._problem.scaling import scaled
 from gdopt._rate_finder import rules
 from gdopt._result import History, RangeTest, Refinement
 from gdopt._run import host_loop
-from gdopt._run.sources import source_of
+from gdopt._run.sources import InMemory, Streamed, source_of
 from gdopt._settings import own_work
+from gdopt._signals import Interrupted, interruptible
 from gdopt._status import Status
 from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
@@ -44,6 +44,7 @@ _JUDGED = 50  # the last steps, whose losses are compared
 _ALL_STEPS = Steps(LAST_STEP, None, None)
 
 
+@interruptible
 @joined
 def lr_find(
     loss: Loss,
@@ -69,7 +70,8 @@ def lr_find(
 
     It is a pure function: every try starts from ``params``, and nothing of the caller's changes. One program is
     compiled for the whole test, and none for new rates, data of the same shape or a fresh lambda that computes the
-    same. Ctrl-C raises KeyboardInterrupt.
+    same. Ctrl-C raises KeyboardInterrupt after the current step, because part of a curve offers no rate; SIGTERM ends
+    the process then.
 
     Args:
         loss: ``loss(params, *args)``, or with data ``loss(params, batch, *args)``, as in `minimize`.
@@ -221,8 +223,7 @@ def _climb(problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, low
     while True:
         rates = np.append(rates, steps.section(section))
         inputs = inputs._replace(rate=_each(steps.section(section), keys))
-        state, _, cause = advance(state, inputs, all_over, until=len(rates))
-        _check_cause(cause)
+        state, _ = advance(state, inputs, all_over, len(rates))
         losses = np.concatenate(records)[: len(rates)].T
         curve = _Curve(rates, losses, [rules.end(row) for row in losses])
         verdict = _verdict(curve)
@@ -238,24 +239,36 @@ def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
 
 def _begin(problem: Problem, optimizer: Any, keys: jax.Array, rates: jax.Array) -> tuple[Callable, Carry, Inputs]:
     """Return how runs side by side advance, one per key and row of rates, and their state before the first step."""
+    method = Method(optimizer, rates)
 
     def compile(data: PyTree) -> tuple[Any, Inputs]:
         limits = Limits(LAST_STEP, 0.0, None, -math.inf)
-        return loop.compile(problem._replace(data=data), Method(optimizer, rates), limits, keys, trial=True)
+        return loop.compile(problem._replace(data=data), method, limits, keys, trial=True)
 
     compiled, inputs = compile(problem.data)
     assert isinstance(compiled, Compiled)  # Inside jit, InputError was raised before.
     check_joined(inputs)
     source = source_of(problem, compiled, compile, _ALL_STEPS, pause=False)
-    advance = functools.partial(host_loop.advance, compiled, source, saves=NoSaves())
+
+    def advance(carry: Carry, inputs: Inputs, between: Callable, until: int) -> tuple[Carry, History]:
+        carry, history, cause = host_loop.advance(
+            compiled, source, carry, inputs, between, saves=NoSaves(), until=until
+        )
+        if cause is Status.INTERRUPTED:
+            raise Cut(method, compiled, source, inputs)
+        if cause is Status.DATA_EXHAUSTED:
+            raise InputError("data ended during a range test, which needs some hundred batches. Pass more batches.")
+        return carry, history
+
     return advance, host_loop.begin(compiled, inputs), inputs
 
 
-def _check_cause(cause: Status | None) -> None:
-    if cause is Status.INTERRUPTED:
-        raise KeyboardInterrupt
-    if cause is Status.DATA_EXHAUSTED:
-        raise InputError("data ended during a range test, which needs some hundred batches. Pass more batches.")
+class Cut(Interrupted):
+    """The end of a range test by a signal. It holds what a run needs to evaluate the start without compiling."""
+
+    def __init__(self, method: Method, compiled: Compiled, source: InMemory | Streamed, inputs: Inputs):
+        super().__init__()
+        self.method, self.compiled, self.source, self.inputs = method, compiled, source, inputs
 
 
 def _verdict(curve: _Curve) -> rules.Verdict:
@@ -272,8 +285,7 @@ def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array
         keys = jnp.atleast_1d(keys)
         lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
     advance, state, inputs = _begin(problem, optimizer, many, lanes)
-    _, history, cause = advance(state, inputs, lambda *_: False, until=_REFINING_STEPS)
-    _check_cause(cause)
+    _, history = advance(state, inputs, lambda *_: False, _REFINING_STEPS)
     last = np.full((_JUDGED, len(lanes)), np.inf)  # A run that ended early counts as infinite.
     measured = history.loss[_REFINING_STEPS - _JUDGED :]
     last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)

@@ -17,6 +17,7 @@ from gdopt._problem.problem import Problem
 from gdopt._result import History, Report, Result
 from gdopt._run.sources import InMemory, Streamed
 from gdopt._settings import as_own_work
+from gdopt._signals import Interrupted
 
 
 class Watcher:
@@ -40,6 +41,8 @@ class Watcher:
         try:
             report = _report(self._task.objective, step, self._source.epoch(step), state, records)
             return _wants_stop(self._callback(report))
+        except Interrupted:  # A range test in the callback ended at a signal, which ends this run as well.
+            return False
         except Exception as error:  # The run ends as if the callback had stopped it, and then raises this.
             self.failure = error
             return True

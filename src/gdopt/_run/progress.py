@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Generator
+from typing import Any
 
 import jax
 
@@ -21,12 +23,46 @@ def progress_bar(shown: bool, max_steps: int | None) -> Generator[Callable[[int,
     except ImportError as error:
         raise GdoptError('progress=True needs tqdm. Run pip install "gdopt[progress]"') from error
 
-    with tqdm(total=max_steps, unit="step") as bar:
+    bar = _Bar(tqdm, max_steps)
+    try:
+        yield bar.advance
+        bar.fill()
+    finally:
+        bar.close()
 
-        def advance(step: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            bar.update(step - bar.n)
 
-        yield advance
-        bar.total = bar.n  # A run that ended early is complete, too.
-        bar.refresh()
+class _Bar:
+    """A bar of tqdm. If it cannot be written, because nobody reads it any more, the run goes on without it."""
+
+    def __init__(self, tqdm: Any, max_steps: int | None):
+        self._bar: Any = None
+        if sys.stderr is not None and not getattr(sys.stderr, "closed", False):  # A program without a console has none.
+            with self._while_writable():
+                self._bar = tqdm(total=max_steps, unit="step")
+
+    def advance(self, step: int, loss: float) -> None:
+        with self._while_writable():
+            if self._bar is not None:
+                self._bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+                self._bar.update(step - self._bar.n)
+
+    def fill(self) -> None:
+        """Show the bar as complete: a run that ended early is complete, too."""
+        with self._while_writable():
+            if self._bar is not None:
+                self._bar.total = self._bar.n
+                self._bar.refresh()
+
+    def close(self) -> None:
+        with self._while_writable():
+            if self._bar is not None:
+                self._bar.close()
+
+    @contextlib.contextmanager
+    def _while_writable(self) -> Generator[None]:
+        try:
+            yield
+        except (OSError, ValueError, AttributeError):  # AttributeError: stderr became None.
+            bar, self._bar = self._bar, None
+            if bar is not None:
+                bar.disable = True  # Its end is not to be written, either.

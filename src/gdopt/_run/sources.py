@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdopt import _trees
+from gdopt import _signals, _trees
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
 from gdopt._compile import digests
@@ -44,13 +44,13 @@ class InMemory:
         """Return how many passes over the data are complete after so many steps."""
         return step // (self.steps_per_epoch or 1)
 
-    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
+    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int) -> Carry:
         """Make the steps from ``first`` to ``limit``."""
         return self._compiled.chunk(carry, np.int32(first), np.int32(limit), inputs)[0]
 
     def evaluate(self, carry: Carry, inputs: Inputs, step: int) -> Carry:
         """Evaluate the point of a step once more."""
-        return self.advance(carry, inputs, step, step + 1, [])
+        return self.advance(carry, inputs, step, step + 1)
 
     def last_inputs(self, inputs: Inputs) -> Inputs:
         """Return the inputs of the last evaluation."""
@@ -105,6 +105,8 @@ class Streamed:
                     f"data ended after {count} batches, but the checkpoint is of a run that used {made}. Pass the same "
                     "batches as before, or another path."
                 )
+            if _signals.pressed() and not peers().several:
+                break  # The run ends at its checkpoint, and any batch will do for the last evaluation.
             self._given, self._next = self._next, self._feed.next()
         if self._saves is not None:
             self._saves.compare_batches(self.checksums)
@@ -118,11 +120,11 @@ class Streamed:
         """Return how many passes are complete with the batch given last."""
         return self._given.passes if self._given else 0
 
-    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int, interrupted: list) -> Carry:
+    def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int) -> Carry:
         """Make the steps from ``first`` to ``limit``, or less."""
         before, others = None, peers()
         for step in range(first, limit):
-            leave = bool(interrupted) and step > first
+            leave = step > first and _signals.pressed()
             if leave and not others.several:
                 break
             batch = self._next

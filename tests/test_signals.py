@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gdopt
+from gdopt import _signals
 
 RUN = """
 import signal, sys, threading, time
@@ -169,6 +175,162 @@ def test_the_result_is_there_within_half_a_second(kind: str, tmp_path: Path):
     assert min(waits) < 0.5, waits
 
 
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+@pytest.mark.parametrize("kind", ["sleeps", pytest.param("slows down", marks=pytest.mark.slow), "was fast before"])
+def test_a_run_of_slow_steps_ends_after_the_current_one(kind: str):
+    """And after one more evaluation. The best of three, because the machine may be busy."""
+    waits = []
+    for delay in (0.1, 0.5, 1.5):
+        command = [sys.executable, str(SCRIPTS / "slow_losses.py"), kind]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            assert process.stdout.readline() == "started\n"
+            time.sleep(delay)
+            pressed_at = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            try:
+                out, err = process.communicate(timeout=30)
+            finally:
+                process.kill()
+        assert process.returncode == 0, err
+        status, ended_at, step = out.splitlines()[-1].split()
+        assert status == "INTERRUPTED"
+        waits.append(float(ended_at) - pressed_at - 2 * float(step))
+        if waits[-1] < 0.5:
+            break
+    assert min(waits) < 0.5, waits
+
+
+@pytest.mark.parametrize("handler", ["usual", "own"])
+@pytest.mark.parametrize("seconds", [4, pytest.param(300, marks=pytest.mark.slow)])
+def test_signals_at_any_moment_leave_nothing_behind(seconds: int, handler: str, tmp_path: Path):
+    """Neither a lock, nor a handler, nor a file, and the next call comes to the same numbers."""
+    seed = os.environ.get("GDOPT_SOAK_SEED") or str(random.randrange(2**32))
+    command = [sys.executable, str(SCRIPTS / "interrupted_calls.py"), str(seconds), str(tmp_path), seed, handler]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120)
+    assert run.returncode == 0, f"GDOPT_SOAK_SEED={seed}\n{run.stderr}"
+    counts = json.loads(run.stdout)
+    print(counts)
+    assert counts["KeyboardInterrupt"]
+    assert handler == "own" or counts["INTERRUPTED"]
+    for left in ("a call that begins interrupted", "locks", "handlers", "ends differ", "left behind"):
+        assert counts[left] == 0, f"GDOPT_SOAK_SEED={seed}\n{counts}"
+
+
+LOOP = """
+import sys, time
+import jax.numpy as jnp
+import gdopt
+
+start, told = jnp.ones(3), []
+loss = lambda x: jnp.sum(jnp.cosh(x))
+
+def started(report):
+    if not told:
+        told.append(print("started", flush=True))
+        time.sleep(0.2)  # until the signal is there
+
+statuses = []
+try:
+    while True:
+        statuses.append(gdopt.minimize(loss, start, callback=started).status.name)
+except KeyboardInterrupt:
+    print(statuses.count("INTERRUPTED"), len(statuses))
+"""
+
+
+@pytest.mark.parametrize("wait", [0.3, 1.0])
+def test_two_presses_leave_a_loop_of_short_calls(wait: float):
+    """The first one ends a single call, and the second one falls in a later call."""
+    process = start(LOOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(wait)
+    process.send_signal(signal.SIGINT)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    interrupted, calls = map(int, out.split())
+    assert interrupted == 1
+    assert calls > 1
+
+
+ASYNC = """
+import asyncio
+import jax.numpy as jnp
+import gdopt
+
+loss = lambda x: jnp.sum(jnp.cosh(x @ x.T / 100))
+told = []
+
+def started(report):
+    if not told:
+        told.append(print("started", flush=True))
+
+async def main():
+    result = gdopt.minimize(loss, jnp.ones((100, 100)), learning_rate=1e-9, max_steps=10**9, tol=0, callback=started)
+    print(result.status.name, flush=True)
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        print("cancelled", flush=True)
+        raise
+
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    print("KeyboardInterrupt", flush=True)
+"""
+
+
+def test_under_asyncio_the_run_ends_with_a_result_and_then_its_task():
+    process = start(ASYNC)
+    process.send_signal(signal.SIGINT)
+    try:
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert out.split() == ["INTERRUPTED", "cancelled", "KeyboardInterrupt"], err
+
+
+CELL = """
+import jax.numpy as jnp, gdopt
+loss = lambda x: jnp.sum(jnp.cosh(x @ x.T / 100))
+told = []
+def started(report):
+    if not told:
+        told.append(print("started", flush=True))
+result = gdopt.minimize(loss, jnp.ones((100, 100)), learning_rate=1e-9, max_steps=10**9, tol=0, callback=started)
+print(result.status.name, result.steps > 0, flush=True)
+"""
+
+
+def test_interrupting_a_notebook_returns_a_result_and_its_kernel_lives_on():
+    pytest.importorskip("ipykernel")
+    jupyter = pytest.importorskip("jupyter_client")
+    manager, client = jupyter.manager.start_new_kernel(kernel_name="python3")
+    printed = []
+
+    def show(message: dict[str, Any]) -> None:
+        text = str(message["content"].get("text") or message["content"].get("traceback") or "")
+        printed.append(text)
+        if "started" in text:
+            manager.interrupt_kernel()
+
+    try:
+        reply = client.execute_interactive(CELL, output_hook=show, timeout=60)
+        assert reply["content"]["status"] == "ok", printed
+        assert "INTERRUPTED True" in "".join(printed)
+        client.execute_interactive("print(result.status, 6 * 7)", output_hook=show, timeout=60)
+        assert "INTERRUPTED 42" in "".join(printed)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 # ------------------------------------------------------------------------------- signals of this process to itself
 
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -183,9 +345,15 @@ def handlers() -> dict[int, Any]:
 def _usual_handlers() -> Iterator[None]:
     """Install the handlers of a program that a shell started in the foreground, however the tests were started."""
     before = {number: signal.signal(number, usual) for number, usual in USUAL.items()}
+    long_after_the_last_signal()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def long_after_the_last_signal() -> None:
+    """Let the next Ctrl-C be a first one, without waiting for two seconds."""
+    _signals._handled.last = _signals._handled.noted = -math.inf
 
 
 pressed: list[bool] = []  # by those handlers that are somebody else's
@@ -218,7 +386,7 @@ def test_handlers_are_installed_only_during_the_run():
 
 
 @pytest.mark.parametrize("number", USUAL)
-def test_the_first_signal_ends_the_run_with_a_save_and_restores_the_handlers(number: int, tmp_path: Path):
+def test_the_first_signal_ends_the_run_with_a_save(number: int, tmp_path: Path):
     during = []
 
     def once(report: gdopt.Report) -> None:
@@ -230,7 +398,8 @@ def test_the_first_signal_ends_the_run_with_a_save_and_restores_the_handlers(num
     assert result.status is gdopt.Status.INTERRUPTED
     assert 0 < result.steps < 60
     assert [file.name for file in tmp_path.iterdir()] == [f"run.{result.steps:012d}.gdopt"]  # and no lock
-    assert during == [USUAL]  # so that a second one does what it always does
+    (seen,) = during
+    assert seen[signal.SIGTERM] is signal.SIG_DFL  # so that a second one ends the process, whatever it waits for
     assert handlers() == USUAL
 
 
@@ -266,6 +435,181 @@ def test_ctrl_c_raises_in_a_range_test_and_restores_the_handlers():
     with pytest.raises(KeyboardInterrupt):
         gdopt.lr_find(mean_square, jnp.zeros(3), data=batches, num_steps=10_000)
     assert len(fetched) < 10_000
+    assert handlers() == USUAL
+
+
+class Calls:
+    """A loss that sends a signal at its trace or evaluation with a number, counted from 1."""
+
+    def __init__(self, *, traced: int = 0, computed: int = 0, number: int = signal.SIGINT):
+        self.traced = self.computed = 0
+        self._at, self._number = (traced, computed), number
+
+    def __call__(self, w: jax.Array, rows: jax.Array) -> jax.Array:
+        self.traced += 1
+        if self.traced == self._at[0]:
+            press(self._number)
+        zero = jax.pure_callback(self._count, jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(w[0]))
+        return mean_square(w, rows) + zero
+
+    def _count(self, _: Any) -> np.float32:
+        self.computed += 1
+        if self.computed == self._at[1]:
+            press(self._number)
+        return np.float32(0)
+
+
+@pytest.mark.parametrize("number", USUAL)
+def test_a_signal_in_a_trace_ends_the_run_at_its_start(number: int, tmp_path: Path):
+    result = minimize(loss=Calls(traced=1, number=number), checkpoint=tmp_path / "run")
+    assert (result.status, result.steps) == (gdopt.Status.INTERRUPTED, 0)
+    assert np.isfinite(result.loss)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.000000000000.gdopt"]
+    assert handlers() == USUAL
+
+
+STREAM = {"data": lambda: itertools.repeat(ROWS[:7]), "batch_size": None}
+
+
+@pytest.mark.parametrize("number", USUAL)
+@pytest.mark.parametrize("options", [{}, {"optimizer": optax.adam}, STREAM], ids=["gd", "adam", "stream"])
+def test_a_signal_in_the_range_test_returns_the_start(number: int, options: dict[str, Any], tmp_path: Path):
+    loss = Calls(computed=20, number=number)
+    result = minimize(loss=loss, learning_rate="auto", max_steps=2000, checkpoint=tmp_path / "run", **options)
+    assert (result.status, result.steps, result.range_test) == (gdopt.Status.INTERRUPTED, 0, None)
+    assert loss.computed < 300
+    assert "range test" in result.message
+    np.testing.assert_array_equal(result.params, np.zeros(3))
+    assert result.loss == 1
+    assert len(result.history.loss) == 1
+    assert not list(tmp_path.iterdir())
+    assert handlers() == USUAL
+
+
+def test_an_interrupted_range_test_raises_with_throw():
+    with pytest.raises(gdopt.NotConvergedError, match="INTERRUPTED"):
+        minimize(loss=Calls(computed=20), learning_rate="auto", throw=True)
+
+
+def test_sigterm_in_lr_find_ends_the_process():
+    process = start(
+        """
+import threading
+import jax.numpy as jnp, gdopt
+threading.Timer(1, lambda: print("started", flush=True)).start()
+gdopt.lr_find(lambda x: jnp.sum(jnp.cosh(x @ x.T / 1000)), jnp.ones((1000, 1000)), num_steps=10**5, end_lr=1e-4)
+"""
+    )
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM, errors
+    assert "Traceback" not in errors
+
+
+def test_a_signal_in_the_verification_ends_the_run_without_a_claim(tmp_path: Path):
+    def call(loss: Any, **options: Any) -> gdopt.Result:
+        return gdopt.minimize(loss, jnp.ones(3), args=(ROWS,), **options)
+
+    plain = Calls()
+    whole = call(plain)
+    assert whole.success
+    assert plain.computed > whole.steps + 3
+    cut = call(Calls(computed=whole.steps + 3), checkpoint=tmp_path / "run")
+    assert (cut.status, cut.steps, cut.verified) == (gdopt.Status.INTERRUPTED, whole.steps, False)
+    assert np.isnan(cut.left)
+    resumed = call(Calls(), checkpoint=tmp_path / "run")
+    assert bits(resumed) == bits(whole)
+    assert (resumed.status, resumed.left) == (whole.status, whole.left)
+
+
+def test_a_signal_ends_all_runs_within_one_another():
+    inner = []
+
+    def nested(report: gdopt.Report) -> None:
+        if not inner:
+            inner.append(minimize(loss=Calls(computed=10), max_steps=10_000))
+            inner.append(minimize())  # One that begins after the signal ends as well.
+
+    outer = minimize(callback=nested)
+    assert {run.status for run in (*inner, outer)} == {gdopt.Status.INTERRUPTED}
+    assert 0 < inner[0].steps < 10_000
+    assert inner[1].steps == 0
+    assert outer.steps < 60
+    assert handlers() == USUAL
+
+
+def test_a_range_test_in_a_callback_ends_with_the_run():
+    def nested(report: gdopt.Report) -> None:
+        press()
+        gdopt.lr_find(mean_square, jnp.zeros(3), data=ROWS, batch_size=7)
+
+    assert minimize(callback=nested).status is gdopt.Status.INTERRUPTED
+
+
+def test_a_signal_while_a_run_in_jit_is_traced_raises():
+    with pytest.raises(KeyboardInterrupt):
+        jax.jit(lambda start: gdopt.minimize(Calls(traced=1), start, args=(ROWS,)).params)(jnp.ones(3))
+    assert handlers() == USUAL
+
+
+def test_a_signal_while_a_stream_is_replayed_keeps_the_checkpoint(tmp_path: Path):
+    pulled = []
+
+    def batches(at: int = -1) -> Iterator[np.ndarray]:
+        for number in range(10**6):
+            if number == at:
+                press()
+            pulled.append(number)
+            yield ROWS[number % 40 : number % 40 + 7]
+
+    options = {"batch_size": None, "max_steps": 200}
+    whole = minimize(data=batches, **options)
+    minimize(data=batches, checkpoint=tmp_path / "run", batch_size=None, max_steps=100)
+    pulled.clear()
+    cut = minimize(data=lambda: batches(10), checkpoint=tmp_path / "run", **options)
+    assert (cut.status, cut.steps) == (gdopt.Status.INTERRUPTED, 100)
+    assert len(pulled) < 20
+    assert bits(minimize(data=batches, checkpoint=tmp_path / "run", **options)) == bits(whole)
+
+
+def test_a_second_ctrl_c_in_a_later_call_raises_only_if_it_comes_soon():
+    calls = [minimize(callback=lambda report: press()), minimize()]
+    assert [call.status.name for call in calls] == ["INTERRUPTED", "MAX_STEPS"]
+    with pytest.raises(KeyboardInterrupt):
+        minimize(callback=lambda report: press())
+    assert minimize(callback=lambda report: press()).status is gdopt.Status.INTERRUPTED
+    long_after_the_last_signal()
+    assert minimize(callback=lambda report: press()).status is gdopt.Status.INTERRUPTED
+
+
+def press_as_the_result_is_made(monkeypatch: pytest.MonkeyPatch, number: int) -> gdopt.Result:
+    explain = sys.modules["gdopt._minimize"].explain
+
+    def late(ended: Any) -> str:
+        press(number)
+        return explain(ended)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gdopt._minimize.explain", late)
+        return minimize()
+
+
+@pytest.mark.parametrize("number", USUAL)
+def test_a_signal_that_is_too_late_for_a_call_ends_the_next(number: int, monkeypatch: pytest.MonkeyPatch):
+    assert press_as_the_result_is_made(monkeypatch, number).status is gdopt.Status.MAX_STEPS
+    assert [minimize().status.name for _ in range(2)] == ["INTERRUPTED", "MAX_STEPS"]
+    press_as_the_result_is_made(monkeypatch, signal.SIGTERM)
+    long_after_the_last_signal()
+    assert minimize().status is gdopt.Status.MAX_STEPS
+
+
+def test_a_handler_that_other_code_puts_back_after_the_run_does_the_usual():
+    during = []
+    minimize(callback=lambda report: during.append(signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, during[0])
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert minimize(callback=lambda report: press()).status is gdopt.Status.INTERRUPTED
     assert handlers() == USUAL
 
 
