@@ -36,6 +36,20 @@ def test_on_eight_devices(which: str) -> None:
     assert " passed" in ran.stdout
 
 
+def test_runs_resume_on_other_numbers_of_devices(tmp_path: Path) -> None:
+    """Params from the host, copied or split, in mini-batches or not: 8 devices, then 4, one without a mesh, and 8."""
+    script = Path(__file__).parents[1] / "scripts" / "moved_run.py"
+    for place, devices in enumerate((8, 4, 1, 8)):
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        steps = 3 * (place + 1)
+        command = [sys.executable, str(script), str(tmp_path), str(steps)]
+        ran = subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        moved = int(place > 0)  # It warns once, and resumes.
+        for line in ran.stdout.splitlines():
+            assert line.endswith(f"{steps + 1} {moved} {moved == 1}"), ran.stdout
+
+
 def test_a_mesh_of_one_device_changes_nothing() -> None:
     mesh = jax.make_mesh((1,), ("data",))
     X = gdopt.shard(jnp.arange(12.0).reshape(6, 2), mesh, rows="data")

@@ -21,6 +21,7 @@ from gdopt._checkpoint.file import SPREAD
 from gdopt._checkpoint.folder import Checkpoint, Saved
 from gdopt._checkpoint.identity import layout_of, numbers_of, run_identity, short
 from gdopt._checkpoint.multi_process import JointSaver, opened
+from gdopt._checkpoint.packing import as_fresh, as_saved
 from gdopt._checks import warn
 from gdopt._compile import program
 from gdopt._devices.processes import peers
@@ -164,7 +165,7 @@ class Saves:
                 f"the checkpoint {found.file!r} was made on {there}, but this is {here}. The run resumes, but its last "
                 "bits will differ from those of an uninterrupted run."
             )
-        state = self._state(found, fresh)
+        state = as_fresh(self._state(found, fresh), fresh)
         history = History(*(found.arrays[f"history.{name}"] for name in History._fields))
         ended = int(state.code)
         others = found.meta["limits"] != numbers_of(limits)
@@ -188,11 +189,12 @@ class Saves:
         return (_trees.pack(state), carry[1]), [history]
 
     def _state(self, found: Saved, fresh: State) -> State:
-        """Return the saved state, each leaf on the devices of the fresh one."""
+        """Return the saved state, packed as it was, and each leaf on the devices of the fresh one."""
         arrays = found.arrays
         kinds = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         spread = found.meta.get(SPREAD)
         kinds |= {} if spread is None else sharded.kinds(spread)
+        fresh = as_saved(fresh, kinds)
         kind = lambda shape, dtype: f"{dtype}{list(shape)}"
         places, unknown = {}, {name for name in kinds if name.startswith("state")}
         for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):

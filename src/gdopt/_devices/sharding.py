@@ -103,6 +103,13 @@ def put_on(leaf: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def anywhere(leaf: Any) -> Any:
+    """Return shape and dtype of an array, without its place."""
+    if not isinstance(leaf, jax.Array) or _jax.is_tracer(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
 def _auto(mesh: Mesh) -> Mesh:
     """Return the mesh with Auto axes, over which XLA splits by itself; Explicit ones restrict the loss's operations."""
     if all(kind is AxisType.Auto for kind in mesh.axis_types):

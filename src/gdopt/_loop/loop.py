@@ -16,7 +16,7 @@ import numpy as np
 
 from gdopt._compile import program
 from gdopt._devices.processes import Alone, comparable, peers
-from gdopt._devices.sharding import Layout, explicit_mesh, mapped_mesh, on_one_mesh
+from gdopt._devices.sharding import Layout, anywhere, explicit_mesh, mapped_mesh, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
 from gdopt._loop.state import Compiled, Inputs, Settings, Whole
@@ -132,16 +132,23 @@ def _finished(
 
 
 def digests(problem: Problem, method: Method) -> tuple[str, str]:
-    """Return checksums of the loss and of the optimizer, to compare with those of a checkpoint."""
-    given = problem.objective.params, problem.batch, problem.args, problem.key
+    """Return checksums of the loss and of the optimizer, to compare with those of a checkpoint.
 
-    def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
-        loss, value = lambda params: problem.value(params, *given)[0], jnp.zeros((), float)
-        return method.update(rate, params, method.init(rate, params), params, loss, value)
+    Both are traced as if on one device, with what the loss closes over as an argument, because a trace differs between
+    meshes, and a run may resume on another one.
+    """
+    given = jax.tree.map(anywhere, (problem.objective.params, problem.batch, problem.args, problem.key))
+    value = program.trace(problem.value, *given, rules=True)
+    constants = list(map(anywhere, value.constants))
 
+    def update(rate: Any, constants: list, params: PyTree, *given: PyTree) -> PyTree:
+        loss = lambda params: value.replay(constants, params, *given)[0]
+        return method.update(rate, params, method.init(rate, params), params, loss, jnp.zeros((), float))
+
+    held = program.checksum(value.constants)
     with own_promotion():
-        updates = program.digest(update, 0.1, *given)
-    return program.digest(problem.value, *given), updates
+        updates = program.digest(update, 0.1, constants, *given)
+    return program.digest(value.replay, constants, *given) + held, updates
 
 
 def is_inside(problem: Problem) -> bool:

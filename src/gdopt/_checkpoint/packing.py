@@ -1,0 +1,49 @@
+"""The packing of the best params in a checkpoint: it differs between one device and many, and a run may change them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gdopt import _trees
+from gdopt._devices.sharding import put_on
+from gdopt._loop.state import State
+
+_ROOT = "state.kept.params"
+
+
+def as_saved(fresh: State, names: Iterable[str]) -> State:
+    """Return a fresh state whose best params are packed as in the checkpoint that has arrays of these names."""
+    saved = {name for name in names if name.startswith(_ROOT)}
+    if fresh.kept.params is None or _names(fresh.kept.params) == saved:
+        return fresh
+    for most in (1, _trees.SMALL):
+        # Only the shapes of a vector count, so nothing is computed for it.
+        bare = jax.tree.map(lambda x, most=most: np.zeros(x.shape, x.dtype) if x.size <= most else x, fresh.params)
+        packed = _trees.pack(bare, most)
+        if _names(packed) == saved:
+            return fresh._replace(kept=fresh.kept._replace(params=packed))
+    return fresh
+
+
+def as_fresh(state: State, fresh: State) -> State:
+    """Return a restored state whose best params are packed, and placed, as those of the fresh one."""
+    packed, like = state.kept.params, fresh.kept.params
+    if packed is None or like is None or packed.places == like.places:
+        return state
+    leaves = jax.tree.leaves(packed.tree())
+    vectors = [np.concatenate([_trees.on_host(leaves[i]).reshape(-1) for i, _ in group]) for group in like.places]
+    others = [None if there is None else leaf for leaf, there in zip(leaves, like.others, strict=True)]
+    packed = jax.tree.map(_placed, _trees.Packed(vectors, others, like.treedef, like.places), like)
+    return state._replace(kept=state.kept._replace(params=packed))
+
+
+def _placed(leaf: Any, like: Any) -> Any:
+    return put_on(leaf, like.sharding) if isinstance(like, jax.Array) else leaf
+
+
+def _names(packed: _trees.Packed) -> set[str]:
+    return {_trees.path_name(path, _ROOT) for path, _ in jax.tree_util.tree_leaves_with_path(packed)}
