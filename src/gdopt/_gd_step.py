@@ -7,14 +7,18 @@ from typing import Any
 
 import jax
 
+from gdopt import _jax
 from gdopt._compile import program
+from gdopt._devices.current import for_caller, on_auto_axes
+from gdopt._devices.sharding import CLOSED_OVER, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._optimizers.spectral import check_learning_rate
-from gdopt._problem.objective import make_objective
+from gdopt._problem.objective import Objective, make_objective
 from gdopt._settings import own_promotion, own_transfers
 from gdopt._types import Loss, PyTree, Scalar
 
 
+@on_auto_axes
 def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:
     """Make the vanilla step ``x - learning_rate * grad f(x)``, jit-compiled.
 
@@ -44,20 +48,37 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
         raise InputError(f"learning_rate={learning_rate!r} is a schedule. Pass its value for this step.")
     rate = check_learning_rate(learning_rate)
     objective = make_objective(loss, params)
+    try:
+        new, loss_before = _step(objective, rate, args)
+    except Exception as error:
+        if not _jax.misplaced(error):
+            raise
+        new, loss_before = _step(objective, rate, args, on_mesh=True)
+    return for_caller(objective.rest.combine(new)), for_caller(loss_before)
+
+
+def _step(objective: Objective, rate: Any, args: tuple, *, on_mesh: bool = False) -> tuple[PyTree, jax.Array]:
+    """Make the step where the arrays are or, if JAX cannot, ``on_mesh``: with all of them on the mesh of some."""
 
     def vanilla(traced: program.Traced, constants: list, params: PyTree, rate: Any, args: tuple) -> tuple:
         (value, _), grad = traced.replay(traced.constants, params, constants, *args)
         with own_promotion():
             return jax.tree.map(lambda x, g: (x - rate * g).astype(x.dtype), params, grad), value
 
-    value = program.trace(objective.value, objective.params, *args, rules=True)
-    given = value.constants, objective.params, rate, args
-    traced = lambda: program.with_gradient(value, objective.value, objective.params, *args)[0]
+    params = objective.params
+    if on_mesh:
+        trees, _ = on_one_mesh({"params": params, "args": args})
+        params, args = trees["params"], trees["args"]
+    value = program.trace(objective.value, params, *args, rules=True)
+    constants = value.constants
+    if on_mesh:
+        trees, _ = on_one_mesh({"params": params, "args": args, CLOSED_OVER: constants})
+        params, args, constants = trees.values()
+    given = constants, params, rate, args
+    traced = lambda: program.with_gradient(value, objective.value, params, *args)[0]
     if program.is_traced(given):  # The step becomes a part of the caller's program.
-        new, loss_before = vanilla(traced(), *given)
-    else:
-        make = lambda: program.share(functools.partial(vanilla, traced()), *given)
-        shared = program.shared_for(gd_step, value, given, make)
-        with own_transfers():
-            new, loss_before = shared.call(*given)
-    return objective.rest.combine(new), loss_before
+        return vanilla(traced(), *given)
+    make = lambda: program.share(functools.partial(vanilla, traced()), *given)
+    shared = program.shared_for(gd_step, value, given, make)
+    with own_transfers():
+        return shared.call(*given)

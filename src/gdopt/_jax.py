@@ -20,12 +20,14 @@ Part: its purpose; the first JAX that has it; its replacement.
 - names of operations and of their parameters (in `replays` and `fingerprints`); an unknown one is left as it is.
 - ``jax.core.Tracer``: is somebody tracing? always; nothing.
 - ``Tracer._trace``: is it of a trace that is over? always; without it every tracer counts as such, which is slower.
+- the texts of errors on arrays that cannot be used together (in `misplaced`); without them JAX's own errors are raised.
 - ``jax.config.values``: all settings distinguish programs; always; a list of names.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -106,6 +108,38 @@ def lines(eqn: Any) -> list[tuple[str, int, str]]:
 def is_backward(eqn: Any) -> bool:
     """Tell whether reverse-mode differentiation added the operation."""
     return "transpose" in str(getattr(getattr(eqn, "source_info", None), "name_stack", ""))
+
+
+_MISPLACED = {
+    "memory_space of all inputs": (
+        "Some are in the memory of the host. Move them to the device first (for example with jax.device_put(x, "
+        "x.sharding.with_memory_kind('device')))."
+    ),
+    "incompatible devices|change the size of the mesh": (
+        "They are on different devices. Place params, data, args and what the loss closes over on one device with "
+        "jax.device_put, or on one mesh with gdopt.shard."
+    ),
+    "manual ax": (
+        "The call is inside jax.shard_map, which tracks the devices over which values differ. Pass check_vma=False to "
+        "jax.shard_map."
+    ),
+    "ShardingTypeError|context mesh|[Mm]esh for all inputs|not found in mesh|out.sharding": (
+        "Some are on a mesh with Explicit axes, where each operation has to say how its result is split. Use a mesh "
+        "with Auto axes, as gdopt.shard does; or pass such arrays in params, data or args, and outside of jit, vmap, "
+        "grad and shard_map, where gdopt reads their axes as Auto ones."
+    ),
+}
+
+
+def misplaced(error: Exception) -> str:
+    """Say what to do about JAX's error that arrays cannot be used together where they are; "" for any other error.
+
+    JAX has no class for these errors, but for one that is not public.
+    """
+    if not isinstance(error, TypeError | ValueError) and type(error).__name__ != "ShardingTypeError":
+        return ""
+    text = f"{type(error).__name__}: {error}"
+    return next((cure for pattern, cure in _MISPLACED.items() if re.search(pattern, text)), "")
 
 
 @functools.cache

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt._compile import program
+from gdopt._devices.current import callers_mesh
 from gdopt._devices.processes import Alone, comparable, peers
-from gdopt._devices.sharding import Layout, anywhere, explicit_mesh, mapped_mesh, on_one_mesh
+from gdopt._devices.sharding import CLOSED_OVER, Layout, anywhere, explicit_mesh, mapped_mesh, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
 from gdopt._loop.state import Compiled, Inputs, Settings, Whole
@@ -48,7 +49,7 @@ def compile(problem: Problem, *args: Any, **options: Any) -> tuple[Compiled | Wh
     except InputError:
         raise
     except Exception as error:
-        mesh = explicit_mesh(problem.objective.params, problem.data, problem.args)
+        mesh = explicit_mesh(problem.objective.params, problem.data, problem.args) or callers_mesh()
         key = problem.key if problem.with_key else None
         with contextlib.suppress(Exception):
             if mesh is None and not any(note.startswith("gdopt") for note in getattr(error, "__notes__", ())):
@@ -191,7 +192,7 @@ def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
 
 def _inputs_on_one_mesh(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
     """Place the inputs on the devices that some of them are on."""
-    names = {"start": "params", "data": "data", "args": "args", "constants": "what the loss closes over"}
+    names = {"start": "params", "data": "data", "args": "args", "constants": CLOSED_OVER}
     names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
     stay = {names["constants"]} if constants_stay else ()
     trees, layout = on_one_mesh({name: getattr(inputs, field) for field, name in names.items()}, stay)

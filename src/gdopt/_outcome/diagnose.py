@@ -13,6 +13,7 @@ import numpy as np
 from gdopt import _error_notes, _jax, _trees
 from gdopt._compile import replays
 from gdopt._compile.program import value_and_grad
+from gdopt._devices.current import on_auto_axes
 from gdopt._errors import InputError
 from gdopt._outcome import nan_search
 from gdopt._problem.problem import Problem
@@ -179,6 +180,7 @@ def named_inputs(problem: Problem) -> str:
     return f" {_hold(names)} NaN. Leave it out, or fill it." if names else ""
 
 
+@on_auto_axes
 def diagnose(result: Result) -> Diagnosis:
     """Find the operation that made the loss or its gradient NaN or infinite, by computing that step again.
 

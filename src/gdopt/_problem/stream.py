@@ -13,6 +13,7 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._checks import fault, refuse_no_arrays
+from gdopt._devices.current import callers_code
 from gdopt._errors import InputError
 from gdopt._types import PyTree
 
@@ -46,7 +47,7 @@ class Stream:
         self._source = source
         iterator = self.open()
         self.once = iterator is source
-        first = next(iterator, _END)
+        first = _pull(iterator)
         if first is _END:
             raise InputError(
                 f"data={source!r} gave no batch. "
@@ -73,6 +74,10 @@ class Stream:
 
     def open(self) -> Iterator:
         """Open the iterator of one more pass."""
+        with callers_code():
+            return self._fresh()
+
+    def _fresh(self) -> Iterator:
         source = self._source if isinstance(self._source, Iterable) else self._source()
         if not isinstance(source, Iterable):
             raise InputError(
@@ -164,7 +169,7 @@ class Feed:
             limit = self._made if self._passes is not None and passes >= self._passes else most
             while count != limit:
                 state = _state(iterator) if self._keeps and not waiting else None
-                batch = waiting.pop() if waiting else next(iterator, _END)
+                batch = waiting.pop() if waiting else _pull(iterator)
                 if batch is _END:
                     break
                 if state is not None:
@@ -190,6 +195,12 @@ class Feed:
             if steps == 0 or (passes + 1 == self._passes and count >= self._made):
                 return
             iterator, steps = self._stream.open(), 0
+
+
+def _pull(iterator: Iterator) -> Any:
+    """Return the next batch, or `_END`."""
+    with callers_code():
+        return next(iterator, _END)
 
 
 def _has_positions(iterator: Any) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from gdopt import _error_notes, _trees
 from gdopt._checkpoint.resume import NoSaves
 from gdopt._checks import check_flags, whole_number
+from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
@@ -44,6 +45,7 @@ _JUDGED = 50  # the last steps, whose losses are compared
 _ALL_STEPS = Steps(LAST_STEP, None, None)
 
 
+@on_auto_axes
 @joined
 def lr_find(
     loss: Loss,
