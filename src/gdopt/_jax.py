@@ -18,6 +18,8 @@ Part: its purpose; the first JAX that has it; its replacement.
 - ``Primitive.name``, ``.multiple_results``, ``.bind``, ``.get_bind_params``: to replay an operation; always; nothing.
 - ``Literal(val, aval)``, ``Var.aval``, ``ShapedArray.weak_type``: the numbers in a trace; always; nothing.
 - names of operations and of their parameters (in `replays` and `fingerprints`); an unknown one is left as it is.
+- ``jax.typeof(x).manual_axis_type.varying``, before 0.10 ``.vma``: what differs between devices within a `shard_map`;
+  without it JAX's own errors are raised.
 - ``jax.core.Tracer``: is somebody tracing? always; nothing.
 - ``Tracer._trace``: is it of a trace that is over? always; without it every tracer counts as such, which is slower.
 - the texts of errors on arrays that cannot be used together (in `misplaced`); without them JAX's own errors are raised.
@@ -92,6 +94,12 @@ def calls(closed: Any, name: str) -> Iterator[Any]:
             yield from calls(inner, name)
 
 
+def varying(value: Any) -> frozenset[str]:
+    """Return the axes of a `shard_map` around the trace over which a value differs, as far as JAX tracks them."""
+    kind: Any = jax.typeof(value)
+    return getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", frozenset())
+
+
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Return the outputs of an operation of a trace for these inputs."""
     with eqn.ctx.manager:
@@ -123,7 +131,7 @@ _MISPLACED = {
         "The call is inside jax.shard_map, which tracks the devices over which values differ. Pass check_vma=False to "
         "jax.shard_map."
     ),
-    "ShardingTypeError|context mesh|[Mm]esh for all inputs|not found in mesh|out.sharding": (
+    "ShardingTypeError|context mesh .* should match|[Mm]esh for all inputs|not found in mesh|out.sharding": (
         "Some are on a mesh with Explicit axes, where each operation has to say how its result is split. Use a mesh "
         "with Auto axes, as gdopt.shard does; or pass such arrays in params, data or args, and outside of jit, vmap, "
         "grad and shard_map, where gdopt reads their axes as Auto ones."

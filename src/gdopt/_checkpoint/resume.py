@@ -25,7 +25,7 @@ from gdopt._checkpoint.packing import as_fresh, as_saved
 from gdopt._checks import warn
 from gdopt._compile import program
 from gdopt._devices.processes import peers
-from gdopt._devices.sharding import put_on
+from gdopt._devices.sharding import put_like
 from gdopt._errors import InputError
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, State
@@ -213,7 +213,7 @@ class Saves:
             if not isinstance(leaf, jax.Array):
                 return np.asarray(saved)[()]
             if not isinstance(saved, jax.Array):  # what comes from orbax is in its place
-                saved = put_on(saved, _plain(leaf).sharding)
+                saved = put_like(saved, _plain(leaf))
             return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(leaf)) if _trees.is_key(leaf) else saved
 
         return jax.tree_util.tree_map_with_path(put, fresh)

@@ -105,6 +105,13 @@ def put_on(leaf: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def put_like(leaf: Any, like: Any) -> Any:
+    """Place an array on the devices of another one, if that has to stay there. An array of NumPy stays on the host."""
+    if not isinstance(like, jax.Array):
+        return leaf
+    return put_on(leaf, like.sharding) if like.committed else _trees.on_device(leaf)
+
+
 def anywhere(leaf: Any) -> Any:
     """Return shape and dtype of an array, without its place."""
     if not isinstance(leaf, jax.Array) or _jax.is_tracer(leaf):
@@ -215,8 +222,8 @@ def on_one_mesh(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[di
         return put_on(leaf, NamedSharding(auto_mesh, PartitionSpec()))
 
     trees = {root: jax.tree.map(functools.partial(put, stays=root in kept), tree) for root, tree in trees.items()}
-    if "params" not in trees:
-        return trees, None
+    if "params" not in trees or any(map(_jax.is_tracer, jax.tree.leaves((trees["params"], trees.get("data"))))):
+        return trees, None  # Within a trace the caller's program decides.
     params = tuple((path, x.shape, x.sharding) for path, x in jax.tree_util.tree_leaves_with_path(trees["params"]))
     return trees, Layout(auto_mesh, params, tuple(leaf.sharding for leaf in jax.tree.leaves(trees.get("data"))))
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdopt import _jax
 from gdopt._compile import program
 from gdopt._devices.current import callers_mesh
 from gdopt._devices.processes import Alone, comparable, peers
@@ -94,6 +95,8 @@ def _compile(
     inside = program.is_traced(inputs)
     if inside and trial:
         raise InputError(_TRIAL_INSIDE)
+    if inside:
+        _check_mapped(inputs.start, value)
     tests_gradient = limits.grad_tol is not None
     settings = Settings(
         noisy, problem.batches, problem.with_key, keep_best, tests_gradient, inside, None if inside else layout
@@ -113,6 +116,29 @@ def _compile(
             kept.append(made)
         seen.append(kept[0])
     return _finished(problem, method, value, schedule, settings, seen[0]), inputs
+
+
+def _check_mapped(params: PyTree, value: program.Traced) -> None:
+    """Raise InputError, inside a `shard_map`, for a run that its devices would end at different steps.
+
+    They would wait for each other for ever, or JAX would refuse the loop because it tracks what differs.
+    """
+    mapped = jax.sharding.get_abstract_mesh().manual_axes
+    if not mapped:
+        return
+    each = "For a run on each of them return the loss of the device alone, and pass check_vma=False to jax.shard_map."
+    differ = _jax.varying(value.out[0]).union(*map(_jax.varying, jax.tree.leaves(params)))
+    for axis in sorted(differ):
+        raise InputError(
+            f"inside jax.shard_map the loss or the params differ between the devices of {axis!r}. For one run on all "
+            f"of them return jax.lax.pmean(loss, {axis!r}), and pass params that are the same on each. {each}"
+        )
+    sums = () if value.jaxpr is None else _jax.calls(value.jaxpr, "psum")
+    for axis in sorted({axis for eqn in sums for axis in eqn.params.get("axes", ())} & {*mapped}):
+        raise InputError(
+            f"inside jax.shard_map with check_vma=False, or jax.pmap, the loss is summed up over {axis!r}, but JAX "
+            f"does not sum up its gradient. For one run on all devices pass check_vma=True to jax.shard_map. {each}"
+        )
 
 
 def _finished(
@@ -154,11 +180,9 @@ def digests(problem: Problem, method: Method) -> tuple[str, str]:
 
 def is_inside(problem: Problem) -> bool:
     """Tell whether jit, vmap or grad traces any of what the loss of a problem reads."""
-    objective, key = problem.objective, problem.key if problem.with_key else None
-    given = objective.params, problem.data, problem.args, problem.given_key
-    return program.is_traced(
-        given, program.trace(problem.value, objective.params, problem.batch, problem.args, key).constants
-    )
+    params, args, key = problem.objective.params, problem.args, problem.key if problem.with_key else None
+    traced = program.trace(problem.value, *jax.tree.map(anywhere, (params, problem.batch, args, key)))
+    return program.is_traced(params, problem.data, args, problem.given_key, traced.constants)
 
 
 def check_alike(problem: Problem, **given: Any) -> None:
@@ -169,8 +193,9 @@ def check_alike(problem: Problem, **given: Any) -> None:
     if callable(given.get("learning_rate")):
         with own_work():
             given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
+    given_to_loss = problem.objective.params, problem.batch, problem.args, problem.key
     others.compare(
-        loss=program.text(problem.value, problem.objective.params, problem.batch, problem.args, problem.key),
+        loss=program.text(problem.value, *jax.tree.map(anywhere, given_to_loss)),
         params=comparable(problem.objective.params),
         data=comparable(problem.data),
         args=comparable(problem.args),

@@ -74,7 +74,7 @@ class Streamed:
         self._next: Batch | None = None
         self._made: int | None = None  # the steps before this call
         self._begun = False
-        self._anchor: dict[str, jax.Array] | None = None  # an array that has to stay on its devices
+        self._anchor: dict[str, jax.Array] = {}  # an array that has to stay on its devices
 
     @property
     def why(self) -> str:
@@ -161,10 +161,12 @@ class Streamed:
         """Place the arrays of a batch on the devices of the run; those of the host go there with the step."""
         if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(data)):
             return data
-        if self._anchor is None:
-            others = {"args": inputs.args, CLOSED_OVER: inputs.constants, "the first batch of data": inputs.data}
-            self._anchor = anchor({"params": inputs.start, **others})
-        return on_one_mesh({**self._anchor, _BATCH: data})[0][_BATCH]
+        if not self._anchor:
+            given = {"params": inputs.start, "args": inputs.args, CLOSED_OVER: inputs.constants}
+            self._anchor = anchor({**given, "the first batch of data": inputs.data})
+        placed = on_one_mesh({**self._anchor, _BATCH: data})[0][_BATCH]
+        self._anchor = self._anchor or anchor({"an earlier batch of data": placed})
+        return placed
 
     def _program(self, data: PyTree) -> tuple[Compiled, list]:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
