@@ -131,7 +131,8 @@ _MISPLACED = {
         "The call is inside jax.shard_map, which tracks the devices over which values differ. Pass check_vma=False to "
         "jax.shard_map."
     ),
-    "ShardingTypeError|context mesh .* should match|[Mm]esh for all inputs|not found in mesh|out.sharding": (
+    "ShardingTypeError|context mesh .* should match|[Mm]esh for all inputs|not found in mesh|out.sharding"
+    "|in_specs passed to shard_map": (
         "Some are on a mesh with Explicit axes, where each operation has to say how its result is split. Use a mesh "
         "with Auto axes, as gdopt.shard does; or pass such arrays in params, data or args, and outside of jit, vmap, "
         "grad and shard_map, where gdopt reads their axes as Auto ones."

@@ -212,6 +212,16 @@ def test_callbacks_streams_and_results_are_on_the_mesh_that_is_set() -> None:
     np.testing.assert_allclose(answer, fit(START, data=stream(ROWS)), rtol=1e-5)
 
 
+def test_errors_of_callbacks_and_streams_stay_as_they_are() -> None:
+    def fail(*_: Any) -> Any:
+        return at(START, 0) + at(START, 1)
+
+    for options in ({"data": ROWS, "callback": fail}, {"data": lambda: iter(map(fail, [ROWS] * 3))}):
+        with pytest.raises(ValueError, match="incompatible devices") as caught:
+            fit(START, **options)
+        assert not isinstance(caught.value, gdopt.InputError)
+
+
 def mapped(function: Callable, out: Any, **options: Any) -> Any:
     return jax.shard_map(function, mesh=AUTO, in_specs=(P(), P("data")), out_specs=out, **options)(START, ROWS)
 
@@ -256,6 +266,20 @@ def test_a_run_with_mixed_places_resumes(tmp_path: Any) -> None:
             with jax.set_mesh(EXPLICIT) if name == "explicit" else contextlib.nullcontext():
                 answer = fit(start, data=rows, max_steps=steps, checkpoint=tmp_path / name)
         np.testing.assert_allclose(answer, fit(START, data=ROWS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_loss_with_shard_map_resumes(kind: AxisType, tmp_path: Any) -> None:
+    rows = split(ROWS, mesh(kind))
+    whole = jax.shard_map(common, mesh=mesh(kind), in_specs=(P(), P("data")), out_specs=P())
+    for steps in (2, 3):
+        answer = fit(copied(START, mesh(kind)), function=whole, data=rows, max_steps=steps, checkpoint=tmp_path / "run")
+    np.testing.assert_allclose(answer, fit(START, data=ROWS), rtol=1e-5)
+
+
+def test_a_zero_gradient_is_told_wherever_the_rows_are() -> None:
+    with jax.set_mesh(AUTO), pytest.warns(UserWarning, match="the gradient is exactly zero everywhere"):
+        fit(START, function=lambda w, rows: jnp.sum(rows) + 0 * jnp.sum(w), data=split(ROWS, EXPLICIT))
 
 
 def test_a_run_inside_jit_may_close_over_rows_on_a_mesh() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -20,7 +21,16 @@ NAME = "jax.set_mesh"  # the name of its mesh in messages
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_callers: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("callers", default=None)
+
+@dataclasses.dataclass
+class _Caller:
+    """The caller of a call."""
+
+    explicit: Mesh | None = None  # the mesh with Explicit axes that was set
+    failure: Exception | None = None  # the error of the caller's own code on the host
+
+
+_caller: contextvars.ContextVar[_Caller] = contextvars.ContextVar("caller")
 
 
 def mesh() -> Mesh | None:
@@ -51,34 +61,43 @@ def on_auto_axes(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = mesh()
         explicit = None if given is None or auto(given) is given else given
-        token = _callers.set(explicit)
+        caller = _Caller(explicit)
+        token = _caller.set(caller)
         try:
             with contextlib.nullcontext() if explicit is None else jax.set_mesh(auto(explicit)):
                 return function(*args, **kwargs)
         except Exception as error:
-            if isinstance(error, InputError) or not (cure := _jax.misplaced(error)):
+            if isinstance(error, InputError) or error is caller.failure or not (cure := _jax.misplaced(error)):
                 raise
             raise InputError(f"the arrays of this call cannot be used together where they are. {cure}") from error
         finally:
-            _callers.reset(token)
+            _caller.reset(token)
 
     return call
 
 
 def callers_mesh() -> Mesh | None:
     """Return the mesh with Explicit axes that the caller has set, if there is one."""
-    return _callers.get()
+    caller = _caller.get(None)
+    return None if caller is None else caller.explicit
 
 
-def callers_code() -> contextlib.AbstractContextManager[Any]:
-    """Run code of the caller, such as a callback, on the mesh that the caller has set."""
-    explicit = _callers.get()
-    return contextlib.nullcontext() if explicit is None else jax.set_mesh(explicit)
+@contextlib.contextmanager
+def callers_code() -> Generator[None]:
+    """Run code of the caller, such as a callback, on the mesh that the caller has set. Its errors stay as they are."""
+    explicit = callers_mesh()
+    try:
+        with contextlib.nullcontext() if explicit is None else jax.set_mesh(explicit):
+            yield
+    except Exception as error:
+        if caller := _caller.get(None):
+            caller.failure = error
+        raise
 
 
 def for_caller(tree: PyTree) -> PyTree:
     """Place arrays on the mesh that the caller has set, who cannot use them otherwise. Nothing is copied."""
-    explicit = _callers.get()
+    explicit = callers_mesh()
     if explicit is None:
         return tree
 

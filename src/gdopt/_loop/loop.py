@@ -164,8 +164,7 @@ def digests(problem: Problem, method: Method) -> tuple[str, str]:
     Both are traced as if on one device, with what the loss closes over as an argument, because a trace differs between
     meshes, and a run may resume on another one.
     """
-    given = jax.tree.map(anywhere, (problem.objective.params, problem.batch, problem.args, problem.key))
-    value = program.trace(problem.value, *given, rules=True)
+    value, given = _traced_anywhere(problem, problem.key)
     constants = list(map(anywhere, value.constants))
 
     def update(rate: Any, constants: list, params: PyTree, *given: PyTree) -> PyTree:
@@ -180,9 +179,24 @@ def digests(problem: Problem, method: Method) -> tuple[str, str]:
 
 def is_inside(problem: Problem) -> bool:
     """Tell whether jit, vmap or grad traces any of what the loss of a problem reads."""
-    params, args, key = problem.objective.params, problem.args, problem.key if problem.with_key else None
-    traced = program.trace(problem.value, *jax.tree.map(anywhere, (params, problem.batch, args, key)))
-    return program.is_traced(params, problem.data, args, problem.given_key, traced.constants)
+    traced, _ = _traced_anywhere(problem, problem.key if problem.with_key else None)
+    given = problem.objective.params, problem.data, problem.args, problem.given_key
+    return program.is_traced(given, traced.constants)
+
+
+def _traced_anywhere(problem: Problem, key: jax.Array | None) -> tuple[program.Traced, tuple]:
+    """Trace the loss without the places of its arrays, and return what it was traced with, too.
+
+    If it needs the places, as a `shard_map` over Explicit axes does, it is traced with them.
+    """
+    given = problem.objective.params, problem.batch, problem.args, key
+    bare = jax.tree.map(anywhere, given)
+    try:
+        return program.trace(problem.value, *bare, rules=True), bare
+    except Exception as error:
+        if not _jax.misplaced(error):
+            raise
+        return program.trace(problem.value, *given, rules=True), given
 
 
 def check_alike(problem: Problem, **given: Any) -> None:
@@ -193,9 +207,8 @@ def check_alike(problem: Problem, **given: Any) -> None:
     if callable(given.get("learning_rate")):
         with own_work():
             given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
-    given_to_loss = problem.objective.params, problem.batch, problem.args, problem.key
     others.compare(
-        loss=program.text(problem.value, *jax.tree.map(anywhere, given_to_loss)),
+        loss=program.text(problem.value, problem.objective.params, problem.batch, problem.args, problem.key),
         params=comparable(problem.objective.params),
         data=comparable(problem.data),
         args=comparable(problem.args),
