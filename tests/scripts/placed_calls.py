@@ -150,6 +150,10 @@ def test_the_answer_is_that_of_one_device_or_an_input_error(place: str, call: st
         assert {device.id for device in answer.devices()} == (ON[place] if stays else moved)
 
 
+def falling(rates: jax.Array) -> Callable:
+    return lambda step: rates[0] / (1 + step)
+
+
 CONFLICTS = {
     "params": (
         lambda: fit({"a": START, "w": at(START, 0)}, args=(at(ROWS, 1),)),
@@ -168,6 +172,10 @@ CONFLICTS = {
         "and what the loss closes over is on .*:1",
     ),
     "gd_step": (lambda: CALLS["gd_step"](at(START, 0), at(ROWS, 1)), r"params is on .*:0, and args\[0\] is on .*:1"),
+    "schedule": (
+        lambda: fit(at(START, 0), args=(ROWS,), learning_rate=falling(at(np.full(3, 0.1, np.float32), 1))),
+        "params is on .*:0, and what the schedule closes over is on .*:1",
+    ),
     "later batch": (
         lambda: fit(START, data=lambda: iter([ROWS, at(ROWS, 0), at(ROWS, 1)])),
         "an earlier batch of data is on .*:0, and a batch of data is on .*:1",

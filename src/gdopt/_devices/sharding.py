@@ -237,7 +237,7 @@ def _named(trees: dict[str, PyTree]) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of all trees with their names; what is closed over has none of its own."""
     for root, tree in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            yield _trees.path_name(path, root) if root != CLOSED_OVER else root, leaf
+            yield root if root.endswith("closes over") else _trees.path_name(path, root), leaf
 
 
 def _one_mesh(found: dict[str, Mesh], around: dict[str, Mesh]) -> Mesh:
