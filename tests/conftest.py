@@ -22,5 +22,5 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, deran
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Tests start these scripts in processes of their own; eight_devices.py is collected there.
+# Tests start these scripts in processes of their own; those for eight devices are collected there.
 collect_ignore = ["scripts"] if jax.device_count() != 8 else []

@@ -7,15 +7,19 @@ from typing import Any
 
 import jax
 
+from gdopt import _jax
 from gdopt._compile import program
+from gdopt._devices.current import for_caller, on_auto_axes
+from gdopt._devices.sharding import CLOSED_OVER, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._optimizers.spectral import check_learning_rate
-from gdopt._problem.objective import check_start, make_objective
+from gdopt._problem.objective import Objective, check_start, make_objective
 from gdopt._problem.problem import split_args
 from gdopt._settings import own_promotion, own_transfers
 from gdopt._types import Loss, PyTree, Scalar
 
 
+@on_auto_axes
 def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tuple[PyTree, jax.Array]:
     """Make the vanilla step ``x - learning_rate * grad f(x)``, jit-compiled.
 
@@ -48,6 +52,17 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
     objective = make_objective(loss, params)
     if jax.default_backend() == "cpu":
         check_start(objective.params)
+    try:
+        new, loss_before = _step(objective, rate, args)
+    except Exception as error:
+        if not _jax.misplaced(error):
+            raise
+        new, loss_before = _step(objective, rate, args, on_mesh=True)
+    return for_caller(objective.rest.combine(new)), for_caller(loss_before)
+
+
+def _step(objective: Objective, rate: Any, args: tuple, *, on_mesh: bool = False) -> tuple[PyTree, jax.Array]:
+    """Make the step where the arrays are or, if JAX cannot, ``on_mesh``: with all of them on the mesh of some."""
     some, rest = split_args(args)
 
     def evaluated(params: PyTree, some: PyTree) -> tuple:
@@ -58,14 +73,20 @@ def gd_step(loss: Loss, params: PyTree, learning_rate: Scalar, *args: Any) -> tu
         with own_promotion():
             return jax.tree.map(lambda x, g: (x - rate * g).astype(x.dtype), params, grad), value
 
-    value = program.trace(evaluated, objective.params, some, rules=True)
-    given = value.constants, objective.params, rate, some
-    traced = lambda: program.with_gradient(value, evaluated, objective.params, some)[0]
+    params = objective.params
+    if on_mesh:
+        trees, _ = on_one_mesh({"params": params, "args": some})
+        params, some = trees["params"], trees["args"]
+    value = program.trace(evaluated, params, some, rules=True)
+    constants = value.constants
+    if on_mesh:
+        trees, _ = on_one_mesh({"params": params, "args": some, CLOSED_OVER: constants})
+        params, some, constants = trees.values()
+    given = constants, params, rate, some
+    traced = lambda: program.with_gradient(value, evaluated, params, some)[0]
     if program.is_traced(given):  # The step becomes a part of the caller's program.
-        new, loss_before = vanilla(traced(), *given)
-    else:
-        make = lambda: program.share(functools.partial(vanilla, traced()), *given)
-        shared = program.shared_for(gd_step, value, given, make)
-        with own_transfers():
-            new, loss_before = shared.call(*given)
-    return objective.rest.combine(new), loss_before
+        return vanilla(traced(), *given)
+    make = lambda: program.share(functools.partial(vanilla, traced()), *given)
+    shared = program.shared_for(gd_step, value, given, make)
+    with own_transfers():
+        return shared.call(*given)

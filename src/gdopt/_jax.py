@@ -18,8 +18,11 @@ Part: its purpose; the first JAX that has it; its replacement.
 - ``Primitive.name``, ``.multiple_results``, ``.bind``, ``.get_bind_params``: to replay an operation; always; nothing.
 - ``Literal(val, aval)``, ``Var.aval``, ``ShapedArray.weak_type``: the numbers in a trace; always; nothing.
 - names of operations and of their parameters (in `replays` and `fingerprints`); an unknown one is left as it is.
+- ``jax.typeof(x).manual_axis_type.varying``, before 0.10 ``.vma``: what differs between devices within a `shard_map`;
+  without it JAX's own errors are raised.
 - ``jax.core.Tracer``: is somebody tracing? always; nothing.
 - ``Tracer._trace``: is it of a trace that is over? always; without it every tracer counts as such, which is slower.
+- the texts of errors on arrays that cannot be used together (in `misplaced`); without them JAX's own errors are raised.
 - ``jax.config.values``: all settings distinguish programs; always; a list of names.
 """
 
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -91,6 +95,12 @@ def calls(closed: Any, name: str) -> Iterator[Any]:
             yield from calls(inner, name)
 
 
+def varying(value: Any) -> frozenset[str]:
+    """Return the axes of a `shard_map` around the trace over which a value differs, as far as JAX tracks them."""
+    kind: Any = jax.typeof(value)
+    return getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", frozenset())
+
+
 def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Return the outputs of an operation of a trace for these inputs."""
     with eqn.ctx.manager:
@@ -114,6 +124,39 @@ def lines(eqn: Any) -> list[tuple[str, int, str]]:
 def is_backward(eqn: Any) -> bool:
     """Tell whether reverse-mode differentiation added the operation."""
     return "transpose" in str(getattr(getattr(eqn, "source_info", None), "name_stack", ""))
+
+
+_MISPLACED = {
+    "memory_space of all inputs": (
+        "Some are in the memory of the host. Move them to the device first (for example with jax.device_put(x, "
+        "x.sharding.with_memory_kind('device')))."
+    ),
+    "incompatible devices|change the size of the mesh": (
+        "They are on different devices. Place params, data, args and what the loss closes over on one device with "
+        "jax.device_put, or on one mesh with gdopt.shard."
+    ),
+    "manual ax": (
+        "The call is inside jax.shard_map, which tracks the devices over which values differ. Pass check_vma=False to "
+        "jax.shard_map."
+    ),
+    "ShardingTypeError|context mesh .* should match|[Mm]esh for all inputs|not found in mesh|out.sharding"
+    "|in_specs passed to shard_map": (
+        "Some are on a mesh with Explicit axes, where each operation has to say how its result is split. Use a mesh "
+        "with Auto axes, as gdopt.shard does; or pass such arrays in params, data or args, and outside of jit, vmap, "
+        "grad and shard_map, where gdopt reads their axes as Auto ones."
+    ),
+}
+
+
+def misplaced(error: Exception) -> str:
+    """Say what to do about JAX's error that arrays cannot be used together where they are; "" for any other error.
+
+    JAX has no class for these errors, but for one that is not public.
+    """
+    if not isinstance(error, TypeError | ValueError) and type(error).__name__ != "ShardingTypeError":
+        return ""
+    text = f"{type(error).__name__}: {error}"
+    return next((cure for pattern, cure in _MISPLACED.items() if re.search(pattern, text)), "")
 
 
 @functools.cache

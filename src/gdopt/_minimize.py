@@ -13,6 +13,7 @@ from gdopt._checkpoint.folder import Checkpoint
 from gdopt._checkpoint.resume import NoSaves, Saves, saves_at
 from gdopt._checks import check_flags
 from gdopt._compile import program
+from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
 from gdopt._loop.state import Inputs, Whole
@@ -40,6 +41,7 @@ from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 
 
 @interruptible
+@on_auto_axes
 @joined
 def minimize(
     loss: Loss,

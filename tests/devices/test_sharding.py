@@ -1,4 +1,4 @@
-"""Params and data on many devices; eight_devices.py has the tests that need a process of their own."""
+"""Params and data on many devices; two scripts have the tests that need a process of their own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 import gdopt
 
 
+@pytest.mark.parametrize("script", ["eight_devices.py", "placed_calls.py"])
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_eight_devices(which: str) -> None:
+def test_on_eight_devices(which: str, script: str) -> None:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = [
         sys.executable,
@@ -28,7 +29,7 @@ def test_on_eight_devices(which: str) -> None:
         "0",
         "-m",
         which,
-        "eight_devices.py",
+        script,
     ]
     folder = Path(__file__).parents[1] / "scripts"
     ran = subprocess.run(command, cwd=folder, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)

@@ -239,11 +239,11 @@ BAD = {
     ),
     "two meshes": (
         lambda: gdopt.minimize(loss, gdopt.shard(START, OTHER), data=sharded()[1], learning_rate=0.1),
-        r"params\['b'\] is on a mesh of \(data=4\) with devices \[0, 1, 2, 3\], and data on a mesh of \(data=8\) with",
+        r"params\['b'\] is on a mesh of \(data=4\) with devices \[0, 1, 2, 3\], and data is on a mesh of \(data=8\)",
     ),
     "closed over": (
         lambda: gdopt.minimize(closes_over(gdopt.shard(ROWS, OTHER)), gdopt.shard(START, MESH), learning_rate=0.1),
-        "and what the loss closes over.* on a mesh of",
+        "and what the loss closes over is on a mesh of",
     ),
 }
 

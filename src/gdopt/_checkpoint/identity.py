@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from gdopt import _trees
-from gdopt._compile import digests, program
-from gdopt._devices.sharding import anywhere
+from gdopt._compile import digests
+from gdopt._loop import loop
 from gdopt._loop.state import Carry
 from gdopt._optimizers.method import Method
 from gdopt._problem.problem import Problem
@@ -47,23 +47,21 @@ def program_identity(problem: Problem, method: Method) -> dict[str, Any]:
     All is traced as on one device, because a run may resume on others. The gradient is traced, too: only its trace
     shows the rules of custom_jvp and custom_vjp.
     """
-    given = jax.tree.map(anywhere, (problem.objective.params, problem.batch, problem.args, problem.key))
+    traced, given = loop.traced_anywhere(problem, problem.key)
     value: Any = problem.value
-    if jax.local_device_count() > 1:  # The text of a trace shows the mesh of arrays that the loss closes over.
-        traced = program.trace(value, *given, rules=True)
-        if any(map(_is_split, traced.constants)):
-            here = [_trees.on_host(array) if _is_split(array) else array for array in traced.constants]
-            value = functools.partial(traced.replay, here)
+    if any(map(_is_split, traced.constants)):  # The text of the trace would show their mesh.
+        here = [_trees.on_host(array) if _is_split(array) else array for array in traced.constants]
+        value = functools.partial(traced.replay, here)
 
     def gradient(params: PyTree, *given: PyTree) -> PyTree:
         return jax.grad(lambda params: value(params, *given)[0])(params)
 
-    def update(rate: Any, params: PyTree, *given: PyTree) -> PyTree:
-        loss = lambda params: value(params, *given)[0]
-        return method.update(rate, params, method.init(rate, params), params, loss, jnp.zeros((), float))
+    def update(rate: Any, params: PyTree) -> PyTree:
+        one = lambda params: sum(jnp.sum(leaf * leaf.conj()).real for leaf in jax.tree.leaves(params))  # any loss
+        return method.update(rate, params, method.init(rate, params), params, one, jnp.zeros((), float))
 
     with own_promotion():
-        updates = digests.digest(update, 0.1, *given)
+        updates = digests.digest(update, 0.1, given[0])
     loss, rules = digests.digest(value, *given), ""
     with contextlib.suppress(Exception):  # The loop raises it, with what helps.
         rules = digests.digest(gradient, *given)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import numpy as np
 
 from gdopt import _trees
-from gdopt._devices.sharding import put_on
+from gdopt._devices.sharding import put_like
 from gdopt._loop.state import State
 
 _ROOT = "state.kept.params"
@@ -37,12 +36,8 @@ def as_fresh(state: State, fresh: State) -> State:
     leaves = jax.tree.leaves(packed.tree())
     vectors = [np.concatenate([_trees.on_host(leaves[i]).reshape(-1) for i, _ in group]) for group in like.places]
     others = [None if there is None else leaf for leaf, there in zip(leaves, like.others, strict=True)]
-    packed = jax.tree.map(_placed, _trees.Packed(vectors, others, like.treedef, like.places), like)
+    packed = jax.tree.map(put_like, _trees.Packed(vectors, others, like.treedef, like.places), like)
     return state._replace(kept=state.kept._replace(params=packed))
-
-
-def _placed(leaf: Any, like: Any) -> Any:
-    return put_on(leaf, like.sharding) if isinstance(like, jax.Array) else leaf
 
 
 def _names(packed: _trees.Packed) -> set[str]:

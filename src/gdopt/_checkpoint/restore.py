@@ -12,7 +12,7 @@ from gdopt._checkpoint import older, sharded
 from gdopt._checkpoint.file import SPREAD
 from gdopt._checkpoint.folder import Saved
 from gdopt._checkpoint.packing import as_fresh, as_saved
-from gdopt._devices.sharding import put_on
+from gdopt._devices.sharding import put_like
 from gdopt._errors import InputError
 from gdopt._loop.state import State, returned_params
 
@@ -43,7 +43,7 @@ def restored_state(found: Saved, fresh: State) -> State:
         if not isinstance(leaf, jax.Array):
             return np.asarray(saved)[()]
         if not isinstance(saved, jax.Array):  # what comes from orbax is in its place
-            saved = _like(saved, plain(leaf))
+            saved = put_like(saved, plain(leaf))
         return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(leaf)) if _trees.is_key(leaf) else saved
 
     state = jax.tree_util.tree_map_with_path(put, fresh)
@@ -69,14 +69,6 @@ def _places(found: Saved, fresh: State, stays_fresh: Any) -> dict[str, Any]:
     for name in sorted(unknown):
         refuse_other(found, name, kind(*kinds[name]), "nothing")
     return places
-
-
-def _like(saved: np.ndarray, fresh: jax.Array) -> jax.Array:
-    """Return a saved array in the place of a fresh one.
-
-    It is committed to that place only if the fresh one is. Otherwise the program would compile once more.
-    """
-    return put_on(saved, fresh.sharding) if fresh.committed else jax.device_put(saved)
 
 
 def plain(leaf: Any) -> Any:

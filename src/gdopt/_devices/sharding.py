@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from gdopt import _jax, _trees
 from gdopt._compile import replays
+from gdopt._devices import current
 from gdopt._errors import InputError
 from gdopt._types import PyTree
 
+CLOSED_OVER = "what the loss closes over"  # the name of these arrays in messages
 _LARGE = 2**14  # entries; a copy of a smaller array on each device costs less than gathering its parts
 
 
@@ -62,7 +64,7 @@ def shard(tree: PyTree, mesh: Mesh, *, rows: str | None = None, largest: str | N
     if axis is not None and axis not in mesh.axis_names:
         name = "rows" if rows is not None else "largest"
         raise InputError(f"{name}={axis!r} is no axis of the mesh. It has {', '.join(map(repr, mesh.axis_names))}.")
-    mesh = _auto(mesh)
+    mesh = current.auto(mesh)
 
     def put(path: tuple, leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray):
@@ -103,6 +105,13 @@ def put_on(leaf: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def put_like(leaf: Any, like: Any) -> Any:
+    """Place an array on the devices of another one, if that has to stay there. An array of NumPy stays on the host."""
+    if not isinstance(like, jax.Array):
+        return leaf
+    return put_on(leaf, like.sharding) if like.committed else _trees.on_device(leaf)
+
+
 def anywhere(leaf: Any) -> Any:
     """Return shape and dtype of an array, without its place."""
     if not isinstance(leaf, jax.Array) or _jax.is_tracer(leaf):
@@ -110,23 +119,19 @@ def anywhere(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
-def _auto(mesh: Mesh) -> Mesh:
-    """Return the mesh with Auto axes, over which XLA splits by itself; Explicit ones restrict the loss's operations."""
-    if all(kind is AxisType.Auto for kind in mesh.axis_types):
-        return mesh
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
 def explicit_mesh(*trees: PyTree) -> Mesh | None:
     """Return the mesh with Explicit axes that some arrays are on."""
     meshes = [mesh for leaf in jax.tree.leaves(trees) if (mesh := _mesh(leaf)) is not None]
-    return next((mesh for mesh in meshes if _auto(mesh) is not mesh), None)
+    return next((mesh for mesh in meshes if current.auto(mesh) is not mesh), None)
 
 
 def mapped_mesh(function: Callable, *args: PyTree) -> Mesh | None:
-    """Return the mesh with Explicit axes that a function maps over by `shard_map`."""
-    meshes = [eqn.params.get("mesh") for eqn in _jax.calls(replays.trace(function, *args)[0], "shard_map")]
-    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and _auto(mesh) is not mesh), None)
+    """Return the mesh with Explicit axes that a function maps over by `shard_map`, or that it closes over arrays on."""
+    closed, _ = replays.trace(function, *args)
+    if mesh := explicit_mesh(_jax.consts(closed)):
+        return mesh
+    meshes = [eqn.params.get("mesh") for eqn in _jax.calls(closed, "shard_map")]
+    return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and current.auto(mesh) is not mesh), None)
 
 
 def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
@@ -143,7 +148,7 @@ def explicitly(function: Callable, mesh: Mesh, given: tuple) -> Callable:
         leaves, treedef = jax.tree.flatten(args)
         wanted = tuple(map(spec, jax.tree.leaves(given)))
         wanted += (PartitionSpec(),) * (len(leaves) - len(wanted))  # A key is drawn, not given.
-        with jax.sharding.use_abstract_mesh(_auto(mesh).abstract_mesh):
+        with jax.sharding.use_abstract_mesh(current.auto(mesh).abstract_mesh):
             inside = jax.sharding.explicit_axes(
                 lambda *leaves: function(*treedef.unflatten(leaves)), axes=mesh.axis_names, in_sharding=wanted
             )
@@ -191,23 +196,19 @@ class Layout(NamedTuple):
 
 
 def on_one_mesh(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[dict[str, PyTree], Layout | None]:
-    """Place all trees on the mesh that some arrays are on; arrays on no mesh are copied to each device.
+    """Place all trees on the mesh that some arrays are on, or that `jax.set_mesh` has set.
 
-    The trees named in ``kept`` stay on Explicit axes, if they are. Raise InputError, with the names, if the arrays are
-    on two meshes.
+    Arrays on no mesh are copied to each device. The trees named in ``kept`` stay on Explicit axes, if they are. Without
+    a mesh nothing is moved. Raise InputError, with the names, if the arrays are on two meshes, or without a mesh
+    committed to two devices.
     """
-    if not any(map(_mesh, jax.tree.leaves(trees))):
+    set_by_user = current.mesh()
+    around = {} if set_by_user is None else {current.NAME: set_by_user}
+    if (set_by_user is None or set_by_user.size == 1) and not any(map(_mesh, jax.tree.leaves(trees))):
+        _check_one_device(trees, around)
         return trees, None
-    named = [(root, path, leaf) for root in trees for path, leaf in jax.tree_util.tree_leaves_with_path(trees[root])]
-    found = {_trees.path_name(path, root): mesh for root, path, leaf in named if (mesh := _mesh(leaf))}
-    (first, mesh), *others = found.items()
-    for name, other in others:
-        if list(other.devices.flat) != list(mesh.devices.flat):
-            raise InputError(
-                f"{first} is on {_mesh_text(mesh)}, and {name} on {_mesh_text(other)}. Place both on one mesh (for "
-                "example with gdopt.shard)."
-            )
-    auto_mesh = _auto(mesh)
+    found = {name: mesh for name, leaf in _named(trees) if (mesh := _mesh(leaf)) is not None}
+    auto_mesh = current.auto(_one_mesh(found, around))
 
     def put(leaf: Any, stays: bool) -> Any:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
@@ -216,13 +217,64 @@ def on_one_mesh(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[di
         if given is not None and stays:
             return leaf
         if given is not None:
-            auto = _auto(given)
+            auto = current.auto(given)
             return leaf if auto is given else jax.device_put(leaf, NamedSharding(auto, cast(Any, leaf).sharding.spec))
         return put_on(leaf, NamedSharding(auto_mesh, PartitionSpec()))
 
     trees = {root: jax.tree.map(functools.partial(put, stays=root in kept), tree) for root, tree in trees.items()}
+    if "params" not in trees or any(map(_jax.is_tracer, jax.tree.leaves((trees["params"], trees.get("data"))))):
+        return trees, None  # Within a trace the caller's program decides.
     params = tuple((path, x.shape, x.sharding) for path, x in jax.tree_util.tree_leaves_with_path(trees["params"]))
-    return trees, Layout(auto_mesh, params, tuple(leaf.sharding for leaf in jax.tree.leaves(trees["data"])))
+    return trees, Layout(auto_mesh, params, tuple(leaf.sharding for leaf in jax.tree.leaves(trees.get("data"))))
+
+
+def anchor(trees: dict[str, PyTree]) -> dict[str, jax.Array]:
+    """Return the first array, with its name, that has to stay on its devices; nothing if there is none."""
+    return next(({name: leaf} for name, leaf in _named(trees) if _is_committed(leaf)), {})
+
+
+def _named(trees: dict[str, PyTree]) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of all trees with their names; what is closed over has none of its own."""
+    for root, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            yield root if root.endswith("closes over") else _trees.path_name(path, root), leaf
+
+
+def _one_mesh(found: dict[str, Mesh], around: dict[str, Mesh]) -> Mesh:
+    """Return the mesh of all arrays; raise InputError if there are several."""
+    (first, mesh), *others = (around | found).items()
+    for name, other in others:
+        differ = list(other.devices.flat) != list(mesh.devices.flat)
+        if differ or (first in around and dict(other.shape) != dict(mesh.shape)):
+            raise InputError(
+                f"{first} {_verb(first, around)} {_mesh_text(mesh)}, and {name} is on {_mesh_text(other)}. Place both "
+                "on one mesh (for example with gdopt.shard)."
+            )
+    return mesh
+
+
+def _verb(name: str, around: dict[str, Mesh]) -> str:
+    return "has set" if name in around else "is on"
+
+
+def _check_one_device(trees: dict[str, PyTree], around: dict[str, Mesh]) -> None:
+    """Raise InputError if arrays on no mesh are committed to different devices."""
+    around_here = [set(mesh.devices.flat) for mesh in around.values()]
+    places = [*around_here, *(leaf.sharding.device_set for leaf in filter(_is_committed, jax.tree.leaves(trees)))]
+    if all(place == places[0] for place in places):
+        return
+    named = [(name, leaf.sharding.device_set) for name, leaf in _named(trees) if _is_committed(leaf)]
+    (first, here), *others = [*zip(around, around_here, strict=True), *named]
+    name, there = next((name, place) for name, place in others if place != here)
+    raise InputError(
+        f"{first} {_verb(first, around)} {_devices_text(here)}, and {name} is on {_devices_text(there)}. Place both on "
+        "one device (for example with jax.device_put(x, jax.devices()[0])), or on one mesh with gdopt.shard."
+    )
+
+
+def _is_committed(leaf: Any) -> bool:
+    """Tell whether an array has to stay on its devices. Others follow these."""
+    return isinstance(leaf, jax.Array) and not _jax.is_tracer(leaf) and leaf.committed
 
 
 def _mesh(leaf: Any) -> Mesh | None:
@@ -231,7 +283,7 @@ def _mesh(leaf: Any) -> Mesh | None:
         return None
     sharding = leaf.sharding
     mesh = cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) else None
-    return mesh if mesh is not None and (mesh.size > 1 or _auto(mesh) is not mesh) else None
+    return mesh if mesh is not None and (mesh.size > 1 or current.auto(mesh) is not mesh) else None
 
 
 def check_batch_size(data: PyTree, batch_size: int) -> None:
@@ -249,6 +301,11 @@ def check_batch_size(data: PyTree, batch_size: int) -> None:
                 f"{_trees.path_name(path, 'data')} is split over. Pass {f'{fewer} or ' if fewer else ''}"
                 f"{fewer + parts}, or another multiple of {parts}."
             )
+
+
+def _devices_text(devices: Iterable[Any]) -> str:
+    names = sorted(map(str, devices))
+    return names[0] if len(names) == 1 else f"the devices {', '.join(names)}"
 
 
 def _mesh_text(mesh: Mesh) -> str:

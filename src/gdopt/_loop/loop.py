@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdopt import _jax
 from gdopt._compile import digests, program
+from gdopt._devices.current import callers_mesh
 from gdopt._devices.processes import Alone, comparable, peers
-from gdopt._devices.sharding import Layout, explicit_mesh, mapped_mesh, on_one_mesh
+from gdopt._devices.sharding import CLOSED_OVER, Layout, anywhere, explicit_mesh, mapped_mesh, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
 from gdopt._loop.state import Compiled, Inputs, Settings, Whole
@@ -48,7 +50,7 @@ def compile(problem: Problem, *args: Any, **options: Any) -> tuple[Compiled | Wh
     except InputError:
         raise
     except Exception as error:
-        mesh = explicit_mesh(problem.objective.params, problem.data, problem.args)
+        mesh = explicit_mesh(problem.objective.params, problem.data, problem.args) or callers_mesh()
         key = problem.key if problem.with_key else None
         with contextlib.suppress(Exception):
             if mesh is None and not any(note.startswith("gdopt") for note in getattr(error, "__notes__", ())):
@@ -93,6 +95,8 @@ def _compile(
     inside = program.is_traced(inputs)
     if inside and trial:
         raise InputError(_TRIAL_INSIDE)
+    if inside:
+        _check_mapped(inputs.start, value)
     tests_gradient = limits.grad_tol is not None
     settings = Settings(
         noisy, problem.batches, problem.with_key, keep_best, tests_gradient, inside, None if inside else layout
@@ -114,6 +118,29 @@ def _compile(
     return _finished(problem, method, value, schedule, settings, seen[0]), inputs
 
 
+def _check_mapped(params: PyTree, value: program.Traced) -> None:
+    """Raise InputError, inside a `shard_map`, for a run that its devices would end at different steps.
+
+    They would wait for each other for ever, or JAX would refuse the loop because it tracks what differs.
+    """
+    mapped = jax.sharding.get_abstract_mesh().manual_axes
+    if not mapped:
+        return
+    each = "For a run on each of them return the loss of the device alone, and pass check_vma=False to jax.shard_map."
+    differ = _jax.varying(value.out[0]).union(*map(_jax.varying, jax.tree.leaves(params)))
+    for axis in sorted(differ):
+        raise InputError(
+            f"inside jax.shard_map the loss or the params differ between the devices of {axis!r}. For one run on all "
+            f"of them return jax.lax.pmean(loss, {axis!r}), and pass params that are the same on each. {each}"
+        )
+    sums = () if value.jaxpr is None else _jax.calls(value.jaxpr, "psum")
+    for axis in sorted({axis for eqn in sums for axis in eqn.params.get("axes", ())} & {*mapped}):
+        raise InputError(
+            f"inside jax.shard_map with check_vma=False, or jax.pmap, the loss is summed up over {axis!r}, but JAX "
+            f"does not sum up its gradient. For one run on all devices pass check_vma=True to jax.shard_map. {each}"
+        )
+
+
 def _finished(
     problem: Problem,
     method: Method,
@@ -133,11 +160,24 @@ def _finished(
 
 def is_inside(problem: Problem) -> bool:
     """Tell whether jit, vmap or grad traces any of what the loss of a problem reads."""
-    objective, key = problem.objective, problem.key if problem.with_key else None
-    given = objective.params, problem.data, problem.args, problem.given_key
-    return program.is_traced(
-        given, program.trace(problem.value, objective.params, problem.batch, problem.args, key).constants
-    )
+    traced, _ = traced_anywhere(problem, problem.key if problem.with_key else None)
+    given = problem.objective.params, problem.data, problem.args, problem.given_key
+    return program.is_traced(given, traced.constants)
+
+
+def traced_anywhere(problem: Problem, key: jax.Array | None) -> tuple[program.Traced, tuple]:
+    """Trace the loss without the places of its arrays, and return what it was traced with, too.
+
+    If it needs the places, as a `shard_map` over Explicit axes does, it is traced with them.
+    """
+    given = problem.objective.params, problem.batch, problem.args, key
+    bare = jax.tree.map(anywhere, given)
+    try:
+        return program.trace(problem.value, *bare, rules=True), bare
+    except Exception as error:
+        if not _jax.misplaced(error):
+            raise
+        return program.trace(problem.value, *given, rules=True), given
 
 
 def check_alike(problem: Problem, **given: Any) -> None:
@@ -171,7 +211,7 @@ def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
 
 def _inputs_on_one_mesh(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
     """Place the inputs on the devices that some of them are on."""
-    names = {"start": "params", "data": "data", "args": "args", "constants": "what the loss closes over"}
+    names = {"start": "params", "data": "data", "args": "args", "constants": CLOSED_OVER}
     names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
     stay = {names["constants"]} if constants_stay else ()
     trees, layout = on_one_mesh({name: getattr(inputs, field) for field, name in names.items()}, stay)

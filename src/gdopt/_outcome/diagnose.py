@@ -13,6 +13,8 @@ import numpy as np
 from gdopt import _error_notes, _jax, _trees
 from gdopt._compile import replays
 from gdopt._compile.program import value_and_grad
+from gdopt._devices.current import on_auto_axes
+from gdopt._devices.sharding import on_one_mesh
 from gdopt._errors import InputError
 from gdopt._outcome import nan_search
 from gdopt._problem.problem import Problem
@@ -181,10 +183,12 @@ def make_evidence(problem: Problem, params: PyTree, given: tuple, step: int, rat
 @as_own_work
 def named_inputs(problem: Problem) -> str:
     """Return a sentence on the data and args that hold NaN; "" if none does."""
-    names = [name for name, leaf in _named(data=problem.data, args=problem.args) if nan_search.is_nan(leaf)]
+    trees, _ = on_one_mesh({"data": problem.data, "args": problem.args})  # the places in which the run had them
+    names = [name for name, leaf in _named(**trees) if nan_search.is_nan(leaf)]
     return f" {_hold(names)} NaN. Leave it out, or fill it." if names else ""
 
 
+@on_auto_axes
 def diagnose(result: Result) -> Diagnosis:
     """Find the operation that made the loss or its gradient NaN or infinite, by computing that step again.
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from gdopt import _trees
+from gdopt._devices.current import for_caller
 from gdopt._errors import InputError
 from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return
 from gdopt._loop.step import loss_arguments
@@ -45,7 +46,7 @@ class Ended:
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
         return Result(
-            params=self.problem.objective.whole(self.params),
+            params=for_caller(self.problem.objective.whole(self.params)),
             loss=float(kept.loss),
             grad_norm=float(kept.grad_norm),
             steps=self.steps,
@@ -57,7 +58,7 @@ class Ended:
             history=self.history,
             steps_per_epoch=self.steps_per_epoch,
             range_test=self.range_test,
-            aux=jax.tree.map(jax.device_put, kept.aux),
+            aux=for_caller(jax.tree.map(jax.device_put, kept.aux)),
             compile_seconds=compile_seconds,
             run_seconds=run_seconds,
             _evidence=self.evidence,

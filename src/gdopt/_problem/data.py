@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gdopt import _trees
+from gdopt import _jax, _trees
 from gdopt._checks import UNORDERED, fault, flatten, is_foreign, whole_number
 from gdopt._errors import InputError
 from gdopt._problem.stream import Stream, is_stream, numbers_of
@@ -29,7 +29,9 @@ class Batches(NamedTuple):
     def shapes(self, data: PyTree) -> PyTree:
         """Return the shapes and dtypes of a batch."""
 
-        def batch(rows: jax.Array) -> jax.ShapeDtypeStruct:
+        def batch(rows: jax.Array) -> Any:
+            if _jax.is_tracer(rows) and _jax.varying(rows):  # A shape does not say over which devices it differs.
+                return rows[: self.batch_size]
             return jax.ShapeDtypeStruct((self.batch_size, *rows.shape[1:]), rows.dtype, weak_type=rows.weak_type)
 
         return jax.tree.map(batch, data)

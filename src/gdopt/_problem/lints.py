@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from gdopt import _jax
 from gdopt._checks import warn
 from gdopt._compile.program import value_and_grad
 from gdopt._compile.replays import trace
+from gdopt._devices.sharding import anywhere
 from gdopt._problem.problem import Problem
 from gdopt._types import PyTree
 
@@ -17,7 +20,14 @@ def warn_of_no_gradient(problem: Problem) -> None:
     """Warn, after a gradient that was exactly zero at the start, if the loss does not use the params at all."""
     key = problem.key if problem.with_key else None
     grad = lambda *given: value_and_grad(problem.value)(*given)[1]
-    if not _depends(grad, problem.objective.params, problem.batch, problem.args, key):
+    given = problem.objective.params, problem.batch, problem.args, key
+    try:
+        depends = _depends(grad, *given)
+    except Exception as error:  # The run had these arrays in other places.
+        if not _jax.misplaced(error):
+            raise
+        depends = _depends(grad, *jax.tree.map(anywhere, given))
+    if not depends:
         warn(
             "the gradient is exactly zero everywhere, and nothing was optimised: the loss does not depend on the "
             "params, or only through operations without a gradient (stop_gradient, argmax, round, comparisons)."

@@ -14,6 +14,7 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._checks import fault, refuse_no_arrays
+from gdopt._devices.current import callers_code
 from gdopt._errors import InputError
 from gdopt._types import PyTree
 
@@ -49,7 +50,7 @@ class Stream:
         _check_call(source)
         iterator = self.open()
         self.once = iterator is source
-        first = next(iterator, _END)
+        first = _pull(iterator)
         if first is _END:
             raise InputError(
                 f"data={source!r} gave no batch. "
@@ -76,6 +77,10 @@ class Stream:
 
     def open(self) -> Iterator:
         """Open the iterator of one more pass."""
+        with callers_code():
+            return self._fresh()
+
+    def _fresh(self) -> Iterator:
         source = self._source if isinstance(self._source, Iterable) else self._source()
         if not isinstance(source, Iterable):
             raise InputError(
@@ -169,7 +174,7 @@ class Feed:
             limit = self._made if self._passes is not None and passes >= self._passes else most
             while count != limit:
                 state = _state(iterator) if self._keeps and not waiting else None
-                batch = waiting.pop() if waiting else next(iterator, _END)
+                batch = waiting.pop() if waiting else _pull(iterator)
                 if batch is _END:
                     break
                 if state is not None:
@@ -210,6 +215,12 @@ def _check_call(source: Any) -> None:
         ) from error
     except ValueError:  # Some functions that are written in C do not show their arguments.
         return
+
+
+def _pull(iterator: Iterator) -> Any:
+    """Return the next batch, or `_END`."""
+    with callers_code():
+        return next(iterator, _END)
 
 
 def _has_positions(iterator: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from gdopt import _error_notes, _trees
 from gdopt._checkpoint.resume import NoSaves
 from gdopt._checks import check_flags, whole_number
+from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
@@ -45,6 +46,7 @@ _ALL_STEPS = Steps(LAST_STEP, None, None)
 
 
 @interruptible
+@on_auto_axes
 @joined
 def lr_find(
     loss: Loss,

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from gdopt import _error_notes, _trees
+from gdopt._devices.current import callers_code, for_caller
 from gdopt._errors import InputError
 from gdopt._loop.state import State, params_to_return
 from gdopt._problem.limits import LAST_STEP
@@ -40,7 +41,8 @@ class Watcher:
             return False
         try:
             report = _report(self._task.objective, step, self._source.epoch(step), state, records)
-            return _wants_stop(self._callback(report))
+            with callers_code():
+                return _wants_stop(self._callback(report))
         except Interrupted:  # A range test in the callback ended at a signal, which ends this run as well.
             return False
         except Exception as error:  # The run ends as if the callback had stopped it, and then raises this.
@@ -76,7 +78,7 @@ def _report(objective: Objective, step: int, epoch: int, state: State, records: 
     return Report(
         step=step,
         epoch=epoch,
-        params=objective.whole(_trees.copy(params_to_return(state))),
+        params=for_caller(objective.whole(_trees.copy(params_to_return(state)))),
         loss=float(kept.loss),
         grad_norm=float(kept.grad_norm),
         learning_rate=float(records.learning_rate[-1]),

@@ -13,6 +13,7 @@ from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
 from gdopt._compile import digests
 from gdopt._devices.processes import peers
+from gdopt._devices.sharding import CLOSED_OVER, anchor, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._loop.state import Carry, Compiled, Inputs
 from gdopt._problem.limits import Steps
@@ -22,6 +23,7 @@ from gdopt._status import RUNNING
 from gdopt._stopping import Epoch
 from gdopt._types import PyTree
 
+_BATCH = "a batch of data"
 _SHAPES = 2  # the shapes of batches that cause no warning: full ones, and the last of a pass
 
 
@@ -74,6 +76,7 @@ class Streamed:
         self._made: int | None = None  # the steps before this call
         self._begun = False
         self._saves: NoSaves | Saves | None = None
+        self._anchor: dict[str, jax.Array] = {}  # an array that has to stay on its devices
 
     @property
     def why(self) -> str:
@@ -160,10 +163,22 @@ class Streamed:
         return batch
 
     def _step(self, carry: Carry, inputs: Inputs, first: int, step: int, batch: Batch) -> tuple[Carry, jax.Array]:
-        compiled, constants = self._program(batch.data)
+        data = self._placed(batch.data, inputs)
+        compiled, constants = self._program(data)
         epoch = Epoch(batch.begins, batch.ends, batch.steps)
-        given = inputs._replace(data=batch.data, constants=constants, epoch=epoch)
+        given = inputs._replace(data=data, constants=constants, epoch=epoch)
         return compiled.chunk(carry, np.int32(first), np.int32(step + 1), given)
+
+    def _placed(self, data: PyTree, inputs: Inputs) -> PyTree:
+        """Place the arrays of a batch on the devices of the run; those of the host go there with the step."""
+        if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(data)):
+            return data
+        if not self._anchor:
+            given = {"params": inputs.start, "args": inputs.args, CLOSED_OVER: inputs.constants}
+            self._anchor = anchor({**given, "the first batch of data": inputs.data})
+        placed = on_one_mesh({**self._anchor, _BATCH: data})[0][_BATCH]
+        self._anchor = self._anchor or anchor({"an earlier batch of data": placed})
+        return placed
 
     def _program(self, data: PyTree) -> tuple[Compiled, list]:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
