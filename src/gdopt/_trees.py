@@ -292,6 +292,17 @@ def path_name(path: tuple, root: str = "params") -> str:
     return root + jax.tree_util.keystr(path)
 
 
+def named_leaves(tree: PyTree, root: str) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths; nodes may give the same path to several leaves, which are marked."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path, root)
+        while name in named:
+            name += "'"
+        named[name] = leaf
+    return named
+
+
 def is_plain(treedef: Any) -> bool:
     """Tell whether a tree is made of tuples, lists and dicts with strings as keys, so that equal ones are the same.
 

@@ -444,6 +444,65 @@ def test_other_devices_or_cores_are_a_warning(path, monkeypatch) -> None:
         minimize(path, max_steps=80)
 
 
+def test_other_versions_and_other_random_numbers_are_a_warning(path, monkeypatch) -> None:
+    minimize(path, max_steps=20)
+    with monkeypatch.context() as patch:
+        patch.setattr("gdopt._checkpoint.identity.metadata.version", lambda name: "9.9")
+        with pytest.warns(UserWarning, match="was made on cpu.* with jax .*, but this is cpu.* with jax 9.9,"):
+            minimize(path, max_steps=30)
+        minimize(path, max_steps=40)
+    partitionable = jax.config.jax_threefry_partitionable
+    try:
+        jax.config.update("jax_threefry_partitionable", not partitionable)
+        with pytest.warns(UserWarning, match="jax_threefry_partitionable=False"):
+            minimize(path, max_steps=50)
+    finally:
+        jax.config.update("jax_threefry_partitionable", partitionable)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Twins:
+    """A node that gives both of its children the same path."""
+
+    def __init__(self, one, two):
+        self.one, self.two = one, two
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey("w")
+        return ((key, self.one), (key, self.two)), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_leaves_with_the_same_path_are_kept_apart(path) -> None:
+    def run(checkpoint, steps):
+        near = lambda p: jnp.sum((p.one - 1) ** 2) + jnp.sum((p.two - 2) ** 2)
+        start = Twins(jnp.zeros(3), jnp.zeros(3))
+        return gdopt.minimize(near, start, learning_rate=0.1, tol=0, max_steps=steps, checkpoint=checkpoint)
+
+    run(path, 5)
+    assert bits(run(path, 10)) == bits(run(None, 10))
+
+
+def test_a_terminal_changes_no_checksum(tmp_path) -> None:
+    """JAX writes traces in colours if its output is a terminal."""
+    pty = pytest.importorskip("pty")
+    code = (
+        "import sys, jax, jax.numpy as jnp\n"
+        "from gdopt._compile import digests\n"
+        "open(sys.argv[1], 'w').write(digests.digest(lambda x: jnp.sum(jax.jit(jnp.sin)(x)), jnp.ones(3)))"
+    )
+    ours, theirs = pty.openpty()
+    for name, out in (("terminal", theirs), ("file", subprocess.DEVNULL)):
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], stdout=out, env=environment, check=True)
+    os.close(ours)
+    os.close(theirs)
+    assert (tmp_path / "terminal").read_text() == (tmp_path / "file").read_text()
+
+
 def test_a_damaged_save_is_skipped_and_named(path) -> None:
     minimize(path, max_steps=20)
     minimize(path, max_steps=40)

@@ -477,7 +477,7 @@ def test_a_lock_of_another_tool_stays(base: Path):
     assert other.read_text() == "version = 1"
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "directory", "pipe"])
+@pytest.mark.parametrize("kind", ["file", "link", "second name", "dangling link", "directory", "pipe"])
 def test_whatever_stands_in_the_place_of_the_lock_stays(base: Path, kind: str):
     place, other = base.with_name(f"{base.name}.gdopt.lock"), base.with_name("other")
     match kind:
@@ -486,6 +486,9 @@ def test_whatever_stands_in_the_place_of_the_lock_stays(base: Path, kind: str):
         case "link":
             other.write_text("kept")
             place.symlink_to(other)
+        case "second name":
+            other.touch()
+            place.hardlink_to(other)
         case "dangling link":
             place.symlink_to(other)
         case "directory":
@@ -496,7 +499,7 @@ def test_whatever_stands_in_the_place_of_the_lock_stays(base: Path, kind: str):
     with pytest.raises(InputError, match=r"lock' (cannot be written|is not a lock of gdopt)"):
         Saver(Checkpoint(base)).__enter__()
     assert [(path.name, path.lstat().st_mode) for path in sorted(base.parent.iterdir())] == before
-    assert all(path.read_text() == "kept" for path in base.parent.iterdir() if path.is_file())
+    assert all(path.read_text() in ("", "kept") for path in base.parent.iterdir() if path.is_file())
 
 
 def test_a_file_that_took_the_place_of_the_lock_stays(base: Path):

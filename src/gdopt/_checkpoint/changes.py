@@ -47,10 +47,10 @@ def rates_at(method: Method, steps: Sequence[int]) -> list[float]:
     if method.rate is None:
         return []
     if method.schedule is None:
-        return [float(jnp.asarray(method.rate, float))] * len(steps)
+        return [short(np.asarray(method.rate, jax.dtypes.canonicalize_dtype(float)))] * len(steps)
     with own_work(), own_promotion(), contextlib.suppress(Exception):
         at = np.asarray(steps, np.int32)
-        return np.asarray(jax.vmap(lambda step: jnp.asarray(method.rate_at(step), float))(at), float).tolist()
+        return list(map(short, np.asarray(jax.vmap(lambda step: jnp.asarray(method.rate_at(step), float))(at))))
     return []
 
 
@@ -79,10 +79,16 @@ def changed_rates(theirs: dict[str, Any] | None, mine: dict[str, Any], there: li
     for at, step in enumerate(steps):
         if (step >= made or at == len(steps) - 1) and not np.array_equal(old[at], there[at], equal_nan=True):
             when = "" if theirs["kind"] == mine["kind"] == NUMBER else f" at step {step}"
-            yield f"learning_rate={there[at]:.6g}{when} (it was {old[at]:.6g})"
+            yield f"learning_rate={there[at]!r}{when} (it was {old[at]!r})"
             return
-    if theirs["kind"] == mine["kind"] and theirs["schedule"] not in ("", mine["schedule"]):
-        yield "learning_rate is another schedule"
+    if theirs["schedule"] not in ("", mine["schedule"]) or (theirs["kind"] == NUMBER != mine["kind"]):
+        kinds = "" if theirs["kind"] == mine["kind"] else f" is {mine['kind']} (it was {theirs['kind']})"
+        yield f"learning_rate{kinds or ' is another schedule'}, with the same rates at the {len(steps)} steps compared"
+
+
+def short(rate: np.ndarray) -> float:
+    """Return a rate as Python's float, with the fewest digits that tell it apart in its own precision."""
+    return float(str(rate))
 
 
 def _limit(value: Any) -> Any:

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import zlib
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -30,22 +31,23 @@ def run_identity(problem: Problem, *, keep_best: bool) -> dict[str, str]:
     """Describe, by name, everything that has to be the same when a run is resumed."""
     return {
         "params": _shapes_of(problem.objective.params),
-        "data": "a stream" if problem.stream else _with_checksum(problem.data),
+        "data": "a stream" if problem.stream else with_checksum(problem.data),
         "batch_size": repr(problem.batches and problem.batches.batch_size),
-        "args": _with_checksum(problem.args),
-        "held params": _with_checksum(problem.objective.rest.arrays),
+        "args": with_checksum(problem.args),
+        "held params": with_checksum(problem.objective.rest.arrays),
         "key": _trees.on_host(jax.random.key_data(problem.key)).tobytes().hex() if problem.noisy else "none",
         "keep_best": repr(keep_best),
-        "scale": _with_checksum(problem.objective.sizes),
+        "scale": with_checksum(problem.objective.sizes),
         "float": jax.dtypes.canonicalize_dtype(float).name,
     }
 
 
-def program_identity(problem: Problem, method: Method) -> dict[str, Any]:
+def program_identity(problem: Problem, method: Method) -> tuple[dict[str, Any], Callable[[], str]]:
     """Describe the loss and the optimizer, by checksums of their traces and of all that these hold.
 
-    All is traced as on one device, because a run may resume on others. The gradient is traced, too: only its trace
-    shows the rules of custom_jvp and custom_vjp.
+    Return a function, too, that gives a checksum of what their functions on the host read at the moment. All is traced
+    as on one device, because a run may resume on others. The gradient is traced, too: only its trace shows the rules of
+    custom_jvp and custom_vjp.
     """
     traced, given = loop.traced_anywhere(problem, problem.key)
     value: Any = problem.value
@@ -61,13 +63,15 @@ def program_identity(problem: Problem, method: Method) -> dict[str, Any]:
         return method.update(rate, params, method.init(rate, params), params, one, jnp.zeros((), float))
 
     with own_promotion():
-        updates = digests.digest(update, 0.1, given[0])
-    loss, rules = digests.digest(value, *given), ""
+        made = [digests.Digest(update, 0.1, given[0])]
+    made.append(digests.Digest(value, *given))
     with contextlib.suppress(Exception):  # The loop raises it, with what helps.
-        rules = digests.digest(gradient, *given)
+        made.append(digests.Digest(gradient, *given))
+    updates, loss, rules = (*(digest.text for digest in made), "")[:3]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax", "gdopt"))
     text = short(repr(method.optimizer))
-    return {"loss": loss, "gradient": rules, "optimizer": {"text": text, "updates": updates, "versions": versions}}
+    told = {"loss": loss, "gradient": rules, "optimizer": {"text": text, "updates": updates, "versions": versions}}
+    return told, lambda: "".join(digest.host() for digest in made)
 
 
 def _is_split(array: Any) -> bool:
@@ -81,6 +85,8 @@ def layout_of(carry: Carry) -> str:
     devices = set().union(*(array.sharding.device_set for array in arrays))
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
     text = f"{kinds}, {len(devices)} device{'s' * (len(devices) != 1)}"
+    if not jax.config.jax_threefry_partitionable:  # pyright: ignore[reportAttributeAccessIssue]
+        text += ", jax_threefry_partitionable=False"  # Other random numbers.
     if all(device.platform != "cpu" for device in devices):
         return text
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -97,7 +103,8 @@ def short(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)[:_LONGEST]
 
 
-def _with_checksum(tree: PyTree) -> str:
+def with_checksum(tree: PyTree) -> str:
+    """Describe a tree by its shapes, its dtypes and a checksum."""
     return f"{_shapes_of(tree)} with the checksum {digests.checksum(tree)}" if jax.tree.leaves(tree) else "nothing"
 
 

@@ -80,9 +80,12 @@ def _is_at(file: str, descriptor: int) -> bool:
 
 
 def _is_ours(descriptor: int) -> bool:
-    """Tell whether an open file is a lock: a regular file that is empty, or begins as a lock does."""
-    found = _text(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else "a device"
-    return not found or found.startswith(_OURS)
+    """Tell whether an open file is a lock: a regular file of one name that is empty, or begins as a lock does."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        return False
+    text = _text(descriptor)
+    return not text or text.startswith(_OURS)
 
 
 def _text(descriptor: int) -> str:

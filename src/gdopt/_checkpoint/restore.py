@@ -35,8 +35,7 @@ def restored_state(found: Saved, fresh: State) -> State:
     if spread is not None:
         arrays = {**arrays, **sharded.load(found.file, spread, places)}
 
-    def put(path: tuple, leaf: Any) -> Any:
-        name = _trees.path_name(path, "state")
+    def put(name: str, leaf: Any) -> Any:
         if stays_fresh(name):
             return leaf
         saved = arrays[name]
@@ -46,7 +45,8 @@ def restored_state(found: Saved, fresh: State) -> State:
             saved = put_like(saved, plain(leaf))
         return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(leaf)) if _trees.is_key(leaf) else saved
 
-    state = jax.tree_util.tree_map_with_path(put, fresh)
+    named = _trees.named_leaves(fresh, "state")
+    state = jax.tree.structure(fresh).unflatten([put(name, leaf) for name, leaf in named.items()])
     if stays_fresh("state.optimizer"):  # A search begins at the best point. The last one may have been a trial.
         state = state._replace(params=returned_params(state))
     return as_fresh(state, now)
@@ -59,8 +59,8 @@ def _places(found: Saved, fresh: State, stays_fresh: Any) -> dict[str, Any]:
     kinds |= {} if spread is None else sharded.kinds(spread)
     kind = lambda shape, dtype: f"{dtype}{list(shape)}"
     places, unknown = {}, {name for name in kinds if name.startswith("state") and not stays_fresh(name)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
-        name, like = _trees.path_name(path, "state"), plain(leaf)
+    for name, leaf in _trees.named_leaves(fresh, "state").items():
+        like = plain(leaf)
         if not stays_fresh(name):
             theirs = kind(*kinds[name]) if name in kinds else "nothing"
             refuse_other(found, name, theirs, kind(like.shape, like.dtype))

@@ -36,6 +36,9 @@ from gdopt._result import History, RangeTest, concatenated
 from gdopt._status import FAILURES, RUNNING, Status
 from gdopt._stopping import Limits
 
+_MOST_HOSTS = 16  # checksums of what functions on the host have read
+_read_here: dict[str, str] = {}  # by path, what they read when the last run of this process ended there
+
 
 class NoSaves:
     """A run without a checkpoint: nothing is restored, and nothing is saved."""
@@ -70,9 +73,11 @@ class Saves:
         self.range_test: RangeTest | None = None if found is None else _restored_test(found)
         self.feed: Feed | None = None  # None without a stream
         self._stream: dict[str, Any] = {} if found is None else found.meta.get("stream", {})
-        self._checkpoint, self._saver = checkpoint, saver
+        self._checkpoint, self._saver, self._path = checkpoint, saver, os.fspath(checkpoint.path)
         self._rates_there: list[float] = []  # the rates of this call at the steps that the checkpoint lists
         self._meta: dict[str, Any] = {}
+        self._host: Callable[[], str] = str  # what functions on the host read
+        self._hosts: set[str] = set()  # what they read before this run, and during equal ones
         self._ended: Status | None = None  # how the saved run ended, if it does not continue
 
     @property
@@ -120,7 +125,7 @@ class Saves:
             return
         self._refuse_other_calls(self.found)
         if self.found.meta["start"] != self._meta["start"]:
-            warn(f"params differ from the start of the run saved in {self.found.file!r}, which resumes all the same.")
+            warn(f"params differ from the start of the run saved in {self.found.file!r}, whose params are used.")
 
     def _refuse_other_calls(self, found: Saved) -> None:
         theirs = {"scale": "nothing", **found.meta["given"]}  # Old checkpoints have no scale.
@@ -130,17 +135,19 @@ class Saves:
     def compare_programs(self, problem: Problem, method: Method) -> None:
         """Raise InputError if the checkpoint is of another optimizer; warn of another loss."""
         found = self.found
-        self._meta |= program_identity(problem, method)
+        told, self._host = program_identity(problem, method)
+        self._meta |= told
+        self._hosts = {self._host()}
         at = () if found is None else found.meta.get("rates", {}).get("steps", ())
         self._meta["rates"] = rates_of(method, self._steps.most, by_test=self.range_test is not None)
         self._rates_there = rates_at(method, at) if found and at else []
         if found is None:
             return
         self._refuse_other_optimizers(found)
-        if not self._is_of_this_loss(found):
-            versions = [meta["optimizer"]["versions"] for meta in (found.meta, self._meta)]
-            why = "" if versions[0] == versions[1] else f", or its trace differs between {' and '.join(versions)}"
+        if (why := self._other_loss(found)) is not None:
             warn(f"the loss is not that of the checkpoint {found.file!r}{why}. The run resumes with the new loss.")
+        else:
+            self._hosts |= set(found.meta.get("host", ()))
 
     def _refuse_other_optimizers(self, found: Saved) -> None:
         theirs, mine = found.meta["optimizer"], self._meta["optimizer"]
@@ -150,10 +157,15 @@ class Saves:
             told = f"{theirs['text']} with updates of the checksum {theirs['updates']}"
             refuse_other(found, "optimizer", told, f"{mine['text']} with {mine['updates']}")
 
-    def _is_of_this_loss(self, found: Saved) -> bool:
-        """Tell whether the loss has the trace, the numbers and, as far as they are known, the derivatives of before."""
+    def _other_loss(self, found: Saved) -> str | None:
+        """Return how the loss differs: its trace, its numbers, its derivatives or what it reads on the host."""
         known = ("loss", "gradient") if found.meta.get("gradient") else ("loss",)
-        return all(found.meta[name] == self._meta[name] for name in known)
+        if any(found.meta[name] != self._meta[name] for name in known):
+            versions = [meta["optimizer"]["versions"] for meta in (found.meta, self._meta)]
+            return "" if versions[0] == versions[1] else f", or its trace differs between {' and '.join(versions)}"
+        if self._hosts.isdisjoint([*found.meta.get("host", self._hosts), _read_here.get(self._path, "")]):
+            return ": its functions on the host read other values"
+        return None
 
     def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
         """Return the carry that replaces a fresh one, and the history so far."""
@@ -164,16 +176,11 @@ class Saves:
             return carry, []
         state = self._first_that_fits(fresh)
         found = self.found
-        there = found.meta.get("layout", here)  # Old checkpoints have no layout.
-        if there != here:
-            warn(
-                f"the checkpoint {found.file!r} was made on {there}, but this is {here}. The run resumes, but its last "
-                "bits will differ from those of an uninterrupted run."
-            )
+        self._warn_of_places(found, here)
         history = History(*(found.arrays[f"history.{name}"] for name in History._fields))
         ended = int(state.code)
         others = found.meta["limits"] != numbers_of(limits)
-        if not self._is_of_this_loss(found):  # Measurements of the old loss do not hold for the new one.
+        if self._other_loss(found) is not None:  # Measurements of the old loss do not hold for the new one.
             others, best = True, np.full_like(state.kept.loss, np.inf)
             state = state._replace(watch=fresh.watch, kept=state.kept._replace(loss=best))
             if trials_in(state.optimizer) is not None:
@@ -187,15 +194,29 @@ class Saves:
         self._warn_of_changes(found, limits)
         return (_trees.pack(state), carry[1]), [history]
 
+    def _warn_of_places(self, found: Saved, here: str) -> None:
+        """Warn if other devices, cores or versions made the checkpoint."""
+        there, then = found.meta.get("layout", here), found.meta["optimizer"]["versions"]  # Old ones have no layout.
+        now = self._meta["optimizer"]["versions"]
+        if (there, then) != (here, now):
+            old, new = (there, here) if then == now else (f"{there} with {then}", f"{here} with {now}")
+            warn(
+                f"the checkpoint {found.file!r} was made on {old}, but this is {new}. The run resumes, but its last "
+                "bits may differ from those of an uninterrupted run."
+            )
+
     def _warn_of_changes(self, found: Saved, limits: Limits) -> None:
         """Warn of what a run may change when it resumes, with both values."""
-        made = int(found.arrays["state.step"])
+        made, most = int(found.arrays["state.step"]), int(limits.max_steps)
         changes = [*changed_rates(found.meta.get("rates"), self._meta["rates"], self._rates_there, made)]
-        told = "It had ended, and its result is returned. Pass another path to make another run."
-        if self._ended is None:
+        told = "The run resumes with the new values."
+        if self._ended is not None:
+            told = "It had ended, and its result is returned. Pass another path to make another run."
+        else:
             changes = [*changed_limits(found.meta, self._meta | {"limits": numbers_of(limits)}), *changes]
-            gone = f" The point of step {int(limits.max_steps)} is gone." if int(limits.max_steps) < made else ""
-            told = f"The run resumes with the new values.{gone}"
+        if most < made:
+            told += f" The point of step {most} is gone."
+            changes = changes or [f"max_steps={most}"]
         if changes:
             warn(
                 f"this call differs from the run saved in {found.file!r}, which made {made} steps: "
@@ -211,8 +232,8 @@ class Saves:
         for number, mine in batches().items():
             if theirs.get(number, mine) != mine:
                 warn(
-                    f"data gives other batches than to the run saved in {self.found.file!r}: batch {number} has the "
-                    f"checksum {mine}, and had {theirs[number]}. The run resumes, but it will differ from an "
+                    f"data gives other batches than to the run saved in {self.found.file!r}: batch {number} is {mine}, "
+                    f"and was {theirs[number]}. The run resumes, but it will differ from an "
                     "uninterrupted one. Pass a stream that gives the same batches each time (for example a loader "
                     "with a seed)."
                 )
@@ -244,6 +265,10 @@ class Saves:
             return newest(self._checkpoint, older.usable, before=step_of(found.file))
         return None
 
+    def remember(self) -> None:
+        """Remember what functions on the host read at the end of the run, which may keep records of their calls."""
+        _read_here[self._path] = self._host()
+
     def tells(self) -> Any:
         """Return what the other processes have to know about the checkpoints before each `due`."""
         return self._saver.tells()
@@ -272,10 +297,10 @@ class Saves:
         self._saver.close(final=self._contents(state, concatenated(records), limits))
 
     def _contents(self, state: State, history: History, limits: Limits) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        leaves = jax.tree_util.tree_leaves_with_path(state)
-        arrays = {_trees.path_name(path, "state"): plain(leaf) for path, leaf in leaves}
+        arrays: dict[str, Any] = {name: plain(leaf) for name, leaf in _trees.named_leaves(state, "state").items()}
         arrays |= {f"history.{name}": entries for name, entries in history._asdict().items()}
-        meta = {**self._meta, "limits": numbers_of(limits), "range_test": None}
+        hosts = sorted(self._hosts | {self._host()})[:_MOST_HOSTS]  # before the run, and now: some keep records
+        meta = {**self._meta, "host": hosts, "limits": numbers_of(limits), "range_test": None}
         if self.range_test is not None:
             test = self.range_test
             arrays |= {f"range_test.{name}": getattr(test, name) for name in TEST_ARRAYS}
@@ -301,7 +326,11 @@ def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Generato
         return
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     with opened(given, peers()) as (saver, found):
-        yield Saves(given, saver, found)
+        saves = Saves(given, saver, found)
+        try:
+            yield saves
+        finally:
+            saves.remember()
 
 
 def _restored_test(saved: Saved) -> RangeTest | None:

@@ -20,6 +20,7 @@ from gdopt._stopping import DROWNED, NONE_SEEN, NOT_VERIFIED, UP_TO_NOISE, Limit
 TEST_ARRAYS = ("learning_rate", "loss", "smoothed_loss", "losses", "smoothed_losses")
 GIVEN = ("params", "data", "batch_size", "args", "held params", "key", "keep_best", "float")
 _LONGEST = 80  # characters of a value in a message
+_LARGEST = 10**300  # of whole numbers that are to be converted to floating-point ones
 _HOST_ENDS = (Status.STOPPED, Status.INTERRUPTED, Status.DATA_EXHAUSTED)  # no state holds these
 _CODES = (RUNNING, *(int(status) for status in Status if status not in _HOST_ENDS))
 
@@ -56,6 +57,8 @@ def _fields(saved: Saved) -> Iterator[tuple[str, Field]]:
         yield name, (_need(meta, name), _is_text, "a text")
     for name in ("layout", "gradient"):
         yield name, (meta.get(name, ""), _is_text, "a text")
+    hosts = meta.get("host", [])
+    yield "host", (hosts, lambda hosts: type(hosts) is list and all(map(_is_text, hosts)), "a list of texts")
     yield "limits", (_need(meta, "limits"), _are_limits, f"{len(Limits._fields) - 1} numbers or None")
     yield from _asked(meta)
     yield from _rates(meta)
@@ -96,6 +99,8 @@ def _state(saved: Saved) -> Iterator[tuple[str, Field]]:
     yield "state.step", (step, lambda step: int(step) == there, f"the step {there} of the file's name")
     code = _need(arrays, "state.code")
     yield "state.code", (code, lambda code: _is_count(0, 99)(code) and int(code) in _CODES, "the code of a state")
+    reached = lambda code: int(code) != Status.TARGET_REACHED or saved.meta["limits"][-1] != "-inf"
+    yield "state.code", (code, reached, "the code of a run without a target")
     kept = _need(arrays, "state.kept.step")
     yield "state.kept.step", (kept, _is_count(0, int(step)), whole(0, int(step)))
     for name, most in (("verified", UP_TO_NOISE), ("flaw", DROWNED)):
@@ -118,7 +123,8 @@ def _range_test(saved: Saved) -> Iterator[tuple[str, Field]]:
     test = saved.meta.get("range_test")
     if test is None:
         return
-    yield "range_test", (test, _is_dict, "a range test, or None")
+    known = {"status", "message", "suggestion", "suggestions"}
+    yield "range_test", (test, lambda test: _is_dict(test) and test.keys() <= known, "a range test, or None")
     status = _need(test, "status", "range_test.")
     yield "range_test.status", (status, lambda status: type(status) is int and status in set(Status), "a status")
     yield "range_test.message", (_need(test, "message", "range_test."), _is_text, "a text")
@@ -153,6 +159,9 @@ def _stream(saved: Saved) -> Iterator[tuple[str, Field]]:
     for name in ("passes", "steps"):
         value = _need(stream, name, "stream.")
         yield f"stream.{name}", (value, _whole(0, number), f"a whole number from 0 to {number}")
+    passes, steps = stream["passes"], stream["steps"]
+    fits = lambda _: steps == number if passes == 0 else passes + steps <= number
+    yield "stream.steps", (steps, fits, f"the steps of pass {passes} before batch {number}")
     yield "stream.state", (stream["state"], lambda kind: kind in ("bytes", "json"), "'bytes' or 'json'")
     raw = _need(saved.arrays, "stream")
     fits = lambda raw: raw.dtype == np.uint8 and raw.ndim == 1 and (stream["state"] == "bytes" or _is_json(raw))
@@ -186,7 +195,7 @@ def _is_dict(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) is float or (type(value) is int and abs(value) < _LARGEST)
 
 
 def _are_limits(value: Any) -> bool:
@@ -207,7 +216,7 @@ def _is_permutation(order: np.ndarray) -> bool:
 
 def _is_json(raw: np.ndarray) -> bool:
     try:
-        json.loads(raw.tobytes())
+        json.loads(raw.tobytes().decode())
     except (ValueError, RecursionError):
         return False
     return True

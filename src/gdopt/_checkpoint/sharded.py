@@ -190,8 +190,6 @@ def load(file: str, listing: Listing, places: Mapping[str, Any]) -> dict[str, ja
 
 def remove(directory: str) -> None:
     """Remove a directory that `write` made, as far as the disk permits."""
-    if os.path.isfile(os.path.join(directory, _MARK)):
+    mark = os.path.join(directory, _MARK)
+    if os.path.isfile(mark) and not os.path.islink(mark):
         shutil.rmtree(directory, ignore_errors=True)  # This follows no links.
-    else:  # A process that was killed before it made the mark left the directory empty.
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)

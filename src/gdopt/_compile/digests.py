@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import re
+import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import jax
@@ -23,19 +25,34 @@ def text(function: Callable, *args: PyTree) -> str:
     return _text(_jax.opened(replays.trace(function, *args)[0]))
 
 
-def digest(function: Callable, *args: PyTree) -> str:
-    """Return a checksum of the trace and of all numbers that it depends on.
+class Digest:
+    """The checksum of a function's trace and of all arrays in it, those in inner jits, loops and branches included."""
 
-    These are the arrays that the function closes over, those in inner jits, loops and branches, and what functions that
-    run on the host read.
-    """
-    closed, _ = replays.trace(function, *args)
-    return f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(list(_held(closed)))}"
+    def __init__(self, function: Callable, *args: PyTree):
+        closed, _ = replays.trace(function, *args)
+        self.text = f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(list(_held(closed)))}"
+        self._called = list(_callbacks(closed))
+
+    def host(self) -> str:
+        """Return a checksum of what the functions that the trace calls on the host would read now; "" without any."""
+        if not self._called:
+            return ""
+        crc, reader = 0, _Reader()
+        for function in self._called:
+            for number in reader.numbers(function):
+                crc = zlib.crc32(number, crc)
+        return f"{crc:08x}"
+
+
+def digest(function: Callable, *args: PyTree) -> str:
+    """Return the checksum of a function's trace and of all arrays in it."""
+    return Digest(function, *args).text
 
 
 def _text(jaxpr: Any) -> str:
     ordered = lambda found: ", ".join(sorted(found[1].split(", ")))
-    text = re.sub(r"frozenset\(\{(.*?)\}\)", ordered, str(jaxpr))  # Strings have another order in each process.
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(jaxpr))  # JAX writes colours for a terminal.
+    text = re.sub(r"frozenset\(\{(.*?)\}\)", ordered, text)  # Strings have another order in each process.
     return re.sub(r"\b0x[0-9a-f]+", "0x", text)  # Addresses differ, above all those of functions.
 
 
@@ -53,14 +70,25 @@ def checksum(tree: PyTree) -> str:
 
 
 def _held(closed: Any) -> Iterator[Any]:
-    """Yield what a trace holds: its arrays, those of the traces inside it, and what its host functions read."""
+    """Yield the arrays that a trace holds, and those of the traces inside it."""
     yield from _arrays(_jax.consts(closed))
     for eqn in _jax.opened(closed).eqns:
-        yield from _arrays(value for value in eqn.params.values() if isinstance(value, np.ndarray | jax.Array))
+        for value in eqn.params.values():
+            yield from _arrays([value])
+            if callable(serialized := getattr(value, "mlir_module", None)):  # It is a function of jax.export.
+                bare = re.sub(r"^#loc.*\n?|loc\(#loc\d*\)", "", serialized(), flags=re.M)  # no lines of sources
+                yield np.frombuffer(bare.strip().encode(), np.uint8)
         for inner in _jax.inner_jaxprs(eqn.params):
             yield from _held(inner)
+
+
+def _callbacks(closed: Any) -> Iterator[Any]:
+    """Yield the functions that a trace calls on the host."""
+    for eqn in _jax.opened(closed).eqns:
         if eqn.primitive.name in CALLBACKS:
-            yield from _Read().by(eqn.params.get("callback"))
+            yield eqn.params.get("callback")
+        for inner in _jax.inner_jaxprs(eqn.params):
+            yield from _callbacks(inner)
 
 
 def _arrays(values: Iterable[Any]) -> Iterator[Any]:
@@ -70,81 +98,99 @@ def _arrays(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-class _Read:
-    """The numbers that a function on the host reads.
+class _Reader:
+    """A walk through what a function on the host reads: what it closes over, its defaults, and its module's numbers.
 
-    Containers and objects may be records of the calls, such as a list that grows or a counter. So only their arrays
-    count.
+    Lists and objects count with all that they hold, although they may be records of the calls. Checkpoints allow for
+    that: see `Saves`.
     """
 
     def __init__(self) -> None:
-        self._seen: list[Any] = []  # the functions, which refer to each other in circles
+        self._seen: list[Any] = []  # functions and objects refer to each other in circles
 
-    def by(self, value: Any) -> Iterator[Any]:
-        """Yield the numbers in a function, in what it closes over, and in what it finds in its module."""
-        if isinstance(value, FunctionType):
-            if any(value is other for other in self._seen):
-                return
+    def numbers(self, value: Any) -> Iterator[bytes]:
+        """Yield the numbers and texts in a value, each as bytes that no other one has."""
+        if isinstance(value, _SCALARS):
+            yield f"{type(value).__name__} {value!r};".encode()
+        elif isinstance(value, np.ndarray | jax.Array | np.generic):
+            for array in _arrays([value]):
+                yield f"{array.dtype}{list(np.shape(array))} {checksum([array])};".encode()
+        elif not any(value is other for other in self._seen):
             self._seen.append(value)
-        yield from _numbers(value)
-        for part in _parts(value):
-            yield from self.by(part)
+            parts = _parts(value)
+            yield f"{type(value).__name__} {len(parts)};".encode()
+            for part in parts:
+                yield from self.numbers(part)
 
 
-def _numbers(value: Any) -> Iterator[Any]:
-    """Yield the numbers that stand in a value itself."""
+_SCALARS = bool, int, float, complex, str, bytes
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """Return the values in a value that may hold numbers."""
     match value:
-        case bool() | int() | float() | complex() | str() | bytes():
-            yield np.frombuffer(repr(value).encode(), np.uint8)
-        case CodeType():
-            yield np.frombuffer(value.co_code, np.uint8)
-        case list() | dict():
-            yield from _arrays(_leaves(value))
-        case MethodType():
-            yield from _arrays(_leaves(vars(value.__self__) if hasattr(value.__self__, "__dict__") else None))
-        case _ if callable(value) and not isinstance(value, type | FunctionType):
-            yield from _arrays(_leaves(getattr(value, "__dict__", None)))
-        case _:
-            yield from _arrays([value])
-
-
-def _leaves(tree: Any) -> list[Any]:
-    try:
-        return jax.tree.leaves(tree)
-    except (TypeError, ValueError):  # JAX cannot sort the keys of a dict.
-        return []
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    """Return the values in a value that may hold numbers, too."""
-    match value:
-        case tuple():
+        case tuple() | list():
             return value
+        case dict():
+            return [part for pair in value.items() for part in pair]
         case functools.partial():
-            return value.func, *value.args, *value.keywords.values()
+            return value.func, value.args, value.keywords
         case MethodType():
-            return (value.__func__,)
+            return value.__func__, value.__self__
         case CellType():
             return (_contents(value),)
         case CodeType():
-            return value.co_consts
+            return value.co_code, value.co_names, value.co_consts
         case FunctionType():
-            defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
-            return value.__code__, *(value.__closure__ or ()), *defaults, *_globals(value)
-        case _ if type(value).__module__.split(".")[0] in ("jax", "jaxlib"):  # It wraps the user's function.
-            return [part for part in _jax.attributes(value).values() if callable(part)]
-        case _ if callable(value) and not isinstance(value, type):
-            return (vars(type(value)).get("__call__"),)
-        case _:
+            return _parts_of_function(value)
+        case type() | ModuleType():
             return ()
+        case _:
+            return _parts_of_object(value)
 
 
-def _globals(function: FunctionType) -> Iterator[Any]:
-    """Yield what a function finds in its module, but for the functions of other packages."""
-    for name in function.__code__.co_names:
+def _parts_of_function(function: FunctionType) -> Sequence[Any]:
+    if not _is_users(function):  # Libraries stay as they are.
+        return function.__module__, function.__qualname__
+    found = list(_globals(function, function.__code__))
+    return [function.__code__, function.__closure__, function.__defaults__, function.__kwdefaults__, *found]
+
+
+def _parts_of_object(value: Any) -> Sequence[Any]:
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, enum.Enum):
+        return (repr(value),)
+    if type(value).__module__.split(".")[0] in ("jax", "jaxlib"):  # It wraps the user's function.
+        return [part for part in _jax.attributes(value).values() if callable(part)]
+    call = vars(type(value)).get("__call__")
+    name = getattr(value, "__name__", None)  # of NumPy's functions
+    return [name, call if isinstance(call, FunctionType) else None, getattr(value, "__dict__", None)]
+
+
+def _globals(function: FunctionType, code: CodeType) -> Iterator[Any]:
+    """Yield what code finds in its module, and in other modules of the user's by their names there."""
+    for name in code.co_names:
         found = function.__globals__.get(name)
-        if not isinstance(found, FunctionType) or _package(found) == _package(function):
+        if isinstance(found, ModuleType):
+            yield from (vars(found)[inner] for inner in code.co_names if _is_plain(vars(found).get(inner)))
+        else:
             yield found
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _globals(function, inner)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (*_SCALARS, np.ndarray, FunctionType))
+
+
+def _is_users(function: FunctionType) -> bool:
+    """Tell whether a function is of no installed library."""
+    return not function.__code__.co_filename.startswith((*_LIBRARIES, "<frozen"))
+
+
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 def _contents(cell: CellType) -> Any:
@@ -152,7 +198,3 @@ def _contents(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # It is still empty.
         return None
-
-
-def _package(function: FunctionType) -> str:
-    return (function.__module__ or "").split(".")[0]

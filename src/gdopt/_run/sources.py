@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from gdopt import _signals, _trees
+from gdopt._checkpoint.identity import with_checksum
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
-from gdopt._compile import digests
 from gdopt._devices.processes import peers
 from gdopt._devices.sharding import CLOSED_OVER, anchor, on_one_mesh
 from gdopt._errors import InputError
@@ -117,7 +117,7 @@ class Streamed:
     def checksums(self) -> dict[str, str]:
         """Return the checksums of the batch given last and of the next one, by their numbers."""
         around = [batch for batch in (self._given, self._next) if batch is not None]
-        return {str(batch.number): digests.checksum(batch.data) for batch in around}
+        return {str(batch.number): with_checksum(batch.data) for batch in around}
 
     def epoch(self, step: int) -> int:
         """Return how many passes are complete with the batch given last."""
