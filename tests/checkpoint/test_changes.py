@@ -332,7 +332,7 @@ def test_records_of_calls_are_no_change(path: Path) -> None:
 @pytest.mark.parametrize("function", [print, math.sqrt, np.sin, [].append, functools.lru_cache(lambda w: 1)])
 def test_any_function_may_be_a_callback(function: Any, path: Path) -> None:
     def logged(w: Any, rows: Any) -> Any:
-        jax.debug.callback(lambda w: (function, np.float32(1))[1], w)
+        jax.debug.callback(lambda w: None if function else None, w)
         return loss(w, rows)
 
     run(path, loss=logged)

@@ -451,7 +451,7 @@ def test_other_versions_and_other_random_numbers_are_a_warning(path, monkeypatch
         with pytest.warns(UserWarning, match="was made on cpu.* with jax .*, but this is cpu.* with jax 9.9,"):
             minimize(path, max_steps=30)
         minimize(path, max_steps=40)
-    partitionable = jax.config.jax_threefry_partitionable
+    partitionable = cast(Any, jax.config).jax_threefry_partitionable
     try:
         jax.config.update("jax_threefry_partitionable", not partitionable)
         with pytest.warns(UserWarning, match="jax_threefry_partitionable=False"):

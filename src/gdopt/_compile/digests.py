@@ -9,7 +9,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -75,8 +75,9 @@ def _held(closed: Any) -> Iterator[Any]:
     for eqn in _jax.opened(closed).eqns:
         for value in eqn.params.values():
             yield from _arrays([value])
-            if callable(serialized := getattr(value, "mlir_module", None)):  # It is a function of jax.export.
-                bare = re.sub(r"^#loc.*\n?|loc\(#loc\d*\)", "", serialized(), flags=re.M)  # no lines of sources
+            module: Any = getattr(value, "mlir_module", None)
+            if callable(module):  # It is a function of jax.export.
+                bare = re.sub(r"^#loc.*\n?|loc\(#loc\d*\)", "", cast(str, module()), flags=re.M)  # no lines of sources
                 yield np.frombuffer(bare.strip().encode(), np.uint8)
         for inner in _jax.inner_jaxprs(eqn.params):
             yield from _held(inner)
