@@ -307,3 +307,17 @@ def test_a_status_prints_as_its_name_and_is_an_int() -> None:
     assert pickle.loads(pickle.dumps(status)) is status
     np.testing.assert_array_equal(np.array([status, Status.CONVERGED]) == np.array([5, 1]), [True, True])
     assert jnp.asarray(status).dtype == jnp.int32
+
+
+def test_arrays_do_not_compare_themselves_with_each_entry_of_a_history() -> None:
+    result = gdopt.minimize(lambda x: jnp.sum(x**2), jnp.ones(3), learning_rate=0.1, max_steps=3)
+    history = result.history
+    assert (np.ones(3) == history) is False
+    assert history in [np.ones(3), history]
+
+
+@pytest.mark.parametrize("index", [(0, 1), 1.0, None, ...])
+def test_an_index_of_another_kind_is_named(index: Any) -> None:
+    runs = jax.vmap(lambda c: gdopt.minimize(lambda x: (x - c) ** 2, 0.0))(jnp.arange(3.0))
+    with pytest.raises(TypeError, match=r"index=.* is not a whole number or a slice. Pass one"):
+        runs[index]

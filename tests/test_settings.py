@@ -303,6 +303,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (setting, name) not in NOT_PLAIN
     ],
 )
+@pytest.mark.filterwarnings("ignore:this call differs from the run saved in .*max_steps=")
 def test_a_call_survives_a_setting(setting: str, name: str, directory: Path, tmp_path: Path) -> None:
     values, arithmetic, random = SETTINGS[setting]
     if missing := [value for value in values if value not in jax.config.values]:

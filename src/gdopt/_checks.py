@@ -174,8 +174,8 @@ def _misread(leaf: Any) -> str:
         return ""
     if isinstance(leaf, Iterator):
         return _once(leaf)
-    if isinstance(leaf, np.ndarray) and leaf.dtype == object:
-        return "is an array of dtype object, not of numbers: convert it with .astype(float), or pass a list"
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OMm":
+        return f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or pass a list"
     items: Any = leaf if isinstance(leaf, UNORDERED) else ()
     if any(isinstance(item, float | complex | np.ndarray | jax.Array) for item in items):
         return f"is a {type(leaf).__name__}, which holds numbers but is no array: pass a tuple of its items"

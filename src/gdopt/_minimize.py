@@ -212,8 +212,10 @@ def minimize(
         if isinstance(compiled, Whole):
             stream = None if problem.stream is None else data
             refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
-            check()  # Nothing can be interrupted there.
-            return result_inside(compiled, inputs, problem)
+            check()
+            result = result_inside(compiled, inputs, problem)
+            check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
+            return result
         check_joined(inputs)
         source = source_of(problem, compiled, compile, steps, pause=callback is not None)
         with progress_bar(progress, steps.expected) as advance:

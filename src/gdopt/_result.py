@@ -60,6 +60,7 @@ class History(NamedTuple):
 
     __eq__ = _equal
     __ne__ = _unequal
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
 
 def concatenated(records: Sequence[History]) -> History:
@@ -91,6 +92,7 @@ class Report(NamedTuple):
 
     __eq__ = _equal
     __ne__ = _unequal
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
 
 class Refinement(NamedTuple):
@@ -111,6 +113,7 @@ class Refinement(NamedTuple):
 
     __eq__ = _equal
     __ne__ = _unequal
+    __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     @property
     def best(self) -> float:
@@ -255,6 +258,9 @@ class Result:
         runs, count = self._runs(), len(self)
         if isinstance(index, slice):
             return self._part(index, self.message)
+        if not hasattr(index, "__index__"):
+            cure = "result[0][1] for two axes" if isinstance(index, tuple) else "result[3] or result[2:5]"
+            raise TypeError(f"index={index!r} is not a whole number or a slice. Pass one ({cure}).")
         number = operator.index(index)
         if not -count <= number < count:
             raise IndexError(f"the result holds {count} runs, so there is no run {number}.")

@@ -589,3 +589,13 @@ def test_a_checkpoint_is_refused_in_every_transformation(how: Any, tmp_path: Any
     solve = lambda a: gdopt.minimize(lambda w: a * (w - 1) ** 2, 0.0, checkpoint=tmp_path / "run").params
     with pytest.raises(gdopt.InputError, match=r"checkpoint=.* inside jit, vmap or grad"):
         how(solve)(jnp.ones(2) if how is jax.vmap else 1.0)
+
+
+def test_a_hessian_of_zeros_is_no_smooth_minimum() -> None:
+    """JAX takes the second derivative of |z| at 0 as 0, so the derivative of the minimum is not known."""
+    loss = lambda w, c: jnp.sum(jnp.abs(w - c) ** 2)
+    fit = lambda c: gdopt.minimize(loss, jnp.zeros(2, jnp.complex64), args=(c,)).params
+    c = jnp.array([1 + 2j, 3])
+    params, moved = jax.jvp(fit, (c,), (jnp.array([1, 1j]),))
+    np.testing.assert_allclose(params, c, rtol=1e-4)
+    assert np.isnan(moved).all()

@@ -127,6 +127,7 @@ def test_the_callback_and_the_aux_see_params_in_their_own_units() -> None:
     assert line(result.params) == pytest.approx(result.loss, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:this call differs from the run saved in .*max_steps=")
 def test_a_checkpoint_resumes_a_scaled_run_and_no_other(tmp_path: Path) -> None:
     options: dict[str, Any] = {"optimizer": optax.adam, "learning_rate": 0.1, "scale": "curvature"}
     whole = gdopt.minimize(line, START, max_steps=100, **options)

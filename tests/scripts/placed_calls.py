@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -267,6 +269,7 @@ def test_programs_of_one_default_device_are_not_those_of_another() -> None:
             }
 
 
+@pytest.mark.filterwarnings("ignore:this call differs from the run saved in .*max_steps=")
 def test_a_run_with_mixed_places_resumes(tmp_path: Any) -> None:
     for name, place in (("on 5", "rows on 5"), ("explicit", "explicit, copied")):
         start, rows = PLACES[place]()
@@ -276,6 +279,7 @@ def test_a_run_with_mixed_places_resumes(tmp_path: Any) -> None:
         np.testing.assert_allclose(answer, fit(START, data=ROWS), rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:this call differs from the run saved in .*max_steps=")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_loss_with_shard_map_resumes(kind: AxisType, tmp_path: Any) -> None:
     rows = split(ROWS, mesh(kind))
@@ -283,6 +287,30 @@ def test_a_loss_with_shard_map_resumes(kind: AxisType, tmp_path: Any) -> None:
     for steps in (2, 3):
         answer = fit(copied(START, mesh(kind)), function=whole, data=rows, max_steps=steps, checkpoint=tmp_path / "run")
     np.testing.assert_allclose(answer, fit(START, data=ROWS), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:this call differs from the run saved in .*max_steps=")
+@pytest.mark.parametrize("optimizer", [None, optax.adam], ids=["default", "adam"])
+def test_a_run_resumes_within_a_mesh_and_outside_of_it(optimizer: Any, tmp_path: Any) -> None:
+    rate = {} if optimizer is None else {"optimizer": optimizer, "learning_rate": 0.1}
+    run = lambda **options: gdopt.minimize(
+        lambda w: jnp.sum(jnp.where(w > 9, 0.0, w - 1) ** 4), jnp.zeros(2), tol=0, **rate, **options
+    )
+    places = (contextlib.nullcontext(), jax.set_mesh(AUTO), contextlib.nullcontext(), jax.set_mesh(EXPLICIT))
+    for number, place in enumerate(places, 1):
+        with place, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = run(max_steps=4 * number, checkpoint=tmp_path / "run")
+        assert all("this call differs" in str(one.message) or "was made on" in str(one.message) for one in caught)
+        assert result.steps == 4 * number
+    np.testing.assert_allclose(np.asarray(result.params), run(max_steps=16).params, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2.0, "curvature", np.full(3, 2.0, np.float32)], ids=["number", "curvature", "array"])
+def test_a_scale_within_an_explicit_mesh(scale: Any) -> None:
+    with jax.set_mesh(EXPLICIT):
+        result = gdopt.minimize(lambda w: jnp.sum((w - 1) ** 2), jnp.full(3, 3.0, jnp.float32), scale=scale)
+    np.testing.assert_allclose(np.asarray(result.params), 1, rtol=1e-4)
 
 
 def test_a_zero_gradient_is_told_wherever_the_rows_are() -> None:

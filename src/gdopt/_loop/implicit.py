@@ -235,7 +235,8 @@ def _of_least_norm(
         projected = vectors.T @ ravel_pytree(right)[0].astype(rows.dtype)
         return whole((vectors @ (inverse * projected)).astype(flat.dtype))
 
-    return ~regular.all(), solution, moved <= _RESIDUAL * all_moved
+    # A Hessian of zeros is that of no smooth minimum: JAX takes the second derivative of |z| at 0 as 0, for example.
+    return ~regular.all(), solution, (moved <= _RESIDUAL * all_moved) & (values != 0).any()
 
 
 def _solved(times_hessian: Callable[[PyTree], PyTree], right: PyTree, singular: tuple | None) -> PyTree:

@@ -33,9 +33,13 @@ def scaled(problem: Problem, scale: PyTree) -> Problem:
     """
     if scale is None:
         return problem
-    objective = problem.objective
+    given = {"params": problem.objective.params, "data": problem.data, "args": problem.args}
+    placed, _ = on_one_mesh(given)
+    objective = problem.objective._replace(params=placed["params"])
+    problem = problem._replace(objective=objective, data=placed["data"], args=placed["args"])
     with own_work(), own_promotion():
         sizes = _by_curvature(problem, scale) if isinstance(scale, str) else _given(objective, scale)
+        sizes = on_one_mesh(placed | {"scale": sizes})[0]["scale"]
         sizes = jax.tree.map(_power_of_two, sizes, objective.params)
         start = jax.tree.map(jnp.divide, objective.params, sizes)
         if isinstance(scale, str):
