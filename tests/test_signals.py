@@ -447,7 +447,8 @@ class Calls:
         # A checkpoint looks at an object and not at its class. So a run with other numbers is the same run.
         return object.__new__(type(cls.__name__, (cls,), {"_at": (traced, computed), "_number": number}))
 
-    def __init__(self, **_: int):
+    def __init__(self, *, traced: int = 0, computed: int = 0, number: int = signal.SIGINT):
+        del traced, computed, number  # see `__new__`
         self.traced = self.computed = 0
 
     def __call__(self, w: jax.Array, rows: jax.Array) -> jax.Array:
