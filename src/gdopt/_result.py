@@ -27,10 +27,6 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and _trees.same(tuple(one), tuple(other))
 
 
-def _unequal(one: Any, other: Any) -> bool:
-    return not _equal(one, other)
-
-
 def equal_fields(one: Any, other: Any) -> bool:
     """Tell whether two results hold the same numbers, whatever their messages say and however long they took."""
     if type(one) is not type(other):
@@ -58,8 +54,12 @@ class History(NamedTuple):
     grad_norm: np.ndarray
     learning_rate: np.ndarray
 
-    __eq__ = _equal
-    __ne__ = _unequal
+    def __eq__(self, other: object) -> bool:
+        return _equal(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not _equal(self, other)
+
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
 
@@ -90,8 +90,12 @@ class Report(NamedTuple):
     grad_norm: float
     learning_rate: float
 
-    __eq__ = _equal
-    __ne__ = _unequal
+    def __eq__(self, other: object) -> bool:
+        return _equal(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not _equal(self, other)
+
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
 
@@ -111,8 +115,12 @@ class Refinement(NamedTuple):
     learning_rate: np.ndarray
     loss: np.ndarray
 
-    __eq__ = _equal
-    __ne__ = _unequal
+    def __eq__(self, other: object) -> bool:
+        return _equal(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not _equal(self, other)
+
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     @property
@@ -155,7 +163,9 @@ class RangeTest:
     suggestions: dict[str, float | None]
     refinement: Refinement | None
 
-    __eq__ = equal_fields
+    def __eq__(self, other: object) -> bool:
+        return equal_fields(self, other)
+
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     def __repr__(self) -> str:
@@ -229,7 +239,9 @@ class Result:
     # The record that `diagnose` needs, if the last evaluation was not finite: no child of the pytree, and not pickled.
     _evidence: Any = None
 
-    __eq__ = equal_fields
+    def __eq__(self, other: object) -> bool:
+        return equal_fields(self, other)
+
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     def __getstate__(self) -> dict[str, Any]:

@@ -57,7 +57,9 @@ class Diagnosis:
     place: str | None
     message: str
 
-    __eq__ = equal_fields
+    def __eq__(self, other: object) -> bool:
+        return equal_fields(self, other)
+
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
     def __hash__(self) -> int:
