@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 import jax
 import jax.monitoring
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from gdopt._compile import program
 
@@ -81,3 +84,26 @@ def shared_traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(program, "share", spy)
     return traces
+
+
+def walk(machine: type[RuleBasedStateMachine], steps: int, examples: int) -> None:
+    """Make so many random walks through the rules of a model, which may take long and are not shrunk."""
+    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=quiet,
+            database=None,
+            phases=[Phase.generate],
+        ),
+    )
+
+
+def walk_on(machine: type[RuleBasedStateMachine], seconds: float) -> None:
+    """Make random walks until the time is over."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        walk(machine, 50, 4)

@@ -62,6 +62,14 @@ def test_ctrl_c_ends_the_run_with_a_result():
     assert "interrupted after" in out
 
 
+LR_FIND = """
+import threading
+import jax.numpy as jnp, gdopt
+threading.Timer({wait}, lambda: print("started", flush=True)).start()
+gdopt.lr_find(lambda x: jnp.sum(jnp.cosh(x @ x.T / 1000)), jnp.ones((1000, 1000)), num_steps=10**5, end_lr=1e-4)
+"""
+
+
 @pytest.mark.slow  # below, in this process, the same takes a tenth of the time
 def test_the_callers_own_handler_is_left_alone():
     own = 'signal.signal(signal.SIGINT, lambda *_: print("mine", flush=True)); usual = signal.getsignal(signal.SIGINT)'
@@ -111,14 +119,7 @@ result = box[0]
 
 @pytest.mark.slow  # below, in this process, the same takes a tenth of the time
 def test_ctrl_c_ends_a_range_test():
-    process = start(
-        """
-import threading
-import jax.numpy as jnp, gdopt
-threading.Timer(3, lambda: print("started", flush=True)).start()
-gdopt.lr_find(lambda x: jnp.sum(jnp.cosh(x @ x.T / 1000)), jnp.ones((1000, 1000)), num_steps=10**5, end_lr=1e-4)
-"""
-    )
+    process = start(LR_FIND.format(wait=3))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -236,16 +237,20 @@ statuses = []
 try:
     while True:
         statuses.append(gdopt.minimize(loss, start, callback=started).status.name)
+        if statuses[-1] == "INTERRUPTED":
+            print("interrupted", flush=True)
 except KeyboardInterrupt:
     print(statuses.count("INTERRUPTED"), len(statuses))
 """
 
 
-@pytest.mark.parametrize("wait", [0.8, 1.5])
+@pytest.mark.parametrize("wait", [0.3, 0.6])
 def test_two_presses_leave_a_loop_of_short_calls(wait: float):
     """The first one ends a single call, and the second one falls in a later call."""
     process = start(LOOP)
     process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "interrupted\n"
     time.sleep(wait)
     process.send_signal(signal.SIGINT)
     try:
@@ -498,14 +503,7 @@ def test_an_interrupted_range_test_raises_with_throw():
 
 
 def test_sigterm_in_lr_find_ends_the_process():
-    process = start(
-        """
-import threading
-import jax.numpy as jnp, gdopt
-threading.Timer(1, lambda: print("started", flush=True)).start()
-gdopt.lr_find(lambda x: jnp.sum(jnp.cosh(x @ x.T / 1000)), jnp.ones((1000, 1000)), num_steps=10**5, end_lr=1e-4)
-"""
-    )
+    process = start(LR_FIND.format(wait=1))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM, errors

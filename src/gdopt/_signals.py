@@ -58,8 +58,8 @@ def interruptible(function: Callable[P, T]) -> Callable[P, T]:
     one is bound, or while a lock is taken. Schedulers end a process by SIGTERM, so it is treated in the same way. A
     second signal does what it would have done without gdopt. A Ctrl-C within two seconds of one that ended an earlier
     call counts as the second, so that two presses leave a loop of short calls. A signal that comes too late for a call
-    ends the next one, if that begins within two seconds. Handlers of other code, and other
-    threads, are left alone. Only the handler of asyncio is replaced, and called as well: it cancels the task.
+    ends the next one, if that begins within two seconds. Handlers of other code, and other threads, are left alone.
+    Only the handler of asyncio is replaced, and called as well: it cancels the task.
     """
 
     @functools.wraps(function)

@@ -128,8 +128,9 @@ def test_the_same_call_says_nothing(path: Path) -> None:
     for rate in (0.01, triangular(0.01, 0.1, step_size_up=8), "auto"):
         place = path.with_name(f"{type(rate).__name__}")
         run(place, 60, learning_rate=rate, callback=stop)
-        assert told(lambda: run(place, 60, learning_rate=rate)) == []  # noqa: B023
-        assert told(lambda: run(place, 60, learning_rate=rate)) == []  # noqa: B023
+        same = functools.partial(run, place, 60, learning_rate=rate)
+        assert told(same) == []
+        assert told(same) == []
 
 
 def test_a_deterministic_run_tells_a_changed_tol(path: Path) -> None:
@@ -321,7 +322,7 @@ def test_records_of_calls_are_no_change(path: Path) -> None:
     run(path, 5, loss=on_host(recorder))
     assert recorder.points
     for steps in (5, 10, 15):
-        messages = told(lambda: run(path, steps, loss=on_host(recorder)))  # noqa: B023
+        messages = told(functools.partial(run, path, steps, loss=on_host(recorder)))
         assert all("max_steps" in message for message in messages)
     global CALLS
     CALLS = 0  # as in a new process

@@ -17,9 +17,9 @@ from typing import Any
 import modelled
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from helpers import walk, walk_on
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from modelled import Call, plain_losses, run
 
 import gdopt
@@ -213,27 +213,10 @@ class Runs(RuleBasedStateMachine):
         assert all(name == "run.gdopt.lock" or name.endswith(".tmp") for name in others), others
 
 
-def walk(steps: int, examples: int) -> None:
-    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    run_state_machine_as_test(
-        Runs,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            suppress_health_check=quiet,
-            database=None,
-            phases=[Phase.generate],
-        ),
-    )
-
-
 def test_two_hundred_steps() -> None:
-    walk(25, 8)
+    walk(Runs, 25, 8)
 
 
 @pytest.mark.slow
 def test_ten_minutes() -> None:
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until:
-        walk(50, 4)
+    walk_on(Runs, SECONDS)

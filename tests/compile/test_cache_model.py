@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from helpers import walk, walk_on
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
 from test_stale import CARRIERS, NESTS, X, change, nested
 
 import gdopt
@@ -99,27 +98,10 @@ class Cache(RuleBasedStateMachine):
         }[kind]
 
 
-def walk(steps: int, examples: int) -> None:
-    quiet = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    run_state_machine_as_test(
-        Cache,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            suppress_health_check=quiet,
-            database=None,
-            phases=[Phase.generate],
-        ),
-    )
-
-
 def test_fifty_steps() -> None:
-    walk(25, 2)
+    walk(Cache, 25, 2)
 
 
 @pytest.mark.slow
 def test_ten_minutes() -> None:
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until:
-        walk(50, 4)
+    walk_on(Cache, SECONDS)

@@ -1,4 +1,4 @@
-"""What a run may change when it resumes: its limits and its learning rate. Each is told with both values."""
+"""The changes that a run may make when it resumes, of limits and of the learning rate, each with both values."""
 
 from __future__ import annotations
 
@@ -47,20 +47,19 @@ def rates_at(method: Method, steps: Sequence[int]) -> list[float]:
     if method.rate is None:
         return []
     if method.schedule is None:
-        return [short(np.asarray(method.rate, jax.dtypes.canonicalize_dtype(float)))] * len(steps)
+        return [shortest(np.asarray(method.rate, jax.dtypes.canonicalize_dtype(float)))] * len(steps)
     with own_work(), own_promotion(), contextlib.suppress(Exception):
         at = np.asarray(steps, np.int32)
-        return list(map(short, np.asarray(jax.vmap(lambda step: jnp.asarray(method.rate_at(step), float))(at))))
+        return list(map(shortest, np.asarray(jax.vmap(lambda step: jnp.asarray(method.rate_at(step), float))(at))))
     return []
 
 
 def changed_limits(theirs: dict[str, Any], mine: dict[str, Any]) -> Iterator[str]:
     """Name the limits that differ."""
-    for name, new in mine["asked"].items():
-        old = theirs.get("asked", {}).get(name, new)  # Version 0.1.0 did not save it.
-        if old != new:
-            yield f"{name}={_limit(new)} (it was {_limit(old)})"
-    for name, new, old in zip(Limits._fields[1:], mine["limits"], theirs["limits"], strict=True):
+    # Version 0.1.0 did not save what was asked for.
+    limits = [(name, new, theirs.get("asked", {}).get(name, new)) for name, new in mine["asked"].items()]
+    limits += zip(Limits._fields[1:], mine["limits"], theirs["limits"], strict=True)
+    for name, new, old in limits:
         if old != new:
             yield f"{name}={_limit(new)} (it was {_limit(old)})"
 
@@ -86,7 +85,7 @@ def changed_rates(theirs: dict[str, Any] | None, mine: dict[str, Any], there: li
         yield f"learning_rate{kinds or ' is another schedule'}, with the same rates at the {len(steps)} steps compared"
 
 
-def short(rate: np.ndarray) -> float:
+def shortest(rate: np.ndarray) -> float:
     """Return a rate as Python's float, with the fewest digits that tell it apart in its own precision."""
     return float(str(rate))
 

@@ -85,7 +85,8 @@ def layout_of(carry: Carry) -> str:
     devices = set().union(*(array.sharding.device_set for array in arrays))
     kinds = ", ".join(sorted({device.device_kind for device in devices}))
     text = f"{kinds}, {len(devices)} device{'s' * (len(devices) != 1)}"
-    if not jax.config.jax_threefry_partitionable:  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = jax.config  # It creates its attributes on demand.
+    if not config.jax_threefry_partitionable:
         text += ", jax_threefry_partitionable=False"  # Other random numbers.
     if all(device.platform != "cpu" for device in devices):
         return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gdopt._checkpoint import schema
-from gdopt._checkpoint.changes import SCHEDULE, short
+from gdopt._checkpoint.changes import SCHEDULE, shortest
 from gdopt._checkpoint.folder import Saved
 from gdopt._loop.state import State
 from gdopt._optimizers.optax_state import trials_in
@@ -56,7 +56,7 @@ def usable(saved: Saved) -> Saved:
         rates = {
             "kind": SCHEDULE,
             "steps": [made - 1],
-            "rates": [short(saved.arrays["history.learning_rate"][made - 1])],
+            "rates": [shortest(saved.arrays["history.learning_rate"][made - 1])],
         }
         saved = saved._replace(meta={**saved.meta, "rates": {**rates, "schedule": ""}})
     return saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def restored_state(found: Saved, fresh: State) -> State:
     return as_fresh(state, now)
 
 
-def _places(found: Saved, fresh: State, stays_fresh: Any) -> dict[str, Any]:
+def _places(found: Saved, fresh: State, stays_fresh: Callable[[str], bool]) -> dict[str, Any]:
     """Return where each leaf belongs; raise InputError if the checkpoint has other ones."""
     kinds = {name: (array.shape, array.dtype) for name, array in found.arrays.items()}
     spread = found.meta.get(SPREAD)

@@ -242,7 +242,7 @@ class Saves:
     def _first_that_fits(self, fresh: State) -> State:
         """Return the state of the newest checkpoint whose arrays have the shapes of a fresh one, and take that one."""
         assert self.found is not None
-        found, first, skipped = self.found, None, []
+        found, first = self.found, None
         while found is not None:
             try:
                 self._refuse_other_calls(found)
@@ -250,10 +250,9 @@ class Saves:
                 state = restored_state(found, fresh)
             except InputError as error:
                 first = first or error
-                skipped.append(found.file)
                 found = self._before(found)
                 continue
-            if skipped:
+            if first is not None:
                 warn(f"resuming from the checkpoint {found.file!r}, because a newer one was skipped: {first}")
             self.found, self._stream = found, found.meta.get("stream", {})
             return state

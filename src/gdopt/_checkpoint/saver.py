@@ -54,7 +54,10 @@ class Saver:
             at_end(self.close)
         _holding.add(self)
         for match in beside(self._base, r"\.\d{12}\.gdopt\.[0-9a-f]{8}\.tmp"):
-            _remove(os.path.join(os.path.dirname(self._base), match.string))
+            part = os.path.join(os.path.dirname(self._base), match.string)
+            with contextlib.suppress(OSError):
+                if is_own(part):
+                    os.unlink(part)
         self._remove_parts()
         self._since = time.monotonic()
         return self
@@ -141,7 +144,8 @@ class Saver:
         with contextlib.suppress(OSError):
             files = [file for at, file in saves_of(self._base).items() if at <= step and is_own(file)]
             for file in files[: -self._keep]:
-                _remove(file)
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
         self._remove_parts()
 
     def _remove_parts(self) -> None:
@@ -159,12 +163,6 @@ class Saver:
     def _report(self) -> None:
         while self._failures:
             warn(f"{self._failures.pop(0)}. Older ones are kept, and the next is tried when it is due.")
-
-
-def _remove(file: str) -> None:
-    if is_own(file):
-        with contextlib.suppress(OSError):
-            os.unlink(file)
 
 
 def _named(file: str | None, found: set[str]) -> set[str]:

@@ -32,7 +32,8 @@ class Digest:
     def __init__(self, function: Callable, *args: PyTree):
         closed = _traced(function, *args)
         self.text = f"{zlib.crc32(_text(_jax.opened(closed)).encode()):08x}{checksum(list(_held(closed)))}"
-        self._called = list(_callbacks(closed))
+        callbacks = [eqn for name in sorted(CALLBACKS) for eqn in _jax.calls(closed, name)]
+        self._called = [eqn.params.get("callback") for eqn in callbacks]
 
     def host(self) -> str:
         """Return a checksum of what the functions that the trace calls on the host would read now; "" without any."""
@@ -90,15 +91,6 @@ def _held(closed: Any) -> Iterator[Any]:
                 yield np.frombuffer(bare.strip().encode(), np.uint8)
         for inner in _jax.inner_jaxprs(eqn.params):
             yield from _held(inner)
-
-
-def _callbacks(closed: Any) -> Iterator[Any]:
-    """Yield the functions that a trace calls on the host."""
-    for eqn in _jax.opened(closed).eqns:
-        if eqn.primitive.name in CALLBACKS:
-            yield eqn.params.get("callback")
-        for inner in _jax.inner_jaxprs(eqn.params):
-            yield from _callbacks(inner)
 
 
 def _arrays(values: Iterable[Any]) -> Iterator[Any]:

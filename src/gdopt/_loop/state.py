@@ -75,9 +75,8 @@ class Outcome(NamedTuple):
     code: jax.Array
     success: jax.Array
     ending: Ending
-    free: (
-        PyTree  # 0 for real entries of params that the optimizer holds at a bound, 1 for others; None if it holds none
-    )
+    # 0 for real entries of params that the optimizer holds at a bound, 1 for others; None if it holds none
+    free: PyTree
 
     @property
     def is_smooth_minimum(self) -> jax.Array:

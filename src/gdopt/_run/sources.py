@@ -75,7 +75,7 @@ class Streamed:
         self._next: Batch | None = None
         self._made: int | None = None  # the steps before this call
         self._begun = False
-        self._saves: NoSaves | Saves | None = None
+        self._saves: NoSaves | Saves = NoSaves()
         self._anchor: dict[str, jax.Array] = {}  # an array that has to stay on its devices
 
     @property
@@ -111,8 +111,7 @@ class Streamed:
             if _signals.pressed() and not peers().several:
                 break  # The run ends at its checkpoint, and any batch will do for the last evaluation.
             self._given, self._next = self._next, self._feed.next()
-        if self._saves is not None:
-            self._saves.compare_batches(self.checksums)
+        self._saves.compare_batches(self.checksums)
 
     def checksums(self) -> dict[str, str]:
         """Return the checksums of the batch given last and of the next one, by their numbers."""
