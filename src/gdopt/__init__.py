@@ -8,6 +8,7 @@ from gdopt._devices.sharding import shard
 from gdopt._errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt._gd_step import gd_step
 from gdopt._minimize import clear_cache, minimize
+from gdopt._optimizers.distance import distance_adamw
 from gdopt._optimizers.quasi_newton import quasi_newton
 from gdopt._optimizers.spectral import gd, spectral
 from gdopt._outcome.diagnose import Diagnosis, diagnose
@@ -32,6 +33,7 @@ __all__ = [
     "Status",
     "clear_cache",
     "diagnose",
+    "distance_adamw",
     "gd",
     "gd_step",
     "lr_find",

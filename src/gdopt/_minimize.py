@@ -17,17 +17,18 @@ from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
 from gdopt._loop.state import Inputs, Whole
+from gdopt._optimizers.distance import distance_adamw
 from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method, check_rate, is_auto, make_method
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
-from gdopt._outcome.messages import explain
+from gdopt._outcome.messages import explain, failure
 from gdopt._problem.limits import Steps, check_grad_tol, check_steps, check_target, check_tol
 from gdopt._problem.lints import warn_of_no_gradient
 from gdopt._problem.objective import make_objective
 from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
-from gdopt._rate_finder.auto import rates_by_test
+from gdopt._rate_finder.auto import rates_found
 from gdopt._rate_finder.lr_find import Cut
 from gdopt._result import RangeTest, Report, Result
 from gdopt._run import host_loop
@@ -208,25 +209,31 @@ def minimize(
             key, some = problem.key if noisy else None, problem._replace(data=data)
             return loop.compile(some, method, limits, key, keep_best=keep_best)
 
-        compiled, inputs = compile(problem.data)
-        if isinstance(compiled, Whole):
-            stream = None if problem.stream is None else data
-            refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
-            check()
-            result = result_inside(compiled, inputs, problem)
-            check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
-            return result
-        check_joined(inputs)
-        source = source_of(problem, compiled, compile, steps, pause=callback is not None)
-        with progress_bar(progress, steps.expected) as advance:
-            watcher = Watcher(callback, problem, source, advance)
-            compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
-        ended_at = time.perf_counter()
-        if history.grad_norm[0] == 0:
-            warn_of_no_gradient(problem)
-    inputs, has_steps = source.last_inputs(inputs), max_steps is not None or epochs is not None
-    known = source.steps_per_epoch, source.why
-    ended = Ended(problem, method, compiled, inputs, state, history, status, has_steps, range_test, *known)
+        has_steps, failed = max_steps is not None or epochs is not None, ()
+        while True:
+            compiled, inputs = compile(problem.data)
+            if isinstance(compiled, Whole):
+                stream = None if problem.stream is None else data
+                refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
+                check()
+                result = result_inside(compiled, inputs, problem)
+                check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
+                return result
+            check_joined(inputs)
+            source = source_of(problem, compiled, compile, steps, pause=callback is not None)
+            with progress_bar(progress, steps.expected) as advance:
+                watcher = Watcher(callback, problem, source, advance)
+                compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
+            ended_at = time.perf_counter()
+            if history.grad_norm[0] == 0:
+                warn_of_no_gradient(problem)
+            last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why)
+            ended = Ended(
+                problem, method, compiled, last, state, history, status, has_steps, range_test, *known, failed
+            )
+            if method.lower is None or not ended.wants_lower_rates or isinstance(saves, Saves):
+                break
+            method, failed = method.lower(), (*failed, failure(ended))
     result = ended.result(
         explain(ended) + saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at
     )
@@ -239,12 +246,13 @@ def _chosen(
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
     if optimizer is None and (problem.noisy or not is_auto(learning_rate)):
-        optimizer = gd
+        optimizer = distance_adamw if is_auto(learning_rate) else gd
     finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:
-        test, learning_rate = rates_by_test(problem, optimizer, steps, saves.range_test)
-    method = make_method(optimizer, learning_rate, problem.objective.params)
+        method, test = rates_found(problem, optimizer, steps, saves.range_test)
+    else:
+        method = make_method(optimizer, learning_rate, problem.objective.params)
     saves.range_test = test
     saves.compare_programs(problem, method)
     return method, test

@@ -14,6 +14,9 @@ from gdopt._compile.fingerprints import is_known
 from gdopt._errors import InputError
 
 
+_NUMBERS = (bool, int, float, str, NoneType)
+
+
 def check_optimizer(optimizer: Any, *, searched: bool) -> None:
     """Raise InputError if it is neither a transformation nor a factory.
 
@@ -100,13 +103,17 @@ def is_transformation(optimizer: Any) -> bool:
 
 
 def function_identity(function: Any) -> Hashable | None:
-    """Return the identity of a function that nobody changes, or of its partial with numbers; None for others."""
+    """Return the identity of a function that nobody changes, or of its partial with numbers and such functions.
+
+    It is None for others.
+    """
     if type(function) is not functools.partial:
         return function if _is_fixed(function) else None
-    numbers = (*function.args, *function.keywords.values())
-    if not _is_fixed(function.func) or not all(type(x) in (bool, int, float, str, NoneType) for x in numbers):
+    given = (*function.args, *function.keywords.values())
+    parts = [(type(x), repr(x)) if type(x) in _NUMBERS else function_identity(x) for x in given]
+    if not _is_fixed(function.func) or None in parts:
         return None
-    return function.func, tuple(function.keywords), tuple((type(x), repr(x)) for x in numbers)
+    return function.func, tuple(function.keywords), tuple(parts)
 
 
 def _is_fixed(function: Any) -> bool:

@@ -14,6 +14,7 @@ import optax
 
 from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
+from gdopt._optimizers.distance import distance_in
 from gdopt._optimizers.factory import function_identity, is_transformation
 from gdopt._optimizers.optax_state import apply, extra_arguments, owned_rate, trials_in
 from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
@@ -40,6 +41,8 @@ class Method(NamedTuple):
     optimizer: Any
     rate: Rate = None
     chosen: int | None = None  # the number of pairs, if gdopt chose `quasi_newton`
+    tried: int | None = None  # the number of tries before this one, if gdopt chose the rates
+    lower: Callable[[], Method] | None = None  # the method of another try, should this one fail
 
     @property
     def owns_rate(self) -> bool:
@@ -56,7 +59,10 @@ class Method(NamedTuple):
 
     def rate_used(self, rate: Any, state: PyTree) -> Any:
         """Return the rate of the last update, which was ``rate`` if the optimizer does not own it."""
-        return owned_rate(state) if self.owns_rate else rate
+        if self.owns_rate:
+            return owned_rate(state)
+        distance = distance_in(state)
+        return rate if distance is None else rate * distance
 
     def with_rate(self, rate: Any) -> Any:
         """Build the transformation for a rate inside the trace, so that no rate is ever compiled in."""

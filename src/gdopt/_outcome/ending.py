@@ -17,6 +17,7 @@ from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return
 from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.method import Method, Rates
 from gdopt._optimizers.optax_state import learns_scales
+from gdopt._outcome.comparison import is_at_most
 from gdopt._outcome.diagnose import Evidence, make_evidence
 from gdopt._problem.problem import Problem
 from gdopt._result import NO_MESSAGE, History, RangeTest, Result
@@ -42,6 +43,7 @@ class Ended:
     range_test: RangeTest | None
     steps_per_epoch: int | None
     why_exhausted: str
+    failed: tuple[str, ...] = ()  # the sentences on tries before, at higher rates
 
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
@@ -131,18 +133,28 @@ class Ended:
     def success(self) -> bool:
         if self.status is Status.DATA_EXHAUSTED:  # This is a success only if the caller set no other end.
             return not (self.has_steps or self.inputs.limits.has_target) and self.is_better
-        return bool(
-            succeeded(self.status, self.watch, noisy=self.problem.noisy, has_target=self.inputs.limits.has_target)
-        )
+        noisy, has_target = self.problem.noisy, self.inputs.limits.has_target
+        if noisy and not has_target and self.status is Status.MAX_STEPS:
+            return self.is_better
+        return bool(succeeded(self.status, self.watch, noisy=noisy, has_target=has_target))
 
     @property
     def returned_step(self) -> int:
         return int(self.state.kept.step)
 
-    @property
+    @functools.cached_property
     def is_better(self) -> bool:
-        """Tell whether a noisy run ended below its start."""
-        return bool(is_better(self.watch))
+        """Tell whether a noisy run ended below its start; if the first batch says no, compare on many."""
+        if is_better(self.watch):
+            return True
+        return self.problem.noisy and is_at_most(self.problem, self.inputs, self.params, self.inputs.start)
+
+    @property
+    def wants_lower_rates(self) -> bool:
+        """Tell whether the run failed, or ended above its start, as it does if the rate is too high."""
+        if self.steps == 0 or (self.problem.stream is not None and self.problem.stream.once):
+            return False
+        return self.status in FAILURES or (self.status is Status.MAX_STEPS and not self.is_better)
 
     @functools.cached_property
     def farthest(self) -> float:

@@ -62,13 +62,33 @@ def explain(ended: Ended) -> str:
         message += f" The optimizer was {ended.method.name}."
     elif ended.rates is Rates.SEARCHED:
         message += _chosen_rates(ended.history.learning_rate)
-    if ended.range_test is not None:
-        message += (
-            f" The learning rate was chosen by a range test of {len(ended.range_test.learning_rate)} steps, which "
-            f"suggested {ended.range_test.suggestion:.3g}: three cycles (triangular2) from half of that up to twice "
-            "of it."
-        )
-    return message
+    return message + _automatic(ended)
+
+
+def failure(ended: Ended) -> str:
+    """Return the sentence on a try that failed, for the message of the next one."""
+    rates = ended.history.learning_rate
+    what = "the loss ended above that of the start"
+    if ended.status in FAILURES:
+        what = f"the loss {'diverged' if ended.status is Status.DIVERGED else 'became infinite or NaN'}"
+    return f"At rates up to {np.nanmax(rates):.2g} {what} at step {ended.steps}, so gdopt tried again at lower ones."
+
+
+def _automatic(ended: Ended) -> str:
+    """Return the sentences on rates that gdopt chose by a range test, or by the distance that the params went."""
+    if ended.method.tried is None:
+        return ""
+    told, test, rates = "".join(f" {sentence}" for sentence in ended.failed), ended.range_test, ended.history[2]
+    if not np.isfinite(rates).any():
+        return told
+    highest = f"up to {np.nanmax(rates):.2g}"
+    if test is None:
+        return f"{told} The learning rates were chosen by gdopt: one cycle {highest}."
+    suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
+    return (
+        f"{told} The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+        f"{suggested}: three cycles (triangular2) {highest}."
+    )
 
 
 def _explain(status: Status, ended: Ended) -> str:

@@ -1,48 +1,100 @@
-"""The rates of "auto" for mini-batches, random keys and factories: a range test, and then cycles."""
+"""The rates of "auto" for mini-batches, random keys and factories."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from gdopt import _trees
+from gdopt._checks import warn
 from gdopt._errors import InputError
+from gdopt._optimizers.distance import FIRST, distance_adamw, following, lower_distance_adamw
+from gdopt._optimizers.method import Method
+from gdopt._optimizers.response import Response, response
 from gdopt._problem.limits import Steps
 from gdopt._problem.problem import Problem
 from gdopt._rate_finder import lr_find as lr_finder
 from gdopt._result import RangeTest
 from gdopt._status import Status
 from gdopt._types import Schedule
-from gdopt.schedules import triangular2
+from gdopt.schedules import one_cycle, triangular2
 
-_LEAST_TEST = 50  # the fewest steps of a range test
-_PEAK = 2.0  # the peak of the cycles over the suggestion of the test; measured by benchmarks/auto_training.py
+_SHARE = 0.15  # the part of the steps that a range test may take
+_NOISE_OF_ADAM = 0.2557  # the size of Adam's updates over its rate for normal gradients: see `response`
+_FEWER, _MORE = 0.1, 3.0  # the limits of a first distance over Adam's
+_PEAK, _PEAK_OF_MOMENTUM = 2.0, 1.0  # the peak of the cycles over the suggestion; see benchmarks/auto_training.py
+_MOMENTUM = 2.0  # the sum of the updates of one gradient over it, from which on it counts as momentum
+_DEFAULT = 1e-2  # the peak of the cycles if a range test finds nothing
+_LOWER = 0.1  # the rate of another try over that of the one before
+_TRIES = 2  # the further tries
 
 
-def rates_by_test(problem: Problem, optimizer: Any, steps: Steps, made: RangeTest | None) -> tuple[RangeTest, Schedule]:
-    """Return the range test of `"auto"`, unless one was made before, and the schedule that it leads to."""
-    max_steps = steps.expected
-    if max_steps is None:
+def rates_found(
+    problem: Problem, optimizer: Any, steps: Steps, made: RangeTest | None
+) -> tuple[Method, RangeTest | None]:
+    """Return a factory with its schedule, and the range test if one was needed; ``made`` is one of an earlier call."""
+    total = steps.expected
+    if total is None:
         raise InputError(
             f"epochs={steps.epochs} was given with a stream that does not report how many batches it has, but "
-            "learning_rate='auto' plans its cycles over all steps. Pass max_steps as well, or a learning_rate."
+            "learning_rate='auto' plans its schedule over all steps. Pass max_steps as well, or a learning_rate."
         )
-    if made is not None and made.suggestion is not None:
-        return made, _cycles(_PEAK * made.suggestion, max_steps)
-    fewest = max(max_steps // 5, _LEAST_TEST)
-    for num_steps in (min(fewest, lr_finder.NUM_STEPS), lr_finder.NUM_STEPS):  # Noise may drown a short test.
-        ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
-        test = lr_finder.range_test(problem, optimizer, ladder)
-        if test.suggestion is not None:
-            return test, _cycles(_PEAK * test.suggestion, max_steps)
-    cure = "Or pass a learning_rate."
-    if test.status is Status.NON_FINITE:
-        cure = "With a learning_rate there is a result, and gdopt.diagnose(result) finds the cause."
-    raise InputError(f"learning_rate='auto' found no rate: {test.message} {cure}")
+    shape = one_cycle(1.0, total)
+    if optimizer is distance_adamw:
+        return _with_tries(Method(distance_adamw, shape), lambda low: Method(lower_distance_adamw(low), shape)), None
+    kind = response(optimizer, problem.objective.params)
+    if kind is not None and kind.is_scale_free:
+        first = FIRST * float(np.clip(_NOISE_OF_ADAM / kind.of_noise, _FEWER, _MORE))
+        fixed = lambda low: functools.partial(following, optimizer, first=low * first, grows=False)
+        grown = functools.partial(following, optimizer, first=first)
+        return _with_tries(Method(grown, shape), lambda low: Method(fixed(low), shape)), None
+    test = _tested(problem, optimizer, total, made)
+    peak = _peak(test, kind)
+    return _with_tries(_cycling(optimizer, peak, total), lambda low: _cycling(optimizer, low * peak, total)), test
 
 
-def _cycles(peak: float, steps: int) -> Schedule:
-    """Return Smith's three cycles of halving height. The peak is an array, so another one recompiles nothing."""
+def _with_tries(method: Method, lower: Any, tried: int = 0) -> Method:
+    """Give a method the one that is tried if it fails."""
+    low = _LOWER ** (tried + 1)
+    again = lambda: _with_tries(lower(low), lower, tried + 1)
+    return method._replace(tried=tried, lower=again if tried < _TRIES else None)
+
+
+def _cycling(optimizer: Any, peak: float, steps: int) -> Method:
+    """Return an optimizer with Smith's three cycles of halving height.
+
+    The peak is an array, so another one recompiles nothing.
+    """
     highest, shape = _trees.on_device(np.asarray(peak)), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
-    return lambda step: highest * shape(step)
+    schedule: Schedule = lambda step: highest * shape(step)
+    return Method(optimizer, schedule)
+
+
+def _tested(problem: Problem, optimizer: Any, total: int, made: RangeTest | None) -> RangeTest:
+    """Return the range test, unless it was made before. It takes its share of the steps, and no more."""
+    if made is not None:
+        return made
+    num_steps = max(min(int(_SHARE * total), lr_finder.NUM_STEPS), 2)
+    ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
+    test = lr_finder.range_test(problem, optimizer, ladder)
+    if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
+        raise InputError(
+            f"learning_rate='auto' found no rate: {test.message} With a learning_rate there is a result, and "
+            "gdopt.diagnose(result) finds the cause."
+        )
+    return test
+
+
+def _peak(test: RangeTest, kind: Response | None) -> float:
+    """Return the highest rate of the cycles after a range test."""
+    if test.suggestion is None:
+        warn(
+            f"learning_rate='auto' found no rate, so it takes {_DEFAULT:g}: {test.message} The inputs or the targets "
+            "may have large or very different scales. Divide them by their standard deviations, or pass a "
+            "learning_rate, or leave the optimizer out."
+        )
+        return _DEFAULT
+    has_momentum = kind is not None and kind.of_constant > _MOMENTUM
+    return (_PEAK_OF_MOMENTUM if has_momentum else _PEAK) * test.suggestion

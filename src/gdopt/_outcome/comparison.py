@@ -1,0 +1,42 @@
+"""A noisy loss at two points, compared on the same batches and random keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdopt import _trees
+from gdopt._loop.state import Inputs
+from gdopt._loop.step import loss_arguments
+from gdopt._problem.problem import Problem
+from gdopt._settings import own_promotion, own_work
+from gdopt._types import PyTree
+
+_BATCHES = 100  # the most batches or keys that are compared
+
+
+def is_at_most(problem: Problem, inputs: Inputs, params: PyTree, start: PyTree) -> bool:
+    """Tell whether the mean loss at some params is at most that of the start.
+
+    Both are evaluated on the same batches, evenly drawn from all rows. A stream has but its last batch in memory.
+    """
+    batches = problem.batches
+    count = 1 if problem.stream is not None else min(batches.per_epoch if batches else _BATCHES, _BATCHES)
+    with own_work():
+        order = None
+        if batches:
+            order = _trees.on_device(np.random.default_rng(0).permutation(batches.rows).astype(np.int32))
+
+        def gain(k: jax.Array, params: PyTree, start: PyTree, inputs: Inputs, order: Any) -> jax.Array:
+            with own_promotion():
+                given = loss_arguments(inputs, order, k, batches, with_key=problem.with_key)
+            loss = problem.value(params, *given)[0]
+            return problem.value(start, *given)[0].astype(jnp.float32) - loss.astype(jnp.float32)
+
+        compiled = jax.jit(gain)
+        gains = [float(compiled(np.int32(k), params, start, inputs, order)) for k in range(count)]
+    return math.isfinite(sum(gains)) and sum(gains) >= 0
