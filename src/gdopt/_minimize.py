@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -197,48 +197,65 @@ def minimize(
     loop.check_alike(problem, **asked, **given, keep_best=keep_best)
     if checkpoint is not None and loop.is_inside(problem):
         refuse_host_visits(checkpoint=checkpoint)
-    with saves_at(checkpoint) as saves:
-        saves.compare(problem, steps, keep_best=keep_best)
+    has_steps = max_steps is not None or epochs is not None
+    call = _Call(problem, optimizer, learning_rate, steps, limits, has_steps, keep_best, callback, progress, checkpoint)
+    refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
+    result = _tried(call, refused, began, ())
+    return result.raise_for_status() if throw else result
+
+
+class _Call(NamedTuple):
+    """The checked arguments of a call."""
+
+    problem: Problem
+    optimizer: Any
+    learning_rate: Any
+    steps: Steps
+    limits: Limits
+    has_steps: bool  # whether the caller gave max_steps or epochs
+    keep_best: bool
+    callback: Callable[[Report], Any] | None
+    progress: bool
+    checkpoint: str | os.PathLike[str] | Checkpoint | None
+
+
+def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str, ...]) -> Result:
+    """Return the result of a run, or that of another try at lower rates if gdopt chose the rates and they failed."""
+    problem, steps, limits = call.problem, call.steps, call.limits
+    with saves_at(call.checkpoint, failed) as saves:
+        saves.compare(problem, steps, keep_best=call.keep_best)
         try:
-            method, range_test = _chosen(problem, optimizer, learning_rate, steps, saves)
+            method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
         except Cut as cut:
-            result = _result_of_start(cut, problem, began)
-            return result.raise_for_status() if throw else result
+            return _result_of_start(cut, problem, began)
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
-            key, some = problem.key if noisy else None, problem._replace(data=data)
-            return loop.compile(some, method, limits, key, keep_best=keep_best)
+            key, some = problem.key if problem.noisy else None, problem._replace(data=data)
+            return loop.compile(some, method, limits, key, keep_best=call.keep_best)
 
-        has_steps, failed = max_steps is not None or epochs is not None, ()
-        while True:
-            compiled, inputs = compile(problem.data)
-            if isinstance(compiled, Whole):
-                stream = None if problem.stream is None else data
-                refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
-                check()
-                result = result_inside(compiled, inputs, problem)
-                check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
-                return result
-            check_joined(inputs)
-            source = source_of(problem, compiled, compile, steps, pause=callback is not None)
-            with progress_bar(progress, steps.expected) as advance:
-                watcher = Watcher(callback, problem, source, advance)
-                compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
-            ended_at = time.perf_counter()
-            if history.grad_norm[0] == 0:
-                warn_of_no_gradient(problem)
-            last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why)
-            ended = Ended(
-                problem, method, compiled, last, state, history, status, has_steps, range_test, *known, failed
-            )
-            if method.lower is None or not ended.wants_lower_rates or isinstance(saves, Saves):
-                break
-            method, failed = method.lower(), (*failed, failure(ended))
-    result = ended.result(
-        explain(ended) + saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at
-    )
+        compiled, inputs = compile(problem.data)
+        if isinstance(compiled, Whole):
+            refuse_host_visits(**refused)
+            check()
+            result = result_inside(compiled, inputs, problem)
+            check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
+            return result
+        check_joined(inputs)
+        source = source_of(problem, compiled, compile, steps, pause=call.callback is not None)
+        with progress_bar(call.progress, steps.expected) as advance:
+            watcher = Watcher(call.callback, problem, source, advance)
+            compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
+        ended_at = time.perf_counter()
+        if history.grad_norm[0] == 0:
+            warn_of_no_gradient(problem)
+    last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why)
+    ended = Ended(problem, method, compiled, last, state, history, status, call.has_steps, range_test, *known)
+    if method.lower is not None and ended.wants_lower_rates:
+        return _tried(call, refused, began, (*saves.failed, failure(ended)))
+    message = explain(ended) + "".join(f" {sentence}" for sentence in saves.failed) + saves.told
+    result = ended.result(message, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
     watcher.raise_failure(result)
-    return result.raise_for_status() if throw else result
+    return result
 
 
 def _chosen(
@@ -246,11 +263,14 @@ def _chosen(
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
     if optimizer is None and (problem.noisy or not is_auto(learning_rate)):
-        optimizer = distance_adamw if is_auto(learning_rate) else gd
+        # A run of gdopt 0.1 that resumes has a range test, and goes on by it.
+        optimizer = distance_adamw if is_auto(learning_rate) and saves.range_test is None else gd
     finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:
         method, test = rates_found(problem, optimizer, steps, saves.range_test)
+        for _ in saves.failed:
+            method = method.lower() if method.lower is not None else method
     else:
         method = make_method(optimizer, learning_rate, problem.objective.params)
     saves.range_test = test

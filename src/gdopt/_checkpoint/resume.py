@@ -44,11 +44,15 @@ class NoSaves:
     """A run without a checkpoint: nothing is restored, and nothing is saved."""
 
     range_test: RangeTest | None = None
+    failed: tuple[str, ...] = ()
     feed: Feed | None = None
     batches: Callable[[], dict[str, str]] = dict
     position = steps_per_epoch = None
     keeps_positions = False
     told = ""
+
+    def __init__(self, failed: tuple[str, ...] = ()):
+        self.failed = failed
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
@@ -67,8 +71,10 @@ class NoSaves:
 class Saves:
     """The checkpoints of a run: the one from which it resumes, if there is one, and those that it makes."""
 
-    def __init__(self, checkpoint: Checkpoint, saver: JointSaver, found: Saved | None):
+    def __init__(self, checkpoint: Checkpoint, saver: JointSaver, found: Saved | None, failed: tuple[str, ...] = ()):
         self.found = found
+        # The sentences on tries that failed at higher rates, before this one or before the checkpoint was made.
+        self.failed = failed or (() if found is None else tuple(found.meta.get("failed", ())))
         self.batches: Callable[[], dict[str, str]] = dict  # the checksums of the batches around a step of a stream
         self.range_test: RangeTest | None = None if found is None else _restored_test(found)
         self.feed: Feed | None = None  # None without a stream
@@ -300,6 +306,7 @@ class Saves:
         arrays |= {f"history.{name}": entries for name, entries in history._asdict().items()}
         hosts = sorted(self._hosts | {self._host()})[:_MOST_HOSTS]  # before the run, and now: some keep records
         meta = {**self._meta, "host": hosts, "limits": numbers_of(limits), "range_test": None}
+        meta["failed"] = [*self.failed]
         if self.range_test is not None:
             test = self.range_test
             arrays |= {f"range_test.{name}": getattr(test, name) for name in TEST_ARRAYS}
@@ -318,14 +325,21 @@ class Saves:
 
 
 @contextlib.contextmanager
-def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Generator[Saves | NoSaves]:
-    """Open the checkpoints at a path for this run alone, until it ends."""
+def saves_at(
+    checkpoint: str | os.PathLike[str] | Checkpoint | None, failed: tuple[str, ...] = ()
+) -> Generator[Saves | NoSaves]:
+    """Open the checkpoints at a path for this run alone, until it ends.
+
+    After tries that ``failed``, remove theirs, and begin anew.
+    """
     if checkpoint is None:
-        yield NoSaves()
+        yield NoSaves(failed)
         return
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     with opened(given, peers()) as (saver, found):
-        saves = Saves(given, saver, found)
+        if failed:
+            saver.forget()
+        saves = Saves(given, saver, None if failed else found, failed)
         try:
             yield saves
         finally:

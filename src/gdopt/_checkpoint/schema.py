@@ -59,6 +59,8 @@ def _fields(saved: Saved) -> Iterator[tuple[str, Field]]:
         yield name, (meta.get(name, ""), _is_text, "a text")
     hosts = meta.get("host", [])
     yield "host", (hosts, lambda hosts: type(hosts) is list and all(map(_is_text, hosts)), "a list of texts")
+    failed = meta.get("failed", [])
+    yield "failed", (failed, lambda failed: type(failed) is list and all(map(_is_text, failed)), "a list of texts")
     yield "limits", (_need(meta, "limits"), _are_limits, f"{len(Limits._fields) - 1} numbers or None")
     yield from _asked(meta)
     yield from _rates(meta)

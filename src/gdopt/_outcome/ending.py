@@ -12,6 +12,7 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._devices.current import for_caller
+from gdopt._devices.processes import peers
 from gdopt._errors import InputError
 from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return
 from gdopt._loop.step import loss_arguments
@@ -43,7 +44,6 @@ class Ended:
     range_test: RangeTest | None
     steps_per_epoch: int | None
     why_exhausted: str
-    failed: tuple[str, ...] = ()  # the sentences on tries before, at higher rates
 
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
@@ -152,7 +152,8 @@ class Ended:
     @property
     def wants_lower_rates(self) -> bool:
         """Tell whether the run failed, or ended above its start, as it does if the rate is too high."""
-        if self.steps == 0 or (self.problem.stream is not None and self.problem.stream.once):
+        stream = self.problem.stream
+        if self.steps == 0 or (stream is not None and stream.once) or peers().several:
             return False
         return self.status in FAILURES or (self.status is Status.MAX_STEPS and not self.is_better)
 

@@ -78,15 +78,15 @@ def _automatic(ended: Ended) -> str:
     """Return the sentences on rates that gdopt chose by a range test, or by the distance that the params went."""
     if ended.method.tried is None:
         return ""
-    told, test, rates = "".join(f" {sentence}" for sentence in ended.failed), ended.range_test, ended.history[2]
+    test, rates = ended.range_test, ended.history[2]
     if not np.isfinite(rates).any():
-        return told
+        return ""
     highest = f"up to {np.nanmax(rates):.2g}"
     if test is None:
-        return f"{told} The learning rates were chosen by gdopt: one cycle {highest}."
+        return f" gdopt chose the learning rates: one cycle {highest}."
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
-        f"{told} The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+        f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
         f"{suggested}: three cycles (triangular2) {highest}."
     )
 
