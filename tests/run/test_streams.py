@@ -469,9 +469,10 @@ def test_range_tests_agree_whatever_the_stream(stream):
     np.testing.assert_array_equal(test.loss, expected.loss)
 
 
-def test_auto_finds_a_rate_and_trains_from_the_first_batch():
-    result = run(Sized(), learning_rate="auto", epochs=20)
-    assert result.range_test is not None
+@pytest.mark.parametrize("optimizer", [None, gdopt.gd])
+def test_auto_finds_a_rate_and_trains_from_the_first_batch(optimizer):
+    result = run(Sized(), optimizer=optimizer, learning_rate="auto", epochs=20)
+    assert (result.range_test is None) == (optimizer is None)
     assert (result.success, result.steps) == (True, 20 * PER_EPOCH)
     assert result.history.loss[0] == by_hand(batches)[1][0]
     assert result.history.loss[-10:].mean() < 0.2 * result.history.loss[0]
@@ -535,7 +536,7 @@ def test_arguments_that_do_not_go_with_a_stream_are_refused():
         run(batches, epochs=1, batch_size=32)
     with pytest.raises(gdopt.InputError, match=r"tol=0.1 was given for a noisy loss"):
         run(batches, epochs=1, tol=0.1)
-    for find in (gdopt.lr_find, functools.partial(gdopt.minimize, max_steps=100)):
+    for find in (gdopt.lr_find, functools.partial(gdopt.minimize, max_steps=100, optimizer=gdopt.gd)):
         with pytest.raises(gdopt.InputError, match="data is an iterator, which can be read only once, but a range"):
             find(loss, START, data=batches())
 

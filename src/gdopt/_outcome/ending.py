@@ -155,6 +155,8 @@ class Ended:
         stream = self.problem.stream
         if self.steps == 0 or (stream is not None and stream.once) or peers().several:
             return False
+        if self.evidence is not None and self.evidence.bad_inputs:  # No rate helps.
+            return False
         return self.status in FAILURES or (self.status is Status.MAX_STEPS and not self.is_better)
 
     @functools.cached_property
