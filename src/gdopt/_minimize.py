@@ -62,6 +62,8 @@ def minimize(
     key: jax.Array | None = None,
     trainable: Any = None,
     scale: PyTree | Literal["curvature"] = None,
+    state: PyTree = None,
+    optimizer_state: PyTree = None,
     keep_best: bool = True,
     callback: Callable[[Report], Any] | None = None,
     progress: bool = False,
@@ -124,6 +126,18 @@ def minimize(
             units in the loss, in callbacks and in the result. Rates, ``grad_tol``, ``grad_norm`` and derivatives of
             least norm are those of the scaled params. A checkpoint resumes only with the same sizes. Default None: not
             scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
+        state: what the model carries along beside its params, such as the running statistics of a batch norm or a count
+            of batches: any pytree. The loss takes it as the keyword ``state``, and returns the next one beside its
+            value: ``(value, state)``, or ``(value, (state, aux))`` with ``has_aux``. Each step passes on what it got
+            from the loss. Arrays and numbers may change, but no structure, shape or dtype; the rest stays as it is. A
+            loss with a state is another function at each step. So it counts as noisy, as one with mini-batches does.
+            Default None: no state.
+        optimizer_state: the optimizer's state to begin with, in place of a fresh one: the ``optimizer_state`` of a
+            `Result`, or what ``optimizer.init(params)`` returns. Moments, counts and steps of a schedule inside the
+            optimizer go on from there; steps and a ``learning_rate`` schedule of gdopt begin at 0. It has to fit the
+            optimizer and the params that are optimised, with the same ``scale``. A range test begins with it, too.
+            `quasi_newton` and `spectral` compare values of one loss, so their search begins anew at the start. Default
+            None: a fresh one.
         keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
@@ -184,7 +198,9 @@ def minimize(
     check_callback(callback)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
-    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches = {"data": data, "batch_size": batch_size}
+    states = {"state": state, "optimizer_state": optimizer_state}
+    problem = make_problem(objective, args=args, **batches, with_key=with_key, key=key, **states)
     steps = check_steps(max_steps, epochs, problem)
     noisy = problem.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
@@ -220,13 +236,13 @@ def minimize(
         source = source_of(problem, compiled, compile, steps, pause=callback is not None)
         with progress_bar(progress, steps.expected) as advance:
             watcher = Watcher(callback, problem, source, advance)
-            compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
+            compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
         ended_at = time.perf_counter()
         if history.grad_norm[0] == 0:
             warn_of_no_gradient(problem)
     inputs, has_steps = source.last_inputs(inputs), max_steps is not None or epochs is not None
     known = source.steps_per_epoch, source.why
-    ended = Ended(problem, method, compiled, inputs, state, history, status, has_steps, range_test, *known)
+    ended = Ended(problem, method, compiled, inputs, end, history, status, has_steps, range_test, *known)
     result = ended.result(
         explain(ended) + saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at
     )

@@ -236,6 +236,8 @@ class Result:
     aux: Any
     compile_seconds: float
     run_seconds: float
+    state: PyTree = None
+    optimizer_state: PyTree = None
     # The record that `diagnose` needs, if the last evaluation was not finite: no child of the pytree, and not pickled.
     _evidence: Any = None
 

@@ -12,6 +12,7 @@ import optax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 from gdopt import _trees
+from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import QuasiNewtonState
 from gdopt._optimizers.trials import Trials
 from gdopt._types import PyTree
@@ -94,6 +95,27 @@ def restarted(state: PyTree) -> PyTree:
     fresh = lambda node: node._replace(rejected=node.rejected * 0, accepted=node.accepted * 0)
     is_trials = lambda node: isinstance(node, Trials)
     return jax.tree.map(lambda node: fresh(node) if is_trials(node) else node, state, is_leaf=is_trials)
+
+
+def check_fits(given: PyTree, fresh: PyTree) -> None:
+    """Raise InputError, with the first difference, unless a state has the leaves and structure of a fresh one."""
+    kind = lambda leaf: f"{leaf.dtype}{list(leaf.shape)}"
+    theirs, mine = (
+        {name: kind(leaf) for name, leaf in _trees.named_leaves(tree, "optimizer_state").items()}
+        for tree in (given, fresh)
+    )
+    names = [name for name in [*mine, *theirs] if theirs.get(name) != mine.get(name)]
+    if not names and jax.tree.structure(given) == jax.tree.structure(fresh):
+        return
+    if names:
+        name = names[0]
+        differ = f"{name} is {theirs.get(name, 'nothing')}, but the optimizer has {mine.get(name, 'nothing')} there"
+    else:
+        differ = f"optimizer_state is {jax.tree.structure(given)}, but the optimizer has {jax.tree.structure(fresh)}"
+    raise InputError(
+        f"{differ}. Pass the optimizer_state of a gdopt.Result with the same optimizer and params of the same shapes, "
+        "or leave it out."
+    )
 
 
 def learns_scales(state: PyTree) -> bool:

@@ -67,6 +67,7 @@ def lr_find(
     key: jax.Array | None = None,
     trainable: Any = None,
     scale: PyTree | Literal["curvature"] = None,
+    state: PyTree = None,
 ) -> RangeTest:
     """Find a learning rate by Smith's range test: a short training whose rate rises until the loss blows up.
 
@@ -103,6 +104,7 @@ def lr_find(
             ``jax.random.key(0)``.
         trainable: the params to optimise, as in `minimize`.
         scale: typical sizes of the params, as in `minimize`. The rates are those of the scaled params.
+        state: the state of the model, as in `minimize`. Each try begins with it, and the last one is thrown away.
 
     Returns:
         A `RangeTest`. Pass its ``suggestion`` to `minimize` as it stands: as a constant rate, or as the highest one of
@@ -129,7 +131,8 @@ def lr_find(
     _check_factory(optimizer)
     check_flags(refine=refine, has_aux=has_aux, with_key=with_key)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
-    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches = {"data": data, "batch_size": batch_size}
+    problem = make_problem(objective, args=args, **batches, with_key=with_key, key=key, state=state)
     return range_test(scaled(problem, scale), optimizer, steps, repeats=repeats, refine=refine)
 
 
