@@ -15,7 +15,7 @@ from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import inject, trials_in
+from gdopt._optimizers.optax_state import inject, may_skip, took_care, trials_in
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem import model_state
 from gdopt._problem.data import Batches
@@ -72,14 +72,17 @@ class Step:
         (loss, extra), grad = self._loss.replay(self._loss.constants, x, inputs.constants, *given)
         model, aux = model_state.of(extra)
         point, here = self._measured(k, x, loss, grad, inputs)
-        code, watch = self._judged(state, point, inputs)
+        update = functools.partial(self._updated, state, inputs, loss, grad, given)
+        tried = update() if settings.noisy and may_skip(state.optimizer) else None
+        skipped = None if tried is None else self._skipped(state, point, tried)
+        code, watch = self._judged(state, point, inputs, skipped)
         running = code == RUNNING
-        kept = self._kept(state, point, here, aux, (code, running), watch)
-        rate = rate_of(self._method, self._schedule, inputs, k)
+        kept = self._kept(state, point, here, aux, (code, running, skipped), watch)
+        model = model if skipped is None else _trees.select(skipped, state.model, model)
+        new_x, new_optimizer, rate = tried or update()
         # A select is cheaper than a cond here, because only the last step of a run is not made. The last step leaves
         # the watch as it was, too: a checkpoint may be resumed with other limits, and repeats the evaluation.
-        new = (*self._updated(x, loss, grad, state.optimizer, rate, given), watch, model)
-        old = x, state.optimizer, state.watch, state.model
+        new, old = (new_x, new_optimizer, watch, model), (x, state.optimizer, state.watch, state.model)
         x, optimizer, watch, model = _trees.select(running, new, old)
         used = self._method.rate_used(rate, optimizer)
         record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan))
@@ -104,7 +107,7 @@ class Step:
             params=_trees.copy(inputs.start),
             optimizer=_trees.copy(_trees.strong(optimizer)),
             order=jnp.zeros(settings.batches.rows, jnp.int32) if settings.batches else None,
-            watch=_stopping.first_watch(self._loss_dtype, norm.dtype),
+            watch=_stopping.first_watch(self._loss_dtype, norm.dtype, skips=settings.noisy and may_skip(optimizer)),
             kept=Kept(best, jnp.int32(0), nan, norm, blank, _trees.copy(inputs.state) if settings.keep_best else None),
             ending=_stopping.first_ending(self._loss_dtype),
             model=_trees.copy(inputs.state),
@@ -137,12 +140,24 @@ class Step:
         largest = _trees.largest(compact(grad)) if self._settings.tests_gradient else None
         return Evaluation(k, value, grad_norm, distance, finite, largest), here
 
-    def _judged(self, state: State, point: Evaluation, inputs: Inputs) -> tuple[jax.Array, Watch]:
+    def _skipped(self, state: State, point: Evaluation, tried: tuple) -> jax.Array:
+        """Tell whether the loss or its gradient is not finite, but the optimizer skips it and keeps the params finite.
+
+        Without noise it would skip the same gradient at each further step.
+        """
+        params, optimizer, _ = tried
+        bad = point.finite & ~(jnp.isfinite(point.loss) & jnp.isfinite(point.grad_norm))
+        stays_finite = lax.cond(bad, lambda: _trees.all_finite(params), lambda: jnp.asarray(False))
+        return bad & stays_finite & took_care(optimizer, state.optimizer)
+
+    def _judged(
+        self, state: State, point: Evaluation, inputs: Inputs, skipped: jax.Array | None
+    ) -> tuple[jax.Array, Watch]:
         found = trials_in(state.optimizer)
         if found is not None:
             found = Search(found.rejected >= MAX_REJECTED, found.accepted, found.left.astype(self._loss_dtype))
         epoch = self._epoch(inputs, point.step)
-        return _stopping.judge(state.watch, state.kept.loss, point, inputs.limits, found, self._eps, epoch)
+        return _stopping.judge(state.watch, state.kept.loss, point, inputs.limits, found, self._eps, epoch, skipped)
 
     def _epoch(self, inputs: Inputs, k: jax.Array) -> Epoch | None:
         if not self._settings.noisy or inputs.epoch is not None:
@@ -152,7 +167,7 @@ class Step:
 
     def _kept(self, state: State, point: Evaluation, here: Packed, aux: PyTree, ended: tuple, watch: Watch) -> Kept:
         """Return the best point so far; for a noisy run the last good one."""
-        last, (code, running) = state.kept, ended
+        last, (code, running, skipped) = state.kept, ended
         k, value, grad_norm = point.step, point.loss, point.grad_norm
         if not self._settings.noisy:
             finite = point.finite & (jnp.isfinite(grad_norm) & jnp.isfinite(value))
@@ -161,25 +176,27 @@ class Step:
         else:
             failed = _stopping.is_failure(code)
             keep = (k == 0) | jnp.where(running, value <= watch.first_loss, ~failed)
+            keep = keep if skipped is None else keep & ((k == 0) | ~skipped)
         keep_best = self._settings.keep_best
         point_kept, model = (here, state.model) if keep_best else (None, None)
         kept = Kept(point_kept, k, value, grad_norm, _trees.strong(aux), model)
         return _trees.select(keep, kept, last) if keep_best else kept
 
     def _updated(
-        self, x: PyTree, loss: jax.Array, grad: PyTree, optimizer: PyTree, rate: jax.Array | None, given: tuple
-    ) -> tuple[PyTree, PyTree]:
-        """Return the params and the optimizer's state after the update."""
+        self, state: State, inputs: Inputs, loss: jax.Array, grad: PyTree, given: tuple
+    ) -> tuple[PyTree, PyTree, jax.Array | None]:
+        """Return the params and the optimizer's state after the update, and its rate."""
+        x, rate = state.params, rate_of(self._method, self._schedule, inputs, state.step)
 
         def asked(params: PyTree) -> jax.Array:
             self.asks_again = True
             return self._task.value(params, *given)[0]
 
-        optimizer = optimizer if rate is None else inject(optimizer, rate)
+        optimizer = state.optimizer if rate is None else inject(state.optimizer, rate)
         updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss)
         # Nothing else may read the updates. Otherwise XLA rounds them before it adds them, whereas a hand-written loop
         # fuses both, and the last bits differ.
-        return optax.apply_updates(x, updates), _trees.strong(optimizer)
+        return optax.apply_updates(x, updates), _trees.strong(optimizer), rate
 
 
 def _check_search(settings: Settings) -> None:

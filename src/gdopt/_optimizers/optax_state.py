@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,28 @@ def inject(state: PyTree, rate: jax.Array) -> PyTree:
 def trials_in(state: PyTree) -> Trials | None:
     """Return the trials in the state of an optimizer that takes bad points back; None for other optimizers."""
     return next(iter(_states_of(state, Trials)), None)
+
+
+def may_skip(state: PyTree) -> bool:
+    """Tell whether the optimizer has a wrapper that may skip gradients which are not finite.
+
+    ``optax.MultiSteps`` has a state for that only if it was given a function which decides.
+    """
+    counts = [part for part in _states_of(state, optax.MultiStepsState) if jax.tree.leaves(part.skip_state)]
+    return bool(counts or _states_of(state, optax.ApplyIfFiniteState))
+
+
+def took_care(new: PyTree, old: PyTree) -> Any:
+    """Tell whether a wrapper dealt with a gradient that is not finite, if the params are finite after the update.
+
+    ``optax.apply_if_finite`` lets it through once it gives up. Within ``optax.MultiSteps`` it sees sums of gradients,
+    and not each of them. ``optax.MultiSteps`` itself adds a gradient to its sum unless it skips it.
+    """
+    if _states_of(new, optax.ApplyIfFiniteState):
+        return True
+    pairs = zip(_states_of(new, optax.MultiStepsState), _states_of(old, optax.MultiStepsState), strict=True)
+    still = [(a.mini_step == b.mini_step) & (a.gradient_step == b.gradient_step) for a, b in pairs]
+    return functools.reduce(jnp.logical_or, still)
 
 
 def restarted(state: PyTree) -> PyTree:

@@ -46,15 +46,12 @@ def _fitting(name: str, old: Any, new: Any, kept: bool) -> Any:
     if not kept:
         if new is old or (type(new) is type(old) and bool(new == old)):
             return old
-        raise InputError(
-            f"{name} is {old!r}, but the loss returned {new!r} for it. Only arrays and numbers can change."
-        )
+        raise InputError(f"{name} is {old!r}, but the loss returned {new!r} for it. Only arrays can change.")
     if _trees.is_key(new) and new.dtype == old.dtype and new.shape == old.shape:
         return new
     if not (_trees.is_array(new) or hasattr(new, "__jax_array__")):
-        raise InputError(
-            f"{name} is {_kind(old)}, but the loss returned a {type(new).__name__} for it. Return an array."
-        )
+        returned = type(new).__name__
+        raise InputError(f"{name} is {_kind(old)}, but the loss returned a {returned} for it. Return an array.")
     array = new if isinstance(new, jax.Array) else jnp.asarray(new)
     weak = getattr(array, "weak_type", False) and jnp.promote_types(old.dtype, array.dtype) == old.dtype
     array = array.astype(old.dtype) if weak else array
