@@ -95,7 +95,11 @@ def minimize(
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
             transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. The default
             (None) is `quasi_newton` for a deterministic loss, with fewer pairs if params would take too much memory. It
-            is `gd` for mini-batches and random keys, and if a learning_rate is given.
+            is `gd` for mini-batches and random keys, and if a learning_rate is given. Wrappers that skip gradients
+            which are not finite decide about these with a noisy loss: ``optax.apply_if_finite``, and
+            ``optax.MultiSteps`` with a ``should_skip_update_fn`` that returns a state. The run goes on until they give
+            up and let one through. The history shows the skipped losses, but means, ``target`` and the returned point
+            leave them out, and the model's ``state`` stays as it was. Without a wrapper the first NaN ends a run.
         learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
             your own. With `gd` on a deterministic loss, "auto" is short for ``optimizer=gdopt.spectral()``, which finds
             the rate at every step. With mini-batches, random keys and other factories, "auto" first makes a range test:

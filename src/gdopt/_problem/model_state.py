@@ -46,19 +46,19 @@ def _fitting(name: str, old: Any, new: Any, kept: bool) -> Any:
     if not kept:
         if new is old or (type(new) is type(old) and bool(new == old)):
             return old
-        raise InputError(f"{name} is {old!r}, but the loss returned {new!r} for it. Only arrays can change.")
+        raise InputError(f"{name} is {old!r}, but the loss returned {new!r}. Only arrays can change.")
     if _trees.is_key(new) and new.dtype == old.dtype and new.shape == old.shape:
         return new
     if not (_trees.is_array(new) or hasattr(new, "__jax_array__")):
         returned = type(new).__name__
-        raise InputError(f"{name} is {_kind(old)}, but the loss returned a {returned} for it. Return an array.")
+        raise InputError(f"{name} is {_kind(old)}, but the loss returned a {returned}. Return an array.")
     array = new if isinstance(new, jax.Array) else jnp.asarray(new)
-    weak = getattr(array, "weak_type", False) and jnp.promote_types(old.dtype, array.dtype) == old.dtype
+    weak = not _trees.is_key(old) and getattr(array, "weak_type", False) and jnp.result_type(old, array) == old.dtype
     array = array.astype(old.dtype) if weak else array
     if (array.shape, array.dtype) != (old.shape, old.dtype):
         raise InputError(
-            f"{name} is {_kind(old)}, but the loss returned {_kind(array)} for it. Return the same shape and dtype (for "
-            f"example with .astype({old.dtype.name!r}))."
+            f"{name} is {_kind(old)}, but the loss returned {_kind(array)} for it. Return the same shape and dtype "
+            f"(for example with .astype({old.dtype.name!r}))."
         )
     return _trees.strong(array)
 
