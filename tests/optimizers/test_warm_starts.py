@@ -129,7 +129,7 @@ def test_no_derivative_flows_through_it():
     np.testing.assert_allclose(by_arg, 2, rtol=1e-3)
 
 
-ADAM = optax.adam(0.1)
+ADAM: Any = optax.adam(0.1)
 BAD: dict[str, Any] = {
     "of another optimizer": (
         optax.sgd(0.1, momentum=0.9).init(W),

@@ -290,7 +290,7 @@ def test_linen():
     result = trained(loss, params, state, SGD)
     _, new = loop(loss, params, state, SGD)
     assert_close(result.state, new)
-    out = Network().apply({"params": result.params, **result.state}, X)
+    out: Any = Network().apply({"params": result.params, **result.state}, X)
     assert np.mean(np.square(out - Y)) < np.mean(np.square(Y))
 
 

@@ -37,7 +37,7 @@ def run(some: list[Any], optimizer: Any, **more: Any) -> gdopt.Result:
     return gdopt.minimize(loss, W, data=lambda: iter(some), optimizer=optimizer, max_steps=len(some), **more)
 
 
-steps_of = functools.partial(optax.MultiSteps, should_skip_update_fn=optax.skip_not_finite)
+steps_of: Any = functools.partial(optax.MultiSteps, should_skip_update_fn=optax.skip_not_finite)
 WRAPPERS: dict[str, Any] = {
     "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 3),
     "in a chain": optax.chain(optax.clip(10.0), optax.apply_if_finite(optax.adam(0.1), 3)),
@@ -155,7 +155,7 @@ def test_a_plain_run_has_no_operation_for_it(monkeypatch: pytest.MonkeyPatch):
     for name, optimizer in (("plain", optax.adam(0.1)), ("steps", optax.MultiSteps(optax.adam(0.1), 1))):
         traces.clear()
         gdopt.clear_cache()
-        gdopt.minimize(loss, W, data=(X, Y), batch_size=8, optimizer=optimizer, max_steps=2)
+        gdopt.minimize(loss, W, data=(X, Y), batch_size=8, optimizer=optimizer, max_steps=2)  # pyright: ignore[reportArgumentType]
         lengths[name] = [str(trace).count("is_finite") for trace in traces]
     traces.clear()
     gdopt.minimize(loss, W, data=(X, Y), batch_size=8, optimizer=WRAPPERS["MultiSteps"], max_steps=2)
@@ -170,3 +170,18 @@ def test_a_deterministic_loss_ends_at_once():
     result = gdopt.minimize(falls_off, jnp.ones(2), optimizer=steps_of(optax.sgd(1.5), 1), max_steps=100)
     assert result.status is gdopt.Status.NON_FINITE
     assert result.steps < 10
+
+
+@pytest.mark.parametrize("more", [{}, {"repeats": 2}, {"refine": True}])
+def test_a_range_test_goes_on_after_a_bad_batch(more: Any):
+    x, y = X.copy(), Y + RNG.normal(size=80).astype(np.float32)
+    x[30] = np.nan
+    factory = lambda rate: optax.apply_if_finite(optax.sgd(rate), 3)
+    test = gdopt.lr_find(loss, W, data=(x, y), batch_size=8, optimizer=factory, **more)
+    good = gdopt.lr_find(loss, W, data=(X, y), batch_size=8, optimizer=optax.sgd, **more)
+    assert test.status is gdopt.Status.DIVERGED
+    assert test.suggestion is not None
+    assert good.suggestion is not None
+    assert 0.3 < test.suggestion / good.suggestion < 3
+    result = gdopt.minimize(loss, W, data=(x, y), batch_size=8, optimizer=factory, max_steps=100)
+    assert result.success
