@@ -63,6 +63,8 @@ def minimize(
     key: jax.Array | None = None,
     trainable: Any = None,
     scale: PyTree | Literal["curvature"] = None,
+    state: PyTree = None,
+    optimizer_state: PyTree = None,
     keep_best: bool = True,
     callback: Callable[[Report], Any] | None = None,
     progress: bool = False,
@@ -94,7 +96,11 @@ def minimize(
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
             transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. The default
             (None) is `quasi_newton` for a deterministic loss, with fewer pairs if params would take too much memory. It
-            is `gd` for mini-batches and random keys, and if a learning_rate is given.
+            is `gd` for mini-batches and random keys, and if a learning_rate is given. Wrappers that skip gradients
+            which are not finite decide about these with a noisy loss: ``optax.apply_if_finite``, and
+            ``optax.MultiSteps`` with a ``should_skip_update_fn`` that returns a state. The run goes on until they give
+            up and let one through. The history shows the skipped losses, but means, ``target`` and the returned point
+            leave them out, and the model's ``state`` stays as it was. Without a wrapper the first NaN ends a run.
         learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
             your own. With `gd` on a deterministic loss, "auto" is short for ``optimizer=gdopt.spectral()``, which finds
             the rate at every step. With mini-batches, random keys and other factories, "auto" first makes a range test:
@@ -125,6 +131,18 @@ def minimize(
             units in the loss, in callbacks and in the result. Rates, ``grad_tol``, ``grad_norm`` and derivatives of
             least norm are those of the scaled params. A checkpoint resumes only with the same sizes. Default None: not
             scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
+        state: what the model carries along beside its params, such as the running statistics of a batch norm or a count
+            of batches: any pytree. The loss takes it as the keyword ``state``, and returns the next one beside its
+            value: ``(value, state)``, or ``(value, (state, aux))`` with ``has_aux``. Each step passes on what it got
+            from the loss. Arrays and numbers may change, but no structure, shape or dtype; the rest stays as it is. A
+            loss with a state is another function at each step. So it counts as noisy, as one with mini-batches does.
+            Default None: no state.
+        optimizer_state: the optimizer's state to begin with, in place of a fresh one: the ``optimizer_state`` of a
+            `Result`, or what ``optimizer.init(params)`` returns. Moments, counts and steps of a schedule inside the
+            optimizer go on from there; steps and a ``learning_rate`` schedule of gdopt begin at 0. It has to fit the
+            optimizer and the params that are optimised, with the same ``scale``. A range test begins with it, too.
+            `quasi_newton` and `spectral` compare values of one loss, so their search begins anew at the start. Default
+            None: a fresh one.
         keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
@@ -185,7 +203,9 @@ def minimize(
     check_callback(callback)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
-    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches = {"data": data, "batch_size": batch_size}
+    states = {"state": state, "optimizer_state": optimizer_state}
+    problem = make_problem(objective, args=args, **batches, with_key=with_key, key=key, **states)
     steps = check_steps(max_steps, epochs, problem)
     noisy = problem.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
@@ -244,12 +264,12 @@ def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str
         source = source_of(problem, compiled, compile, steps, pause=call.callback is not None)
         with progress_bar(call.progress, steps.expected) as advance:
             watcher = Watcher(call.callback, problem, source, advance)
-            compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
+            compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
         ended_at = time.perf_counter()
         if history.grad_norm[0] == 0:
             warn_of_no_gradient(problem)
     last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why)
-    ended = Ended(problem, method, compiled, last, state, history, status, call.has_steps, range_test, *known)
+    ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
     if method.lower is not None and ended.wants_lower_rates:
         return _tried(call, refused, began, (*saves.failed, failure(ended)))
     message = explain(ended) + "".join(f" {sentence}" for sentence in saves.failed) + saves.told

@@ -213,6 +213,12 @@ class Result:
         compile_seconds: spent before the loop: tracing, compiling (near zero if an equal program ran before), and the
             range test if there was one.
         run_seconds: spent in the loop.
+        state: the model's state that belongs to ``params``: evaluate them with it, or pass both to go on. With the last
+            params it is the newest one, from the batch of the last update. None without ``state``.
+        optimizer_state: the optimizer's state after the last update, as ``optimizer.init`` makes it for the params that
+            are optimised (None in place of the others). Pass it to `minimize` to go on with it. It holds the arrays of
+            the run, without a copy: with Adam twice the memory of the params, as long as the result lives. After a
+            failure it may hold NaN.
 
     Example:
         >>> import gdopt
@@ -236,6 +242,8 @@ class Result:
     aux: Any
     compile_seconds: float
     run_seconds: float
+    state: PyTree = None
+    optimizer_state: PyTree = None
     # The record that `diagnose` needs, if the last evaluation was not finite: no child of the pytree, and not pickled.
     _evidence: Any = None
 

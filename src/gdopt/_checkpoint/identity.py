@@ -37,6 +37,7 @@ def run_identity(problem: Problem, *, keep_best: bool) -> dict[str, str]:
         "held params": with_checksum(problem.objective.rest.arrays),
         "key": _trees.on_host(jax.random.key_data(problem.key)).tobytes().hex() if problem.noisy else "none",
         "keep_best": repr(keep_best),
+        "state": _shapes_of(problem.state) or "nothing",
         "scale": with_checksum(problem.objective.sizes),
         "float": jax.dtypes.canonicalize_dtype(float).name,
     }

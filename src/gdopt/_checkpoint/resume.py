@@ -126,15 +126,19 @@ class Saves:
         self._steps = steps
         asked = {"max_steps": None if steps.most == LAST_STEP else steps.most, "epochs": steps.epochs}
         given = run_identity(problem, keep_best=keep_best)
-        self._meta = {"given": given, "start": digests.checksum(problem.objective.params), "asked": asked}
+        start = problem.objective.params
+        if problem.has_state or problem.optimizer_state is not None:
+            start = start, problem.state, problem.optimizer_state
+        self._meta = {"given": given, "start": digests.checksum(start), "asked": asked}
         if self.found is None:
             return
         self._refuse_other_calls(self.found)
         if self.found.meta["start"] != self._meta["start"]:
-            warn(f"params differ from the start of the run saved in {self.found.file!r}, whose params are used.")
+            what = "params" if start is problem.objective.params else "params, state or optimizer_state"
+            warn(f"{what} differ from the start of the run saved in {self.found.file!r}, whose {what} are used.")
 
     def _refuse_other_calls(self, found: Saved) -> None:
-        theirs = {"scale": "nothing", **found.meta["given"]}  # Old checkpoints have no scale.
+        theirs = {"scale": "nothing", "state": "nothing", **found.meta["given"]}  # Old checkpoints have neither.
         for name, mine in self._meta["given"].items():
             refuse_other(found, name, theirs.get(name), mine)
 

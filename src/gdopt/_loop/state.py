@@ -35,6 +35,8 @@ class Inputs(NamedTuple):
     limits: Limits
     constants: list[Any]  # the arrays that the loss closes over
     numbers: list[Any] | None  # the numbers of the schedule
+    state: PyTree = None  # the model's state before the first step, if the loss has one
+    optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
     epoch: Epoch | None = None  # for a stream, whose batches are the data in turn
 
 
@@ -49,6 +51,7 @@ class Kept(NamedTuple):
     loss: jax.Array
     grad_norm: jax.Array
     aux: PyTree
+    model: PyTree = None  # the model's state with which the point is to be evaluated, if params are kept
 
 
 class State(NamedTuple):
@@ -62,6 +65,7 @@ class State(NamedTuple):
     watch: Watch
     kept: Kept
     ending: Ending
+    model: PyTree = None  # the model's state that the loss returned at the step before; None if it has none
 
 
 class Outcome(NamedTuple):
@@ -77,6 +81,8 @@ class Outcome(NamedTuple):
     ending: Ending
     # 0 for real entries of params that the optimizer holds at a bound, 1 for others; None if it holds none
     free: PyTree
+    model: PyTree = None
+    optimizer: PyTree = None
 
     @property
     def is_smooth_minimum(self) -> jax.Array:
@@ -135,7 +141,8 @@ class Settings(NamedTuple):
         if kept.params is not None:
             kept = kept._replace(params=layout.packed(kept.params))
         params, optimizer = layout.like_params(state.params), layout.like_params(state.optimizer)
-        return state._replace(params=params, optimizer=optimizer, kept=kept)
+        kept, model = kept._replace(model=layout.like_state(kept.model)), layout.like_state(state.model)
+        return state._replace(params=params, optimizer=optimizer, kept=kept, model=model)
 
 
 class Programs(NamedTuple):
@@ -149,6 +156,11 @@ class Programs(NamedTuple):
 def returned_params(state: State) -> PyTree:
     """Return the params whose loss is in ``state.kept``."""
     return state.params if state.kept.params is None else state.kept.params.tree()
+
+
+def returned_model(state: State) -> PyTree:
+    """Return the model's state that belongs to `returned_params`: the loss there was computed with it."""
+    return state.model if state.kept.params is None else state.kept.model
 
 
 def params_to_return(state: State) -> PyTree:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdopt import _stopping, _trees
-from gdopt._loop.state import Carry, Inputs, Outcome, Settings, State, returned_params
+from gdopt._loop.state import Carry, Inputs, Outcome, Settings, State, returned_model, returned_params
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
 from gdopt._result import History
@@ -103,7 +103,8 @@ def whole_loop(
         params, kept = returned_params(state), state.kept
         success = _stopping.succeeded(ended.code, ended.watch, noisy=settings.noisy, has_target=has_target)
         found = params, kept.loss, kept.grad_norm, kept.aux
-        return Outcome(*found, ended.step, ended.code, success, ended.ending, held(state, inputs))
+        ends = ended.step, ended.code, success, ended.ending, held(state, inputs)
+        return Outcome(*found, *ends, returned_model(state), state.optimizer)
 
     return whole
 

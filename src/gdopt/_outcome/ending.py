@@ -14,7 +14,7 @@ from gdopt import _trees
 from gdopt._devices.current import for_caller
 from gdopt._devices.processes import peers
 from gdopt._errors import InputError
-from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return
+from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return, returned_model
 from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.method import Method, Rates
 from gdopt._optimizers.optax_state import learns_scales
@@ -63,6 +63,8 @@ class Ended:
             aux=for_caller(jax.tree.map(jax.device_put, kept.aux)),
             compile_seconds=compile_seconds,
             run_seconds=run_seconds,
+            state=for_caller(self.problem.whole_state(_trees.to_device(returned_model(self.state)))),
+            optimizer_state=for_caller(_trees.to_device(self.state.optimizer)),
             _evidence=self.evidence,
         )
 
@@ -94,7 +96,7 @@ class Ended:
         if rate is not None and self.method.owns_rate and not math.isfinite(rate):  # The optimizer reports no rate.
             rate = None
         with own_work():
-            given = loss_arguments(self.inputs, state.order, state.step, problem.batches, with_key=problem.with_key)
+            given = loss_arguments(self.inputs, state, problem.batches, with_key=problem.with_key)
             return make_evidence(problem, state.params, given, step, rate)
 
     @functools.cached_property
@@ -147,7 +149,7 @@ class Ended:
         """Tell whether a noisy run ended below its start; if the first batch says no, compare on many."""
         if is_better(self.watch):
             return True
-        return self.problem.noisy and is_at_most(self.problem, self.inputs, self.params, self.inputs.start)
+        return self.problem.noisy and is_at_most(self.problem, self.inputs, self.state, self.params)
 
     @property
     def wants_lower_rates(self) -> bool:
@@ -198,4 +200,6 @@ def result_inside(whole: Whole, inputs: Inputs, problem: Problem) -> Result:
         aux=outcome.aux,
         compile_seconds=zero,
         run_seconds=zero,
+        state=problem.whole_state(outcome.model),
+        optimizer_state=outcome.optimizer,
     )

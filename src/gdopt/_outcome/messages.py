@@ -58,6 +58,7 @@ def explain(ended: Ended) -> str:
             f" {divided}{larger} and {smaller} differ in scale by 100 times or more. Pass {what}{other}, or leave the "
             f"{out} out."
         )
+    message += _skipped(ended)
     if ended.method.name:
         message += f" The optimizer was {ended.method.name}."
     elif ended.rates is Rates.SEARCHED:
@@ -89,6 +90,19 @@ def _automatic(ended: Ended) -> str:
         f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
         f"{suggested}: three cycles (triangular2) {highest}."
     )
+
+
+def _skipped(ended: Ended) -> str:
+    """Return the sentence on the batches that the optimizer skipped; "" if it skipped none."""
+    bad = ~(np.isfinite(ended.history.loss) & np.isfinite(ended.history.grad_norm))
+    bad = bad[:-1] if ended.status in FAILURES else bad
+    if not ended.problem.noisy or not bad.any():
+        return ""
+    count, last = int(bad.sum()), bool(bad[-1]) and ended.status not in FAILURES
+    was, back = "was" if count == 1 else "were", ""
+    if last and ended.returned_step < ended.steps:
+        back = f" The last one is among them, so the point of step {ended.returned_step} is returned."
+    return f" The optimizer skipped {count} of {bad.size} evaluations, which {was} not finite.{back}"
 
 
 def _explain(status: Status, ended: Ended) -> str:
@@ -124,6 +138,8 @@ def _words(status: Status, ended: Ended) -> _Words:
     width = (ended.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
     end = steps if noisy or status in FAILURES else ended.returned_step
     seen = losses[: max(end, 1) if width > 1 and status is not Status.TARGET_REACHED else end + 1]
+    if noisy and status not in FAILURES:  # The optimizer may have skipped some.
+        losses, seen = (some[np.isfinite(some)] if np.isfinite(some).any() else some for some in (losses, seen))
     first, last = losses[:width].mean(), seen[-width:].mean()
     return _Words(
         first=f"{first:.6g}",

@@ -32,7 +32,7 @@ from gdopt._run import host_loop
 from gdopt._run.sources import InMemory, Streamed, source_of
 from gdopt._settings import own_work
 from gdopt._signals import Interrupted, interruptible
-from gdopt._status import Status
+from gdopt._status import RUNNING, Status
 from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.schedules import ladder
@@ -67,6 +67,7 @@ def lr_find(
     key: jax.Array | None = None,
     trainable: Any = None,
     scale: PyTree | Literal["curvature"] = None,
+    state: PyTree = None,
 ) -> RangeTest:
     """Find a learning rate by Smith's range test: a short training whose rate rises until the loss blows up.
 
@@ -103,6 +104,7 @@ def lr_find(
             ``jax.random.key(0)``.
         trainable: the params to optimise, as in `minimize`.
         scale: typical sizes of the params, as in `minimize`. The rates are those of the scaled params.
+        state: the state of the model, as in `minimize`. Each try begins with it, and the last one is thrown away.
 
     Returns:
         A `RangeTest`. Pass its ``suggestion`` to `minimize` as it stands: as a constant rate, or as the highest one of
@@ -129,7 +131,8 @@ def lr_find(
     _check_factory(optimizer)
     check_flags(refine=refine, has_aux=has_aux, with_key=with_key)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
-    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches = {"data": data, "batch_size": batch_size}
+    problem = make_problem(objective, args=args, **batches, with_key=with_key, key=key, state=state)
     return range_test(scaled(problem, scale), optimizer, steps, repeats=repeats, refine=refine)
 
 
@@ -214,24 +217,38 @@ class _Curve(NamedTuple):
 def _climb(problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
     """Climb from the given section upwards until the curve says enough; every repeat begins at the start."""
     advance, state, inputs = _begin(problem, optimizer, keys, _each(steps.section(lowest), keys))
-    rates, records = np.empty(0), []
+    rates, records, seen = np.empty(0), [], np.empty(0)
 
     def all_over(step: int, state: State, history: History) -> bool:
+        nonlocal seen
         losses = np.where(np.isfinite(history.grad_norm), history.loss.astype(float), np.nan)
         records.append(losses.reshape(len(losses), -1))  # (steps, repeats)
-        return all(rules.end(row) < len(row) for row in np.concatenate(records).T)
+        seen = _without_skipped(np.concatenate(records), state)
+        return all(rules.end(row) < len(row) for row in seen.T)
 
     section = lowest
     while True:
         rates = np.append(rates, steps.section(section))
         inputs = inputs._replace(rate=_each(steps.section(section), keys))
         state, _ = advance(state, inputs, all_over, len(rates))
-        losses = np.concatenate(records)[: len(rates)].T
+        losses = seen[: len(rates)].T
         curve = _Curve(rates, losses, [rules.end(row) for row in losses])
         verdict = _verdict(curve)
         if verdict.missing != "higher" or steps.mode == "linear" or section == lowest + _EXTENSIONS:
             return curve, verdict
         section += 1
+
+
+def _without_skipped(losses: np.ndarray, state: State) -> np.ndarray:
+    """Put the loss before in place of each that is not finite, if the optimizer skipped it and the run continued."""
+    finite = np.isfinite(losses)
+    if finite.all():
+        return losses
+    rows = np.arange(len(losses))[:, None]
+    last = np.where(_trees.on_host(state.code).reshape(-1) == RUNNING, len(losses), np.where(finite, rows, -1).max(0))
+    known = np.maximum.accumulate(np.where(finite, rows, 0))
+    known = np.where(known == 0, finite.argmax(0), known)  # those before the first one that is finite
+    return np.where(finite | (rows > last), losses, np.take_along_axis(losses, known, 0))
 
 
 def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
@@ -287,9 +304,10 @@ def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array
         keys = jnp.atleast_1d(keys)
         lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
     advance, state, inputs = _begin(problem, optimizer, many, lanes)
-    _, history = advance(state, inputs, lambda *_: False, _REFINING_STEPS)
+    state, history = advance(state, inputs, lambda *_: False, _REFINING_STEPS)
+    losses = _without_skipped(history.loss, state[0].tree())
     last = np.full((_JUDGED, len(lanes)), np.inf)  # A run that ended early counts as infinite.
-    measured = history.loss[_REFINING_STEPS - _JUDGED :]
+    measured = losses[_REFINING_STEPS - _JUDGED :]
     last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)
     return Refinement(rates, last.mean(axis=0).reshape(len(rates), -1).mean(axis=1))
 
