@@ -19,6 +19,7 @@ from gdopt._optimizers.optax_state import inject, trials_in
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem.data import Batches
 from gdopt._problem.problem import Problem
+from gdopt._problem.validation import metrics_in
 from gdopt._status import RUNNING
 from gdopt._stopping import Epoch, Evaluation, Search, Watch
 from gdopt._trees import Packed
@@ -64,7 +65,7 @@ class Step:
         self._eps = float(jnp.finfo(value.dtype).eps)
 
     def __call__(self, state: State, inputs: Inputs) -> tuple[State, tuple]:
-        """Return the next state, and the record of this evaluation: its loss, its gradient's norm, and the rate."""
+        """Return the next state, and the record of this evaluation: loss, norm of the gradient, rate, and metrics."""
         k, x, settings = state.step, state.params, self._settings
         given, order = self._given(k, state.order, inputs)
         (loss, aux), grad = self._loss.replay(self._loss.constants, x, inputs.constants, *given)
@@ -78,7 +79,8 @@ class Step:
         new = (*self._updated(x, loss, grad, state.optimizer, rate, given), watch)
         x, optimizer, watch = _trees.select(running, new, (x, state.optimizer, state.watch))
         used = self._method.rate_used(rate, optimizer)
-        record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan))
+        metrics = metrics_in(aux).values() if settings.metrics else ()
+        record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan), *map(jnp.asarray, metrics))
         return settings.in_place(State(k + running, code, x, optimizer, order, watch, kept, state.ending)), record
 
     def start(self, inputs: Inputs) -> State:
