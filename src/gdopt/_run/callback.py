@@ -24,7 +24,7 @@ from gdopt._run.sources import InMemory, Streamed
 from gdopt._run.validation import NoValidation, Validator
 from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._signals import Interrupted
-from gdopt._status import Status
+from gdopt._status import FAILURES, Status
 
 # Evaluate the point of a carry as the end of a run does: return the carry to continue with, and the evaluated state.
 Look = Callable[[Carry], tuple[Carry, State]]
@@ -78,7 +78,8 @@ class Watcher:
         if self._callback is None or not (self._is_due(step, ended) or not runs):
             return carry, over
         # A point between two chunks is not evaluated yet. By the clock, the one before it is reported.
-        looks = runs and (self._every is not None or ended or has_other_point(state))
+        averages = has_average(state) and int(state.code) not in FAILURES
+        looks = averages or (runs and (self._every is not None or ended or state.kept.params is None))
         seen = step - (runs and not looks)
         if seen == self._seen:
             return carry, over
@@ -132,11 +133,10 @@ class Watcher:
             raise self.failure
 
 
-def has_other_point(state: State) -> bool:
-    """Tell whether the point to return is not the one on record: an average, or the last one without a best."""
+def has_average(state: State) -> bool:
+    """Tell whether the optimizer keeps an average of the params, which is to be returned."""
     with own_work(), own_promotion():
-        average = evaluation_params(state.optimizer, state.params)
-    return state.kept.params is None or average is not state.params
+        return evaluation_params(state.optimizer, state.params) is not state.params
 
 
 def check_callback(callback: Any, every: Any, data: Any) -> int | str | None:

@@ -239,15 +239,17 @@ def _averaged(source: InMemory | Streamed, inputs: Inputs, carry: Carry) -> Carr
 def _look(source: InMemory | Streamed, inputs: Inputs, carry: Carry) -> tuple[Carry, State]:
     """Evaluate the point of a carry as the end of a run does, and return the carry with which the run continues.
 
-    That is the same to the last bit. So the best point is copied, because the evaluation may take its place.
+    That is the same to the last bit. So the best point is copied, because the evaluation may take its place. If the run
+    has ended, only the average of an optimizer is left to evaluate.
     """
-    kept = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, carry[0].tree().kept)
-    carry = _evaluated(source, inputs, carry)
+    before = carry[0].tree()
+    kept = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, before.kept)
+    if before.code == RUNNING:
+        carry = _evaluated(source, inputs, carry)
     params = carry[0].tree().params
     carry = _averaged(source, inputs, carry)
     state = carry[0].tree()
-    again = state._replace(code=np.int32(RUNNING), params=params, kept=kept)
-    return (_packed(again, carry), carry[1]), state
+    return (_packed(state._replace(code=before.code, params=params, kept=kept), carry), carry[1]), state
 
 
 def _at_best(

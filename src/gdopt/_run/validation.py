@@ -112,6 +112,7 @@ class Validator:
         found = saves.restored_validation(state.params)
         self._steps = found["steps"].tolist()
         self._records, self._means = list(found["records"]), list(found["means"])
+        self._program.prepare(state.params)
         self._rows = [records[0].metrics[self._steps[-1] if self._steps else 0 :]]
         if self._keep_best and self.lowest is not None:
             params = jax.tree.map(_trees.on_device, found["best"])
@@ -198,13 +199,22 @@ class _Program:
         found = [_trees.on_host(mean).astype(float) for mean in means]
         return found[0] if len(found) == 1 else np.average(found, axis=0, weights=rows)
 
+    def prepare(self, params: PyTree) -> None:
+        """Trace the loss, so that the names of its metrics are known."""
+        self._ready(params, self._problem.data, self._rows if self._problem.stream is None else None)
+
     def _mean(self, params: PyTree, data: PyTree, most: int | None) -> jax.Array:
+        shared, given = self._ready(params, data, most)
+        return shared.call(*given)
+
+    def _ready(self, params: PyTree, data: PyTree, most: int | None) -> tuple[program.Shared, tuple]:
+        """Return the program for such data, and its arguments."""
         given = {"params": params, _NAME: data, "args": self._problem.args, "key": self._key}
         given = tuple(on_one_mesh(given)[0].values())
         kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
         if kinds not in self._shared:
             self._shared[kinds] = self._compiled(given, most)
-        return self._shared[kinds].call(*given)
+        return self._shared[kinds], given
 
     def _compiled(self, given: tuple, most: int | None) -> program.Shared:
         """Trace the mean as on Auto axes; if that fails, on the Explicit axes of the arrays."""
