@@ -28,6 +28,7 @@ from gdopt._problem.lints import warn_of_no_gradient
 from gdopt._problem.objective import make_objective
 from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
+from gdopt._problem.validation import Validation, check_validation
 from gdopt._rate_finder.auto import rates_found
 from gdopt._rate_finder.lr_find import Cut
 from gdopt._result import RangeTest, Report, Result
@@ -35,6 +36,7 @@ from gdopt._run import host_loop
 from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
 from gdopt._run.sources import source_of
+from gdopt._run.validation import validator_of
 from gdopt._signals import check, interruptible
 from gdopt._status import Status
 from gdopt._stopping import Limits
@@ -66,7 +68,11 @@ def minimize(
     state: PyTree = None,
     optimizer_state: PyTree = None,
     keep_best: bool = True,
+    validation: PyTree = None,
+    validation_loss: Loss | None = None,
+    patience: int | None = None,
     callback: Callable[[Report], Any] | None = None,
+    callback_every: int | Literal["epoch"] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     throw: bool = False,
@@ -147,9 +153,23 @@ def minimize(
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
             because the last point is then a trial.
-        callback: called with a `Report` between two compiled chunks: after the first step, then about every 50 ms (at
-            first more often), and at the end of each epoch of mini-batches. It returns True to stop the run, and None
-            or False to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
+        validation: data that the run does not learn from, of the structure of a batch: arrays with any number of rows,
+            or a stream that can be read again. At the end of each epoch one compiled program evaluates their mean loss,
+            without a gradient, in parts of at most 1024 rows (or ``batch_size``, if that is more). The losses are in
+            ``Result.history``, and the params with the lowest one are returned; with ``keep_best=False``, the last
+            ones. With ``has_aux`` the scalars of the aux are averaged per epoch, too, for training and validation. Only
+            for mini-batches and streams, and for data with keys, of which an epoch is one step. A loss with a key gets
+            the same key each time.
+        validation_loss: a function called like the loss, which returns what the loss does; used for validation in its
+            place (for example ``functools.partial(loss, training=False)``). By default the loss itself.
+        patience: the epochs without a new low of the validation loss after which the run stops, with success
+            (EARLY_STOPPED). Default None: it does not stop for that.
+        callback: called with a `Report` between two compiled chunks. It returns True to stop the run, and None or False
+            to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
+        callback_every: the steps after which the callback is called, in each run the same, or "epoch" for the end of
+            each epoch; and at the end of the run. Each such report costs one evaluation of the loss and its gradient,
+            two if the optimizer keeps an average. By default (None) it is called after the first step, then about every
+            50 ms (at first more often), and at the end of each epoch of mini-batches.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
             call with the same path to resume from the newest checkpoint that can be used. On the same machine the
@@ -200,7 +220,7 @@ def minimize(
     """
     began = time.perf_counter()
     check_optimizer(optimizer, searched=is_auto(learning_rate))
-    check_callback(callback)
+    every = check_callback(callback, callback_every, data)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
     batches = {"data": data, "batch_size": batch_size}
@@ -210,15 +230,20 @@ def minimize(
     noisy = problem.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     check_rate(optimizer, learning_rate)
+    validated = check_validation(validation, validation_loss, patience, problem)
     problem = scaled(problem, scale)
-    options = {"callback": callback, "checkpoint": checkpoint}
+    options = {"callback": callback, "checkpoint": checkpoint, "validation": validated}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
+    asked |= {"patience": patience, "callback_every": every}
     given = {name: value is not None for name, value in options.items()}
     loop.check_alike(problem, **asked, **given, keep_best=keep_best)
     if checkpoint is not None and loop.is_inside(problem):
         refuse_host_visits(checkpoint=checkpoint)
     has_steps = max_steps is not None or epochs is not None
-    call = _Call(problem, optimizer, learning_rate, steps, limits, has_steps, keep_best, callback, progress, checkpoint)
+    chosen = optimizer, learning_rate
+    call = _Call(
+        problem, *chosen, steps, limits, has_steps, keep_best, validated, callback, every, progress, checkpoint
+    )
     refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
     result = _tried(call, refused, began, ())
     return result.raise_for_status() if throw else result
@@ -234,7 +259,9 @@ class _Call(NamedTuple):
     limits: Limits
     has_steps: bool  # whether the caller gave max_steps or epochs
     keep_best: bool
+    validation: Validation | None
     callback: Callable[[Report], Any] | None
+    callback_every: int | str | None
     progress: bool
     checkpoint: str | os.PathLike[str] | Checkpoint | None
 
@@ -243,7 +270,7 @@ def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str
     """Return the result of a run, or that of another try at lower rates if gdopt chose the rates and they failed."""
     problem, steps, limits = call.problem, call.steps, call.limits
     with saves_at(call.checkpoint, failed) as saves:
-        saves.compare(problem, steps, keep_best=call.keep_best)
+        saves.compare(problem, steps, call.validation, keep_best=call.keep_best)
         try:
             method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
         except Cut as cut:
@@ -251,7 +278,8 @@ def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
             key, some = problem.key if problem.noisy else None, problem._replace(data=data)
-            return loop.compile(some, method, limits, key, keep_best=call.keep_best)
+            metrics = problem.objective.has_aux and call.validation is not None
+            return loop.compile(some, method, limits, key, keep_best=call.keep_best, metrics=metrics)
 
         compiled, inputs = compile(problem.data)
         if isinstance(compiled, Whole):
@@ -261,14 +289,16 @@ def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str
             check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
             return result
         check_joined(inputs)
-        source = source_of(problem, compiled, compile, steps, pause=call.callback is not None)
+        pause = call.callback is not None or call.validation is not None
+        source = source_of(problem, compiled, compile, steps, pause=pause)
+        validator = validator_of(call.validation, problem, keep_best=call.keep_best)
         with progress_bar(call.progress, steps.expected) as advance:
-            watcher = Watcher(call.callback, problem, source, advance)
+            watcher = Watcher(call.callback, call.callback_every, validator, problem, source, advance)
             compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
         ended_at = time.perf_counter()
         if history.grad_norm[0] == 0:
             warn_of_no_gradient(problem)
-    last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why)
+    last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
     ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
     if method.lower is not None and ended.wants_lower_rates:
         return _tried(call, refused, began, (*saves.failed, failure(ended)))

@@ -70,8 +70,9 @@ def _compile(
     *,
     trial: bool = False,
     keep_best: bool = True,
+    metrics: bool = False,
 ) -> tuple[Compiled | Whole, Inputs]:
-    """Compile the loop of a problem.
+    """Compile the loop of a problem; with ``metrics`` it records the scalars of the aux.
 
     If jit, vmap or grad traces any of the inputs, it traces all of the loop.
 
@@ -101,9 +102,8 @@ def _compile(
     if inside:
         _check_mapped(inputs.start, value)
     tests_gradient = limits.grad_tol is not None
-    settings = Settings(
-        noisy, problem.batches, problem.with_key, keep_best, tests_gradient, inside, None if inside else layout
-    )
+    flags = problem.with_key, keep_best, tests_gradient, metrics, inside
+    settings = Settings(noisy, problem.batches, *flags, None if inside else layout)
     options = method.identity, schedule.identity if schedule else (), settings, inside and limits.has_target
 
     # A trace of the loss identifies its gradient, too. But if it has derivative rules, only a trace of that does.
@@ -242,7 +242,7 @@ def _make(
         many_runs = inputs.key is not None and inputs.key.ndim
         start, steps = side_by_side(step.start, step) if many_runs else (step.start, step)
         everywhere = settings.layout.everywhere if settings.layout else lambda tree: tree
-        first = program.share(first_carry(start, everywhere), inputs)
+        first = program.share(first_carry(start, everywhere, metrics=settings.metrics), inputs)
         many = program.share(
             chunk_loop(steps, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from gdopt import _trees
 from gdopt._compile import program
 from gdopt._devices.sharding import Layout
 from gdopt._problem.data import Batches
-from gdopt._status import Status
+from gdopt._status import RUNNING, Status
 from gdopt._stopping import BY_NEIGHBOURS, Ending, Epoch, Limits, Watch
 from gdopt._trees import Packed
 from gdopt._types import PyTree
@@ -38,6 +39,15 @@ class Inputs(NamedTuple):
     state: PyTree = None  # the model's state before the first step, if the loss has one
     optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
     epoch: Epoch | None = None  # for a stream, whose batches are the data in turn
+
+
+class Rows(NamedTuple):
+    """What the loop records, on the host: one entry per evaluation, as in a `History`."""
+
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    learning_rate: np.ndarray
+    metrics: np.ndarray  # a column for each scalar of the aux, if they are recorded; otherwise none
 
 
 class Kept(NamedTuple):
@@ -122,6 +132,7 @@ class Settings(NamedTuple):
     with_key: bool
     keep_best: bool
     tests_gradient: bool  # whether the largest entry of the gradient is tested
+    metrics: bool  # whether the scalars of the aux are recorded
     inside: bool  # whether the run is inside jit, vmap or grad
     layout: Layout | None = None  # the placement on many devices
 
@@ -151,6 +162,16 @@ class Programs(NamedTuple):
     probe: Any  # a `program.Shared` (on many devices, of all of it); None if the loss has no second derivatives
     free: program.Shared | None  # the program that tells which entries the optimizer holds, if it may hold any
     closed: bool  # whether they depend on nothing but the traces and their inputs
+
+
+def joined_rows(records: Sequence[Rows]) -> Rows:
+    """Join the rows of successive chunks into one."""
+    return Rows(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
+
+
+def is_running(state: State) -> bool:
+    """Tell whether any of the runs side by side continues."""
+    return bool((_trees.on_host(state.code) == RUNNING).any())
 
 
 def returned_params(state: State) -> PyTree:

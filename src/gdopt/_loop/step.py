@@ -20,6 +20,7 @@ from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem import model_state
 from gdopt._problem.data import Batches
 from gdopt._problem.problem import Problem
+from gdopt._problem.validation import metrics_in
 from gdopt._status import RUNNING
 from gdopt._stopping import Epoch, Evaluation, Search, Watch
 from gdopt._trees import Packed
@@ -66,7 +67,7 @@ class Step:
         self._eps = float(jnp.finfo(value.dtype).eps)
 
     def __call__(self, state: State, inputs: Inputs) -> tuple[State, tuple]:
-        """Return the next state, and the record of this evaluation: its loss, its gradient's norm, and the rate."""
+        """Return the next state, and the record of this evaluation: loss, norm of the gradient, rate, and metrics."""
         k, x, settings = state.step, state.params, self._settings
         given, order = self._given(state, inputs)
         (loss, extra), grad = self._loss.replay(self._loss.constants, x, inputs.constants, *given)
@@ -85,10 +86,10 @@ class Step:
         new, old = (new_x, new_optimizer, watch, model), (x, state.optimizer, state.watch, state.model)
         x, optimizer, watch, model = _trees.select(running, new, old)
         used = self._method.rate_used(rate, optimizer)
-        record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan))
-        return settings.in_place(
-            State(k + running, code, x, optimizer, order, watch, kept, state.ending, model)
-        ), record
+        metrics = metrics_in(aux).values() if settings.metrics else ()
+        record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan), *map(jnp.asarray, metrics))
+        new = State(k + running, code, x, optimizer, order, watch, kept, state.ending, model)
+        return settings.in_place(new), record
 
     def start(self, inputs: Inputs) -> State:
         """Return the state before the first step."""

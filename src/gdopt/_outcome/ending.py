@@ -21,6 +21,7 @@ from gdopt._optimizers.optax_state import learns_scales
 from gdopt._outcome.comparison import is_at_most
 from gdopt._outcome.diagnose import Evidence, make_evidence
 from gdopt._problem.problem import Problem
+from gdopt._problem.validation import Judgement
 from gdopt._result import NO_MESSAGE, History, RangeTest, Result
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import FAILURES, Status
@@ -44,6 +45,7 @@ class Ended:
     range_test: RangeTest | None
     steps_per_epoch: int | None
     why_exhausted: str
+    judgement: Judgement | None = None  # by validation
 
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
@@ -133,6 +135,10 @@ class Ended:
 
     @property
     def success(self) -> bool:
+        if self.status is Status.EARLY_STOPPED:
+            return True
+        if self.status is Status.STOPPED:  # The callback wanted it.
+            return self.is_better if self.problem.noisy else bool(self.state.kept.loss <= self.watch.first_loss)
         if self.status is Status.DATA_EXHAUSTED:  # This is a success only if the caller set no other end.
             return not (self.has_steps or self.inputs.limits.has_target) and self.is_better
         noisy, has_target = self.problem.noisy, self.inputs.limits.has_target

@@ -25,6 +25,7 @@ _FROM_OUTSIDE = {
     Status.STOPPED: "stopped by the callback",
     Status.DATA_EXHAUSTED: "the data ended",
     Status.INTERRUPTED: "interrupted",
+    Status.EARLY_STOPPED: "stopped early",
 }
 
 
@@ -43,7 +44,7 @@ class _Words(NamedTuple):
 
 def explain(ended: Ended) -> str:
     """Return the sentences on how a run ended."""
-    message = _explain(ended.status, ended)
+    message = _explain(ended.status, ended) + _by_validation(ended)
     if ended.status is Status.DATA_EXHAUSTED and not ended.success:
         message += f" {ended.why_exhausted}"
     if ended.hindsight.apart is not None:
@@ -105,6 +106,20 @@ def _skipped(ended: Ended) -> str:
     return f" The optimizer skipped {count} of {bad.size} evaluations, which {was} not finite.{back}"
 
 
+def _by_validation(ended: Ended) -> str:
+    """Return the sentences on the validation; "" if there was none."""
+    found, why = ended.judgement, ""
+    if found is None:
+        return ""
+    if ended.status is Status.EARLY_STOPPED:
+        epochs = "an epoch" if found.patience == 1 else f"{found.patience} epochs"
+        why = f" The validation loss reached no new low for {epochs}."
+    if found.step is None:
+        return f"{why} It was never finite."
+    returned = " is returned: it" if found.is_returned else ""
+    return f"{why} The point of step {found.step}{returned} has the lowest validation loss, {found.loss:.6g}."
+
+
 def _explain(status: Status, ended: Ended) -> str:
     """Return the sentence on the status, with its remedy."""
     words = _words(status, ended)
@@ -127,12 +142,12 @@ def _explain(status: Status, ended: Ended) -> str:
             return f"diverged at step {ended.steps}: the loss grew from {first} to {last}.{words.back} {words.slower}"
         case Status.NON_FINITE:
             return _non_finite(ended, words)
-        case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED:
+        case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED | Status.EARLY_STOPPED:
             return f"{_FROM_OUTSIDE[status]} {after}: the loss went from {first} to {last}."
 
 
 def _words(status: Status, ended: Ended) -> _Words:
-    losses, steps, how, noisy = ended.history[0], ended.steps, ended.rates, ended.problem.noisy
+    losses, steps, how, noisy = ended.history.loss, ended.steps, ended.rates, ended.problem.noisy
     # A single batch says little. So with mini-batches the sentence compares the means of the first and the last epoch,
     # without the evaluation after the last update. A full-batch run that did not fail ends with the returned point.
     width = (ended.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
@@ -154,7 +169,7 @@ def _words(status: Status, ended: Ended) -> _Words:
 
 
 def _converged(ended: Ended, words: _Words) -> str:
-    losses, grad_norms, _ = ended.history
+    losses, grad_norms = ended.history[:2]
     if grad_norms[words.end] == 0:
         seen = ", and no direction was seen in which the loss falls" if ended.ending.verified else ""
         return f"converged {words.after}: the gradient is exactly zero{seen} (loss {words.last})."
@@ -180,7 +195,7 @@ def _noisy_max_steps(ended: Ended, words: _Words) -> str:
 
 
 def _max_steps(ended: Ended, words: _Words) -> str:
-    losses, grad_norms, _ = ended.history
+    losses, grad_norms = ended.history[:2]
     if not fell(losses, ended.compiled.eps):
         remedy = words.slower
         if ended.rates is Rates.SEARCHED and ended.steps >= MAX_REJECTED:
@@ -206,7 +221,7 @@ def _precision_limit(ended: Ended, words: _Words) -> str:
 
 
 def _non_finite(ended: Ended, words: _Words) -> str:
-    (losses, grad_norms, rates), steps = ended.history, ended.steps
+    (losses, grad_norms, rates), steps = ended.history[:3], ended.steps
     found, cure = ("", "") if ended.evidence is None else (ended.evidence.sentence, ended.evidence.cure)
     if steps == 0:
         is_scaled = ended.problem.objective.sizes is not None and np.isfinite(losses[0])
@@ -283,7 +298,7 @@ def _other(ended: Ended, *, smaller: bool = False) -> str:
 
 
 def _stalled(ended: Ended, words: _Words) -> str:
-    (losses, grad_norms, _), after, last = ended.history, words.after, words.last
+    (losses, grad_norms), after, last = ended.history[:2], words.after, words.last
     eps = ended.compiled.eps
     left = float(ended.ending.left)
     more = f"{f'about {left:.2g}' if np.isfinite(left) and left > 0 else 'more'} may be left to gain"
@@ -330,7 +345,7 @@ def _decayed(ended: Ended, words: _Words, more: str) -> str | None:
 
 def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
     """Say why the point is no minimum, if that was seen."""
-    (_, grad_norms, _), after, last = ended.history, words.after, words.last
+    grad_norms, after, last = ended.history.grad_norm, words.after, words.last
     if ended.ending.flaw == SATURATED:
         return (
             f"stalled {after} at a loss of {last}: unlike at the start, the loss does not depend on some of the "
@@ -376,7 +391,7 @@ def _slower(ended: Ended, plain: bool) -> str:
     Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step. So the ratio r
     of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
     """
-    losses, grad_norms, rates = ended.history
+    losses, grad_norms, rates = ended.history[:3]
     known = rates[np.isfinite(rates)]
     if not known.size:
         return (

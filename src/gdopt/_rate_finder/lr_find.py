@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _error_notes, _trees
-from gdopt._checkpoint.resume import NoSaves
+from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import check_flags, whole_number
 from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._loop.state import Carry, Compiled, Inputs, State
+from gdopt._loop.state import Carry, Compiled, Inputs, Rows, State
 from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.spectral import gd
@@ -27,8 +27,9 @@ from gdopt._problem.objective import make_objective
 from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._rate_finder import rules
-from gdopt._result import History, RangeTest, Refinement
+from gdopt._result import RangeTest, Refinement
 from gdopt._run import host_loop
+from gdopt._run.callback import Look
 from gdopt._run.sources import InMemory, Streamed, source_of
 from gdopt._settings import own_work
 from gdopt._signals import Interrupted, interruptible
@@ -219,9 +220,9 @@ def _climb(problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, low
     advance, state, inputs = _begin(problem, optimizer, keys, _each(steps.section(lowest), keys))
     rates, records, seen = np.empty(0), [], np.empty(0)
 
-    def all_over(step: int, state: State, history: History) -> bool:
+    def all_over(rows: Rows, state: State) -> bool:
         nonlocal seen
-        losses = np.where(np.isfinite(history.grad_norm), history.loss.astype(float), np.nan)
+        losses = np.where(np.isfinite(rows.grad_norm), rows.loss.astype(float), np.nan)
         records.append(losses.reshape(len(losses), -1))  # (steps, repeats)
         seen = _without_skipped(np.concatenate(records), state)
         return all(rules.end(row) < len(row) for row in seen.T)
@@ -269,17 +270,33 @@ def _begin(problem: Problem, optimizer: Any, keys: jax.Array, rates: jax.Array) 
     check_joined(inputs)
     source = source_of(problem, compiled, compile, _ALL_STEPS, pause=False)
 
-    def advance(carry: Carry, inputs: Inputs, between: Callable, until: int) -> tuple[Carry, History]:
-        carry, history, cause = host_loop.advance(
-            compiled, source, carry, inputs, between, saves=NoSaves(), until=until
+    def advance(carry: Carry, inputs: Inputs, is_over: Callable, until: int) -> tuple[Carry, Rows]:
+        carry, rows, cause = host_loop.advance(
+            compiled, source, carry, inputs, _Climb(is_over), saves=NoSaves(), until=until
         )
         if cause is Status.INTERRUPTED:
             raise Cut(method, compiled, source, inputs)
         if cause is Status.DATA_EXHAUSTED:
             raise InputError("data ended during a range test, which needs some hundred batches. Pass more batches.")
-        return carry, history
+        return carry, rows
 
     return advance, host_loop.begin(compiled, inputs), inputs
+
+
+class _Climb(NamedTuple):
+    """A `Between` that ends the steps of a range test once their losses say enough."""
+
+    is_over: Callable[[Rows, State], bool]
+
+    def begin(self, saves: Saves | NoSaves, state: State, records: list[Rows]) -> Status | None:
+        """Begin at the start."""
+
+    def end(self, step: int) -> int:
+        """Return the step before which a chunk has to end: any will do."""
+        return LAST_STEP
+
+    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+        return carry, Status.STOPPED if self.is_over(rows, carry[0].tree()) else None
 
 
 class Cut(Interrupted):
@@ -304,8 +321,8 @@ def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array
         keys = jnp.atleast_1d(keys)
         lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
     advance, state, inputs = _begin(problem, optimizer, many, lanes)
-    state, history = advance(state, inputs, lambda *_: False, _REFINING_STEPS)
-    losses = _without_skipped(history.loss, state[0].tree())
+    state, rows = advance(state, inputs, lambda *_: False, _REFINING_STEPS)
+    losses = _without_skipped(rows.loss, state[0].tree())
     last = np.full((_JUDGED, len(lanes)), np.inf)  # A run that ended early counts as infinite.
     measured = losses[_REFINING_STEPS - _JUDGED :]
     last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)
