@@ -274,7 +274,7 @@ def test_inside_jit_it_is_refused(repeats: int) -> None:
 def test_it_shares_arguments_with_minimize() -> None:
     ours, theirs = (inspect.signature(f).parameters for f in (gdopt.lr_find, gdopt.minimize))
     shared = {"loss", "params", "args", "data", "batch_size", "optimizer", "has_aux", "with_key", "key", "trainable"}
-    shared |= {"scale"}
+    shared |= {"scale", "state"}
     assert shared == {*ours} & {*theirs}
     assert all(ours[name] == theirs[name] for name in shared - {"optimizer"})  # of which the defaults differ
 

@@ -315,7 +315,8 @@ def test_the_states_of_a_model_and_of_an_optimizer_keep_their_places(tmp_path):
     np.testing.assert_allclose(result.state["w"], alone.state["w"], rtol=1e-4, atol=1e-6)
     assert result.state["n"] == 6
     path = tmp_path / "run"
-    gdopt.minimize(averaged, start, data=data, state=state, checkpoint=path, **options | {"max_steps": 4})
+    fewer: dict[str, Any] = options | {"max_steps": 4}
+    gdopt.minimize(averaged, start, data=data, state=state, checkpoint=path, **fewer)
     with pytest.warns(UserWarning, match="max_steps"):
         resumed = gdopt.minimize(averaged, start, data=data, state=state, checkpoint=path, **options)
     np.testing.assert_array_equal(resumed.state["w"], result.state["w"])
