@@ -84,6 +84,18 @@ def test_two_processes_give_the_result_of_one() -> None:
         assert message in found["another rate"]
 
 
+def test_two_processes_validate_alike_and_resume() -> None:
+    ran = run("validated")
+    for code, _, errors, _ in ran:
+        assert code == 0, errors[-3000:]
+    both = [json.loads(out.splitlines()[-1]) for _, out, _, _ in ran]
+    assert both[0] == both[1]
+    status, steps, (losses, largest), reports, found = both[0]
+    assert (status, steps, reports) == ("EARLY_STOPPED", 12, [3, 6, 9, 12] * 2 + [12])
+    assert losses == sorted(losses)
+    assert (len(losses), len(largest), len(found["loss"])) == (3, 3, 13)
+
+
 @pytest.mark.parametrize(
     ("case", "messages"),
     [

@@ -98,6 +98,36 @@ def test_a_run_on_eight_devices_stays_there_and_equals_a_run_on_one(name, kind) 
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), many.params, one.params)
 
 
+@pytest.mark.parametrize("rows", [64, 3200])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_validation_on_eight_devices_equals_that_on_one(kind: Any, rows: int, tmp_path: Any) -> None:
+    mesh, options = jax.make_mesh((8,), ("data",), axis_types=(kind,)), {**CALLS["batches"], "epochs": 4}
+    held_out = np.random.default_rng(1).normal(size=(rows, 160)).astype(np.float32)
+    judged = lambda params, rows: (loss(params, rows), {"largest": jnp.max(params["w"])})
+    options |= {"has_aux": True, "validation_loss": lambda *given: jax.tree.map(jnp.negative, judged(*given))}
+    with jax.enable_x64(True):
+        start, wide, theirs = jax.tree.map(lambda leaf: leaf.astype(float), (START, ROWS, held_out))
+        params, data = sharded(mesh, start, wide)
+        one = gdopt.minimize(judged, start, data=wide, validation=theirs, **options)
+        for placed in (gdopt.shard(theirs, mesh, rows="data"), theirs):
+            many = gdopt.minimize(judged, params, data=data, validation=placed, **options)
+            for name in ("validation_loss", "validation_steps"):
+                np.testing.assert_allclose(getattr(many.history, name), getattr(one.history, name), rtol=1e-10)
+            for name in ("metrics", "validation_metrics"):
+                found, expected = (getattr(run.history, name)["largest"] for run in (many, one))
+                np.testing.assert_allclose(found, expected, rtol=1e-10)
+            assert many.loss == pytest.approx(one.loss, rel=1e-10)
+            assert shares(many.params["w"]) == [(20, 128)] * 8  # the first epoch's
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), many.params, one.params)
+        stops = lambda report: report.step == 6
+        run = lambda **more: gdopt.minimize(judged, params, data=data, validation=placed, **options, **more)
+        run(checkpoint=tmp_path / "run", callback=stops, callback_every=3)
+        again = run(checkpoint=tmp_path / "run")
+    assert again.steps == many.steps
+    assert again.history == many.history
+    assert np.array_equal(again.params["w"], many.params["w"])
+
+
 def compiled_chunk(params: Any, rows: Any, **options: Any) -> tuple[Carry, str]:
     """Return the state after three steps, and the text of the program that made them."""
     batch_size, rate = options.pop("batch_size", None), options.pop("learning_rate", "auto")

@@ -6,8 +6,11 @@ Prints its findings as one line of JSON; an error goes to stderr, as in any scri
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -103,6 +106,30 @@ if case == "same":
         except gdopt.InputError as error:
             answers["another rate"] = str(error)
     print(json.dumps(answers))
+elif case == "validated":
+    counted = lambda params, rows: (loss(params, rows), {"largest": jnp.max(params["w"])})
+    rises = lambda params, rows: jax.tree.map(jnp.negative, counted(params, rows))
+    judged: dict[str, Any] = {"validation": rows, "validation_loss": rises, "patience": 2, "epochs": 9}
+    reports: list[int] = []
+    folder = Path(tempfile.gettempdir()) / f"gdopt-{port}"
+    folder.mkdir(exist_ok=True)
+    for more in ({}, {"checkpoint": folder / "run"}, {"checkpoint": folder / "run"}):
+        early = minimize(
+            counted,
+            params,
+            data=rows,
+            batch_size=16,
+            has_aux=True,
+            learning_rate=0.1,
+            callback=lambda report: reports.append(report.step),
+            callback_every=3,
+            **judged,
+            **more,
+        )
+    entries = early.history.validation_loss.tolist(), early.history.metrics["largest"].tolist()
+    if process == 0:
+        shutil.rmtree(folder)
+    print(json.dumps([early.status.name, early.steps, entries, reports, summary(early)]))
 elif case == "fails":
     minimize(loss, params, data=rows, batch_size=32, learning_rate=0.1, max_steps=10**6, callback=fails)
 elif case == "fails early":
