@@ -59,7 +59,8 @@ def test_it_is_prodigys_estimate_around_nesterovs_adam() -> None:
             hat = 0.85 * m / (1 - 0.85 ** (k + 2)) + 0.15 * g / (1 - 0.85 ** (k + 1))
             x = x - f * d * hat / (np.sqrt(v / (1 - 0.98 ** (k + 1))) + 1e-8) - 0.001 * f * x
             path.append(x)
-        optimizer, params = gdopt.distance_adamw(shape), jnp.asarray(start)
+        optimizer: Any = gdopt.distance_adamw(shape)
+        params: Any = jnp.asarray(start)
         state = optimizer.init(params)
         for expected in path[1:]:
             updates, state = optimizer.update(hessian * params, state, params)
@@ -225,7 +226,8 @@ def test_scale_free_optimizers_train_without_a_rate(factory: Any) -> None:
 def test_a_rate_that_follows_a_distance_takes_any_schedule() -> None:
     plain = lambda rate: following(optax.scale_by_learning_rate, rate, grows=False, first=1.0)
     x = jnp.array([3.0, 4.0])
-    optimizer, reference = plain(optax.linear_schedule(0.1, 0.0, 4)), optax.sgd(optax.linear_schedule(0.1, 0.0, 4))
+    optimizer: Any = plain(optax.linear_schedule(0.1, 0.0, 4))
+    reference: Any = optax.sgd(optax.linear_schedule(0.1, 0.0, 4))
     state, other = optimizer.init(x), reference.init(x)
     for _ in range(5):
         updates, state = optimizer.update(x, state, x)

@@ -135,9 +135,9 @@ def test_each_try_of_a_range_test_begins_with_the_state(repeats: int):
 
 
 def test_auto_begins_its_test_and_its_run_with_the_state():
-    result = gdopt.minimize(loss, W, state=START, data=(X, Y), batch_size=8, max_steps=100)
+    result = gdopt.minimize(loss, W, state=START, data=(X, Y), batch_size=8, max_steps=200, optimizer=gdopt.gd)
     assert result.range_test is not None
-    assert result.state["count"] == 100
+    assert result.state["count"] == 200
 
 
 def test_inside_jit_and_vmap():

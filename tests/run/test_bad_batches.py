@@ -183,5 +183,5 @@ def test_a_range_test_goes_on_after_a_bad_batch(more: Any):
     assert test.suggestion is not None
     assert good.suggestion is not None
     assert 0.3 < test.suggestion / good.suggestion < 3
-    result = gdopt.minimize(loss, W, data=(x, y), batch_size=8, optimizer=factory, max_steps=100)
+    result = gdopt.minimize(loss, W, data=(x, y), batch_size=8, optimizer=factory, max_steps=200)
     assert result.success

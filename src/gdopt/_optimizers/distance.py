@@ -33,7 +33,7 @@ class DistanceState(NamedTuple):
     start: PyTree  # the params before the first update
     gain: jax.Array  # like distance: the average of rate * <gradient, start - params>
     push: PyTree  # the average of rate * gradient
-    count: jax.Array  # the number of updates
+    steps: jax.Array  # the number of updates
     inner: PyTree  # the state of the optimizer that makes the updates
 
 
@@ -115,20 +115,20 @@ def following(
 
     def init(params: PyTree) -> DistanceState:
         leaves, dtype = len(jax.tree.leaves(params)) if by_leaf else 1, _trees.norm_dtype(params)
-        count, distance = jnp.int32(0), jnp.full(leaves, first, dtype)
+        steps, distance = jnp.int32(0), jnp.full(leaves, first, dtype)
         zero, zeros = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params)
-        rate = _rate(learning_rate, count) * (1 if by_leaf else first)
+        rate = _rate(learning_rate, steps) * (1 if by_leaf else first)
         inner = factory(rate).init(params)
-        return DistanceState(distance, zero, _trees.copy(params), 0 * distance, zeros, count, inner)
+        return DistanceState(distance, zero, _trees.copy(params), 0 * distance, zeros, steps, inner)
 
     def update(
         grad: PyTree, state: DistanceState, params: PyTree = None, **extras: Any
     ) -> tuple[PyTree, DistanceState]:
         if params is None:
             raise InputError("params=None was given to the update of a rate that follows a distance. Pass the params.")
-        shape = _rate(learning_rate, state.count).astype(state.size.dtype)
+        shape = _rate(learning_rate, state.steps).astype(state.size.dtype)
         size, unit_grad = _in_units(state.size, grad)
-        state = state._replace(size=size, count=optax.safe_increment(state.count))
+        state = state._replace(size=size, steps=optax.safe_increment(state.steps))
         if "value" in extras:
             state = _begun(state, unit_grad, extras["value"])
         if grows:
@@ -144,8 +144,8 @@ def following(
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
-def _rate(learning_rate: Any, count: jax.Array) -> jax.Array:
-    return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
+def _rate(learning_rate: Any, steps: jax.Array) -> jax.Array:
+    return jnp.asarray(learning_rate(steps) if callable(learning_rate) else learning_rate)
 
 
 def _times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
@@ -169,7 +169,7 @@ def _begun(state: DistanceState, grad: PyTree, value: jax.Array) -> DistanceStat
             limit = _FALL * jnp.abs(value).astype(state.size.dtype) / state.size / _sizes(state, grad)
             return jnp.where(jnp.isfinite(limit) & (limit > 0), jnp.minimum(state.distance, limit), state.distance)
 
-    return state._replace(distance=jax.lax.cond(state.count == 1, lowered, lambda: state.distance))
+    return state._replace(distance=jax.lax.cond(state.steps == 1, lowered, lambda: state.distance))
 
 
 def _totals(state: DistanceState, terms: list[jax.Array]) -> jax.Array:
@@ -189,7 +189,7 @@ def _estimated(state: DistanceState, grad: PyTree, params: PyTree, shape: jax.Ar
     that they stay in range however far the params go. The size of the gradient cancels.
     """
     with own_promotion():
-        memory = 1 - 1 / (_LEAST_MEMORY + _MEMORY * state.count.astype(state.size.dtype))
+        memory = 1 - 1 / (_LEAST_MEMORY + _MEMORY * state.steps.astype(state.size.dtype))
         share = (1 - memory) * shape
         away = jax.tree.leaves(jax.tree.map(jnp.subtract, state.start, params))
         gains = [_trees.vdot(g, x) for g, x in zip(jax.tree.leaves(grad), away, strict=True)]
