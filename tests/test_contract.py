@@ -467,7 +467,7 @@ USUAL = {
 def test_schedule_in_minimize(name: str) -> None:
     run = fit(gdopt.gd, SCHEDULES[name], max_steps=_RATES, tol=0)
     assert run.result.history is not None
-    losses, _, rates = run.result.history
+    losses, _, rates, *_ = run.result.history
     expected = rates_of(SCHEDULES[name])
     assert_rates_equal(rates[:-1], expected)
     assert np.isnan(rates[-1])

@@ -303,8 +303,8 @@ def test_callback_comes_at_the_end_of_each_epoch_and_can_stop():
         return report.epoch == 3
 
     result, visits = count_visits(12, 4, epochs=10, callback=callback)
-    assert [report.step for report in reports if report.step % 3 == 0] == [3, 6, 9]
-    assert (result.status, result.steps, result.success) == (Status.STOPPED, 9, False)
+    assert [report.step for report in reports if report.epoch_ended] == [3, 6, 9]
+    assert (result.status, result.steps, result.success) == (Status.STOPPED, 9, True)
     assert result.message.startswith("stopped by the callback after 9 steps")
     assert len(result.history.loss) == 10  # the point where it stopped is evaluated as well
     np.testing.assert_array_equal(visits, 3)

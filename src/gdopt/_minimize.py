@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -28,6 +28,7 @@ from gdopt._problem.lints import warn_of_no_gradient
 from gdopt._problem.objective import make_objective
 from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
+from gdopt._problem.validation import Validation, check_validation
 from gdopt._rate_finder.auto import rates_found
 from gdopt._rate_finder.lr_find import Cut
 from gdopt._result import RangeTest, Report, Result
@@ -35,6 +36,7 @@ from gdopt._run import host_loop
 from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
 from gdopt._run.sources import source_of
+from gdopt._run.validation import validator_of
 from gdopt._signals import check, interruptible
 from gdopt._status import Status
 from gdopt._stopping import Limits
@@ -63,8 +65,14 @@ def minimize(
     key: jax.Array | None = None,
     trainable: Any = None,
     scale: PyTree | Literal["curvature"] = None,
+    state: PyTree = None,
+    optimizer_state: PyTree = None,
     keep_best: bool = True,
+    validation: PyTree = None,
+    validation_loss: Loss | None = None,
+    patience: int | None = None,
     callback: Callable[[Report], Any] | None = None,
+    callback_every: int | Literal["epoch"] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     throw: bool = False,
@@ -94,7 +102,11 @@ def minimize(
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
             transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. The default
             (None) is `quasi_newton` for a deterministic loss, with fewer pairs if params would take too much memory. It
-            is `gd` for mini-batches and random keys, and if a learning_rate is given.
+            is `gd` for mini-batches and random keys, and if a learning_rate is given. Wrappers that skip gradients
+            which are not finite decide about these with a noisy loss: ``optax.apply_if_finite``, and
+            ``optax.MultiSteps`` with a ``should_skip_update_fn`` that returns a state. The run goes on until they give
+            up and let one through. The history shows the skipped losses, but means, ``target`` and the returned point
+            leave them out, and the model's ``state`` stays as it was. Without a wrapper the first NaN ends a run.
         learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
             your own. With `gd` on a deterministic loss, "auto" is short for ``optimizer=gdopt.spectral()``, which finds
             the rate at every step. With mini-batches, random keys and other factories, "auto" first makes a range test:
@@ -125,13 +137,39 @@ def minimize(
             units in the loss, in callbacks and in the result. Rates, ``grad_tol``, ``grad_norm`` and derivatives of
             least norm are those of the scaled params. A checkpoint resumes only with the same sizes. Default None: not
             scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
+        state: what the model carries along beside its params, such as the running statistics of a batch norm or a count
+            of batches: any pytree. The loss takes it as the keyword ``state``, and returns the next one beside its
+            value: ``(value, state)``, or ``(value, (state, aux))`` with ``has_aux``. Each step passes on what it got
+            from the loss. Arrays and numbers may change, but no structure, shape or dtype; the rest stays as it is. A
+            loss with a state is another function at each step. So it counts as noisy, as one with mini-batches does.
+            Default None: no state.
+        optimizer_state: the optimizer's state to begin with, in place of a fresh one: the ``optimizer_state`` of a
+            `Result`, or what ``optimizer.init(params)`` returns. Moments, counts and steps of a schedule inside the
+            optimizer go on from there; steps and a ``learning_rate`` schedule of gdopt begin at 0. It has to fit the
+            optimizer and the params that are optimised, with the same ``scale``. A range test begins with it, too.
+            `quasi_newton` and `spectral` compare values of one loss, so their search begins anew at the start. Default
+            None: a fresh one.
         keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
             because the last point is then a trial.
-        callback: called with a `Report` between two compiled chunks: after the first step, then about every 50 ms (at
-            first more often), and at the end of each epoch of mini-batches. It returns True to stop the run, and None
-            or False to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
+        validation: data that the run does not learn from, of the structure of a batch: arrays with any number of rows,
+            or a stream that can be read again. At the end of each epoch one compiled program evaluates their mean loss,
+            without a gradient, in parts of at most 1024 rows (or ``batch_size``, if that is more). The losses are in
+            ``Result.history``, and the params with the lowest one are returned; with ``keep_best=False``, the last
+            ones. With ``has_aux`` the scalars of the aux are averaged per epoch, too, for training and validation. Only
+            for mini-batches and streams, and for data with keys, of which an epoch is one step. A loss with a key gets
+            the same key each time.
+        validation_loss: a function called like the loss, which returns what the loss does; used for validation in its
+            place (for example ``functools.partial(loss, training=False)``). By default the loss itself.
+        patience: the epochs without a new low of the validation loss after which the run stops, with success
+            (EARLY_STOPPED). Default None: it does not stop for that.
+        callback: called with a `Report` between two compiled chunks. It returns True to stop the run, and None or False
+            to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
+        callback_every: the steps after which the callback is called, in each run the same, or "epoch" for the end of
+            each epoch; and at the end of the run. Each such report costs one evaluation of the loss and its gradient,
+            two if the optimizer keeps an average. By default (None) it is called after the first step, then about every
+            50 ms (at first more often), and at the end of each epoch of mini-batches.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
             call with the same path to resume from the newest checkpoint that can be used. On the same machine the
@@ -182,63 +220,92 @@ def minimize(
     """
     began = time.perf_counter()
     check_optimizer(optimizer, searched=is_auto(learning_rate))
-    check_callback(callback)
+    every = check_callback(callback, callback_every, data)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
-    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches = {"data": data, "batch_size": batch_size}
+    states = {"state": state, "optimizer_state": optimizer_state}
+    problem = make_problem(objective, args=args, **batches, with_key=with_key, key=key, **states)
     steps = check_steps(max_steps, epochs, problem)
     noisy = problem.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     check_rate(optimizer, learning_rate)
+    validated = check_validation(validation, validation_loss, patience, problem)
     problem = scaled(problem, scale)
-    options = {"callback": callback, "checkpoint": checkpoint}
+    options = {"callback": callback, "checkpoint": checkpoint, "validation": validated}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
+    asked |= {"patience": patience, "callback_every": every}
     given = {name: value is not None for name, value in options.items()}
     loop.check_alike(problem, **asked, **given, keep_best=keep_best)
     if checkpoint is not None and loop.is_inside(problem):
         refuse_host_visits(checkpoint=checkpoint)
-    with saves_at(checkpoint) as saves:
-        saves.compare(problem, steps, keep_best=keep_best)
+    has_steps = max_steps is not None or epochs is not None
+    chosen = optimizer, learning_rate
+    call = _Call(
+        problem, *chosen, steps, limits, has_steps, keep_best, validated, callback, every, progress, checkpoint
+    )
+    refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
+    result = _tried(call, refused, began, ())
+    return result.raise_for_status() if throw else result
+
+
+class _Call(NamedTuple):
+    """The checked arguments of a call."""
+
+    problem: Problem
+    optimizer: Any
+    learning_rate: Any
+    steps: Steps
+    limits: Limits
+    has_steps: bool  # whether the caller gave max_steps or epochs
+    keep_best: bool
+    validation: Validation | None
+    callback: Callable[[Report], Any] | None
+    callback_every: int | str | None
+    progress: bool
+    checkpoint: str | os.PathLike[str] | Checkpoint | None
+
+
+def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str, ...]) -> Result:
+    """Return the result of a run, or that of another try at lower rates if gdopt chose the rates and they failed."""
+    problem, steps, limits = call.problem, call.steps, call.limits
+    with saves_at(call.checkpoint, failed) as saves:
+        saves.compare(problem, steps, call.validation, keep_best=call.keep_best)
         try:
-            method, range_test = _chosen(problem, optimizer, learning_rate, steps, saves)
+            method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
         except Cut as cut:
-            result = _result_of_start(cut, problem, began)
-            return result.raise_for_status() if throw else result
+            return _result_of_start(cut, problem, began)
 
         def compile(data: PyTree) -> tuple[Any, Inputs]:
-            key, some = problem.key if noisy else None, problem._replace(data=data)
-            return loop.compile(some, method, limits, key, keep_best=keep_best)
+            key, some = problem.key if problem.noisy else None, problem._replace(data=data)
+            metrics = problem.objective.has_aux and call.validation is not None
+            return loop.compile(some, method, limits, key, keep_best=call.keep_best, metrics=metrics)
 
-        has_steps, failed = max_steps is not None or epochs is not None, ()
-        while True:
-            compiled, inputs = compile(problem.data)
-            if isinstance(compiled, Whole):
-                stream = None if problem.stream is None else data
-                refuse_host_visits(**options, progress=progress, throw=throw, data=stream)
-                check()
-                result = result_inside(compiled, inputs, problem)
-                check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
-                return result
-            check_joined(inputs)
-            source = source_of(problem, compiled, compile, steps, pause=callback is not None)
-            with progress_bar(progress, steps.expected) as advance:
-                watcher = Watcher(callback, problem, source, advance)
-                compiled_at, state, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
-            ended_at = time.perf_counter()
-            if history.grad_norm[0] == 0:
-                warn_of_no_gradient(problem)
-            last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why)
-            ended = Ended(
-                problem, method, compiled, last, state, history, status, has_steps, range_test, *known, failed
-            )
-            if method.lower is None or not ended.wants_lower_rates or isinstance(saves, Saves):
-                break
-            method, failed = method.lower(), (*failed, failure(ended))
-    result = ended.result(
-        explain(ended) + saves.told, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at
-    )
+        compiled, inputs = compile(problem.data)
+        if isinstance(compiled, Whole):
+            refuse_host_visits(**refused)
+            check()
+            result = result_inside(compiled, inputs, problem)
+            check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
+            return result
+        check_joined(inputs)
+        pause = call.callback is not None or call.validation is not None
+        source = source_of(problem, compiled, compile, steps, pause=pause)
+        validator = validator_of(call.validation, problem, keep_best=call.keep_best)
+        with progress_bar(call.progress, steps.expected) as advance:
+            watcher = Watcher(call.callback, call.callback_every, validator, problem, source, advance)
+            compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
+        ended_at = time.perf_counter()
+        if history.grad_norm[0] == 0:
+            warn_of_no_gradient(problem)
+    last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
+    ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
+    if method.lower is not None and ended.wants_lower_rates:
+        return _tried(call, refused, began, (*saves.failed, failure(ended)))
+    message = explain(ended) + "".join(f" {sentence}" for sentence in saves.failed) + saves.told
+    result = ended.result(message, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
     watcher.raise_failure(result)
-    return result.raise_for_status() if throw else result
+    return result
 
 
 def _chosen(
@@ -246,11 +313,14 @@ def _chosen(
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
     if optimizer is None and (problem.noisy or not is_auto(learning_rate)):
-        optimizer = distance_adamw if is_auto(learning_rate) else gd
+        # A run of gdopt 0.1 that resumes has a range test, and goes on by it.
+        optimizer = distance_adamw if is_auto(learning_rate) and saves.range_test is None else gd
     finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:
         method, test = rates_found(problem, optimizer, steps, saves.range_test)
+        for _ in saves.failed:
+            method = method.lower() if method.lower is not None else method
     else:
         method = make_method(optimizer, learning_rate, problem.objective.params)
     saves.range_test = test

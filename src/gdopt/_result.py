@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import operator
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,14 +36,22 @@ def equal_fields(one: Any, other: Any) -> bool:
     return _trees.same([getattr(one, name) for name in names], [getattr(other, name) for name in names])
 
 
-class History(NamedTuple):
-    """One entry per evaluation, as NumPy arrays. Entry k of all three belongs to the point after k updates.
+_NONE = np.zeros(0)  # the entries of what was not recorded
 
-    N updates make N + 1 entries. ``learning_rate[k]`` is the rate of the update that was made *from* point k. It is NaN
-    for the last point, and for a point at which a claim was withdrawn: the check led from there to the next point. An
-    optimizer that owns its rate reports it as ``learning_rate`` in its state, as `spectral` and ``optax.lbfgs`` do;
-    for others it is NaN. If the optimizer takes points back, all its trials are here. Their loss may be high, infinite
-    or NaN, and their rate is that of the step from the last accepted point.
+
+class History(NamedTuple):
+    """The record of a run, as NumPy arrays. Entry k of the first three belongs to the point after k updates.
+
+    N updates make N + 1 entries of these. ``learning_rate[k]`` is the rate of the update that was made *from* point k.
+    It is NaN for the last point, and for a point at which a claim was withdrawn: the check led from there to the next
+    point. An optimizer that owns its rate reports it as ``learning_rate`` in its state, as `spectral` and
+    ``optax.lbfgs`` do; for others it is NaN. If the optimizer takes points back, all its trials are here. Their loss
+    may be high, infinite or NaN, and their rate is that of the step from the last accepted point.
+
+    With ``validation`` the other fields have an entry for each epoch, and one for a last epoch that is not complete;
+    otherwise they are empty. ``validation_loss[k]`` is the validation loss after ``validation_steps[k]`` updates.
+    ``validation_metrics`` holds the scalars of the aux there by name, such as "accuracy", and ``metrics`` the mean over
+    the batches of the epoch before. A nested aux has names such as "top/accuracy". Arrays in the aux are left out.
 
     Example:
         >>> import gdopt
@@ -53,6 +62,10 @@ class History(NamedTuple):
     loss: np.ndarray
     grad_norm: np.ndarray
     learning_rate: np.ndarray
+    validation_loss: np.ndarray = _NONE
+    metrics: dict[str, np.ndarray] = {}  # noqa: RUF012
+    validation_metrics: dict[str, np.ndarray] = {}  # noqa: RUF012
+    validation_steps: np.ndarray = _NONE
 
     def __eq__(self, other: object) -> bool:
         return _equal(self, other)
@@ -63,17 +76,17 @@ class History(NamedTuple):
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
 
-def concatenated(records: Sequence[History]) -> History:
-    """Join the histories of successive chunks into one."""
-    return History(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
-
-
 class Report(NamedTuple):
     """The argument of a callback, between two compiled chunks of a run.
 
-    ``params``, ``loss`` and ``grad_norm`` belong to one point: the best so far of a full-batch loss, the latest good
-    one with mini-batches. The callback may keep ``params``, which is a copy. ``step`` is the number of updates so far,
-    ``epoch`` the number of whole epochs (steps, for a full batch), ``learning_rate`` the last rate used.
+    ``params``, ``loss`` and ``grad_norm`` belong to one point, and ``step`` is the number of updates that led to it:
+    the best so far of a full-batch loss, the latest good one with mini-batches, the average if an optimizer keeps one.
+    At the steps of ``callback_every`` and at the end of an epoch, the result would return this point if the run stopped
+    there. The callback may keep ``params``, which is a copy.
+
+    ``epoch`` is the number of whole epochs so far (steps, for a full batch), and ``epoch_ended`` tells whether one has
+    just ended. ``learning_rate`` is the last rate used. ``validation_loss``, ``metrics`` and ``validation_metrics`` are
+    those of the last epoch that ended: see `History`. They are NaN and empty before, and without ``validation``.
 
     Example:
         >>> import gdopt
@@ -89,6 +102,22 @@ class Report(NamedTuple):
     loss: float
     grad_norm: float
     learning_rate: float
+    epoch_ended: bool = False
+    validation_loss: float = math.nan
+    metrics: dict[str, float] = {}  # noqa: RUF012
+    validation_metrics: dict[str, float] = {}  # noqa: RUF012
+
+    def __repr__(self) -> str:
+        epoch = f"{self.epoch}{', which has just ended' if self.epoch_ended else ''}"
+        rows = {"step": str(self.step), "epoch": epoch, "loss": _number(self.loss, ".6g")}
+        rows["grad_norm"] = _number(self.grad_norm, ".3g")
+        rows["learning_rate"] = _number(self.learning_rate, ".3g")
+        if not math.isnan(self.validation_loss):
+            rows["validation_loss"] = _number(self.validation_loss, ".6g")
+        for name, found in {"metrics": self.metrics, "validation_metrics": self.validation_metrics}.items():
+            if found:
+                rows[name] = ", ".join(f"{key} {_number(value, '.4g')}" for key, value in found.items())
+        return table("gdopt.Report", {**rows, "params": _trees.summary(self.params)})
 
     def __eq__(self, other: object) -> bool:
         return _equal(self, other)
@@ -190,16 +219,18 @@ class Result:
 
     Attributes:
         params: the best point of a full-batch loss, the last one with mini-batches; after a failure, the best or the
-            last good one. They have the structure, dtypes and containers of the params that were given.
-        loss: the loss of ``params`` (with mini-batches, on a single batch).
+            last good one. With ``validation``, the point with the lowest validation loss, whatever ended the run. They
+            have the structure, dtypes and containers of the params that were given.
+        loss: the loss of ``params`` (with mini-batches, on a single batch). It is the training loss also with
+            ``validation``.
         grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` the gradient by
             ``params / scale``.
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`; ``Status(int(result.status))`` after a jit.
         message: a sentence that says what happened and, if that helps, what to try.
-        success: whether the run ended as asked: CONVERGED, PRECISION_LIMIT or TARGET_REACHED. For a noisy loss without
-            a target also MAX_STEPS, if nothing else was asked for and the mean loss of the last epoch is at most the
-            loss of the start.
+        success: whether the run ended as asked: CONVERGED, PRECISION_LIMIT, TARGET_REACHED or EARLY_STOPPED. For a
+            noisy loss without a target also MAX_STEPS, if nothing else was asked for and the mean loss of the last
+            epoch is at most the loss of the start. STOPPED is one, too, unless the run stands above its start.
         left: an estimate of what is left to gain at ``params``, in units of the loss: the gain of the next step of
             Newton's method, or the rounding of the loss there, if that is more. At a kink the gradients around it give
             the estimate. NaN if it is not known.
@@ -213,6 +244,12 @@ class Result:
         compile_seconds: spent before the loop: tracing, compiling (near zero if an equal program ran before), and the
             range test if there was one.
         run_seconds: spent in the loop.
+        state: the model's state that belongs to ``params``: evaluate them with it, or pass both to go on. With the last
+            params it is the newest one, from the batch of the last update. None without ``state``.
+        optimizer_state: the optimizer's state after the last update, as ``optimizer.init`` makes it for the params that
+            are optimised (None in place of the others). Pass it to `minimize` to go on with it. It holds the arrays of
+            the run, without a copy: with Adam twice the memory of the params, as long as the result lives. After a
+            failure it may hold NaN.
 
     Example:
         >>> import gdopt
@@ -236,6 +273,8 @@ class Result:
     aux: Any
     compile_seconds: float
     run_seconds: float
+    state: PyTree = None
+    optimizer_state: PyTree = None
     # The record that `diagnose` needs, if the last evaluation was not finite: no child of the pytree, and not pickled.
     _evidence: Any = None
 

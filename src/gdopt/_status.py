@@ -20,6 +20,7 @@ class Status(enum.IntEnum):
     - ``NON_FINITE``: the loss, its gradient or the params became infinite or NaN, other than at a trial that is taken
       back.
     - ``STOPPED``: the callback stopped the run.
+    - ``EARLY_STOPPED``: the validation loss reached no new low for ``patience`` epochs.
     - ``INTERRUPTED``: Ctrl-C or SIGTERM.
     - ``DATA_EXHAUSTED``: a stream of batches ended before the steps or epochs that were asked for.
     - ``STALLED``: for 50 updates (or 1000 that moved nothing) the loss changed by no more than rounding, or no further
@@ -46,6 +47,7 @@ class Status(enum.IntEnum):
     INTERRUPTED = 8
     DATA_EXHAUSTED = 9
     STALLED = 10
+    EARLY_STOPPED = 11
 
     def __str__(self) -> str:
         return self.name

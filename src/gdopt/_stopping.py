@@ -68,6 +68,7 @@ class Watch(NamedTuple):
     epoch_loss: jax.Array  # the sum of this epoch's losses
     mean_loss: jax.Array  # of the last epoch, or of the last evaluations
     spread: jax.Array  # the mean distance of the last evaluations from that
+    good: jax.Array | None = None  # this epoch's losses that were finite, if the optimizer may skip others
 
 
 class Epoch(NamedTuple):
@@ -114,8 +115,8 @@ def first_ending(dtype: Any) -> Ending:
     return Ending(jnp.full((), jnp.nan, dtype), jnp.int32(NOT_VERIFIED), jnp.int32(NONE_SEEN))
 
 
-def first_watch(loss_dtype: Any, norm_dtype: Any) -> Watch:
-    """Return the memory before the first evaluation."""
+def first_watch(loss_dtype: Any, norm_dtype: Any, *, skips: bool = False) -> Watch:
+    """Return the memory before the first evaluation; ``skips`` tells whether the optimizer may skip some."""
     unknown = jnp.full((), jnp.inf, loss_dtype)
     none = jnp.int32(0)
     return Watch(
@@ -137,6 +138,7 @@ def first_watch(loss_dtype: Any, norm_dtype: Any) -> Watch:
         epoch_loss=jnp.zeros((), loss_dtype),
         mean_loss=jnp.zeros((), loss_dtype),
         spread=jnp.zeros((), loss_dtype),
+        good=none if skips else None,
     )
 
 
@@ -150,6 +152,7 @@ def judge(
     search: Search | None,
     eps: float,
     epoch: Epoch | None,
+    skipped: jax.Array | None = None,
 ) -> tuple[jax.Array, Watch]:
     """Return the code of this evaluation (RUNNING or a Status) and the new memory.
 
@@ -159,8 +162,11 @@ def judge(
 
     ``search`` describes an optimizer that takes bad points back by itself: its points are trials, and no trial is a
     failure. It is None for all other optimizers.
+
+    ``skipped`` tells whether the optimizer skips a loss or gradient that is not finite: then nothing is learned from
+    it, and it is no failure. It is None for an optimizer that skips nothing.
     """
-    start = watch.first_loss == jnp.inf  # Nothing was evaluated yet.
+    before, start = watch, watch.first_loss == jnp.inf  # Nothing was evaluated yet.
     watch = watch._replace(
         first_loss=jnp.where(start, point.loss, watch.first_loss),
         first_grad_norm=jnp.where(start, point.grad_norm, watch.first_grad_norm),
@@ -175,9 +181,13 @@ def judge(
         new, converged, idle = _claims(new, watch, kept_loss, point, limits, search, gained, finite, start)
         limited = limited if idle is None else limited | idle
     else:
-        new, mean = _epoch_mean(new, watch, point, epoch, start)
+        new, mean = _epoch_mean(new, watch, point, epoch, start, skipped)
         reached = epoch.ends & (mean <= limits.target)
         converged = limited = jnp.asarray(False)
+    if skipped is not None:
+        sums = {"epoch_loss": new.epoch_loss, "mean_loss": new.mean_loss, "good": new.good}
+        new = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), before, new)._replace(**sums)
+        failed, diverged = failed & ~skipped, diverged & ~skipped
     causes = (  # the later, the stronger
         (Status.MAX_STEPS, point.step >= limits.max_steps),
         (Status.PRECISION_LIMIT, limited),
@@ -264,21 +274,31 @@ def _claims(
     return new, converged, search.gave_up | ((new.idle >= _IDLE) & (new.mark < new.first_loss))
 
 
-def _epoch_mean(new: Watch, watch: Watch, point: Evaluation, epoch: Epoch, start: jax.Array) -> tuple[Watch, jax.Array]:
+def _epoch_mean(
+    new: Watch, watch: Watch, point: Evaluation, epoch: Epoch, start: jax.Array, skipped: jax.Array | None
+) -> tuple[Watch, jax.Array]:
     """Average a noisy loss over its epoch; before the first one has ended, over the last evaluations.
 
-    Each random key is an epoch, so their losses are averaged over the last evaluations, too.
+    Each random key is an epoch, so their losses are averaged over the last evaluations, too. The mean of an epoch whose
+    batches were all skipped is NaN, and then the one before stays.
     """
-    k, loss = point.step, point.loss
+    k, loss, steps, good = point.step, point.loss, epoch.steps, watch.good
+    if skipped is not None and good is not None:
+        loss = jnp.where(skipped, 0, loss)
+        good = steps = jnp.where(epoch.begins, 0, good) + ~skipped
     epoch_loss = jnp.where(epoch.begins, 0, watch.epoch_loss) + loss
-    mean = epoch_loss / epoch.steps
+    mean = epoch_loss / steps
     some = watch.mean_loss + (loss - watch.mean_loss) / jnp.minimum(k + 1, _RECENT)
+    if skipped is not None:
+        some = jnp.where(skipped, watch.mean_loss, jnp.where(start, loss, some))
     whole = jnp.asarray(epoch.steps) > 1
-    mean_loss = jnp.where(epoch.ends & whole, mean, jnp.where(whole & (k >= epoch.steps), watch.mean_loss, some))
+    ends = epoch.ends & whole if good is None else epoch.ends & whole & (good > 0)
+    mean_loss = jnp.where(ends, mean, jnp.where(whole & (k >= epoch.steps), watch.mean_loss, some))
     off = jnp.where(start, 0, jnp.abs(loss - watch.mean_loss))
     spread = watch.spread + (off - watch.spread) / jnp.minimum(k + 1, _RECENT)
     dtype = loss.dtype
-    return new._replace(epoch_loss=epoch_loss, mean_loss=mean_loss.astype(dtype), spread=spread.astype(dtype)), mean
+    new = new._replace(epoch_loss=epoch_loss, mean_loss=mean_loss.astype(dtype), spread=spread.astype(dtype), good=good)
+    return new, mean
 
 
 def _count_held(

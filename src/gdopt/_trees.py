@@ -111,6 +111,16 @@ def on_device(leaf: Any) -> jax.Array:
         return jax.device_put(leaf) if type(leaf) is np.ndarray else jnp.asarray(leaf)
 
 
+def to_device(tree: PyTree) -> PyTree:
+    """Return the tree with arrays of JAX in place of NumPy's, such as those that `Packed.tree` made; copy no other."""
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [place for place, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    with own_work():
+        for place, array in zip(places, jax.device_put([leaves[place] for place in places]), strict=True):
+            leaves[place] = array
+    return treedef.unflatten(leaves)
+
+
 def on_host(leaf: Any) -> np.ndarray:
     """Return the leaf as an array of NumPy, in spite of any guard: `jax.device_get` takes three times the time."""
     with own_work():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,22 +28,23 @@ _DOTTED = 40  # the most points of a line that shows them one by one
 _MEANS = 30  # the most points of the averaged line through a noisy one
 
 
-def descent(result: Result) -> Figure:
-    """Draw the loss, the gradient norm and the learning rate over the steps of a run.
+def descent(result: Result | Sequence[Result] | Mapping[str, Result]) -> Figure:
+    """Draw the loss, the gradient norm and the learning rate over the steps of a run, or of several.
 
     Args:
-        result: the result of ``gdopt.minimize``.
+        result: the result of ``gdopt.minimize``. To compare runs, pass several: a list, or a dict by names.
 
     Returns:
         A ``matplotlib.figure.Figure`` with one panel above the other: the loss, the gradient norm and, if it is known,
-        the rate of each update. Values that span decades have a logarithmic axis, and those of mini-batches a line of
-        means. A cross at the upper edge stands for a value that is infinite, NaN or beyond 1e200. The figure is made
-        without pyplot, so no window opens and nothing has to be closed: ``.savefig("descent.png")``, or show it in a
-        notebook.
+        the rate of each update. The validation loss is in the first one, with a dot for each epoch. Several runs have a
+        color each, and their validation losses are dashed. Values that span decades have a logarithmic axis, and those
+        of mini-batches a line of means. A cross at the upper edge stands for a value that is infinite, NaN or beyond
+        1e200. The figure is made without pyplot, so no window opens and nothing has to be closed:
+        ``.savefig("descent.png")``, or show it in a notebook.
 
     Raises:
         GdoptError: if matplotlib is missing, with the command that installs it.
-        InputError: for a result from inside jit, vmap or grad, which has no history.
+        InputError: for a result from inside jit, vmap or grad, which has no history; and for no result at all.
 
     Example:
         >>> import gdopt
@@ -50,29 +52,75 @@ def descent(result: Result) -> Figure:
         >>> figure = gdopt.plot.descent(result)
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['loss', 'gradient norm', 'learning rate']
+        >>> figure = gdopt.plot.descent({"0.1": result, "default": gdopt.minimize(lambda x: x**2, 1.0)})
     """
-    if result.history is None:
-        raise InputError("result is of a run inside jit, vmap or grad, so it has no history. Make the run outside.")
-    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history)
-    learning_rate = learning_rate[: result.steps]  # No update is made from the last point.
-    panels = 3 if np.isfinite(learning_rate).any() else 2
+    runs = _runs(result)
+    alone = isinstance(result, Result)
+    panels = 3 if any(np.isfinite(run.learning_rate).any() for run in runs) else 2
     figure = _figure(2 + 1.5 * panels)
     rows = figure.subplots(panels, sharex=True, height_ratios=[2, 1, 1][:panels])
-    steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
-    rows[0].set_title(f"{ends(result.status)} after {steps}, returned loss {result.loss:.4g}")
-    each = 0 if result.steps_per_epoch is None else max(result.steps_per_epoch, len(loss) // _MEANS, 2)
-    _line(rows[0], "loss", loss, "C0", log=_spans_decades(loss), each=each)
-    _line(rows[1], "gradient norm", grad_norm, "C1", log=_spans_decades(grad_norm), each=each)
-    if panels == 3:
-        # A cycle from nearly 0 spans decades too, but few of its rates are small: a linear axis shows it best.
-        log = _spans_decades(learning_rate) and np.nanmedian(learning_rate) < np.nanmax(learning_rate) / 10
-        _line(rows[2], "learning rate", learning_rate, "C2", log=log)
-        if not log:
-            rows[2].set_ylim(bottom=0)
+    if alone:
+        rows[0].set_title(runs[0].title)
+    losses = _spans_decades(np.concatenate([np.append(run.loss, run.validation_loss) for run in runs]))
+    norms = _spans_decades(np.concatenate([run.grad_norm for run in runs]))
+    rates = np.concatenate([run.learning_rate for run in runs])
+    # A cycle from nearly 0 spans decades too, but few of its rates are small: a linear axis shows it best.
+    decays = _spans_decades(rates) and np.nanmedian(rates) < np.nanmax(rates) / 10
+    for number, run in enumerate(runs):
+        colors = ("C0", "C1", "C2") if alone else (f"C{number}",) * 3
+        _line(rows[0], "loss", run.loss, colors[0], log=losses, each=run.each, name=run.name)
+        _validation(rows[0], run, "C3" if alone else colors[0], dashed=not alone)
+        _line(rows[1], "gradient norm", run.grad_norm, colors[1], log=norms, each=run.each, name=run.name)
+        if panels == 3:
+            _line(rows[2], "learning rate", run.learning_rate, colors[2], log=decays)
+    if panels == 3 and not decays:
+        rows[2].set_ylim(bottom=0)
+    for axes in rows[: 2 if alone else 1]:
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="upper right", fontsize="small")
     rows[-1].set_xlabel("step")
     rows[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.align_ylabels()
     return figure
+
+
+class _Run(NamedTuple):
+    """A run to be drawn."""
+
+    name: str  # "" for a run alone
+    title: str
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    learning_rate: np.ndarray
+    validation_loss: np.ndarray
+    validation_steps: np.ndarray
+    each: int  # the steps that are averaged; 0 without noise
+
+
+def _runs(given: Any) -> list[_Run]:
+    """Return the runs of a result, of a list of results, or of a dict of them."""
+    if isinstance(given, Result):
+        return [_run("", given)]
+    named = given if isinstance(given, Mapping) else {f"run {k}": each for k, each in enumerate(given)}
+    if not named:
+        raise InputError("result holds no runs to compare. Pass at least one result.")
+    for name, each in named.items():
+        if not isinstance(each, Result):
+            raise InputError(f"{name!r} of result is a {type(each).__name__}. Pass results of gdopt.minimize.")
+    return [_run(str(name), each) for name, each in named.items()]
+
+
+def _run(name: str, result: Result) -> _Run:
+    if result.history is None:
+        which = f"{name!r} of result" if name else "result"
+        raise InputError(f"{which} is of a run inside jit, vmap or grad, so it has no history. Make the run outside.")
+    loss, grad_norm, learning_rate = (np.asarray(entries, float) for entries in result.history[:3])
+    steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
+    title = f"{ends(result.status)} after {steps}, returned loss {result.loss:.4g}"
+    each = 0 if result.steps_per_epoch is None else max(result.steps_per_epoch, len(loss) // _MEANS, 2)
+    made = learning_rate[: result.steps]  # No update is made from the last point.
+    validation = np.asarray(result.history.validation_loss, float), np.asarray(result.history.validation_steps)
+    return _Run(name, title, loss, grad_norm, made, *validation, each)
 
 
 def lr_find(result: RangeTest, *, ax: Axes | None = None) -> Figure:
@@ -174,20 +222,36 @@ def _figure(height: float) -> Figure:
     return Figure(figsize=(7, height), layout="constrained")
 
 
-def _line(axes: Axes, label: str, values: np.ndarray, color: str, *, log: bool, each: int = 0) -> None:
+def _line(axes: Axes, label: str, values: np.ndarray, color: str, *, log: bool, each: int = 0, name: str = "") -> None:
     steps, drawn = np.arange(len(values)), _drawable(values)
     means = 0 < 2 * each <= len(values)
     x, y = steps[drawn], values[drawn]
     faint = {"alpha": 0.35, "linewidth": 0.8} if means else {}
     style: dict[str, Any] = {"marker": "."} if len(values) <= _DOTTED else faint
-    axes.plot(x, y, color=color, **style)
+    axes.plot(x, y, color=color, label=name if name and not means else None, **style)
     if means:
-        axes.plot(_means(x, each), _means(y, each), color=color, label=f"mean of {each} steps")
-        axes.legend(loc="upper right", fontsize="small")
-    if not drawn.all():
-        axes.plot(steps[~drawn], np.ones((~drawn).sum()), "rx", transform=axes.get_xaxis_transform(), clip_on=False)
+        axes.plot(_means(x, each), _means(y, each), color=color, label=name or f"mean of {each} steps")
+    _crosses(axes, steps[~drawn])
     axes.set_ylabel(label)
     axes.set_yscale("log" if log else "linear")
+
+
+def _validation(axes: Axes, run: _Run, color: str, *, dashed: bool) -> None:
+    """Draw the validation losses, if there are any."""
+    if not run.validation_loss.size:
+        return
+    drawn = _drawable(run.validation_loss)
+    style: dict[str, Any] = {"linestyle": "--" if dashed else "-"}
+    style |= {"marker": "."} if len(drawn) <= _DOTTED else {}
+    label = f"{run.name}, validation" if run.name else "validation"
+    axes.plot(run.validation_steps[drawn], run.validation_loss[drawn], color=color, label=label, **style)
+    _crosses(axes, run.validation_steps[~drawn])
+
+
+def _crosses(axes: Axes, steps: np.ndarray) -> None:
+    """Mark the steps whose values cannot be drawn."""
+    if steps.size:
+        axes.plot(steps, np.ones(steps.size), "rx", transform=axes.get_xaxis_transform(), clip_on=False)
 
 
 def _drawable(values: np.ndarray) -> np.ndarray:

@@ -232,7 +232,7 @@ def test_sets_of_strings_have_no_order(tmp_path) -> None:
 def test_the_same_call_adds_no_step_to_a_run_that_ended(path, monkeypatch) -> None:
     first = minimize(path)
     evaluated = []
-    monkeypatch.setattr(host_loop, "_history", lambda *a, _f=host_loop._history: evaluated.append(a[1]) or _f(*a))
+    monkeypatch.setattr(host_loop, "_rows", lambda *a, _f=host_loop._rows: evaluated.append(a[1]) or _f(*a))
     assert bits(minimize(path)) == bits(first)
     assert sum(evaluated) == 1  # the last point, which another limit would have gone on from
     converged = gdopt.minimize(quartic, jnp.zeros(6), checkpoint=path.with_name("other"))

@@ -297,3 +297,31 @@ def test_a_scaled_run_is_the_same_on_one_device(scale: Any, kind: AxisType) -> N
     params = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("data")))
     ours, theirs = (gdopt.minimize(square, start, **options) for start in (params, jnp.ones(8)))
     np.testing.assert_allclose(ours.params, theirs.params, rtol=1e-6)
+
+
+def test_the_states_of_a_model_and_of_an_optimizer_keep_their_places(tmp_path):
+    """Both are split as they were given, also after a resume, and a next run takes them from there."""
+
+    def averaged(params, rows, state):
+        new = {"w": 0.9 * state["w"] + 0.1 * params["w"], "n": state["n"] + 1, "mean": rows.mean(axis=0)}
+        return loss(params, rows), new
+
+    start, data = gdopt.shard(START, MESH, largest="data"), gdopt.shard(ROWS, MESH, rows="data")
+    given = {"w": jnp.zeros((160, 128)), "n": 0, "mean": jnp.zeros(160)}
+    state = gdopt.shard(given, MESH, largest="data")
+    options: dict[str, Any] = {"batch_size": 16, "optimizer": optax.adam, "learning_rate": 0.01, "max_steps": 6}
+    result = gdopt.minimize(averaged, start, data=data, state=state, **options)
+    alone = gdopt.minimize(averaged, START, data=ROWS, state=given, **options)
+    np.testing.assert_allclose(result.state["w"], alone.state["w"], rtol=1e-4, atol=1e-6)
+    assert result.state["n"] == 6
+    path = tmp_path / "run"
+    gdopt.minimize(averaged, start, data=data, state=state, checkpoint=path, **options | {"max_steps": 4})
+    with pytest.warns(UserWarning, match="max_steps"):
+        resumed = gdopt.minimize(averaged, start, data=data, state=state, checkpoint=path, **options)
+    np.testing.assert_array_equal(resumed.state["w"], result.state["w"])
+    states = {"state": result.state, "optimizer_state": result.optimizer_state}
+    more = gdopt.minimize(averaged, result.params, data=data, **states, **options)
+    assert more.optimizer_state[0].count == 12
+    for run in (result, resumed, more):
+        assert run.state["w"].sharding.is_equivalent_to(state["w"].sharding, 2)
+        assert run.optimizer_state[0].mu["w"].sharding.is_equivalent_to(start["w"].sharding, 2)

@@ -20,6 +20,7 @@ from gdopt._loop import loop
 from gdopt._loop.state import Carry
 from gdopt._optimizers.method import Method
 from gdopt._problem.problem import Problem
+from gdopt._problem.validation import Validation
 from gdopt._settings import own_promotion
 from gdopt._stopping import Limits
 from gdopt._types import PyTree
@@ -27,7 +28,7 @@ from gdopt._types import PyTree
 _LONGEST = 200  # the most characters of a description
 
 
-def run_identity(problem: Problem, *, keep_best: bool) -> dict[str, str]:
+def run_identity(problem: Problem, validation: Validation | None, *, keep_best: bool) -> dict[str, str]:
     """Describe, by name, everything that has to be the same when a run is resumed."""
     return {
         "params": _shapes_of(problem.objective.params),
@@ -37,9 +38,17 @@ def run_identity(problem: Problem, *, keep_best: bool) -> dict[str, str]:
         "held params": with_checksum(problem.objective.rest.arrays),
         "key": _trees.on_host(jax.random.key_data(problem.key)).tobytes().hex() if problem.noisy else "none",
         "keep_best": repr(keep_best),
+        "state": _shapes_of(problem.state) or "nothing",
+        "validation": _validation(validation),
         "scale": with_checksum(problem.objective.sizes),
         "float": jax.dtypes.canonicalize_dtype(float).name,
     }
+
+
+def _validation(validation: Validation | None) -> str:
+    if validation is None:
+        return "nothing"
+    return "a stream" if validation.stream else with_checksum(validation.data)
 
 
 def program_identity(problem: Problem, method: Method) -> tuple[dict[str, Any], Callable[[], str]]:

@@ -69,6 +69,11 @@ class JointSaver:
         self._begin: str | None = None
         self._closed = False
 
+    def forget(self) -> None:
+        """Remove the checkpoints that were made before."""
+        if self._saver is not None:
+            self._saver.forget()
+
     def tells(self) -> dict[str, Any]:
         """Return the progress of this process; the first one also tells whether a checkpoint is to begin."""
         due = self._saver is not None and self._saver.due()

@@ -53,6 +53,27 @@ def restored_state(found: Saved, fresh: State) -> State:
     return as_fresh(state, now)
 
 
+def names_in(found: Saved) -> set[str]:
+    """Return the names of all arrays of a checkpoint."""
+    spread = found.meta.get(SPREAD)
+    return {*found.arrays, *({} if spread is None else sharded.kinds(spread))}
+
+
+def restored_tree(found: Saved, like: Any, root: str) -> Any:
+    """Return a tree of arrays that was saved under a name, on the devices of one like it."""
+    spread = found.meta.get(SPREAD)
+    named, elsewhere = _trees.named_leaves(like, root), {} if spread is None else sharded.kinds(spread)
+    for name, leaf in named.items():
+        theirs = elsewhere.get(name)
+        if name in found.arrays:
+            theirs = found.arrays[name].shape, found.arrays[name].dtype
+        refuse_other(found, name, theirs, (leaf.shape, leaf.dtype))
+    places = {name: getattr(leaf, "sharding", None) for name, leaf in named.items() if name in elsewhere}
+    loaded = sharded.load(found.file, spread, places) if spread is not None and places else {}
+    leaves = [loaded[name] if name in loaded else put_like(found.arrays[name], leaf) for name, leaf in named.items()]
+    return jax.tree.structure(like).unflatten(leaves)
+
+
 def _places(found: Saved, fresh: State, stays_fresh: Callable[[str], bool]) -> dict[str, Any]:
     """Return where each leaf belongs; raise InputError if the checkpoint has other ones."""
     kinds = {name: (array.shape, array.dtype) for name, array in found.arrays.items()}

@@ -20,22 +20,25 @@ from gdopt._checkpoint.changes import changed_limits, changed_rates, rates_at, r
 from gdopt._checkpoint.folder import Checkpoint, Saved, newest, step_of
 from gdopt._checkpoint.identity import layout_of, numbers_of, program_identity, run_identity
 from gdopt._checkpoint.multi_process import JointSaver, opened
-from gdopt._checkpoint.restore import plain, refuse_other, restored_state
-from gdopt._checkpoint.schema import TEST_ARRAYS
+from gdopt._checkpoint.restore import names_in, plain, refuse_other, restored_state, restored_tree
+from gdopt._checkpoint.schema import TEST_ARRAYS, VALIDATION_ARRAYS
 from gdopt._checks import warn
 from gdopt._compile import digests
 from gdopt._devices.processes import peers
 from gdopt._errors import CheckpointError, InputError
-from gdopt._loop.state import Carry, State
+from gdopt._loop.state import Carry, Rows, State, joined_rows
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import trials_in
 from gdopt._problem.limits import LAST_STEP, Steps
 from gdopt._problem.problem import Problem
 from gdopt._problem.stream import Feed, Position
-from gdopt._result import History, RangeTest, concatenated
+from gdopt._problem.validation import Validation
+from gdopt._result import RangeTest
 from gdopt._status import FAILURES, RUNNING, Status
 from gdopt._stopping import Limits
+from gdopt._types import PyTree
 
+_BEST = "validation.best"  # the name of the best point by validation
 _MOST_HOSTS = 16  # checksums of what functions on the host have read
 _read_here: dict[str, str] = {}  # by path, what they read when the last run of this process ended there
 
@@ -44,18 +47,23 @@ class NoSaves:
     """A run without a checkpoint: nothing is restored, and nothing is saved."""
 
     range_test: RangeTest | None = None
+    failed: tuple[str, ...] = ()
     feed: Feed | None = None
     batches: Callable[[], dict[str, str]] = dict
+    validated: Callable[[], dict[str, Any]] = dict
     position = steps_per_epoch = None
     keeps_positions = False
     told = ""
+
+    def __init__(self, failed: tuple[str, ...] = ()):
+        self.failed = failed
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
     compare = compare_programs = compare_batches = tells = hears = update = finish = nothing
 
-    def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
+    def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[Rows]]:
         """Return the fresh carry, and no history."""
         return carry, []
 
@@ -63,13 +71,20 @@ class NoSaves:
         """Return the limit of a chunk unchanged."""
         return limit
 
+    def restored_validation(self, point: PyTree) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
 
 class Saves:
     """The checkpoints of a run: the one from which it resumes, if there is one, and those that it makes."""
 
-    def __init__(self, checkpoint: Checkpoint, saver: JointSaver, found: Saved | None):
+    def __init__(self, checkpoint: Checkpoint, saver: JointSaver, found: Saved | None, failed: tuple[str, ...] = ()):
         self.found = found
+        # The sentences on tries that failed at higher rates, before this one or before the checkpoint was made.
+        self.failed = failed or (() if found is None else tuple(found.meta.get("failed", ())))
         self.batches: Callable[[], dict[str, str]] = dict  # the checksums of the batches around a step of a stream
+        self.validated: Callable[[], dict[str, Any]] = dict  # the validation so far
         self.range_test: RangeTest | None = None if found is None else _restored_test(found)
         self.feed: Feed | None = None  # None without a stream
         self._stream: dict[str, Any] = {} if found is None else found.meta.get("stream", {})
@@ -114,21 +129,27 @@ class Saves:
             return f" That was the end of the run saved in {file!r}. Pass another path to make another one."
         return f" It resumed from step {step}, saved in {file!r}{again}."
 
-    def compare(self, problem: Problem, steps: Steps, *, keep_best: bool) -> None:
+    def compare(self, problem: Problem, steps: Steps, validation: Validation | None, *, keep_best: bool) -> None:
         """Raise InputError if the checkpoint is of another run."""
         sharded.check_installed(problem.objective.params)
         self._steps = steps
         asked = {"max_steps": None if steps.most == LAST_STEP else steps.most, "epochs": steps.epochs}
-        given = run_identity(problem, keep_best=keep_best)
-        self._meta = {"given": given, "start": digests.checksum(problem.objective.params), "asked": asked}
+        asked["patience"] = None if validation is None else validation.patience
+        given = run_identity(problem, validation, keep_best=keep_best)
+        start = problem.objective.params
+        if problem.has_state or problem.optimizer_state is not None:
+            start = start, problem.state, problem.optimizer_state
+        self._meta = {"given": given, "start": digests.checksum(start), "asked": asked}
         if self.found is None:
             return
         self._refuse_other_calls(self.found)
         if self.found.meta["start"] != self._meta["start"]:
-            warn(f"params differ from the start of the run saved in {self.found.file!r}, whose params are used.")
+            what = "params" if start is problem.objective.params else "params, state or optimizer_state"
+            warn(f"{what} differ from the start of the run saved in {self.found.file!r}, whose {what} are used.")
 
     def _refuse_other_calls(self, found: Saved) -> None:
-        theirs = {"scale": "nothing", **found.meta["given"]}  # Old checkpoints have no scale.
+        # Old checkpoints have none of these.
+        theirs = {"scale": "nothing", "state": "nothing", "validation": "nothing", **found.meta["given"]}
         for name, mine in self._meta["given"].items():
             refuse_other(found, name, theirs.get(name), mine)
 
@@ -167,7 +188,7 @@ class Saves:
             return ": its functions on the host read other values"
         return None
 
-    def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[History]]:
+    def restored(self, carry: Carry, limits: Limits) -> tuple[Carry, list[Rows]]:
         """Return the carry that replaces a fresh one, and the history so far."""
         fresh = carry[0].tree()
         sharded.check_installed(fresh)
@@ -177,7 +198,7 @@ class Saves:
         state = self._first_that_fits(fresh)
         found = self.found
         self._warn_of_places(found, here)
-        history = History(*(found.arrays[f"history.{name}"] for name in History._fields))
+        rows = _restored_rows(found)
         ended = int(state.code)
         others = found.meta["limits"] != numbers_of(limits)
         if self._other_loss(found) is not None:  # Measurements of the old loss do not hold for the new one.
@@ -188,11 +209,18 @@ class Saves:
         # A run that ended at its limits continues if the limits have changed: its last point is evaluated once more.
         if ended == Status.MAX_STEPS or (ended != RUNNING and others):
             state = state._replace(code=np.int32(RUNNING))
-            history = History(*(entries[:-1] for entries in history))
+            rows = Rows(*(entries[:-1] for entries in rows))
         elif ended != RUNNING:
             self._ended = Status(ended)
         self._warn_of_changes(found, limits)
-        return (_trees.pack(state), carry[1]), [history]
+        return (_trees.pack(state), carry[1]), [rows]
+
+    def restored_validation(self, point: PyTree) -> dict[str, Any]:
+        """Return the validation so far; ``point`` is like its best one: the params and the model's state."""
+        assert self.found is not None
+        found = {name: self.found.arrays[f"validation.{name}"] for name in VALIDATION_ARRAYS}
+        has_best = any(name.startswith(_BEST) for name in names_in(self.found))
+        return {**found, "best": restored_tree(self.found, point, _BEST) if has_best else None}
 
     def _warn_of_places(self, found: Saved, here: str) -> None:
         """Warn if other devices, cores or versions made the checkpoint."""
@@ -281,7 +309,7 @@ class Saves:
         most = int(limits.max_steps)
         return min(limit, most) if step < most else limit
 
-    def update(self, state: State, records: list[History], limits: Limits, *, last: bool) -> None:
+    def update(self, state: State, records: list[Rows], limits: Limits, *, last: bool) -> None:
         """Save the state between two steps if it is time; its arrays may then be donated to the next step.
 
         The ``last`` state is always saved, and so is one at max_steps, which another call may raise.
@@ -289,17 +317,23 @@ class Saves:
         if last or int(state.step) >= int(limits.max_steps):
             self.finish(state, records, limits)
         elif self._saver.due():
-            self._saver.save(*self._contents(state, concatenated(records), limits))
+            self._saver.save(*self._contents(state, joined_rows(records), limits))
 
-    def finish(self, state: State, records: list[History], limits: Limits) -> None:
+    def finish(self, state: State, records: list[Rows], limits: Limits) -> None:
         """Save the last state, and wait until it is on the disk."""
-        self._saver.close(final=self._contents(state, concatenated(records), limits))
+        self._saver.close(final=self._contents(state, joined_rows(records), limits))
 
-    def _contents(self, state: State, history: History, limits: Limits) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    def _contents(self, state: State, rows: Rows, limits: Limits) -> tuple[int, dict[str, Any], dict[str, Any]]:
         arrays: dict[str, Any] = {name: plain(leaf) for name, leaf in _trees.named_leaves(state, "state").items()}
-        arrays |= {f"history.{name}": entries for name, entries in history._asdict().items()}
+        arrays |= {
+            f"history.{name}": entries for name, entries in rows._asdict().items() if entries.size or name != "metrics"
+        }
+        validated = self.validated()
+        arrays |= {f"validation.{name}": validated[name] for name in VALIDATION_ARRAYS if validated}
+        arrays |= {name: plain(leaf) for name, leaf in _trees.named_leaves(validated.get("best"), _BEST).items()}
         hosts = sorted(self._hosts | {self._host()})[:_MOST_HOSTS]  # before the run, and now: some keep records
         meta = {**self._meta, "host": hosts, "limits": numbers_of(limits), "range_test": None}
+        meta["failed"] = [*self.failed]
         if self.range_test is not None:
             test = self.range_test
             arrays |= {f"range_test.{name}": getattr(test, name) for name in TEST_ARRAYS}
@@ -318,18 +352,30 @@ class Saves:
 
 
 @contextlib.contextmanager
-def saves_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Generator[Saves | NoSaves]:
-    """Open the checkpoints at a path for this run alone, until it ends."""
+def saves_at(
+    checkpoint: str | os.PathLike[str] | Checkpoint | None, failed: tuple[str, ...] = ()
+) -> Generator[Saves | NoSaves]:
+    """Open the checkpoints at a path for this run alone, until it ends.
+
+    After tries that ``failed``, remove theirs, and begin anew.
+    """
     if checkpoint is None:
-        yield NoSaves()
+        yield NoSaves(failed)
         return
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     with opened(given, peers()) as (saver, found):
-        saves = Saves(given, saver, found)
+        if failed:
+            saver.forget()
+        saves = Saves(given, saver, None if failed else found, failed)
         try:
             yield saves
         finally:
             saves.remember()
+
+
+def _restored_rows(saved: Saved) -> Rows:
+    loss, grad_norm, rate = (saved.arrays[f"history.{name}"] for name in Rows._fields[:3])
+    return Rows(loss, grad_norm, rate, saved.arrays.get("history.metrics", np.zeros((len(loss), 0))))
 
 
 def _restored_test(saved: Saved) -> RangeTest | None:

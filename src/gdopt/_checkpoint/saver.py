@@ -118,6 +118,14 @@ class Saver:
                     release(self._base, lock)
         self._report()
 
+    def forget(self) -> None:
+        """Remove the checkpoints that were made before: a run begins anew."""
+        with contextlib.suppress(OSError):
+            for file in filter(is_own, saves_of(self._base).values()):
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
+        self._remove_parts()
+
     def let_go(self) -> None:
         """Closes the lock, which another process keeps open."""
         if self._lock is not None:

@@ -12,16 +12,17 @@ import numpy as np
 
 from gdopt._checkpoint.folder import Saved, step_of
 from gdopt._errors import CheckpointError
+from gdopt._loop.state import Rows
 from gdopt._problem.limits import LAST_STEP
-from gdopt._result import History
 from gdopt._status import RUNNING, Status
 from gdopt._stopping import DROWNED, NONE_SEEN, NOT_VERIFIED, UP_TO_NOISE, Limits
 
 TEST_ARRAYS = ("learning_rate", "loss", "smoothed_loss", "losses", "smoothed_losses")
+VALIDATION_ARRAYS = ("steps", "records", "means")
 GIVEN = ("params", "data", "batch_size", "args", "held params", "key", "keep_best", "float")
 _LONGEST = 80  # characters of a value in a message
 _LARGEST = 10**300  # of whole numbers that are to be converted to floating-point ones
-_HOST_ENDS = (Status.STOPPED, Status.INTERRUPTED, Status.DATA_EXHAUSTED)  # no state holds these
+_HOST_ENDS = (Status.STOPPED, Status.INTERRUPTED, Status.DATA_EXHAUSTED, Status.EARLY_STOPPED)  # no state holds these
 _CODES = (RUNNING, *(int(status) for status in Status if status not in _HOST_ENDS))
 
 Field = tuple[Any, Callable[[Any], bool], str]  # a value, its test, and the wanted kind
@@ -59,10 +60,13 @@ def _fields(saved: Saved) -> Iterator[tuple[str, Field]]:
         yield name, (meta.get(name, ""), _is_text, "a text")
     hosts = meta.get("host", [])
     yield "host", (hosts, lambda hosts: type(hosts) is list and all(map(_is_text, hosts)), "a list of texts")
+    failed = meta.get("failed", [])
+    yield "failed", (failed, lambda failed: type(failed) is list and all(map(_is_text, failed)), "a list of texts")
     yield "limits", (_need(meta, "limits"), _are_limits, f"{len(Limits._fields) - 1} numbers or None")
     yield from _asked(meta)
     yield from _rates(meta)
     yield from _state(saved)
+    yield from _validation(saved)
     yield from _range_test(saved)
     yield from _stream(saved)
 
@@ -70,7 +74,7 @@ def _fields(saved: Saved) -> Iterator[tuple[str, Field]]:
 def _asked(meta: dict[str, Any]) -> Iterator[tuple[str, Field]]:
     asked = meta.get("asked", {})
     yield "asked", (asked, _is_dict, "a number of steps and of epochs")
-    for name in ("max_steps", "epochs"):
+    for name in ("max_steps", "epochs", "patience"):
         yield (
             f"asked.{name}",
             (asked.get(name), _optional(_whole(1, LAST_STEP)), "a whole number of 1 or more, or None"),
@@ -110,13 +114,32 @@ def _state(saved: Saved) -> Iterator[tuple[str, Field]]:
         if name.startswith("state.watch.") and arrays[name].dtype.kind == "i":
             yield name, (arrays[name], _is_count(0, LAST_STEP), whole(0, LAST_STEP))
     length = int(step) + (int(code) != RUNNING)
-    for name in History._fields:
+    for name in Rows._fields[:3]:
         full = f"history.{name}"
         is_row = lambda row: _is_floating(row) and row.shape == (length,)
         yield full, (_need(arrays, full), is_row, f"a list of {length} floating-point numbers")
+    columns = arrays.get("history.metrics", np.zeros((length, 0)))
+    is_table = lambda table: _is_floating(table) and table.ndim == 2 and len(table) == length
+    yield "history.metrics", (columns, is_table, f"a table of {length} rows of floating-point numbers")
     if "state.order" in arrays:
         drawn = lambda order: _is_permutation(order) or int(step) == 0
         yield "state.order", (arrays["state.order"], drawn, "an order of the rows")
+
+
+def _validation(saved: Saved) -> Iterator[tuple[str, Field]]:
+    arrays, made = saved.arrays, int(saved.arrays["state.step"])
+    if not any(name.startswith("validation.") for name in arrays):
+        return
+    steps, *tables = (_need(arrays, f"validation.{name}") for name in VALIDATION_ARRAYS)
+    rises = lambda steps: steps.ndim == 1 and steps.dtype == np.int32 and (np.diff(steps, prepend=0) > 0).all()
+    within = lambda steps: rises(steps) and (steps <= made).all()
+    yield "validation.steps", (steps, within, f"a rising list of steps up to {made}")
+    columns = arrays.get("history.metrics", np.zeros((0, 0))).shape[1]
+    for name, table, fits in zip(VALIDATION_ARRAYS[1:], tables, ((1).__le__, columns.__eq__), strict=True):
+        is_table = lambda rows, fits=fits: (
+            _is_floating(rows) and rows.ndim == 2 and len(rows) == len(steps) and fits(rows.shape[1])
+        )
+        yield f"validation.{name}", (table, is_table, f"a table of {len(steps)} rows of floating-point numbers")
 
 
 def _range_test(saved: Saved) -> Iterator[tuple[str, Field]]:

@@ -163,6 +163,7 @@ class Layout(NamedTuple):
     mesh: Mesh
     params: tuple[tuple[tuple, tuple[int, ...], NamedSharding], ...]  # paths, shapes and places
     data: tuple[NamedSharding, ...]
+    state: tuple[NamedSharding, ...] = ()
 
     def like_params(self, tree: PyTree) -> PyTree:
         """Place every array of a tree that looks like one of the params in the same way as that one.
@@ -178,6 +179,12 @@ class Layout(NamedTuple):
             return leaf
 
         return jax.tree_util.tree_map_with_path(constrained, tree)
+
+    def like_state(self, tree: PyTree) -> PyTree:
+        """Place the model's state as it was given."""
+        if not self.state or not jax.tree.leaves(tree):
+            return tree
+        return lax.with_sharding_constraint(tree, jax.tree.structure(tree).unflatten(self.state))
 
     def packed(self, packed: _trees.Packed) -> _trees.Packed:
         """Place packed params on the devices of the params."""
@@ -222,10 +229,13 @@ def on_one_mesh(trees: dict[str, PyTree], kept: Container[str] = ()) -> tuple[di
         return put_on(leaf, NamedSharding(auto_mesh, PartitionSpec()))
 
     trees = {root: jax.tree.map(functools.partial(put, stays=root in kept), tree) for root, tree in trees.items()}
-    if "params" not in trees or any(map(_jax.is_tracer, jax.tree.leaves((trees["params"], trees.get("data"))))):
+    if "params" not in trees or any(
+        map(_jax.is_tracer, jax.tree.leaves([trees.get(name) for name in ("params", "data", "state")]))
+    ):
         return trees, None  # Within a trace the caller's program decides.
     params = tuple((path, x.shape, x.sharding) for path, x in jax.tree_util.tree_leaves_with_path(trees["params"]))
-    return trees, Layout(auto_mesh, params, tuple(leaf.sharding for leaf in jax.tree.leaves(trees.get("data"))))
+    data, state = (tuple(leaf.sharding for leaf in jax.tree.leaves(trees.get(name))) for name in ("data", "state"))
+    return trees, Layout(auto_mesh, params, data, state)
 
 
 def anchor(trees: dict[str, PyTree]) -> dict[str, jax.Array]:

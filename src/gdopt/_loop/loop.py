@@ -50,12 +50,13 @@ def compile(problem: Problem, *args: Any, **options: Any) -> tuple[Compiled | Wh
     except InputError:
         raise
     except Exception as error:
-        mesh = explicit_mesh(problem.objective.params, problem.data, problem.args) or callers_mesh()
+        mesh = explicit_mesh(problem.objective.params, problem.data, problem.args, problem.state) or callers_mesh()
         key = problem.key if problem.with_key else None
         with contextlib.suppress(Exception):
             if mesh is None and not any(note.startswith("gdopt") for note in getattr(error, "__notes__", ())):
                 # The loss itself can be traced, and its trace shows the mesh that it maps over.
-                mesh = mapped_mesh(problem.value, problem.objective.params, problem.batch, problem.args, key)
+                given = problem.objective.params, problem.batch, problem.args, key, problem.state
+                mesh = mapped_mesh(problem.value, *given)
             if mesh is not None:
                 return _compile(problem._replace(explicit=mesh), *args, **options)
         raise
@@ -69,8 +70,9 @@ def _compile(
     *,
     trial: bool = False,
     keep_best: bool = True,
+    metrics: bool = False,
 ) -> tuple[Compiled | Whole, Inputs]:
-    """Compile the loop of a problem.
+    """Compile the loop of a problem; with ``metrics`` it records the scalars of the aux.
 
     If jit, vmap or grad traces any of the inputs, it traces all of the loop.
 
@@ -80,17 +82,19 @@ def _compile(
     """
     noisy = problem.noisy or trial
     # The inputs are placed before the trace, so that the loss is traced for the devices on which it will run.
-    given, _ = on_one_mesh({"params": problem.objective.params, "data": problem.data, "args": problem.args})
-    start, data, args = given.values()
+    trees = {"params": problem.objective.params, "data": problem.data, "args": problem.args, "state": problem.state}
+    start, data, args, state = on_one_mesh(trees)[0].values()
     batch = problem._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and problem.with_key else None
-    value = program.trace(problem.value, start, batch, args, one_key, rules=True)
+    given = batch, args, one_key, state
+    value = program.trace(problem.value, start, *given, rules=True)
     lints.warn_of_all_pairs(value.jaxpr)
     with own_promotion():
         schedule = None if method.schedule is None else program.trace(method.rate_at, np.int32(0), lift=True)
     numbers = schedule and schedule.constants
     epoch = None if problem.stream is None else Epoch(begins=True, ends=False, steps=1)
-    inputs = Inputs(start, data, args, key, None if schedule else method.rate, limits, value.constants, numbers, epoch)
+    rate, warm = None if schedule else method.rate, problem.optimizer_state
+    inputs = Inputs(start, data, args, key, rate, limits, value.constants, numbers, state, warm, epoch)
     inputs, layout = _inputs_on_one_mesh(inputs, constants_stay=problem.explicit is not None)
     inside = program.is_traced(inputs)
     if inside and trial:
@@ -98,15 +102,14 @@ def _compile(
     if inside:
         _check_mapped(inputs.start, value)
     tests_gradient = limits.grad_tol is not None
-    settings = Settings(
-        noisy, problem.batches, problem.with_key, keep_best, tests_gradient, inside, None if inside else layout
-    )
+    flags = problem.with_key, keep_best, tests_gradient, metrics, inside
+    settings = Settings(noisy, problem.batches, *flags, None if inside else layout)
     options = method.identity, schedule.identity if schedule else (), settings, inside and limits.has_target
 
     # A trace of the loss identifies its gradient, too. But if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options), inputs, passing=True)
     if not seen:
-        loss, value = program.with_gradient(value, problem.value, start, batch, args, one_key)
+        loss, value = program.with_gradient(value, problem.value, start, *given)
         kept = program.place_for((loss.identity, *options), inputs)
         if not kept:
             with own_promotion():
@@ -162,6 +165,7 @@ def is_inside(problem: Problem) -> bool:
     """Tell whether jit, vmap or grad traces any of what the loss of a problem reads."""
     traced, _ = traced_anywhere(problem, problem.key if problem.with_key else None)
     given = problem.objective.params, problem.data, problem.args, problem.given_key
+    given = *given, problem.state, problem.optimizer_state
     return program.is_traced(given, traced.constants)
 
 
@@ -170,7 +174,7 @@ def traced_anywhere(problem: Problem, key: jax.Array | None) -> tuple[program.Tr
 
     If it needs the places, as a `shard_map` over Explicit axes does, it is traced with them.
     """
-    given = problem.objective.params, problem.batch, problem.args, key
+    given = problem.objective.params, problem.batch, problem.args, key, problem.state
     bare = jax.tree.map(anywhere, given)
     try:
         return program.trace(problem.value, *bare, rules=True), bare
@@ -189,12 +193,16 @@ def check_alike(problem: Problem, **given: Any) -> None:
         with own_work():
             given["learning_rate"] = [float(given["learning_rate"](step)) for step in (0, 1, 10, 100, 1000)]
     others.compare(
-        loss=digests.text(problem.value, problem.objective.params, problem.batch, problem.args, problem.key),
+        loss=digests.text(
+            problem.value, problem.objective.params, problem.batch, problem.args, problem.key, problem.state
+        ),
         params=comparable(problem.objective.params),
         data=comparable(problem.data),
         args=comparable(problem.args),
         key=comparable(problem.key),
         batches=problem.batches,
+        state=comparable(problem.state),
+        optimizer_state=comparable(problem.optimizer_state),
         **given,
     )
 
@@ -212,6 +220,7 @@ def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
 def _inputs_on_one_mesh(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
     """Place the inputs on the devices that some of them are on."""
     names = {"start": "params", "data": "data", "args": "args", "constants": CLOSED_OVER}
+    names |= {"state": "state", "optimizer_state": "optimizer_state"}
     names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
     stay = {names["constants"]} if constants_stay else ()
     trees, layout = on_one_mesh({name: getattr(inputs, field) for field, name in names.items()}, stay)
@@ -233,7 +242,7 @@ def _make(
         many_runs = inputs.key is not None and inputs.key.ndim
         start, steps = side_by_side(step.start, step) if many_runs else (step.start, step)
         everywhere = settings.layout.everywhere if settings.layout else lambda tree: tree
-        first = program.share(first_carry(start, everywhere), inputs)
+        first = program.share(first_carry(start, everywhere, metrics=settings.metrics), inputs)
         many = program.share(
             chunk_loop(steps, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True
         )

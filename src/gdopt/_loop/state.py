@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from gdopt import _trees
 from gdopt._compile import program
 from gdopt._devices.sharding import Layout
 from gdopt._problem.data import Batches
-from gdopt._status import Status
+from gdopt._status import RUNNING, Status
 from gdopt._stopping import BY_NEIGHBOURS, Ending, Epoch, Limits, Watch
 from gdopt._trees import Packed
 from gdopt._types import PyTree
@@ -35,7 +36,18 @@ class Inputs(NamedTuple):
     limits: Limits
     constants: list[Any]  # the arrays that the loss closes over
     numbers: list[Any] | None  # the numbers of the schedule
+    state: PyTree = None  # the model's state before the first step, if the loss has one
+    optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
     epoch: Epoch | None = None  # for a stream, whose batches are the data in turn
+
+
+class Rows(NamedTuple):
+    """What the loop records, on the host: one entry per evaluation, as in a `History`."""
+
+    loss: np.ndarray
+    grad_norm: np.ndarray
+    learning_rate: np.ndarray
+    metrics: np.ndarray  # a column for each scalar of the aux, if they are recorded; otherwise none
 
 
 class Kept(NamedTuple):
@@ -49,6 +61,7 @@ class Kept(NamedTuple):
     loss: jax.Array
     grad_norm: jax.Array
     aux: PyTree
+    model: PyTree = None  # the model's state with which the point is to be evaluated, if params are kept
 
 
 class State(NamedTuple):
@@ -62,6 +75,7 @@ class State(NamedTuple):
     watch: Watch
     kept: Kept
     ending: Ending
+    model: PyTree = None  # the model's state that the loss returned at the step before; None if it has none
 
 
 class Outcome(NamedTuple):
@@ -77,6 +91,8 @@ class Outcome(NamedTuple):
     ending: Ending
     # 0 for real entries of params that the optimizer holds at a bound, 1 for others; None if it holds none
     free: PyTree
+    model: PyTree = None
+    optimizer: PyTree = None
 
     @property
     def is_smooth_minimum(self) -> jax.Array:
@@ -116,6 +132,7 @@ class Settings(NamedTuple):
     with_key: bool
     keep_best: bool
     tests_gradient: bool  # whether the largest entry of the gradient is tested
+    metrics: bool  # whether the scalars of the aux are recorded
     inside: bool  # whether the run is inside jit, vmap or grad
     layout: Layout | None = None  # the placement on many devices
 
@@ -135,7 +152,8 @@ class Settings(NamedTuple):
         if kept.params is not None:
             kept = kept._replace(params=layout.packed(kept.params))
         params, optimizer = layout.like_params(state.params), layout.like_params(state.optimizer)
-        return state._replace(params=params, optimizer=optimizer, kept=kept)
+        kept, model = kept._replace(model=layout.like_state(kept.model)), layout.like_state(state.model)
+        return state._replace(params=params, optimizer=optimizer, kept=kept, model=model)
 
 
 class Programs(NamedTuple):
@@ -146,9 +164,24 @@ class Programs(NamedTuple):
     closed: bool  # whether they depend on nothing but the traces and their inputs
 
 
+def joined_rows(records: Sequence[Rows]) -> Rows:
+    """Join the rows of successive chunks into one."""
+    return Rows(*(np.concatenate(entries) for entries in zip(*records, strict=True)))
+
+
+def is_running(state: State) -> bool:
+    """Tell whether any of the runs side by side continues."""
+    return bool((_trees.on_host(state.code) == RUNNING).any())
+
+
 def returned_params(state: State) -> PyTree:
     """Return the params whose loss is in ``state.kept``."""
     return state.params if state.kept.params is None else state.kept.params.tree()
+
+
+def returned_model(state: State) -> PyTree:
+    """Return the model's state that belongs to `returned_params`: the loss there was computed with it."""
+    return state.model if state.kept.params is None else state.kept.model
 
 
 def params_to_return(state: State) -> PyTree:

@@ -15,10 +15,12 @@ from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import inject, trials_in
+from gdopt._optimizers.optax_state import inject, may_skip, took_care, trials_in
 from gdopt._optimizers.trials import MAX_REJECTED
+from gdopt._problem import model_state
 from gdopt._problem.data import Batches
 from gdopt._problem.problem import Problem
+from gdopt._problem.validation import metrics_in
 from gdopt._status import RUNNING
 from gdopt._stopping import Epoch, Evaluation, Search, Watch
 from gdopt._trees import Packed
@@ -26,12 +28,12 @@ from gdopt._types import PyTree
 
 
 def loss_arguments(
-    inputs: Inputs, order: PyTree, step: jax.Array, batches: Batches | None, *, with_key: bool
-) -> tuple[PyTree, PyTree, jax.Array | None]:
-    """Return the arguments of the loss at a step besides the params: data, args and the key."""
-    data = batches.take(inputs.data, order, step) if batches else inputs.data
-    key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), step) if with_key else None
-    return data, inputs.args, key
+    inputs: Inputs, state: State, batches: Batches | None, *, with_key: bool
+) -> tuple[PyTree, PyTree, jax.Array | None, PyTree]:
+    """Return the arguments of the loss at a step besides the params: data, args, the key and the model's state."""
+    data = batches.take(inputs.data, state.order, state.step) if batches else inputs.data
+    key = jax.random.fold_in(jax.random.fold_in(inputs.key, 1), state.step) if with_key else None
+    return data, inputs.args, key, state.model
 
 
 def rate_of(method: Method, schedule: program.Traced | None, inputs: Inputs, k: jax.Array) -> Any:
@@ -59,27 +61,35 @@ class Step:
     ):
         self.asks_again = False  # whether an optimizer has called the loss itself, in its own trace
         self._task, self._method, self._loss, self._schedule, self._settings = problem, method, loss, schedule, settings
-        (value, self._aux), _ = loss.out
+        (value, extra), _ = loss.out
+        _, self._aux = model_state.of(extra)
         self._loss_dtype = jnp.promote_types(value.dtype, jnp.float32)
         self._eps = float(jnp.finfo(value.dtype).eps)
 
     def __call__(self, state: State, inputs: Inputs) -> tuple[State, tuple]:
-        """Return the next state, and the record of this evaluation: its loss, its gradient's norm, and the rate."""
+        """Return the next state, and the record of this evaluation: loss, norm of the gradient, rate, and metrics."""
         k, x, settings = state.step, state.params, self._settings
-        given, order = self._given(k, state.order, inputs)
-        (loss, aux), grad = self._loss.replay(self._loss.constants, x, inputs.constants, *given)
+        given, order = self._given(state, inputs)
+        (loss, extra), grad = self._loss.replay(self._loss.constants, x, inputs.constants, *given)
+        model, aux = model_state.of(extra)
         point, here = self._measured(k, x, loss, grad, inputs)
-        code, watch = self._judged(state, point, inputs)
+        update = functools.partial(self._updated, state, inputs, loss, grad, given)
+        tried = update() if settings.noisy and may_skip(state.optimizer) else None
+        skipped = None if tried is None else self._skipped(state, point, tried)
+        code, watch = self._judged(state, point, inputs, skipped)
         running = code == RUNNING
-        kept = self._kept(state.kept, point, here, aux, (code, running), watch)
-        rate = rate_of(self._method, self._schedule, inputs, k)
+        kept = self._kept(state, point, here, aux, (code, running, skipped), watch)
+        model = model if skipped is None else _trees.select(skipped, state.model, model)
+        new_x, new_optimizer, rate = tried or update()
         # A select is cheaper than a cond here, because only the last step of a run is not made. The last step leaves
         # the watch as it was, too: a checkpoint may be resumed with other limits, and repeats the evaluation.
-        new = (*self._updated(x, loss, grad, state.optimizer, rate, given), watch)
-        x, optimizer, watch = _trees.select(running, new, (x, state.optimizer, state.watch))
+        new, old = (new_x, new_optimizer, watch, model), (x, state.optimizer, state.watch, state.model)
+        x, optimizer, watch, model = _trees.select(running, new, old)
         used = self._method.rate_used(rate, optimizer)
-        record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan))
-        return settings.in_place(State(k + running, code, x, optimizer, order, watch, kept, state.ending)), record
+        metrics = metrics_in(aux).values() if settings.metrics else ()
+        record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan), *map(jnp.asarray, metrics))
+        new = State(k + running, code, x, optimizer, order, watch, kept, state.ending, model)
+        return settings.in_place(new), record
 
     def start(self, inputs: Inputs) -> State:
         """Return the state before the first step."""
@@ -87,7 +97,8 @@ class Step:
         nan = jnp.full((), jnp.nan, self._loss_dtype)
         norm = jnp.full((), jnp.nan, _trees.norm_dtype(inputs.start))
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._aux)
-        optimizer = self._method.init(rate_of(self._method, self._schedule, inputs, jnp.int32(0)), inputs.start)
+        rate = rate_of(self._method, self._schedule, inputs, jnp.int32(0))
+        optimizer = self._method.begin(rate, inputs.start, inputs.optimizer_state)
         if trials_in(optimizer) is not None:
             _check_search(settings)
         best = _trees.copy(settings.compact(inputs.start)) if settings.keep_best else None
@@ -97,23 +108,25 @@ class Step:
             params=_trees.copy(inputs.start),
             optimizer=_trees.copy(_trees.strong(optimizer)),
             order=jnp.zeros(settings.batches.rows, jnp.int32) if settings.batches else None,
-            watch=_stopping.first_watch(self._loss_dtype, norm.dtype),
-            kept=Kept(best, jnp.int32(0), nan, norm, blank),
+            watch=_stopping.first_watch(self._loss_dtype, norm.dtype, skips=settings.noisy and may_skip(optimizer)),
+            kept=Kept(best, jnp.int32(0), nan, norm, blank, _trees.copy(inputs.state) if settings.keep_best else None),
             ending=_stopping.first_ending(self._loss_dtype),
+            model=_trees.copy(inputs.state),
         )
         return settings.in_place(state)
 
-    def _given(self, k: jax.Array, order: PyTree, inputs: Inputs) -> tuple[tuple, PyTree]:
+    def _given(self, state: State, inputs: Inputs) -> tuple[tuple, PyTree]:
         """Return the arguments of the loss besides the params, and the order of this epoch's rows."""
-        settings = self._settings
+        settings, k, order = self._settings, state.step, state.order
         batches = settings.batches
         if batches and not settings.inside:  # Inside a transformation, `whole_loop` shuffles.
             key = jax.random.fold_in(inputs.key, 0)
             drawn = functools.partial(batches.order, key, k)
             order = lax.cond(k % batches.per_epoch == 0, drawn, lambda: order)
-        data, args, key = loss_arguments(inputs, order, k, batches, with_key=settings.with_key)
+        state = state._replace(order=order)
+        data, *others = loss_arguments(inputs, state, batches, with_key=settings.with_key)
         data = settings.layout.batch(data) if batches and settings.layout else data
-        return (data, args, key), order
+        return (data, *others), order
 
     def _measured(
         self, k: jax.Array, x: PyTree, loss: jax.Array, grad: PyTree, inputs: Inputs
@@ -128,12 +141,24 @@ class Step:
         largest = _trees.largest(compact(grad)) if self._settings.tests_gradient else None
         return Evaluation(k, value, grad_norm, distance, finite, largest), here
 
-    def _judged(self, state: State, point: Evaluation, inputs: Inputs) -> tuple[jax.Array, Watch]:
+    def _skipped(self, state: State, point: Evaluation, tried: tuple) -> jax.Array:
+        """Tell whether the loss or its gradient is not finite, but the optimizer skips it and keeps the params finite.
+
+        Without noise it would skip the same gradient at each further step.
+        """
+        params, optimizer, _ = tried
+        bad = point.finite & ~(jnp.isfinite(point.loss) & jnp.isfinite(point.grad_norm))
+        stays_finite = lax.cond(bad, lambda: _trees.all_finite(params), lambda: jnp.asarray(False))
+        return bad & stays_finite & took_care(optimizer, state.optimizer)
+
+    def _judged(
+        self, state: State, point: Evaluation, inputs: Inputs, skipped: jax.Array | None
+    ) -> tuple[jax.Array, Watch]:
         found = trials_in(state.optimizer)
         if found is not None:
             found = Search(found.rejected >= MAX_REJECTED, found.accepted, found.left.astype(self._loss_dtype))
         epoch = self._epoch(inputs, point.step)
-        return _stopping.judge(state.watch, state.kept.loss, point, inputs.limits, found, self._eps, epoch)
+        return _stopping.judge(state.watch, state.kept.loss, point, inputs.limits, found, self._eps, epoch, skipped)
 
     def _epoch(self, inputs: Inputs, k: jax.Array) -> Epoch | None:
         if not self._settings.noisy or inputs.epoch is not None:
@@ -141,9 +166,9 @@ class Step:
         steps = self._settings.batches.per_epoch if self._settings.batches else 1
         return Epoch(k % steps == 0, k % steps == steps - 1, steps)
 
-    def _kept(self, last: Kept, point: Evaluation, here: Packed, aux: PyTree, ended: tuple, watch: Watch) -> Kept:
+    def _kept(self, state: State, point: Evaluation, here: Packed, aux: PyTree, ended: tuple, watch: Watch) -> Kept:
         """Return the best point so far; for a noisy run the last good one."""
-        code, running = ended
+        last, (code, running, skipped) = state.kept, ended
         k, value, grad_norm = point.step, point.loss, point.grad_norm
         if not self._settings.noisy:
             finite = point.finite & (jnp.isfinite(grad_norm) & jnp.isfinite(value))
@@ -152,24 +177,27 @@ class Step:
         else:
             failed = _stopping.is_failure(code)
             keep = (k == 0) | jnp.where(running, value <= watch.first_loss, ~failed)
+            keep = keep if skipped is None else keep & ((k == 0) | ~skipped)
         keep_best = self._settings.keep_best
-        kept = Kept(here if keep_best else None, k, value, grad_norm, _trees.strong(aux))
+        point_kept, model = (here, state.model) if keep_best else (None, None)
+        kept = Kept(point_kept, k, value, grad_norm, _trees.strong(aux), model)
         return _trees.select(keep, kept, last) if keep_best else kept
 
     def _updated(
-        self, x: PyTree, loss: jax.Array, grad: PyTree, optimizer: PyTree, rate: jax.Array | None, given: tuple
-    ) -> tuple[PyTree, PyTree]:
-        """Return the params and the optimizer's state after the update."""
+        self, state: State, inputs: Inputs, loss: jax.Array, grad: PyTree, given: tuple
+    ) -> tuple[PyTree, PyTree, jax.Array | None]:
+        """Return the params and the optimizer's state after the update, and its rate."""
+        x, rate = state.params, rate_of(self._method, self._schedule, inputs, state.step)
 
         def asked(params: PyTree) -> jax.Array:
             self.asks_again = True
             return self._task.value(params, *given)[0]
 
-        optimizer = optimizer if rate is None else inject(optimizer, rate)
+        optimizer = state.optimizer if rate is None else inject(state.optimizer, rate)
         updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss)
         # Nothing else may read the updates. Otherwise XLA rounds them before it adds them, whereas a hand-written loop
         # fuses both, and the last bits differ.
-        return optax.apply_updates(x, updates), _trees.strong(optimizer)
+        return optax.apply_updates(x, updates), _trees.strong(optimizer), rate
 
 
 def _check_search(settings: Settings) -> None:

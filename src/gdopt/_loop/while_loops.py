@@ -11,23 +11,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdopt import _stopping, _trees
-from gdopt._loop.state import Carry, Inputs, Outcome, Settings, State, returned_params
+from gdopt._loop.state import Carry, Inputs, Outcome, Settings, State, returned_model, returned_params
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
-from gdopt._result import History
+from gdopt._problem.validation import metrics_in
 from gdopt._status import RUNNING
 from gdopt._trees import Packed
 
 CAPACITY = 4096  # the rows of the history for which a carry has room
+_COLUMNS = 3  # the loss, the norm of its gradient, and the rate
 
 
-def first_carry(start: Callable[[Inputs], State], everywhere: Callable) -> Callable[[Inputs], Carry]:
+def first_carry(start: Callable[[Inputs], State], everywhere: Callable, *, metrics: bool) -> Callable[[Inputs], Carry]:
     """Give ``start`` room for the first rows of the history; what the host reads is copied ``everywhere``."""
 
     def first(inputs: Inputs) -> Carry:
         state = start(inputs)
         dtype = jnp.result_type(state.kept.loss, state.kept.grad_norm, float)
-        records = jnp.zeros((CAPACITY, *state.code.shape, len(History._fields)), dtype)
+        columns = _COLUMNS + (len(metrics_in(state.kept.aux)) if metrics else 0)
+        records = jnp.zeros((CAPACITY, *state.code.shape, columns), dtype)
         return _read_by_host((_trees.pack(state), records), everywhere)
 
     return first
@@ -103,7 +105,8 @@ def whole_loop(
         params, kept = returned_params(state), state.kept
         success = _stopping.succeeded(ended.code, ended.watch, noisy=settings.noisy, has_target=has_target)
         found = params, kept.loss, kept.grad_norm, kept.aux
-        return Outcome(*found, ended.step, ended.code, success, ended.ending, held(state, inputs))
+        ends = ended.step, ended.code, success, ended.ending, held(state, inputs)
+        return Outcome(*found, *ends, returned_model(state), state.optimizer)
 
     return whole
 

@@ -19,33 +19,35 @@ from gdopt._types import PyTree, Scalar, Schedule
 
 FIRST = 0.03  # the distance that is taken for granted
 _B1, _B2, _EPS = 0.85, 0.98, 1e-8  # Adam's
-_MEMORY = 0.9  # the factor of the averages that estimate the distance
+_LEAST_MEMORY, _MEMORY = 10.0, 0.1  # the steps that the averages remember: some, and a share of those made
 _DECAY = 0.001  # the share by which a step at the full rate shrinks the params
+_FALL = 10.0  # the most that the loss may fall by the first full step, over the loss, if it were linear
 # These and the cycle were measured on half of the trainings of benchmarks/training_tasks.py.
 
 
 class DistanceState(NamedTuple):
     """The state of an optimizer whose rate is a multiple of an estimated distance."""
 
-    distance: jax.Array  # the estimate, which only grows
+    distance: jax.Array  # (leaves,) or (1,): the estimates, which only grow
     size: jax.Array  # the largest entry of the first gradient that is not zero, in whose units others are taken
     start: PyTree  # the params before the first update
-    gain: jax.Array  # the average of rate * <gradient, start - params>
+    gain: jax.Array  # like distance: the average of rate * <gradient, start - params>
     push: PyTree  # the average of rate * gradient
-    count: jax.Array | None  # the number of updates, if the rate is a schedule
+    count: jax.Array  # the number of updates
     inner: PyTree  # the state of the optimizer that makes the updates
 
 
 def distance_adamw(learning_rate: Scalar | Schedule, weight_decay: Scalar = _DECAY) -> optax.GradientTransformation:
     """Return AdamW whose rate follows the distance that the params have to go. It needs no rate in their units.
 
-    The rate of a step is ``learning_rate * distance``, so ``learning_rate`` is a shape: 1 at its highest. The distance
-    begins at 0.03, which suits most networks, and grows while the gradients still point away from the start. Then the
-    rate is too low for the number of steps, as it is if targets are in the thousands. The estimate is that of Prodigy,
-    a lower bound of the distance to the minimum of a convex loss. The updates are those of Adam with Nesterov's
-    momentum (b1 = 0.85, b2 = 0.98), of the gradient over the size of the first one: multiplying the loss changes
-    nothing. `minimize` uses it with ``one_cycle(1.0, steps)`` for mini-batches and random keys if you pass neither an
-    optimizer nor a learning_rate.
+    The rate of a step is ``learning_rate * distance``, so ``learning_rate`` is a shape: 1 at its highest. Each leaf of
+    the params has its own distance. It begins at 0.03, which suits most networks. If a step of that size along the sign
+    of the first gradient would cost more than ten times the loss, it begins lower. It grows while the gradients still
+    point away from the start, which means that the rate is too low for the number of steps. The estimate is Prodigy's,
+    a lower bound of the distance to the minimum of a convex loss, leaf by leaf and with a shorter memory. The updates
+    are those of Adam with Nesterov's momentum (b1 = 0.85, b2 = 0.98), of the gradient over the size of the first one:
+    multiplying the loss changes nothing. `minimize` uses it with ``one_cycle(1.0, steps)`` for mini-batches and random
+    keys if you pass neither an optimizer nor a learning_rate.
 
     Args:
         learning_rate: a positive number, or a schedule ``step -> shape``, step 0 first. It may be traced.
@@ -54,7 +56,7 @@ def distance_adamw(learning_rate: Scalar | Schedule, weight_decay: Scalar = _DEC
 
     Returns:
         An optax transformation for any pytree of float and complex leaves, in their own dtypes. Its ``update`` needs
-        ``params``. Its state takes four times the memory of the params. ``distance`` is the estimate.
+        ``params``. Its state takes four times the memory of the params. Its ``distance`` holds the estimates.
 
     Raises:
         InputError: for a rate or a weight_decay that is not valid, and from ``update`` without params.
@@ -82,12 +84,12 @@ def distance_adamw(learning_rate: Scalar | Schedule, weight_decay: Scalar = _DEC
         Array([300., 700.], dtype=float32)
     """
     decay = number("weight_decay", weight_decay, lambda x: x >= 0, "a number of at least 0, such as 0.001")
-    return following(_nadam, check_learning_rate(learning_rate), decay=decay, in_units=True)
+    return following(_nadam, check_learning_rate(learning_rate), decay=decay, by_leaf=True)
 
 
 def lower_distance_adamw(share: float) -> functools.partial[Any]:
     """Return `distance_adamw` at a share of its first distance, which does not grow: for another try."""
-    return functools.partial(following, _nadam, decay=_DECAY, first=share * FIRST, grows=False, in_units=True)
+    return functools.partial(following, _nadam, decay=_DECAY, first=share * FIRST, grows=False, by_leaf=True)
 
 
 def _nadam(learning_rate: Any) -> optax.GradientTransformation:
@@ -102,45 +104,82 @@ def following(
     decay: float = 0.0,
     first: float = FIRST,
     grows: bool = True,
-    in_units: bool = False,
+    by_leaf: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the factory's optimizer at the rate ``learning_rate * distance``.
 
-    Use it for updates that do not depend on the scale of the gradient: see `distance_adamw`. With ``in_units`` the
-    factory's optimizer gets gradients in units of the first one.
+    Use it for updates that do not depend on the scale of the gradient: see `distance_adamw`. With ``by_leaf`` each leaf
+    of the params has a distance, by which its updates are multiplied, and the factory's optimizer gets gradients in
+    units of the first one.
     """
 
     def init(params: PyTree) -> DistanceState:
-        count = jnp.int32(0) if callable(learning_rate) else None
-        dtype = _trees.norm_dtype(params)
-        distance, zeros = jnp.asarray(first, dtype), jax.tree.map(jnp.zeros_like, params)
-        inner = factory(_rate(learning_rate, count) * distance).init(params)
-        zero = jnp.zeros((), dtype)
-        return DistanceState(distance, zero, _trees.copy(params), zero, zeros, count, inner)
+        leaves, dtype = len(jax.tree.leaves(params)) if by_leaf else 1, _trees.norm_dtype(params)
+        count, distance = jnp.int32(0), jnp.full(leaves, first, dtype)
+        zero, zeros = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params)
+        rate = _rate(learning_rate, count) * (1 if by_leaf else first)
+        inner = factory(rate).init(params)
+        return DistanceState(distance, zero, _trees.copy(params), 0 * distance, zeros, count, inner)
 
     def update(
         grad: PyTree, state: DistanceState, params: PyTree = None, **extras: Any
     ) -> tuple[PyTree, DistanceState]:
         if params is None:
             raise InputError("params=None was given to the update of a rate that follows a distance. Pass the params.")
-        shape = _rate(learning_rate, state.count).astype(state.distance.dtype)
+        shape = _rate(learning_rate, state.count).astype(state.size.dtype)
         size, unit_grad = _in_units(state.size, grad)
-        state = state._replace(size=size)
+        state = state._replace(size=size, count=optax.safe_increment(state.count))
+        if "value" in extras:
+            state = _begun(state, unit_grad, extras["value"])
         if grows:
             state = _estimated(state, unit_grad, params, shape)
-        optimizer = optax.with_extra_args_support(factory(shape * state.distance))
-        updates, inner = optimizer.update(unit_grad if in_units else grad, state.inner, params, **extras)
+        optimizer = optax.with_extra_args_support(factory(shape if by_leaf else shape * state.distance[0]))
+        updates, inner = optimizer.update(unit_grad if by_leaf else grad, state.inner, params, **extras)
+        if by_leaf:
+            updates = _each(_times, updates, state.distance)
         if decay:
-            shrink = lambda u, x: u - ((shape * decay).astype(jnp.finfo(x.dtype).dtype) * x).astype(u.dtype)
-            updates = jax.tree.map(shrink, updates, params)
-        count = None if state.count is None else optax.safe_increment(state.count)
-        return updates, state._replace(count=count, inner=inner)
+            updates = jax.tree.map(lambda u, x: u - _times(x, shape * decay).astype(u.dtype), updates, params)
+        return updates, state._replace(inner=inner)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
-def _rate(learning_rate: Any, count: jax.Array | None) -> jax.Array:
+def _rate(learning_rate: Any, count: jax.Array) -> jax.Array:
     return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
+
+
+def _times(leaf: jax.Array, factor: jax.Array) -> jax.Array:
+    return leaf * factor.astype(jnp.finfo(leaf.dtype).dtype)
+
+
+def _each(function: Callable[[jax.Array, jax.Array], jax.Array], tree: PyTree, factors: jax.Array) -> PyTree:
+    """Apply a function to each leaf and its factor; a single factor is that of all."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([function(leaf, factors[min(at, len(factors) - 1)]) for at, leaf in enumerate(leaves)])
+
+
+def _begun(state: DistanceState, grad: PyTree, value: jax.Array) -> DistanceState:
+    """Lower the first distances so that a step by the sign of the gradient would not cost many times the loss.
+
+    That is the case for inputs in the millions, whose weights are millionths, and for very wide networks.
+    """
+
+    def lowered() -> jax.Array:
+        with own_promotion():
+            limit = _FALL * jnp.abs(value).astype(state.size.dtype) / state.size / _sizes(state, grad)
+            return jnp.where(jnp.isfinite(limit) & (limit > 0), jnp.minimum(state.distance, limit), state.distance)
+
+    return state._replace(distance=jax.lax.cond(state.count == 1, lowered, lambda: state.distance))
+
+
+def _totals(state: DistanceState, terms: list[jax.Array]) -> jax.Array:
+    """Return a number for each distance, from one for each leaf."""
+    terms = [term.astype(state.size.dtype) for term in terms]
+    return jnp.stack(terms) if len(state.distance) == len(terms) else sum(terms, jnp.zeros_like(state.size))[None]
+
+
+def _sizes(state: DistanceState, tree: PyTree) -> jax.Array:
+    return _totals(state, [jnp.sum(jnp.abs(leaf), dtype=state.size.dtype) for leaf in jax.tree.leaves(tree)])
 
 
 def _estimated(state: DistanceState, grad: PyTree, params: PyTree, shape: jax.Array) -> DistanceState:
@@ -150,17 +189,16 @@ def _estimated(state: DistanceState, grad: PyTree, params: PyTree, shape: jax.Ar
     that they stay in range however far the params go. The size of the gradient cancels.
     """
     with own_promotion():
-        dtype = state.distance.dtype
-        share = (1 - _MEMORY) * shape
-        away = jax.tree.map(jnp.subtract, state.start, params)
-        gain = _MEMORY * state.gain + share * _trees.vdot(grad, away)
-        push = jax.tree.map(lambda old, g: (_MEMORY * old + share * g).astype(old.dtype), state.push, grad)
-        sizes = [jnp.sum(jnp.abs(leaf), dtype=dtype) for leaf in jax.tree.leaves(push)]
-        estimate = gain / sum(sizes, jnp.zeros((), dtype))
+        memory = 1 - 1 / (_LEAST_MEMORY + _MEMORY * state.count.astype(state.size.dtype))
+        share = (1 - memory) * shape
+        away = jax.tree.leaves(jax.tree.map(jnp.subtract, state.start, params))
+        gains = [_trees.vdot(g, x) for g, x in zip(jax.tree.leaves(grad), away, strict=True)]
+        gain = memory * state.gain + share * _totals(state, gains)
+        push = jax.tree.map(lambda old, g: (memory * old + share * g).astype(old.dtype), state.push, grad)
+        estimate = gain / _sizes(state, push)
         distance = jnp.where(jnp.isfinite(estimate), jnp.maximum(state.distance, estimate), state.distance)
         unit = (state.distance / distance) ** 2
-        push = jax.tree.map(lambda leaf: (unit * leaf).astype(leaf.dtype), push)
-        return state._replace(distance=distance, gain=unit * gain, push=push)
+        return state._replace(distance=distance, gain=unit * gain, push=_each(_times, push, unit))
 
 
 def _in_units(size: jax.Array, grad: PyTree) -> tuple[jax.Array, PyTree]:
@@ -173,7 +211,7 @@ def _in_units(size: jax.Array, grad: PyTree) -> tuple[jax.Array, PyTree]:
 
 
 def distance_in(state: PyTree) -> jax.Array | None:
-    """Return the distance in an optimizer's state; None if it estimates none."""
+    """Return the largest distance in an optimizer's state; None if it estimates none."""
     is_one = lambda node: isinstance(node, DistanceState)
     found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
-    return found[0].distance if len(found) == 1 else None
+    return jnp.max(found[0].distance) if len(found) == 1 else None

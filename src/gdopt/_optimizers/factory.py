@@ -13,7 +13,6 @@ from typing import Any
 from gdopt._compile.fingerprints import is_known
 from gdopt._errors import InputError
 
-
 _NUMBERS = (bool, int, float, str, NoneType)
 
 

@@ -16,7 +16,7 @@ from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
 from gdopt._optimizers.distance import distance_in
 from gdopt._optimizers.factory import function_identity, is_transformation
-from gdopt._optimizers.optax_state import apply, extra_arguments, owned_rate, trials_in
+from gdopt._optimizers.optax_state import apply, check_fits, extra_arguments, owned_rate, restarted, trials_in
 from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
 from gdopt._types import Optimizer, PyTree, Schedule
@@ -80,6 +80,13 @@ class Method(NamedTuple):
         """Return the optimizer's state before the first update."""
         with self.told():
             return self.with_rate(rate).init(params)
+
+    def begin(self, rate: Any, params: PyTree, given: PyTree) -> PyTree:
+        """Return the optimizer's state before the first update: the one ``given``, if it fits, or a fresh one."""
+        if given is None:
+            return self.init(rate, params)
+        check_fits(given, jax.eval_shape(self.init, rate, params))
+        return restarted(given)  # A search compares losses, and this loss may be another one.
 
     def update(
         self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, loss: Callable, value: jax.Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from jax import lax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 from gdopt import _trees
+from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import QuasiNewtonState
 from gdopt._optimizers.trials import Trials
 from gdopt._types import PyTree
@@ -122,11 +124,54 @@ def trials_in(state: PyTree) -> Trials | None:
     return next(iter(_states_of(state, Trials)), None)
 
 
+def may_skip(state: PyTree) -> bool:
+    """Tell whether the optimizer has a wrapper that may skip gradients which are not finite.
+
+    ``optax.MultiSteps`` has a state for that only if it was given a function which decides.
+    """
+    counts = [part for part in _states_of(state, optax.MultiStepsState) if jax.tree.leaves(part.skip_state)]
+    return bool(counts or _states_of(state, optax.ApplyIfFiniteState))
+
+
+def took_care(new: PyTree, old: PyTree) -> Any:
+    """Tell whether a wrapper dealt with a gradient that is not finite, if the params are finite after the update.
+
+    ``optax.apply_if_finite`` lets it through once it gives up. Within ``optax.MultiSteps`` it sees sums of gradients,
+    and not each of them. ``optax.MultiSteps`` itself adds a gradient to its sum unless it skips it.
+    """
+    if _states_of(new, optax.ApplyIfFiniteState):
+        return True
+    pairs = zip(_states_of(new, optax.MultiStepsState), _states_of(old, optax.MultiStepsState), strict=True)
+    still = [(a.mini_step == b.mini_step) & (a.gradient_step == b.gradient_step) for a, b in pairs]
+    return functools.reduce(jnp.logical_or, still)
+
+
 def restarted(state: PyTree) -> PyTree:
     """Restart an optimizer that takes bad points back: its search starts at the next point."""
     fresh = lambda node: node._replace(rejected=node.rejected * 0, accepted=node.accepted * 0)
     is_trials = lambda node: isinstance(node, Trials)
     return jax.tree.map(lambda node: fresh(node) if is_trials(node) else node, state, is_leaf=is_trials)
+
+
+def check_fits(given: PyTree, fresh: PyTree) -> None:
+    """Raise InputError, with the first difference, unless a state has the leaves and structure of a fresh one."""
+    kind = lambda leaf: f"{leaf.dtype}{list(leaf.shape)}"
+    theirs, mine = (
+        {name: kind(leaf) for name, leaf in _trees.named_leaves(tree, "optimizer_state").items()}
+        for tree in (given, fresh)
+    )
+    names = [name for name in [*mine, *theirs] if theirs.get(name) != mine.get(name)]
+    if not names and jax.tree.structure(given) == jax.tree.structure(fresh):
+        return
+    if names:
+        name = names[0]
+        differ = f"{name} is {theirs.get(name, 'nothing')}, but the optimizer has {mine.get(name, 'nothing')} there"
+    else:
+        differ = f"optimizer_state is {jax.tree.structure(given)}, but the optimizer has {jax.tree.structure(fresh)}"
+    raise InputError(
+        f"{differ}. Pass the optimizer_state of a gdopt.Result with the same optimizer and params of the same shapes, "
+        "or leave it out."
+    )
 
 
 def learns_scales(state: PyTree) -> bool:

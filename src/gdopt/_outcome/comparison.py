@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees
-from gdopt._loop.state import Inputs
+from gdopt._loop.state import Inputs, State
 from gdopt._loop.step import loss_arguments
 from gdopt._problem.problem import Problem
 from gdopt._settings import own_promotion, own_work
@@ -19,10 +19,11 @@ from gdopt._types import PyTree
 _BATCHES = 100  # the most batches or keys that are compared
 
 
-def is_at_most(problem: Problem, inputs: Inputs, params: PyTree, start: PyTree) -> bool:
+def is_at_most(problem: Problem, inputs: Inputs, state: State, params: PyTree) -> bool:
     """Tell whether the mean loss at some params is at most that of the start.
 
-    Both are evaluated on the same batches, evenly drawn from all rows. A stream has but its last batch in memory.
+    Both are evaluated on the same batches, evenly drawn from all rows, and each with its own model state. A stream has
+    but its last batch in memory.
     """
     batches = problem.batches
     count = 1 if problem.stream is not None else min(batches.per_epoch if batches else _BATCHES, _BATCHES)
@@ -31,12 +32,13 @@ def is_at_most(problem: Problem, inputs: Inputs, params: PyTree, start: PyTree) 
         if batches:
             order = _trees.on_device(np.random.default_rng(0).permutation(batches.rows).astype(np.int32))
 
-        def gain(k: jax.Array, params: PyTree, start: PyTree, inputs: Inputs, order: Any) -> jax.Array:
+        def mean(k: jax.Array, params: PyTree, model: PyTree, inputs: Inputs, order: Any) -> jax.Array:
+            some = state._replace(step=k, order=order, model=model)
             with own_promotion():
-                given = loss_arguments(inputs, order, k, batches, with_key=problem.with_key)
-            loss = problem.value(params, *given)[0]
-            return problem.value(start, *given)[0].astype(jnp.float32) - loss.astype(jnp.float32)
+                given = loss_arguments(inputs, some, batches, with_key=problem.with_key)
+            return problem.value(params, *given)[0].astype(jnp.float32)
 
-        compiled = jax.jit(gain)
-        gains = [float(compiled(np.int32(k), params, start, inputs, order)) for k in range(count)]
+        compiled, ends = jax.jit(mean), [(inputs.start, problem.state), (params, state.model)]
+        values = [[float(compiled(np.int32(k), *end, inputs, order)) for k in range(count)] for end in ends]
+        gains = [before - after for before, after in zip(*values, strict=True)]
     return math.isfinite(sum(gains)) and sum(gains) >= 0

@@ -155,7 +155,7 @@ def make_evidence(problem: Problem, params: PyTree, given: tuple, step: int, rat
         named, whole = _named(params=params), _named(params=rest.combine(params))
         count = len(named)
         named += [(name, held) for (name, _), held in zip(whole, rest.arrays, strict=True) if held is not None]
-        named += _named(data=given[0], args=given[1], key=given[2])
+        named += _named(**dict(zip(("data", "args", "key", "state"), given, strict=True)))
         names, arguments = [name for name, _ in named], [leaf for _, leaf in named]
         (_, aux), _ = out
         outputs = ["the loss"] + [""] * len(jax.tree.leaves(aux))

@@ -12,14 +12,16 @@ import numpy as np
 
 from gdopt import _trees
 from gdopt._devices.current import for_caller
+from gdopt._devices.processes import peers
 from gdopt._errors import InputError
-from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return
+from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return, returned_model
 from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.method import Method, Rates
 from gdopt._optimizers.optax_state import learns_scales
 from gdopt._outcome.comparison import is_at_most
 from gdopt._outcome.diagnose import Evidence, make_evidence
 from gdopt._problem.problem import Problem
+from gdopt._problem.validation import Judgement
 from gdopt._result import NO_MESSAGE, History, RangeTest, Result
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import FAILURES, Status
@@ -43,7 +45,7 @@ class Ended:
     range_test: RangeTest | None
     steps_per_epoch: int | None
     why_exhausted: str
-    failed: tuple[str, ...] = ()  # the sentences on tries before, at higher rates
+    judgement: Judgement | None = None  # by validation
 
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
@@ -63,6 +65,8 @@ class Ended:
             aux=for_caller(jax.tree.map(jax.device_put, kept.aux)),
             compile_seconds=compile_seconds,
             run_seconds=run_seconds,
+            state=for_caller(self.problem.whole_state(_trees.to_device(returned_model(self.state)))),
+            optimizer_state=for_caller(_trees.to_device(self.state.optimizer)),
             _evidence=self.evidence,
         )
 
@@ -94,7 +98,7 @@ class Ended:
         if rate is not None and self.method.owns_rate and not math.isfinite(rate):  # The optimizer reports no rate.
             rate = None
         with own_work():
-            given = loss_arguments(self.inputs, state.order, state.step, problem.batches, with_key=problem.with_key)
+            given = loss_arguments(self.inputs, state, problem.batches, with_key=problem.with_key)
             return make_evidence(problem, state.params, given, step, rate)
 
     @functools.cached_property
@@ -131,6 +135,10 @@ class Ended:
 
     @property
     def success(self) -> bool:
+        if self.status is Status.EARLY_STOPPED:
+            return True
+        if self.status is Status.STOPPED:  # The callback wanted it.
+            return self.is_better if self.problem.noisy else bool(self.state.kept.loss <= self.watch.first_loss)
         if self.status is Status.DATA_EXHAUSTED:  # This is a success only if the caller set no other end.
             return not (self.has_steps or self.inputs.limits.has_target) and self.is_better
         noisy, has_target = self.problem.noisy, self.inputs.limits.has_target
@@ -147,12 +155,15 @@ class Ended:
         """Tell whether a noisy run ended below its start; if the first batch says no, compare on many."""
         if is_better(self.watch):
             return True
-        return self.problem.noisy and is_at_most(self.problem, self.inputs, self.params, self.inputs.start)
+        return self.problem.noisy and is_at_most(self.problem, self.inputs, self.state, self.params)
 
     @property
     def wants_lower_rates(self) -> bool:
         """Tell whether the run failed, or ended above its start, as it does if the rate is too high."""
-        if self.steps == 0 or (self.problem.stream is not None and self.problem.stream.once):
+        stream = self.problem.stream
+        if self.steps == 0 or (stream is not None and stream.once) or peers().several:
+            return False
+        if self.evidence is not None and self.evidence.bad_inputs:  # No rate helps.
             return False
         return self.status in FAILURES or (self.status is Status.MAX_STEPS and not self.is_better)
 
@@ -195,4 +206,6 @@ def result_inside(whole: Whole, inputs: Inputs, problem: Problem) -> Result:
         aux=outcome.aux,
         compile_seconds=zero,
         run_seconds=zero,
+        state=problem.whole_state(outcome.model),
+        optimizer_state=outcome.optimizer,
     )

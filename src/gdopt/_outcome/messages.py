@@ -25,6 +25,7 @@ _FROM_OUTSIDE = {
     Status.STOPPED: "stopped by the callback",
     Status.DATA_EXHAUSTED: "the data ended",
     Status.INTERRUPTED: "interrupted",
+    Status.EARLY_STOPPED: "stopped early",
 }
 
 
@@ -43,7 +44,7 @@ class _Words(NamedTuple):
 
 def explain(ended: Ended) -> str:
     """Return the sentences on how a run ended."""
-    message = _explain(ended.status, ended)
+    message = _explain(ended.status, ended) + _by_validation(ended)
     if ended.status is Status.DATA_EXHAUSTED and not ended.success:
         message += f" {ended.why_exhausted}"
     if ended.hindsight.apart is not None:
@@ -58,6 +59,7 @@ def explain(ended: Ended) -> str:
             f" {divided}{larger} and {smaller} differ in scale by 100 times or more. Pass {what}{other}, or leave the "
             f"{out} out."
         )
+    message += _skipped(ended)
     if ended.method.name:
         message += f" The optimizer was {ended.method.name}."
     elif ended.rates is Rates.SEARCHED:
@@ -78,17 +80,44 @@ def _automatic(ended: Ended) -> str:
     """Return the sentences on rates that gdopt chose by a range test, or by the distance that the params went."""
     if ended.method.tried is None:
         return ""
-    told, test, rates = "".join(f" {sentence}" for sentence in ended.failed), ended.range_test, ended.history[2]
+    test, rates = ended.range_test, ended.history[2]
     if not np.isfinite(rates).any():
-        return told
+        return ""
     highest = f"up to {np.nanmax(rates):.2g}"
     if test is None:
-        return f"{told} The learning rates were chosen by gdopt: one cycle {highest}."
+        return f" gdopt chose the learning rates: one cycle {highest}."
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
-        f"{told} The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+        f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
         f"{suggested}: three cycles (triangular2) {highest}."
     )
+
+
+def _skipped(ended: Ended) -> str:
+    """Return the sentence on the batches that the optimizer skipped; "" if it skipped none."""
+    bad = ~(np.isfinite(ended.history.loss) & np.isfinite(ended.history.grad_norm))
+    bad = bad[:-1] if ended.status in FAILURES else bad
+    if not ended.problem.noisy or not bad.any():
+        return ""
+    count, last = int(bad.sum()), bool(bad[-1]) and ended.status not in FAILURES
+    was, back = "was" if count == 1 else "were", ""
+    if last and ended.returned_step < ended.steps:
+        back = f" The last one is among them, so the point of step {ended.returned_step} is returned."
+    return f" The optimizer skipped {count} of {bad.size} evaluations, which {was} not finite.{back}"
+
+
+def _by_validation(ended: Ended) -> str:
+    """Return the sentences on the validation; "" if there was none."""
+    found, why = ended.judgement, ""
+    if found is None:
+        return ""
+    if ended.status is Status.EARLY_STOPPED:
+        epochs = "an epoch" if found.patience == 1 else f"{found.patience} epochs"
+        why = f" The validation loss reached no new low for {epochs}."
+    if found.step is None:
+        return f"{why} It was never finite."
+    returned = " is returned: it" if found.is_returned else ""
+    return f"{why} The point of step {found.step}{returned} has the lowest validation loss, {found.loss:.6g}."
 
 
 def _explain(status: Status, ended: Ended) -> str:
@@ -113,17 +142,19 @@ def _explain(status: Status, ended: Ended) -> str:
             return f"diverged at step {ended.steps}: the loss grew from {first} to {last}.{words.back} {words.slower}"
         case Status.NON_FINITE:
             return _non_finite(ended, words)
-        case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED:
+        case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED | Status.EARLY_STOPPED:
             return f"{_FROM_OUTSIDE[status]} {after}: the loss went from {first} to {last}."
 
 
 def _words(status: Status, ended: Ended) -> _Words:
-    losses, steps, how, noisy = ended.history[0], ended.steps, ended.rates, ended.problem.noisy
+    losses, steps, how, noisy = ended.history.loss, ended.steps, ended.rates, ended.problem.noisy
     # A single batch says little. So with mini-batches the sentence compares the means of the first and the last epoch,
     # without the evaluation after the last update. A full-batch run that did not fail ends with the returned point.
     width = (ended.steps_per_epoch or max(steps // _PART, 1)) if noisy and status not in FAILURES else 1
     end = steps if noisy or status in FAILURES else ended.returned_step
     seen = losses[: max(end, 1) if width > 1 and status is not Status.TARGET_REACHED else end + 1]
+    if noisy and status not in FAILURES:  # The optimizer may have skipped some.
+        losses, seen = (some[np.isfinite(some)] if np.isfinite(some).any() else some for some in (losses, seen))
     first, last = losses[:width].mean(), seen[-width:].mean()
     return _Words(
         first=f"{first:.6g}",
@@ -138,7 +169,7 @@ def _words(status: Status, ended: Ended) -> _Words:
 
 
 def _converged(ended: Ended, words: _Words) -> str:
-    losses, grad_norms, _ = ended.history
+    losses, grad_norms = ended.history[:2]
     if grad_norms[words.end] == 0:
         seen = ", and no direction was seen in which the loss falls" if ended.ending.verified else ""
         return f"converged {words.after}: the gradient is exactly zero{seen} (loss {words.last})."
@@ -164,7 +195,7 @@ def _noisy_max_steps(ended: Ended, words: _Words) -> str:
 
 
 def _max_steps(ended: Ended, words: _Words) -> str:
-    losses, grad_norms, _ = ended.history
+    losses, grad_norms = ended.history[:2]
     if not fell(losses, ended.compiled.eps):
         remedy = words.slower
         if ended.rates is Rates.SEARCHED and ended.steps >= MAX_REJECTED:
@@ -190,7 +221,7 @@ def _precision_limit(ended: Ended, words: _Words) -> str:
 
 
 def _non_finite(ended: Ended, words: _Words) -> str:
-    (losses, grad_norms, rates), steps = ended.history, ended.steps
+    (losses, grad_norms, rates), steps = ended.history[:3], ended.steps
     found, cure = ("", "") if ended.evidence is None else (ended.evidence.sentence, ended.evidence.cure)
     if steps == 0:
         is_scaled = ended.problem.objective.sizes is not None and np.isfinite(losses[0])
@@ -267,7 +298,7 @@ def _other(ended: Ended, *, smaller: bool = False) -> str:
 
 
 def _stalled(ended: Ended, words: _Words) -> str:
-    (losses, grad_norms, _), after, last = ended.history, words.after, words.last
+    (losses, grad_norms), after, last = ended.history[:2], words.after, words.last
     eps = ended.compiled.eps
     left = float(ended.ending.left)
     more = f"{f'about {left:.2g}' if np.isfinite(left) and left > 0 else 'more'} may be left to gain"
@@ -314,7 +345,7 @@ def _decayed(ended: Ended, words: _Words, more: str) -> str | None:
 
 def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
     """Say why the point is no minimum, if that was seen."""
-    (_, grad_norms, _), after, last = ended.history, words.after, words.last
+    grad_norms, after, last = ended.history.grad_norm, words.after, words.last
     if ended.ending.flaw == SATURATED:
         return (
             f"stalled {after} at a loss of {last}: unlike at the start, the loss does not depend on some of the "
@@ -360,7 +391,7 @@ def _slower(ended: Ended, plain: bool) -> str:
     Along the direction in which x - lr g diverges, the gradient is multiplied by 1 - lr L at each step. So the ratio r
     of two gradient norms gives L = (1 + r) / lr, and the largest stable rate 2 / L.
     """
-    losses, grad_norms, rates = ended.history
+    losses, grad_norms, rates = ended.history[:3]
     known = rates[np.isfinite(rates)]
     if not known.size:
         return (

@@ -48,14 +48,14 @@ class Batches(NamedTuple):
         return jax.tree.map(lambda array: array[index], data)
 
 
-def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None, Stream | None]:
+def check_data(data: PyTree, batch_size: Any, name: str = "data") -> tuple[PyTree, Batches | None, Stream | None]:
     """Return the data as device arrays, and how to batch them; None if each step sees all of them.
 
-    For a stream, return its first batch as the data.
+    For a stream, return its first batch as the data. The ``name`` is that of the argument.
     """
     if isinstance(data, UNORDERED):
         raise InputError(
-            f"data is a {type(data).__name__}, which is neither a pytree of arrays nor a stream of batches. Pass a "
+            f"{name} is a {type(data).__name__}, which is neither a pytree of arrays nor a stream of batches. Pass a "
             "tuple of its items."
         )
     if is_stream(data):
@@ -64,17 +64,17 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None, S
                 f"batch_size={batch_size!r} was given with data that come in batches. Leave batch_size out, or pass "
                 "arrays."
             )
-        stream = Stream(data)
+        stream = Stream(data, name)
         return stream.example, None, stream
     if data is None:
         if batch_size is not None:
             raise InputError(f"batch_size={batch_size!r} was given without data. Pass data=, or leave batch_size out.")
         return None, None, None
-    _, treedef = flatten("data", data)
+    _, treedef = flatten(name, data)
     paths = jax.tree_util.tree_leaves_with_path(data)
-    arrays = {_trees.path_name(path, "data"): leaf for path, leaf in paths}
-    arrays = {name: _array(name, leaf) for name, leaf in arrays.items()}
-    rows = _shared_rows({name: array.shape[0] for name, array in arrays.items()})
+    arrays = {_trees.path_name(path, name): leaf for path, leaf in paths}
+    arrays = {path: _array(path, leaf, name) for path, leaf in arrays.items()}
+    rows = _shared_rows({path: array.shape[0] for path, array in arrays.items()}, name)
     if batch_size is not None:
         batch_size = whole_number("batch_size", batch_size, upto=f"{rows}, the rows of data")
         if batch_size > rows:
@@ -85,7 +85,7 @@ def check_data(data: PyTree, batch_size: Any) -> tuple[PyTree, Batches | None, S
     return treedef.unflatten(map(_trees.on_device, arrays.values())), batches, None
 
 
-def _array(name: str, leaf: Any) -> Any:
+def _array(name: str, leaf: Any, of: str) -> Any:
     """Check a leaf of the data, and convert it unless it is an array already."""
     known = isinstance(leaf, jax.Array | np.ndarray)
     if why := known and fault(leaf, carried=False):
@@ -96,16 +96,16 @@ def _array(name: str, leaf: Any) -> Any:
             "(for example (X, y)); convert lists with numpy.asarray."
         )
     if not leaf.shape:
-        raise InputError(f"{name} is a scalar and has no rows. Pass constants in args=, not in data=.")
+        raise InputError(f"{name} is a scalar and has no rows. Pass constants in args=, not in {of}=.")
     return leaf if known else numbers_of(name, leaf)
 
 
-def _shared_rows(lengths: dict[str, int]) -> int:
+def _shared_rows(lengths: dict[str, int], of: str) -> int:
     """Return the number of rows of all arrays; raise InputError if there is none."""
     if len(set(lengths.values())) != 1:
         what = ", ".join(f"{name} has {length}" for name, length in lengths.items()) or "it has no arrays"
-        raise InputError(f"data needs the same number of rows (leading axis) in all its arrays: {what}.")
+        raise InputError(f"{of} needs the same number of rows (leading axis) in all its arrays: {what}.")
     rows = next(iter(lengths.values()))
     if rows == 0:
-        raise InputError("data has zero rows. Pass at least one.")
+        raise InputError(f"{of} has zero rows. Pass at least one.")
     return rows

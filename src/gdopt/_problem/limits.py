@@ -46,7 +46,7 @@ def check_grad_tol(grad_tol: Any, noisy: bool) -> float | None:
     if noisy:
         raise InputError(
             f"grad_tol={grad_tol!r} was given for a noisy loss, whose gradients do not become small. With mini-batches "
-            "or keys pass target=, max_steps= or epochs=."
+            "or keys, or with a state, pass target=, max_steps= or epochs=."
         )
     return number("grad_tol", grad_tol, lambda x: x >= 0, "a number of at least 0, such as 1e-5")
 
@@ -56,8 +56,8 @@ def check_tol(tol: Any, noisy: bool) -> float:
         return _TOL
     if noisy:
         raise InputError(
-            f"tol={tol!r} was given for a noisy loss: the gradient of a batch or a random key cannot tell convergence. "
-            "Use target=, epochs= or max_steps=, or the full batch."
+            f"tol={tol!r} was given for a noisy loss: the gradient of a batch, a random key or a state cannot tell "
+            "convergence. Use target=, epochs= or max_steps=, or the full batch."
         )
     return number("tol", tol, lambda x: x >= 0, "a finite number, 0 or above, such as 1e-4")
 

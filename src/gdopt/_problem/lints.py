@@ -20,7 +20,7 @@ def warn_of_no_gradient(problem: Problem) -> None:
     """Warn, after a gradient that was exactly zero at the start, if the loss does not use the params at all."""
     key = problem.key if problem.with_key else None
     grad = lambda *given: value_and_grad(problem.value)(*given)[1]
-    given = problem.objective.params, problem.batch, problem.args, key
+    given = problem.objective.params, problem.batch, problem.args, key, problem.state
     try:
         depends = _depends(grad, *given)
     except Exception as error:  # The run had these arrays in other places.

@@ -57,7 +57,8 @@ def refuse_writes(rest: _trees.Rest, whole: PyTree) -> None:
         if state[place] and not rest.kept[place] and now.get(path) is not given[place]:
             raise InputError(
                 f"the loss writes to {_trees.path_name(path)}, and that would be lost: each step begins with the state "
-                "that was passed. For fresh random numbers pass with_key=True, and use the key as rngs=nnx.Rngs(key). "
+                "that was passed. To carry it along, take it out with nnx.split(model, nnx.Param, ...), and pass it as "
+                "state=. For fresh random numbers pass with_key=True, and use the key as rngs=nnx.Rngs(key). "
                 "If it may be lost (for example batch statistics that are computed again after the training), let the "
                 "loss begin with model = nnx.clone(model)."
             )

@@ -33,23 +33,30 @@ class Objective(NamedTuple):
         """Return the params as the loss takes them: in their own units, with the leaves that are carried along."""
         return self.rest.combine(self.natural(params))
 
-    def value(self, params: PyTree, *args: Any, **key: Any) -> tuple[jax.Array, Any]:
-        """Return (loss, aux); raise InputError if the loss returns anything but a scalar."""
+    def value(self, params: PyTree, *args: Any, **named: Any) -> tuple[jax.Array, Any]:
+        """Return (loss, aux), or with a state (loss, (state, aux)); raise InputError if the loss returns another form.
+
+        ``named`` holds the key and the state, if the loss takes them.
+        """
         whole = self.whole(params)
         before = random_state.states(self.loss)
         try:
-            out = self.loss(whole, *args, **key)
+            out = self.loss(whole, *args, **named)
         except Exception as error:
-            _error_notes.add_call(error, self.loss, (whole, *args), key)
+            _error_notes.add_call(error, self.loss, (whole, *args), named)
             raise
-        again = lambda: jax.eval_shape(lambda: self.loss(whole, *args, **key))
+        again = lambda: jax.eval_shape(lambda: self.loss(whole, *args, **named))
         if drawn := random_state.drawn(self.loss, before, again):
             warn(
                 f"the loss draws from {drawn} only once, during tracing, so each step sees the same numbers. Draw with "
                 "jax.random from the key of with_key=True, or pass the numbers in args= or data=."
             )
         nnx.refuse_writes(self.rest, whole)
-        return _checked(out, self.has_aux)
+        if "state" not in named:
+            return _checked(out, self.has_aux)
+        value, new = _with_state(out, self.has_aux)
+        value, aux = _checked((value, new[1]) if self.has_aux else value, self.has_aux)
+        return value, (new[0] if self.has_aux else new, aux)
 
 
 def times(leaf: jax.Array, size: Any) -> jax.Array:
@@ -193,6 +200,17 @@ def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"the loss returned dtype {value.dtype}. Return a real floating-point scalar.")
     return value, aux
+
+
+def _with_state(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    """Return the value, and what a loss with a state returned beside it."""
+    form = "(value, (state, aux))" if has_aux else "(value, state)"
+    is_pair = lambda given: isinstance(given, tuple) and len(given) == 2
+    if not is_pair(out) or (has_aux and not is_pair(out[1])):
+        inner = f", with {_what(out[1])} beside the value" if is_pair(out) else ""
+        named = "state= and has_aux=True need" if has_aux else "state= needs"
+        raise InputError(f"{named} a loss that returns {form}, but it returned {_what(out)}{inner}. Return {form}.")
+    return out
 
 
 def _check_aux(aux: Any) -> None:

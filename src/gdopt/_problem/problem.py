@@ -14,6 +14,7 @@ from gdopt import _trees
 from gdopt._checks import fault, is_foreign, refuse_misread, refuse_no_arrays
 from gdopt._devices.sharding import check_batch_size, explicitly
 from gdopt._errors import InputError
+from gdopt._problem import model_state
 from gdopt._problem.data import Batches, check_data
 from gdopt._problem.objective import Objective, check_start
 from gdopt._problem.stream import Stream, numbers_of
@@ -32,6 +33,9 @@ class Problem(NamedTuple):
     stream: Stream | None
     with_key: bool
     given_key: jax.Array | None
+    state: PyTree = None  # the arrays of the model's state before the first step
+    state_rest: _trees.Rest | None = None  # None if the loss has no state
+    optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
     explicit: Mesh | None = None  # the mesh whose axes are Explicit in the loss, as in the arrays that were given
 
     @property
@@ -46,31 +50,49 @@ class Problem(NamedTuple):
             return jax.random.key(0)
 
     @property
+    def has_state(self) -> bool:
+        """Tell whether the loss takes a state and returns the next one."""
+        return self.state_rest is not None
+
+    @property
     def noisy(self) -> bool:
         """Tell whether the loss is another function at each step."""
-        return self.with_key or self.batches is not None or self.stream is not None
+        return self.with_key or self.has_state or self.batches is not None or self.stream is not None
 
     @property
     def steps_per_epoch(self) -> int | None:
         """The steps of an epoch; None for a deterministic loss, and for a stream."""
         if self.stream is not None:
             return None
-        return self.batches.per_epoch if self.batches else 1 if self.with_key else None
+        return self.batches.per_epoch if self.batches else 1 if self.with_key or self.has_state else None
 
     @property
     def batch(self) -> PyTree:
         """The data that the loss gets at each step, or only the shapes of a batch."""
         return self.batches.shapes(self.data) if self.batches else self.data
 
-    def value(self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None) -> tuple[jax.Array, Any]:
-        """Return (loss, aux) of all data or of a batch; the loss gets the key only if it takes one."""
+    def value(
+        self, params: PyTree, data: PyTree, args: PyTree, key: jax.Array | None, state: PyTree = None
+    ) -> tuple[jax.Array, Any]:
+        """Return (loss, aux) of all data or of a batch; with a state (loss, `Stateful`).
+
+        The loss gets the key and the state only if it takes one.
+        """
         if self.explicit is not None:
-            given = self.objective.params, self.data, self.args, self.given_key
+            given = self.objective.params, self.data, self.args, self.key if self.with_key else None, self.state
             inside = self._replace(explicit=None).value
-            return explicitly(inside, self.explicit, given)(params, data, args, key)
+            return explicitly(inside, self.explicit, given)(params, data, args, key, state)
         given = self.args_rest.combine(args)
         given = given if data is None else (data, *given)
-        return self.objective.value(params, *given, **({"key": key} if self.with_key else {}))
+        named = {"key": key} if self.with_key else {}
+        if self.state_rest is None:
+            return self.objective.value(params, *given, **named)
+        value, (new, aux) = self.objective.value(params, *given, **named, state=self.state_rest.combine(state))
+        return value, model_state.Stateful(model_state.updated(state, self.state_rest, new), aux)
+
+    def whole_state(self, state: PyTree) -> PyTree:
+        """Return a state as the loss takes it; None without one."""
+        return None if self.state_rest is None else self.state_rest.combine(state)
 
 
 def make_problem(
@@ -81,6 +103,8 @@ def make_problem(
     batch_size: int | None,
     with_key: bool,
     key: jax.Array | None,
+    state: PyTree = None,
+    optimizer_state: PyTree = None,
 ) -> Problem:
     """Check everything that a run needs; raise InputError, before anything is traced, if it cannot be used."""
     data, batches, stream = check_data(data, batch_size)
@@ -88,7 +112,23 @@ def make_problem(
         check_batch_size(data, batches.batch_size)
     check_start(objective.params)
     traced, rest = split_args(args)
-    return Problem(objective, traced, rest, data, batches, stream, with_key, _check_key(key))
+    problem = Problem(objective, traced, rest, data, batches, stream, with_key, _check_key(key))
+    if state is not None:
+        arrays, others = _split("state", state)
+        problem = problem._replace(state=_trees.strong(arrays), state_rest=others)
+    return problem._replace(optimizer_state=_trees.strong(_only_arrays("optimizer_state", optimizer_state)))
+
+
+def _only_arrays(name: str, tree: PyTree) -> PyTree:
+    """Return the tree; raise InputError if a leaf is no array."""
+    refuse_no_arrays(name, tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not _trees.is_array(leaf):
+            raise InputError(
+                f"{_trees.path_name(path, name)} is a {type(leaf).__name__}, not an array. Pass the optimizer_state of "
+                "a gdopt.Result, or what optimizer.init(params) returns."
+            )
+    return tree
 
 
 def _check_key(key: Any) -> jax.Array | None:
@@ -108,25 +148,29 @@ def split_args(args: Any) -> tuple[PyTree, _trees.Rest]:
     """Split the arguments of a loss into arrays, which are traced, and all others; raise InputError for unfit ones."""
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}. Pass a tuple (for example args=(x,)).")
-    refuse_misread("args", args)
-    refuse_no_arrays("args", args)
-    leaves, treedef = jax.tree.flatten(args)
+    return _split("args", args)
+
+
+def _split(name: str, tree: PyTree) -> tuple[PyTree, _trees.Rest]:
+    """Split a tree into arrays, which are traced, and all others; raise InputError for unfit ones."""
+    refuse_misread(name, tree)
+    refuse_no_arrays(name, tree)
+    leaves, treedef = jax.tree.flatten(tree)
     limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
     if any(isinstance(leaf, int) or not _trees.is_array(leaf) for leaf in leaves):
-        paths = jax.tree_util.tree_leaves_with_path(args)
-        leaves = [_argument(path, leaf, limits) for path, leaf in paths]
-        args = treedef.unflatten(leaves)
-    some, rest = _trees.partition(args, [_trees.is_array(leaf) for leaf in leaves])
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        leaves = [_argument(_trees.path_name(path, name), leaf, limits) for path, leaf in paths]
+        tree = treedef.unflatten(leaves)
+    some, rest = _trees.partition(tree, [_trees.is_array(leaf) for leaf in leaves])
     return jax.tree.map(lambda leaf: _trees.on_device(leaf) if isinstance(leaf, np.ndarray) else leaf, some), rest
 
 
-def _argument(path: tuple, leaf: Any, limits: Any) -> Any:
-    """Return a leaf of args, as an array if it is one of another library; raise InputError for an int too large."""
+def _argument(name: str, leaf: Any, limits: Any) -> Any:
+    """Return a leaf, as an array if it is one of another library; raise InputError for an int too large."""
     if is_foreign(leaf):
-        return numbers_of(_trees.path_name(path, "args"), leaf)
+        return numbers_of(name, leaf)
     if isinstance(leaf, int) and not limits.min <= leaf <= limits.max:
         raise InputError(
-            f"{_trees.path_name(path, 'args')} is an int of {leaf.bit_length()} bits, beyond the range of "
-            f"{limits.dtype}. Pass it as a float."
+            f"{name} is an int of {leaf.bit_length()} bits, beyond the range of {limits.dtype}. Pass it as a float."
         )
     return leaf

@@ -45,27 +45,27 @@ class Position(NamedTuple):
 class Stream:
     """Batches from an iterable, read once per epoch, or from a function that returns one for each epoch."""
 
-    def __init__(self, source: Any):
-        self._source = source
-        _check_call(source)
+    def __init__(self, source: Any, name: str = "data"):
+        self._source, self._name = source, name
+        _check_call(source, name)
         iterator = self.open()
         self.once = iterator is source
         first = _pull(iterator)
         if first is _END:
             raise InputError(
-                f"data={source!r} gave no batch. "
+                f"{name}={source!r} gave no batch. "
                 + (
                     "An iterator can be read only once, and this one is at its end. Pass a function that returns a new "
-                    "one (for example data=lambda: batches()), or an iterable that can be read again."
+                    f"one (for example {name}=lambda: batches()), or an iterable that can be read again."
                     if self.once
                     else "Pass one that gives at least one batch."
                 )
             )
-        refuse_no_arrays("a batch of data", first)  # `_arrays` refuses what is not an array either.
+        refuse_no_arrays(f"a batch of {name}", first)  # `_arrays` refuses what is not an array either.
         self._opened: Iterator | None = iterator
-        self.example = _arrays(first)
+        self.example = self.arrays(first)
         if not jax.tree.leaves(self.example):
-            raise InputError(f"a batch of data is {first!r}, which holds no arrays. Pass batches of arrays.")
+            raise InputError(f"a batch of {name} is {first!r}, which holds no arrays. Pass batches of arrays.")
 
     @property
     def length(self) -> int | None:
@@ -74,6 +74,26 @@ class Stream:
             return len(self._source)
         except TypeError:  # A loader may define a length that its own source lacks.
             return None
+
+    def arrays(self, batch: Any) -> PyTree:
+        """Copy a batch into new arrays, because loaders may reuse their memory."""
+        return _arrays(batch, f"a batch of {self._name}")
+
+    def one_pass(self) -> Iterator[PyTree]:
+        """Yield the batches of one more pass, and check their structure."""
+        opened, self._opened = self._opened, None  # The first pass continues what was opened to look at a batch.
+        iterator = self.open() if opened is None else itertools.chain([self.example], opened)
+        structure, count = jax.tree.structure(self.example), 0
+        while (batch := _pull(iterator)) is not _END:
+            data = self.arrays(batch)
+            _check_structure(data, structure, f"batch {count} of {self._name}")
+            yield data
+            count += 1
+        if not count:
+            raise InputError(
+                f"{self._name}={self._source!r} gave no batch when it was read again. An iterator can be read only "
+                "once. Pass a function that returns a new one each time, or an iterable that can be read again."
+            )
 
     def open(self) -> Iterator:
         """Open the iterator of one more pass."""
@@ -84,7 +104,8 @@ class Stream:
         source = self._source if isinstance(self._source, Iterable) else self._source()
         if not isinstance(source, Iterable):
             raise InputError(
-                f"data={self._source!r} returned a {type(source).__name__}. Return an iterable of batches for an epoch."
+                f"{self._name}={self._source!r} returned a {type(source).__name__}. Return an iterable of batches for "
+                "an epoch."
             )
         return iter(source)
 
@@ -181,12 +202,8 @@ class Feed:
                     self._places.append(Position(count, passes, steps, state))
                 elif count > 0:  # An iterator that reports no position is not asked again.
                     self._keeps = False
-                data = _arrays(batch)
-                if jax.tree.structure(data) != structure:
-                    raise InputError(
-                        f"batch {count} of data has the structure {jax.tree.structure(data)}, but the first had "
-                        f"{structure}. Give all batches the same structure."
-                    )
+                data = self._stream.arrays(batch)
+                _check_structure(data, structure, f"batch {count} of data")
                 yield data, steps == 0
                 steps, count = steps + 1, count + 1
             if count == limit:
@@ -202,7 +219,7 @@ class Feed:
             iterator, steps = self._stream.open(), 0
 
 
-def _check_call(source: Any) -> None:
+def _check_call(source: Any, name: str) -> None:
     """Raise InputError for a function that cannot be called without arguments."""
     if isinstance(source, Iterable):
         return
@@ -210,8 +227,8 @@ def _check_call(source: Any) -> None:
         inspect.signature(source).bind()
     except TypeError as error:
         raise InputError(
-            f"data={source!r} is called without arguments, once for each epoch: {error}. Pass a function that needs "
-            "none (for example data=lambda: batches(...))."
+            f"{name}={source!r} is called without arguments, once for each epoch: {error}. Pass a function that needs "
+            f"none (for example {name}=lambda: batches(...))."
         ) from error
     except ValueError:  # Some functions that are written in C do not show their arguments.
         return
@@ -242,16 +259,24 @@ def _state(iterator: Any) -> bytes | str | None:
         return None
 
 
-def _arrays(batch: Any) -> PyTree:
+def _check_structure(data: PyTree, structure: Any, name: str) -> None:
+    if jax.tree.structure(data) != structure:
+        raise InputError(
+            f"{name} has the structure {jax.tree.structure(data)}, but the first had {structure}. Give all batches the "
+            "same structure."
+        )
+
+
+def _arrays(batch: Any, name: str) -> PyTree:
     """Copy a batch into new arrays, because loaders may reuse their memory. The step moves NumPy's to the device."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
     arrays = [
-        leaf if isinstance(leaf, jax.Array) else np.array(numbers_of(_trees.path_name(path, "a batch of data"), leaf))
+        leaf if isinstance(leaf, jax.Array) else np.array(numbers_of(_trees.path_name(path, name), leaf))
         for path, leaf in leaves
     ]
     rows = [array.shape[0] for array in arrays if array.ndim]
     if rows and not any(rows):
-        raise InputError("a batch of data has zero rows. Leave it out.")
+        raise InputError(f"{name} has zero rows. Leave it out.")
     return treedef.unflatten(arrays)
 
 

@@ -44,7 +44,7 @@ def rates_found(
     if optimizer is distance_adamw:
         return _with_tries(Method(distance_adamw, shape), lambda low: Method(lower_distance_adamw(low), shape)), None
     kind = response(optimizer, problem.objective.params)
-    if kind is not None and kind.is_scale_free:
+    if kind is not None and kind.is_scale_free and made is None:
         first = FIRST * float(np.clip(_NOISE_OF_ADAM / kind.of_noise, _FEWER, _MORE))
         fixed = lambda low: functools.partial(following, optimizer, first=low * first, grows=False)
         grown = functools.partial(following, optimizer, first=first)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _error_notes, _trees
-from gdopt._checkpoint.resume import NoSaves
+from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import check_flags, whole_number
 from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._loop.state import Carry, Compiled, Inputs, State
+from gdopt._loop.state import Carry, Compiled, Inputs, Rows, State
 from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import steps_per_update
@@ -30,12 +30,13 @@ from gdopt._problem.objective import make_objective
 from gdopt._problem.problem import Problem, make_problem
 from gdopt._problem.scaling import scaled
 from gdopt._rate_finder import rules
-from gdopt._result import History, RangeTest, Refinement
+from gdopt._result import RangeTest, Refinement
 from gdopt._run import host_loop
+from gdopt._run.callback import Look
 from gdopt._run.sources import InMemory, Streamed, source_of
 from gdopt._settings import own_promotion, own_work
 from gdopt._signals import Interrupted, interruptible
-from gdopt._status import Status
+from gdopt._status import RUNNING, Status
 from gdopt._stopping import Limits
 from gdopt._types import Loss, Optimizer, PyTree, Scalar
 from gdopt.schedules import ladder
@@ -71,6 +72,7 @@ def lr_find(
     key: jax.Array | None = None,
     trainable: Any = None,
     scale: PyTree | Literal["curvature"] = None,
+    state: PyTree = None,
 ) -> RangeTest:
     """Find a learning rate by Smith's range test: a short training whose rate rises until the loss blows up.
 
@@ -109,6 +111,7 @@ def lr_find(
             ``jax.random.key(0)``.
         trainable: the params to optimise, as in `minimize`.
         scale: typical sizes of the params, as in `minimize`. The rates are those of the scaled params.
+        state: the state of the model, as in `minimize`. Each try begins with it, and the last one is thrown away.
 
     Returns:
         A `RangeTest`. Pass its ``suggestion`` to `minimize` as it stands: as a constant rate, or as the highest one of
@@ -135,7 +138,8 @@ def lr_find(
     _check_factory(optimizer)
     check_flags(refine=refine, has_aux=has_aux, with_key=with_key)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
-    problem = make_problem(objective, args=args, data=data, batch_size=batch_size, with_key=with_key, key=key)
+    batches = {"data": data, "batch_size": batch_size}
+    problem = make_problem(objective, args=args, **batches, with_key=with_key, key=key, state=state)
     return range_test(scaled(problem, scale), optimizer, steps, repeats=repeats, refine=refine)
 
 
@@ -254,14 +258,16 @@ def _climb(
     """
     rates_of = lambda section: _each(np.repeat(steps.section(section), every), keys)
     advance, state, inputs = _begin(problem, optimizer, keys, rates_of(lowest))
-    rates, records, head = np.empty(0), [], rules.head_of(steps.num_steps)
+    rates, records, seen = np.empty(0), [], np.empty(0)
+    head = rules.head_of(steps.num_steps)
 
-    def all_over(step: int, state: State, history: History) -> bool:
-        measured = np.isfinite(history.grad_norm) & np.isfinite(history.loss)
-        losses = np.where(measured, history.loss.astype(float), np.nan)
+    def all_over(rows: Rows, state: State) -> bool:
+        nonlocal seen
+        measured = np.isfinite(rows.grad_norm) & np.isfinite(rows.loss)
+        losses = np.where(measured, rows.loss.astype(float), np.nan)
         records.append(losses.reshape(len(losses), -1))  # (steps, repeats)
-        losses = np.concatenate(records)
-        complete = losses[: len(losses) // every * every]
+        seen = _without_skipped(np.concatenate(records), state)
+        complete = seen[: len(seen) // every * every]
         return all(rules.end(row, head) < len(row) for row in _by_update(complete, every))
 
     section = lowest
@@ -269,7 +275,7 @@ def _climb(
         rates = np.append(rates, steps.section(section))
         inputs = inputs._replace(rate=rates_of(section))
         state, _ = advance(state, inputs, all_over, len(rates) * every)
-        losses = _by_update(np.concatenate(records)[: len(rates) * every], every)
+        losses = _by_update(seen[: len(rates) * every], every)
         curve = _Curve(rates, losses, [rules.end(row, head) for row in losses])
         verdict = _verdict(curve, head, times)
         if verdict.missing != "higher" or steps.mode == "linear" or section == lowest + _EXTENSIONS:
@@ -285,6 +291,18 @@ def _by_update(losses: np.ndarray, every: int) -> np.ndarray:
     firsts = np.arange(0, len(losses), every)
     counts = np.minimum(every, len(losses) - firsts)
     return np.add.reduceat(losses, firsts, axis=0).T / counts if len(losses) else losses.T
+
+
+def _without_skipped(losses: np.ndarray, state: State) -> np.ndarray:
+    """Put the loss before in place of each that is not finite, if the optimizer skipped it and the run continued."""
+    finite = np.isfinite(losses)
+    if finite.all():
+        return losses
+    rows = np.arange(len(losses))[:, None]
+    last = np.where(_trees.on_host(state.code).reshape(-1) == RUNNING, len(losses), np.where(finite, rows, -1).max(0))
+    known = np.maximum.accumulate(np.where(finite, rows, 0))
+    known = np.where(known == 0, finite.argmax(0), known)  # those before the first one that is finite
+    return np.where(finite | (rows > last), losses, np.take_along_axis(losses, known, 0))
 
 
 def _each(rates: np.ndarray, keys: jax.Array) -> jax.Array:
@@ -305,17 +323,33 @@ def _begin(problem: Problem, optimizer: Any, keys: jax.Array, rates: jax.Array) 
     check_joined(inputs)
     source = source_of(problem, compiled, compile, _ALL_STEPS, pause=False)
 
-    def advance(carry: Carry, inputs: Inputs, between: Callable, until: int) -> tuple[Carry, History]:
-        carry, history, cause = host_loop.advance(
-            compiled, source, carry, inputs, between, saves=NoSaves(), until=until
+    def advance(carry: Carry, inputs: Inputs, is_over: Callable, until: int) -> tuple[Carry, Rows]:
+        carry, rows, cause = host_loop.advance(
+            compiled, source, carry, inputs, _Climb(is_over), saves=NoSaves(), until=until
         )
         if cause is Status.INTERRUPTED:
             raise Cut(method, compiled, source, inputs)
         if cause is Status.DATA_EXHAUSTED:
             raise InputError("data ended during a range test, which needs some hundred batches. Pass more batches.")
-        return carry, history
+        return carry, rows
 
     return advance, host_loop.begin(compiled, inputs), inputs
+
+
+class _Climb(NamedTuple):
+    """A `Between` that ends the steps of a range test once their losses say enough."""
+
+    is_over: Callable[[Rows, State], bool]
+
+    def begin(self, saves: Saves | NoSaves, state: State, records: list[Rows]) -> Status | None:
+        """Begin at the start."""
+
+    def end(self, step: int) -> int:
+        """Return the step before which a chunk has to end: any will do."""
+        return LAST_STEP
+
+    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+        return carry, Status.STOPPED if self.is_over(rows, carry[0].tree()) else None
 
 
 class Cut(Interrupted):
@@ -341,9 +375,10 @@ def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array
         keys = jnp.atleast_1d(keys)
         lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
     advance, state, inputs = _begin(problem, optimizer, many, lanes)
-    _, history = advance(state, inputs, lambda *_: False, _REFINING_STEPS * every)
+    state, rows = advance(state, inputs, lambda *_: False, _REFINING_STEPS * every)
+    losses = _without_skipped(rows.loss, state[0].tree())
     last = np.full((_JUDGED * every, len(lanes)), np.inf)  # A run that ended early counts as infinite.
-    measured = history.loss[(_REFINING_STEPS - _JUDGED) * every :]
+    measured = losses[(_REFINING_STEPS - _JUDGED) * every :]
     last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)
     return Refinement(rates, last.mean(axis=0).reshape(len(rates), -1).mean(axis=1))
 

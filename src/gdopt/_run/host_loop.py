@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _error_notes, _signals, _trees
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._devices.processes import peers
+from gdopt._devices.sharding import put_like
 from gdopt._loop import while_loops
-from gdopt._loop.state import Carry, Compiled, Inputs, State
+from gdopt._loop.state import Carry, Compiled, Inputs, Rows, State, is_running, joined_rows
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
-from gdopt._result import History, concatenated
-from gdopt._run.callback import Watcher
+from gdopt._result import History
+from gdopt._run.callback import Look, Watcher
 from gdopt._run.sources import InMemory, Streamed
-from gdopt._settings import own_promotion, own_work
+from gdopt._run.validation import Best
+from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._status import FAILURES, RUNNING, Status
 
 _FIRST_CHUNK = 1  # steps of a chunk before their time is known
@@ -42,7 +47,23 @@ def at_start(compiled: Compiled, source: InMemory | Streamed, inputs: Inputs) ->
     inputs = inputs._replace(limits=inputs.limits._replace(max_steps=0))
     carry = source.evaluate(begin(compiled, inputs), inputs, 0)
     state = carry[0].tree()
-    return source.last_inputs(inputs), state, _history(carry, 1), Status(int(state.code))
+    return source.last_inputs(inputs), state, History(*_rows(carry, 1)[:3]), Status(int(state.code))
+
+
+class Between(Protocol):
+    """What happens between two chunks of a run."""
+
+    def begin(self, saves: Saves | NoSaves, state: State, records: list[Rows]) -> Status | None:
+        """Take up a run, with its rows so far; return what is to end it at once, if anything is."""
+        ...
+
+    def end(self, step: int) -> int:
+        """Return the step before which a chunk has to end that begins at this one."""
+        ...
+
+    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+        """Return what is to end the run after so many steps, if anything is, and the carry to continue with."""
+        ...
 
 
 def advance(
@@ -50,35 +71,36 @@ def advance(
     source: InMemory | Streamed,
     carry: Carry,
     inputs: Inputs,
-    between: Callable[[int, State, History], bool],
+    between: Between,
     *,
     saves: Saves | NoSaves,
     until: int = LAST_STEP,
-    boundary: int = LAST_STEP,
-) -> tuple[Carry, History, Status | None]:
+) -> tuple[Carry, Rows, Status | None]:
     """Run chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
 
-    ``between`` is called after each chunk with the steps made, the state and the chunk's records. No chunk crosses a
-    multiple of ``boundary`` steps. Chunks are sized by time, and their sizes change no bit of the result. After a stop,
-    the last point of the state is still evaluated. Return what stopped the run from outside, if anything did.
+    Chunks are sized by time, and their sizes change no bit of the result. After a stop, the last point of the state is
+    still evaluated. Return what stopped the run from outside, if anything did.
     """
-    limits, cause, stop = inputs.limits, None, False
+    limits, cause = inputs.limits, None
     carry, records = saves.restored(carry, limits)
     state = carry[0].tree()
-    step, running = int(state.step), _is_running(state)
+    step, running = int(state.step), is_running(state)
     source.resume(step + (not running), saves)  # A run that ended by itself evaluated one more batch.
+    stop = between.begin(saves, state, records)
     if not running:  # The saved run is complete.
-        return carry, concatenated(records), None
+        return carry, joined_rows(records), None
     source.begin()
     sizes = _Sizes(compiled.pace)
+    look = functools.partial(_look, source, inputs)
     while running and step != until:
-        limit = min(step + sizes.next(), (step // boundary + 1) * boundary, until)
+        limit = min(step + sizes.next(), between.end(step), until)
         limit = saves.limited(step, limit, limits)
         notes = peers().exchange(limit=limit, stop=stop, leave=_signals.pressed(), saves=saves.tells())
         limit = notes[0]["limit"]  # of the first process
-        stop, leave = (any(note[name] for note in notes) for name in ("stop", "leave"))
+        stop = next((Status(note["stop"]) for note in notes if note["stop"]), None)
+        leave = any(note["leave"] for note in notes)
         saves.hears([note["saves"] for note in notes])
-        last = stop or leave or source.ended
+        last = bool(stop or leave or source.ended)
         if records:
             saves.update(state, records, limits, last=last)
         if last:
@@ -93,16 +115,18 @@ def advance(
         if compiled.verify is not None:
             carry, cause = _verified(compiled.verify, carry, inputs, cause)
             state = carry[0].tree()
-        running, reached = _is_running(state), int(state.step)
+        running, reached = is_running(state), int(state.step)
         count = reached - step + (not running)
-        records.append(_history(carry, count))
+        records.append(_rows(carry, count))
         if count:
             sizes.measure(count, seconds)
             step = reached
-            stop = cause is None and between(step, state, records[-1])
+            if cause not in (Status.STOPPED, Status.INTERRUPTED):
+                carry, stop = between(step, carry, records[-1], look)
+                state = carry[0].tree()
     if not running:
         saves.finish(state, records, limits)
-    return carry, concatenated(records), cause
+    return carry, joined_rows(records), cause
 
 
 def _verified(
@@ -152,23 +176,17 @@ class _Sizes:
         self._pace[:] = [self._slowest or step]
 
 
-def _is_running(state: State) -> bool:
-    """Tell whether any of the runs side by side continues."""
-    return bool((_trees.on_host(state.code) == RUNNING).any())
-
-
-def _cause(stop: bool, leave: bool, why: str) -> Status | None:
-    """Return the status of a run that ends from outside: by Ctrl-C, the callback, or a stream that ended too early."""
+def _cause(stop: Status | None, leave: bool, why: str) -> Status | None:
+    """Return the status of a run that ends from outside: by Ctrl-C, by `Between`, or by a stream that ended early."""
     if leave:
         return Status.INTERRUPTED
-    if stop:
-        return Status.STOPPED
-    return Status.DATA_EXHAUSTED if why else None
+    return stop or (Status.DATA_EXHAUSTED if why else None)
 
 
-def _history(carry: Carry, count: int) -> History:
+def _rows(carry: Carry, count: int) -> Rows:
     """Return the first rows that the carry holds."""
-    return History(*np.array(np.moveaxis(_trees.on_host(carry[1])[:count], -1, 0)))
+    rows = _trees.on_host(carry[1])[:count]
+    return Rows(*np.array(np.moveaxis(rows[..., :3], -1, 0)), metrics=np.array(rows[..., 3:]))
 
 
 def run(
@@ -176,22 +194,77 @@ def run(
 ) -> tuple[float, State, History, Status]:
     """Compile and run to the end: see `advance`. Return the time at which all was compiled, too.
 
-    If an optimizer keeps an average of the params, the average is evaluated last.
+    If an optimizer keeps an average of the params, the average is evaluated last; with a validation, the best point is.
     """
     with _error_notes.memory(params=inputs.start, state=compiled.carry, data=inputs.data, args=inputs.args):
         carry = begin(compiled, inputs)
         compiled_at = time.perf_counter()
-        carry, history, cause = advance(
-            compiled, source, carry, inputs, watcher, saves=saves, boundary=watcher.boundary
-        )
-        state = carry[0].tree()
+        carry, rows, cause = advance(compiled, source, carry, inputs, watcher, saves=saves)
+        state, validator = carry[0].tree(), watcher.validator
         code = Status(int(state.code))
         status = cause if cause and code is Status.MAX_STEPS else code
-        with own_work(), own_promotion():
-            average = evaluation_params(state.optimizer, state.params)
-        if average is not state.params and status not in FAILURES:
-            step = int(state.step)
-            last = inputs._replace(limits=inputs.limits._replace(max_steps=step))
-            again = _trees.pack(state._replace(code=np.int32(RUNNING), params=average))
-            state = source.evaluate((again, carry[1]), last, step)[0].tree()
-    return compiled_at, state, history, status
+        if status not in FAILURES:
+            if status is not Status.INTERRUPTED:
+                validator.validate(state)
+            carry = _averaged(source, inputs, carry)
+        best, state = validator.best, carry[0].tree()
+        if best is not None:
+            state = _at_best(source, inputs, carry, best, rows, failed=status in FAILURES)
+    return compiled_at, state, validator.history(rows), status
+
+
+def _evaluated(source: InMemory | Streamed, inputs: Inputs, carry: Carry, **changes: Any) -> Carry:
+    """Evaluate the point of a state, with some changes, and make no step."""
+    state = carry[0].tree()._replace(code=np.int32(RUNNING), **changes)
+    step = int(state.step)
+    here = inputs._replace(limits=inputs.limits._replace(max_steps=step))
+    return source.evaluate((_packed(state, carry), carry[1]), here, step)
+
+
+@as_own_work
+def _packed(state: State, like: Carry) -> Any:
+    """Pack a state, and place it as the one of a carry."""
+    return jax.tree.map(put_like, _trees.pack(state), like[0])
+
+
+def _averaged(source: InMemory | Streamed, inputs: Inputs, carry: Carry) -> Carry:
+    """Evaluate the average of the params, if the optimizer keeps one."""
+    state = carry[0].tree()
+    with own_work(), own_promotion():
+        average = evaluation_params(state.optimizer, state.params)
+    return carry if average is state.params else _evaluated(source, inputs, carry, params=average)
+
+
+@as_own_work
+def _look(source: InMemory | Streamed, inputs: Inputs, carry: Carry) -> tuple[Carry, State]:
+    """Evaluate the point of a carry as the end of a run does, and return the carry with which the run continues.
+
+    That is the same to the last bit. So the best point is copied, because the evaluation may take its place. If the run
+    has ended, only the average of an optimizer is left to evaluate.
+    """
+    before = carry[0].tree()
+    kept = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, before.kept)
+    if before.code == RUNNING:
+        carry = _evaluated(source, inputs, carry)
+    params = carry[0].tree().params
+    carry = _averaged(source, inputs, carry)
+    state = carry[0].tree()
+    return (_packed(state._replace(code=before.code, params=params, kept=kept), carry), carry[1]), state
+
+
+def _at_best(
+    source: InMemory | Streamed, inputs: Inputs, carry: Carry, best: Best, rows: Rows, *, failed: bool
+) -> State:
+    """Return the last state with the best point by validation, evaluated, as the one to return."""
+    last = carry[0].tree()
+    if best.step == int(last.step) and not failed:
+        return last
+    order = _trees.copy(last.order)  # The evaluation may shuffle anew.
+    point = {"params": best.params, "model": best.model, "step": np.int32(best.step)}
+    after = _evaluated(source, inputs, carry, **point)[0].tree()
+    kept, is_average = after.kept, evaluation_params(after.optimizer, after.params) is not after.params
+    # In the run, a stream gave another batch for it. If the loss is not finite on this one, nothing was kept.
+    if int(kept.step) == best.step < len(rows.loss) and not is_average:
+        measured = {name: np.asarray(getattr(rows, name)[best.step]) for name in ("loss", "grad_norm")}
+        kept = kept._replace(**{name: x.astype(getattr(kept, name).dtype) for name, x in measured.items()})
+    return last._replace(optimizer=after.optimizer, order=order, kept=kept, ending=after.ending)

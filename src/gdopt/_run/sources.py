@@ -46,6 +46,10 @@ class InMemory:
         """Return how many passes over the data are complete after so many steps."""
         return step // (self.steps_per_epoch or 1)
 
+    def ends_epoch(self, step: int) -> bool:
+        """Tell whether an epoch ends with so many steps."""
+        return step > 0 and step % (self.steps_per_epoch or 1) == 0
+
     def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int) -> Carry:
         """Make the steps from ``first`` to ``limit``."""
         return self._compiled.chunk(carry, np.int32(first), np.int32(limit), inputs)[0]
@@ -121,6 +125,10 @@ class Streamed:
     def epoch(self, step: int) -> int:
         """Return how many passes are complete with the batch given last."""
         return self._given.passes if self._given else 0
+
+    def ends_epoch(self, step: int) -> bool:
+        """Tell whether a pass ends with the batch given last."""
+        return self._given is not None and self._given.ends and self._given.number == step - 1
 
     def advance(self, carry: Carry, inputs: Inputs, first: int, limit: int) -> Carry:
         """Make the steps from ``first`` to ``limit``, or less."""

@@ -1,0 +1,169 @@
+"""Runs that begin with a state of the optimizer, and the state that a run returns."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import count_compilations
+
+import gdopt
+
+W = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
+SCALES = jnp.array([1.0, 30.0])
+
+
+def loss(w: Any, by: Any = 1.0) -> jax.Array:
+    return jnp.sum(SCALES * (w["a"] - by) ** 2) + (w["b"] * by - 2) ** 4
+
+
+momentum = functools.partial(optax.sgd, momentum=0.9)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [
+        (momentum, 0.001),
+        (optax.adam, 0.01),
+        (optax.inject_hyperparams(optax.adam), 0.01),
+        (optax.adam(optax.exponential_decay(0.1, 5, 0.5)), None),
+        (optax.chain(optax.clip(1.0), optax.scale_by_rms(), optax.scale(-0.01)), None),
+    ],
+    ids=["momentum", "adam", "injected", "own schedule", "chain"],
+)
+def test_two_runs_are_one(optimizer: Any, rate: Any):
+    run = functools.partial(gdopt.minimize, loss, optimizer=optimizer, tol=0, keep_best=False)
+    run = run if rate is None else functools.partial(run, learning_rate=rate)
+    whole = run(W, max_steps=9)
+    first = run(W, max_steps=4)
+    second = run(first.params, max_steps=5, optimizer_state=first.optimizer_state)
+    assert_same((second.params, second.optimizer_state), (whole.params, whole.optimizer_state))
+    transformation = optimizer if rate is None else optimizer(rate)
+    assert_same(jax.tree.map(jnp.shape, whole.optimizer_state), jax.tree.map(jnp.shape, transformation.init(W)))
+    again = run(first.params, max_steps=5, optimizer_state=jax.device_get(first.optimizer_state))
+    assert_same(again.params, second.params)  # and the first state still exists
+
+
+def test_the_state_is_that_after_the_last_update():
+    result = gdopt.minimize(loss, W, optimizer=optax.adam, learning_rate=0.01, max_steps=3)
+    state, w = optax.adam(0.01).init(W), W
+    for _ in range(3):
+        updates, state = optax.adam(0.01).update(jax.grad(loss)(w), state)
+        w = optax.apply_updates(w, updates)
+    for a, b in zip(jax.tree.leaves(result.optimizer_state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [gdopt.quasi_newton, gdopt.spectral])
+def test_a_search_begins_anew_at_the_start(make: Any):
+    """Its state holds a loss and a gradient of other args, which must not be compared with those of this call."""
+    first = gdopt.minimize(loss, W, args=(1.0,), optimizer=make())
+    result = gdopt.minimize(loss, first.params, args=(1.3,), optimizer=make(), optimizer_state=first.optimizer_state)
+    assert result.success
+    np.testing.assert_allclose(result.params["a"], 1.3, rtol=1e-3)
+    same = gdopt.minimize(loss, first.params, optimizer=make(), optimizer_state=first.optimizer_state)
+    assert same.success
+
+
+def test_alternating_optimisation_compiles_once():
+    """Two groups of params in turn, each with its own moments."""
+    state = {"a": None, "b": None}
+    w = W
+
+    def turn(w: Any, name: str) -> Any:
+        others = {other: value for other, value in w.items() if other != name}
+        alone = lambda x, others: loss({name: x, **others})
+        result = gdopt.minimize(
+            alone, w[name], args=(others,), optimizer=optax.adam, learning_rate=0.2, max_steps=5,
+            optimizer_state=state[name],
+        )  # fmt: skip
+        state[name] = result.optimizer_state
+        return w | {name: result.params}
+
+    for name in ("a", "b", "a", "b"):
+        w = turn(w, name)
+    with count_compilations() as counter:
+        for name in ("a", "b") * 3:
+            w = turn(w, name)
+    assert counter.count == 0, counter.names
+    assert state["a"][0].count == 25
+    assert loss(w) < 0.1 * loss(W)
+
+
+def test_inside_jit_and_vmap():
+    run = lambda w, **more: gdopt.minimize(loss, w, optimizer=optax.adam, learning_rate=0.01, max_steps=4, **more)
+    first = run(W)
+    again = lambda w, state: run(w, optimizer_state=state)
+    outside = again(first.params, first.optimizer_state)
+    inside = jax.jit(again)(first.params, first.optimizer_state)
+    for a, b in zip(jax.tree.leaves(inside.optimizer_state), jax.tree.leaves(outside.optimizer_state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    twice = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)
+    many = jax.vmap(again)(twice(first.params), twice(first.optimizer_state))
+    assert many[1].optimizer_state[0].count == 8
+
+
+def test_no_derivative_flows_through_it():
+    loss = lambda w, y: jnp.sum((w - y) ** 2)
+    first = gdopt.minimize(loss, jnp.ones(2), args=(2.0,), optimizer=optax.adam, learning_rate=0.1, max_steps=3)
+
+    def run(scale: Any, y: Any) -> Any:
+        state = jax.tree.map(lambda x: x * scale if x.dtype == jnp.float32 else x, first.optimizer_state)
+        result = gdopt.minimize(loss, first.params, args=(y,), learning_rate=0.1, optimizer=optax.adam, max_steps=2000,
+                                optimizer_state=state)  # fmt: skip
+        return result.params.sum()
+
+    by_state, by_arg = jax.jit(jax.grad(run, argnums=(0, 1)))(1.0, 2.0)
+    assert by_state == 0
+    np.testing.assert_allclose(by_arg, 2, rtol=1e-3)
+
+
+ADAM: Any = optax.adam(0.1)
+BAD: dict[str, Any] = {
+    "of another optimizer": (
+        optax.sgd(0.1, momentum=0.9).init(W),
+        r"optimizer_state\[0\].count is nothing, but .* int32",
+    ),
+    "of other params": (
+        ADAM.init({"a": jnp.zeros(3), "b": W["b"]}),
+        r"\.mu\['a'\] is float32\[3\], but .* float32\[2\]",
+    ),
+    "of another dtype": (jax.tree.map(lambda x: x.astype("float16"), ADAM.init(W)), r"float16\[\], but .* int32\[\]"),
+    "of more leaves": ((*ADAM.init(W), jnp.zeros(2)), r"optimizer_state\[2\] is float32\[2\], but .* nothing"),
+    "in a list": (list(ADAM.init(W)), r"optimizer_state is PyTreeDef\(\[.* but the optimizer has PyTreeDef\(\("),
+    "no arrays": ("fresh", r"optimizer_state is a str, not an array"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_state_that_does_not_fit_is_an_error_before_anything_compiles(kind: str):
+    state, message = BAD[kind]
+    jax.block_until_ready(jnp.zeros(3) @ jnp.zeros(3))
+    with count_compilations() as counter, pytest.raises(gdopt.InputError, match=message):
+        gdopt.minimize(loss, W, optimizer=optax.adam, learning_rate=0.1, optimizer_state=state)
+    assert counter.count == 0, counter.names
+    noisy = lambda w, key: loss(w)
+    with count_compilations() as counter, pytest.raises(gdopt.InputError, match=message):
+        gdopt.minimize(noisy, W, with_key=True, optimizer=optax.adam, optimizer_state=state)  # before a range test, too
+    assert not any("loop" in name or "run" in name for name in counter.names), counter.names
+
+
+def test_another_start_of_a_checkpoint_is_a_warning(tmp_path: Any):
+    run = functools.partial(gdopt.minimize, loss, W, optimizer=optax.adam, learning_rate=0.01, tol=0)
+    first, path = run(max_steps=3), tmp_path / "run"
+    run(max_steps=4, optimizer_state=first.optimizer_state, checkpoint=path)
+    same = run(max_steps=4, optimizer_state=first.optimizer_state, checkpoint=path)
+    assert same.optimizer_state[0].count == 7
+    with pytest.warns(UserWarning, match="params, state or optimizer_state differ from the start|params differ"):
+        run(max_steps=4, checkpoint=path)
