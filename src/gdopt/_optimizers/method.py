@@ -78,7 +78,7 @@ class Method(NamedTuple):
 
     def init(self, rate: Any, params: PyTree) -> PyTree:
         """Return the optimizer's state before the first update."""
-        with self._told():
+        with self.told():
             return self.with_rate(rate).init(params)
 
     def begin(self, rate: Any, params: PyTree, given: PyTree) -> PyTree:
@@ -92,7 +92,7 @@ class Method(NamedTuple):
         self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, loss: Callable, value: jax.Array
     ) -> tuple[PyTree, PyTree]:
         """The optimizer's update at a rate, where the loss has this value."""
-        with self._told():
+        with self.told():
             extras = extra_arguments(loss, value, updates)
             out = apply(self.with_rate(rate), updates, state, params, **extras)
         if not (isinstance(out, tuple | list) and len(out) == 2):
@@ -109,7 +109,7 @@ class Method(NamedTuple):
         return tuple(out)
 
     @contextlib.contextmanager
-    def _told(self) -> Generator[None]:
+    def told(self) -> Generator[None]:
         """Name the optimizer in its errors: many functions that take one argument look like a factory."""
         try:
             yield

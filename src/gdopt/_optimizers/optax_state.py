@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
 from gdopt import _trees
@@ -17,6 +18,8 @@ from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import QuasiNewtonState
 from gdopt._optimizers.trials import Trials
 from gdopt._types import PyTree
+
+_MOST_STEPS = 100_000  # the steps of an update after which counting them ends
 
 
 def apply(
@@ -84,6 +87,36 @@ def inject(state: PyTree, rate: jax.Array) -> PyTree:
         return node._replace(hyperparams={**node.hyperparams, "learning_rate": rate.astype(old.dtype)})
 
     return jax.tree.map(replace, state, is_leaf=lambda node: node is kept[0])
+
+
+def steps_per_update(optimizer: Any, params: PyTree) -> int:
+    """Return the number of steps that `optax.MultiSteps` accumulates for its first update; 1 without it.
+
+    Its state does not hold the number, so its counter is run until it begins again, on gradients of zero.
+    """
+    if not _states_of(jax.eval_shape(optimizer.init, params), optax.MultiStepsState):
+        return 1
+
+    def counted() -> jax.Array:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+        start = optimizer.init(zeros)
+        extras = extra_arguments(lambda _: jnp.float32(0), jnp.float32(0), zeros)
+
+        def step(count: jax.Array) -> jax.Array:
+            # XLA drops all of the update but its counter, so this takes no memory for the params.
+            _, state = apply(optimizer, zeros, _at_mini_step(start, count), zeros, **extras)
+            following = _states_of(state, optax.MultiStepsState)[0].mini_step
+            return jnp.where(following == 0, -count - 1, count + 1)
+
+        return -lax.while_loop(lambda count: (count >= 0) & (count < _MOST_STEPS), step, jnp.int32(0))
+
+    return abs(int(jax.jit(counted)()))
+
+
+def _at_mini_step(state: PyTree, count: jax.Array) -> PyTree:
+    is_one = lambda node: isinstance(node, optax.MultiStepsState)
+    move = lambda node: node._replace(mini_step=count) if is_one(node) else node
+    return jax.tree.map(move, state, is_leaf=is_one)
 
 
 def trials_in(state: PyTree) -> Trials | None:

@@ -20,6 +20,7 @@ _STEPS = 40  # of random gradients, and then as many of a constant one
 _RATE = 1e-4  # low, so that the params stay where they are
 _SCALES = np.array([1e-3, 1.0, 1e3], np.float32)
 _ALIKE = 3.0  # the most that the size of the update may change over all scales, if it does not depend on them
+_MOMENTUM = 2.0  # the sum of the updates of one gradient over it, from which on it counts as momentum
 
 
 class Response(NamedTuple):
@@ -28,6 +29,11 @@ class Response(NamedTuple):
     is_scale_free: bool  # whether the updates do not depend on the size of the gradient
     of_noise: float  # for independent normal gradients
     of_constant: float  # for a gradient of ones that stays the same: with momentum 0.9 it is 10
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the updates of one gradient add up to more than twice the gradient times the rate."""
+        return self.of_constant > _MOMENTUM
 
 
 @as_own_work

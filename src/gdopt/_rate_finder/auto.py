@@ -24,8 +24,7 @@ from gdopt.schedules import one_cycle, triangular2
 _SHARE = 0.15  # the part of the steps that a range test may take
 _NOISE_OF_ADAM = 0.2557  # the size of Adam's updates over its rate for normal gradients: see `response`
 _FEWER, _MORE = 0.1, 3.0  # the limits of a first distance over Adam's
-_PEAK, _PEAK_OF_MOMENTUM = 2.0, 1.0  # the peak of the cycles over the suggestion; see benchmarks/auto_training.py
-_MOMENTUM = 2.0  # the sum of the updates of one gradient over it, from which on it counts as momentum
+_PEAK, _PEAK_OF_MOMENTUM = 1.33, 1.0  # the peak of the cycles over the suggestion; see benchmarks/auto_training.py
 _DEFAULT = 1e-2  # the peak of the cycles if a range test finds nothing
 _LOWER = 0.1  # the rate of another try over that of the one before
 _TRIES = 2  # the further tries
@@ -50,7 +49,7 @@ def rates_found(
         fixed = lambda low: functools.partial(following, optimizer, first=low * first, grows=False)
         grown = functools.partial(following, optimizer, first=first)
         return _with_tries(Method(grown, shape), lambda low: Method(fixed(low), shape)), None
-    test = _tested(problem, optimizer, total, made)
+    test = _tested(problem, optimizer, total, made, lr_finder.times_of(kind))
     peak = _peak(test, kind)
     return _with_tries(_cycling(optimizer, peak, total), lambda low: _cycling(optimizer, low * peak, total)), test
 
@@ -72,13 +71,14 @@ def _cycling(optimizer: Any, peak: float, steps: int) -> Method:
     return Method(optimizer, schedule)
 
 
-def _tested(problem: Problem, optimizer: Any, total: int, made: RangeTest | None) -> RangeTest:
+def _tested(problem: Problem, optimizer: Any, total: int, made: RangeTest | None, times: float) -> RangeTest:
     """Return the range test, unless it was made before. It takes its share of the steps, and no more."""
     if made is not None:
         return made
-    num_steps = max(min(int(_SHARE * total), lr_finder.NUM_STEPS), 2)
+    updates = _SHARE * total / lr_finder.updates_every(problem, optimizer)
+    num_steps = max(min(int(updates), lr_finder.NUM_STEPS), 2)
     ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
-    test = lr_finder.range_test(problem, optimizer, ladder)
+    test = lr_finder.range_test(problem, optimizer, ladder, times=times)
     if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
         raise InputError(
             f"learning_rate='auto' found no rate: {test.message} With a learning_rate there is a result, and "
@@ -96,5 +96,4 @@ def _peak(test: RangeTest, kind: Response | None) -> float:
             "learning_rate, or leave the optimizer out."
         )
         return _DEFAULT
-    has_momentum = kind is not None and kind.of_constant > _MOMENTUM
-    return (_PEAK_OF_MOMENTUM if has_momentum else _PEAK) * test.suggestion
+    return (_PEAK_OF_MOMENTUM if kind is not None and kind.has_momentum else _PEAK) * test.suggestion

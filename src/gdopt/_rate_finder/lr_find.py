@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,8 @@ from gdopt._loop import loop
 from gdopt._loop.state import Carry, Compiled, Inputs, Rows, State
 from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method
+from gdopt._optimizers.optax_state import steps_per_update
+from gdopt._optimizers.response import Response, response
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.diagnose import named_inputs
 from gdopt._problem.limits import LAST_STEP, Steps
@@ -31,7 +34,7 @@ from gdopt._result import RangeTest, Refinement
 from gdopt._run import host_loop
 from gdopt._run.callback import Look
 from gdopt._run.sources import InMemory, Streamed, source_of
-from gdopt._settings import own_work
+from gdopt._settings import own_promotion, own_work
 from gdopt._signals import Interrupted, interruptible
 from gdopt._status import RUNNING, Status
 from gdopt._stopping import Limits
@@ -43,6 +46,7 @@ _EXTENSIONS = 2  # sections at most, beyond each end of the ladder
 _NEIGHBOURS = 3.0 ** np.array([-1, -0.5, 0, 0.5])  # the rates of a refinement, over the suggestion
 _REFINING_STEPS = 100
 _JUDGED = 50  # the last steps, whose losses are compared
+_TIMES, _TIMES_IF_SCALE_FREE = 1.5, 0.7  # the suggestion over the middle of the basin, for gd and for Adam
 _ALL_STEPS = Steps(LAST_STEP, None, None)
 
 
@@ -85,13 +89,15 @@ def lr_find(
             `minimize`, that can be read more than once: no iterator.
         batch_size: rows per step, the same as for the training: the best rate grows with it. By default all rows.
         optimizer: the factory ``learning_rate -> transformation`` to find a rate for: ``gdopt.gd``, ``optax.adam``,
-            ``functools.partial(optax.sgd, momentum=0.9)``.
+            ``functools.partial(optax.sgd, momentum=0.9)``. `optax.MultiSteps` keeps each rate for all the steps that it
+            accumulates (of its first update, if their number is a schedule).
         start_lr: the rate of the first step, tried exactly; by default 1e-5.
         end_lr: the rate of step ``num_steps``, tried exactly unless the loss blows up before; by default 10. An
             exponential ladder that turns out too short at an end is prolonged there, up to twice: ``learning_rate`` of
             the result says which rates were tried.
-        num_steps: the number of rates; by default 300, which is 50 to a decade. With fewer, the loss has no time to
-            show what a rate does, and the suggestion gets more cautious. Below 15 to a decade it is rough.
+        num_steps: the number of rates, and of updates; by default 300, which is 50 to a decade. With fewer, the loss
+            has no time to show what a rate does, and the suggestion gets more cautious. Below 15 to a decade it is
+            rough, and below 1.5 there is none.
         mode: "exponential" (equal ratios, the default) or "linear" (equal differences, as in the paper).
         repeats: the number of tests that run side by side, each with its own order of batches (and random keys). The
             rules read their mean curve: five cut the spread of the suggestion about in half. Takes the memory of as
@@ -171,24 +177,36 @@ def _check_factory(optimizer: Any) -> None:
         )
 
 
-def range_test(problem: Problem, optimizer: Any, steps: Ladder, *, repeats: int = 1, refine: bool = False) -> RangeTest:
-    """Run `lr_find` for a checked problem."""
+def range_test(
+    problem: Problem,
+    optimizer: Any,
+    steps: Ladder,
+    *,
+    repeats: int = 1,
+    refine: bool = False,
+    times: float | None = None,
+) -> RangeTest:
+    """Run `lr_find` for a checked problem. ``times`` is `times_of` the optimizer's response, if that is known."""
     if problem.stream is not None and problem.stream.once:
         raise InputError(
             "data is an iterator, which can be read only once, but a range test reads the first batches before the "
             "training does. Pass a function that returns a new iterator each time, or pass a learning_rate."
         )
     loop.check_alike(problem, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
+    if times is None:
+        times = times_of(None if optimizer is gd else response(optimizer, problem.objective.params))
     with own_work():
         keys = jax.random.fold_in(problem.key, 2)  # 0 and 1 are the training's
         keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # a run without vmap traces twice as fast
     with _error_notes.memory(params=problem.objective.params, data=problem.data, args=problem.args):
-        curve, verdict = _climb(problem, optimizer, steps, keys, lowest := 0)
+        every = updates_every(problem, optimizer)
+        climb = functools.partial(_climb, problem, optimizer, steps, keys, every, times)
+        curve, verdict = climb(lowest := 0)
         while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -_EXTENSIONS:
-            curve, verdict = _climb(problem, optimizer, steps, keys, lowest := lowest - 1)
+            curve, verdict = climb(lowest := lowest - 1)
         suggestion, refinement = verdict.suggestion, None
         if refine and suggestion is not None:
-            refinement = _refine(problem, optimizer, suggestion, keys)
+            refinement = _refine(problem, optimizer, suggestion, keys, every)
             suggestion = refinement.best
     if suggestion is None:
         holding = named_inputs(problem)
@@ -196,6 +214,22 @@ def range_test(problem: Problem, optimizer: Any, steps: Ladder, *, repeats: int 
             reason = verdict.reason if curve.end == 0 else ""
             verdict = verdict._replace(reason=(reason + holding).strip())
     return _result(curve, verdict, suggestion, refinement, steps.num_steps)
+
+
+def times_of(kind: Response | None) -> float:
+    """Return the suggestion over the middle of the basin for an optimizer: a training is longer than a range test."""
+    if kind is None:
+        return _TIMES
+    if kind.is_scale_free:
+        return _TIMES_IF_SCALE_FREE
+    return 1.0 if kind.has_momentum else _TIMES
+
+
+def updates_every(problem: Problem, optimizer: Any) -> int:
+    """Return the number of steps from one update to the next: more than 1 if the optimizer accumulates gradients."""
+    method = Method(optimizer, 1.0)
+    with method.told(), own_work(), own_promotion():
+        return steps_per_update(method.with_rate(_trees.on_device(np.float32(1))), problem.objective.params)
 
 
 class _Curve(NamedTuple):
@@ -215,29 +249,48 @@ class _Curve(NamedTuple):
         return self.rates[: self.end], losses, rules.smooth(losses)
 
 
-def _climb(problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, lowest: int) -> tuple[_Curve, Any]:
-    """Climb from the given section upwards until the curve says enough; every repeat begins at the start."""
-    advance, state, inputs = _begin(problem, optimizer, keys, _each(steps.section(lowest), keys))
+def _climb(
+    problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, every: int, times: float, lowest: int
+) -> tuple[_Curve, Any]:
+    """Climb from the given section upwards until the curve says enough; every repeat begins at the start.
+
+    An optimizer that accumulates gradients makes ``every`` steps at each rate.
+    """
+    rates_of = lambda section: _each(np.repeat(steps.section(section), every), keys)
+    advance, state, inputs = _begin(problem, optimizer, keys, rates_of(lowest))
     rates, records, seen = np.empty(0), [], np.empty(0)
+    head = rules.head_of(steps.num_steps)
 
     def all_over(rows: Rows, state: State) -> bool:
         nonlocal seen
-        losses = np.where(np.isfinite(rows.grad_norm), rows.loss.astype(float), np.nan)
+        measured = np.isfinite(rows.grad_norm) & np.isfinite(rows.loss)
+        losses = np.where(measured, rows.loss.astype(float), np.nan)
         records.append(losses.reshape(len(losses), -1))  # (steps, repeats)
         seen = _without_skipped(np.concatenate(records), state)
-        return all(rules.end(row) < len(row) for row in seen.T)
+        complete = seen[: len(seen) // every * every]
+        return all(rules.end(row, head) < len(row) for row in _by_update(complete, every))
 
     section = lowest
     while True:
         rates = np.append(rates, steps.section(section))
-        inputs = inputs._replace(rate=_each(steps.section(section), keys))
-        state, _ = advance(state, inputs, all_over, len(rates))
-        losses = seen[: len(rates)].T
-        curve = _Curve(rates, losses, [rules.end(row) for row in losses])
-        verdict = _verdict(curve)
+        inputs = inputs._replace(rate=rates_of(section))
+        state, _ = advance(state, inputs, all_over, len(rates) * every)
+        losses = _by_update(seen[: len(rates) * every], every)
+        curve = _Curve(rates, losses, [rules.end(row, head) for row in losses])
+        verdict = _verdict(curve, head, times)
         if verdict.missing != "higher" or steps.mode == "linear" or section == lowest + _EXTENSIONS:
             return curve, verdict
         section += 1
+
+
+def _by_update(losses: np.ndarray, every: int) -> np.ndarray:
+    """Return the mean losses of the steps of each update, one row per repeat: the params are the same at all of them.
+
+    The last update of a run that has ended may lack some steps.
+    """
+    firsts = np.arange(0, len(losses), every)
+    counts = np.minimum(every, len(losses) - firsts)
+    return np.add.reduceat(losses, firsts, axis=0).T / counts if len(losses) else losses.T
 
 
 def _without_skipped(losses: np.ndarray, state: State) -> np.ndarray:
@@ -307,24 +360,25 @@ class Cut(Interrupted):
         self.method, self.compiled, self.source, self.inputs = method, compiled, source, inputs
 
 
-def _verdict(curve: _Curve) -> rules.Verdict:
+def _verdict(curve: _Curve, head: int, times: float) -> rules.Verdict:
     if curve.end == 0:
         reason = "The loss or its gradient is not finite at the start. Start from params at which both are finite."
         return rules.Verdict(None, reason)
-    return rules.suggest(*curve.combined(), blew_up=curve.end < len(curve.rates))
+    rates, losses, _ = curve.combined()
+    return rules.suggest(rates, losses, blew_up=curve.end < len(curve.rates), head=head, times=times)
 
 
-def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array) -> Refinement:
+def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array, every: int) -> Refinement:
     """Train the neighbours of a suggestion on the same batches, and compare their last losses."""
     rates = suggestion * _NEIGHBOURS
     with own_work():
         keys = jnp.atleast_1d(keys)
         lanes, many = _trees.on_device(np.repeat(rates, len(keys))[:, None]), jnp.tile(keys, len(rates))
     advance, state, inputs = _begin(problem, optimizer, many, lanes)
-    state, rows = advance(state, inputs, lambda *_: False, _REFINING_STEPS)
+    state, rows = advance(state, inputs, lambda *_: False, _REFINING_STEPS * every)
     losses = _without_skipped(rows.loss, state[0].tree())
-    last = np.full((_JUDGED, len(lanes)), np.inf)  # A run that ended early counts as infinite.
-    measured = losses[_REFINING_STEPS - _JUDGED :]
+    last = np.full((_JUDGED * every, len(lanes)), np.inf)  # A run that ended early counts as infinite.
+    measured = losses[(_REFINING_STEPS - _JUDGED) * every :]
     last[: len(measured)] = np.where(np.isfinite(measured), measured, np.inf)
     return Refinement(rates, last.mean(axis=0).reshape(len(rates), -1).mean(axis=1))
 

@@ -6,42 +6,65 @@ made, and entry 0 the loss at the start.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-BETA = 0.9  # the factor of the moving average
-_TRAIL = 9  # rungs by which the average trails, beta / (1 - beta): it shows the edges of the basin that much too late
+BETA = 0.9  # the factor of the moving average that is shown
+_DENSE = 50  # rungs to a decade, from which on the average has its full memory
+_TRAIL = 9  # rungs by which that average trails, beta / (1 - beta): it shows the edges of the basin that much too late
+_MEMORY = 0.6  # the power of the density by which the memory shrinks on a sparser ladder
 _LEVEL = 0.05  # the height of the basin above the minimum, over the whole fall
-_FEWEST = 20  # the fewest rungs that a suggestion needs
+_HEAD = 5  # the fewest losses that tell the level of the start
+_FEWEST = 1.5  # the fewest rungs to a decade that a suggestion needs
+_SOONEST = 5  # the fewest rungs up to a blow-up that a suggestion needs
 _NOISE = 6  # the least fall, in standard deviations of the smoothed curve
 _SOON = 10  # the rate over the first rate below which a blow-up comes too soon
 _FLAT = 100  # the last rate over that at the end of the fall from which on a low curve counts as a floor
 _TINY = 1e-6  # the fall over the loss up to which it may be rounding
+_LASTING = 5  # the losses whose median has to be above the start, too, in a blow-up
+_GROWTH = 0.06  # the part of a decade over which growth is measured at least
+_RISE = 4  # the rungs of a steady rise to more than a hundred times, which counts as growth below the start's level
+_BELOW = 0.5  # the highest suggestion over the edge of stability
+_BELOW_IF_UNSEEN = 0.15  # the suggestion over that edge if noise hides the basin, and the loss grew a hundred times
+_BELOW_IF_UNSURE = 0.1  # and if it grew less
+_ON_A_FLOOR = 0.5  # the suggestion over the left edge of a basin without a right one
 
 
-def smooth(losses: np.ndarray) -> np.ndarray:
+def smooth(losses: np.ndarray, beta: float = BETA) -> np.ndarray:
     """Return the exponential moving average along the last axis, bias-corrected (Kingma & Ba, 2015, section 3)."""
     losses = np.asarray(losses, float)
     average, smoothed = np.zeros(losses.shape[:-1]), np.empty(losses.shape)
     for k in range(losses.shape[-1]):
-        average = BETA * average + (1 - BETA) * losses[..., k]
-        smoothed[..., k] = average / (1 - BETA ** (k + 1))
+        average = beta * average + (1 - beta) * losses[..., k]
+        smoothed[..., k] = average / (1 - beta ** (k + 1))
     return smoothed
 
 
-def end(losses: np.ndarray) -> int:
+def head_of(num_steps: int) -> int:
+    """Return the number of first rungs of a ladder whose losses tell the level of the start."""
+    return max(num_steps // 10, min(_HEAD, num_steps // 3), 1)
+
+
+def end(losses: np.ndarray, head: int = 1) -> int:
     """Count the entries of a curve before the first that is not finite, and up to its blow-up.
 
-    The curve has blown up once the smoothed loss is four times its best, as in fastai, and also above its first value.
-    For losses near or below zero, it has once the loss is above its best by three times the size of the best.
+    The curve has blown up once the smoothed loss is four times its best, as in fastai, and also above its first values.
+    For losses near or below zero, it has once the loss is above its best by three times the size of the best. Most of
+    the last losses have to be that high, too: one of a heavy tail is no blow-up.
     """
     finite = np.isfinite(losses)
     count = len(losses) if finite.all() else int(finite.argmin())
-    smoothed = smooth(losses[:count])
+    if count == 0:
+        return 0
+    losses = losses[:count]
+    smoothed, start = smooth(losses), losses[:head].max()
     best = np.minimum.accumulate(smoothed)
-    over = smoothed > best + np.maximum(3 * np.abs(best), smoothed[:1] - best)
+    before = np.append(np.full(_LASTING - 1, -np.inf), losses)
+    lasting = np.median(np.lib.stride_tricks.sliding_window_view(before, _LASTING), axis=1)
+    over = (smoothed > best + np.maximum(3 * np.abs(best), start - best)) & (lasting > start)
     return int(over.argmax()) + 1 if over.any() else count
 
 
@@ -53,50 +76,116 @@ class Verdict(NamedTuple):
     missing: str = ""  # "higher" or "lower" if a longer ladder at that end would help
 
 
-def suggest(rates: np.ndarray, losses: np.ndarray, smoothed: np.ndarray, *, blew_up: bool) -> Verdict:
+class _Basin(NamedTuple):
+    """The rungs at which the smoothed loss is within a twentieth of its whole fall from its minimum."""
+
+    left: int
+    right: int
+    is_closed: bool  # whether the loss rises again
+    noises: float  # the fall over the noise of the smoothed curve
+    trail: float  # the rungs by which the edges come too late
+
+
+def suggest(
+    rates: np.ndarray, losses: np.ndarray, *, blew_up: bool, head: int | None = None, times: float = 1.0
+) -> Verdict:
     """Return the default suggestion from a combined curve, or say why there is none.
 
-    It is the middle of the basin on the log axis. In the basin, the smoothed loss is within a twentieth of its whole
-    fall from its minimum. The rungs by which the average trails, or half a decade if that is less, are subtracted. The
-    middle of both edges varies less from seed to seed than the place of the minimum. The first tenth of the curve only
-    gives the loss at the start: one lucky batch there would pass for a minimum.
+    It is ``times`` the middle of the basin on the log axis. The rungs by which the average trails, or half a decade if
+    that is less, are subtracted. The middle of both edges varies less from seed to seed than the place of the minimum.
+    The first ``head`` rungs, by default a tenth, only give the loss at the start: one lucky batch there would pass for
+    a minimum.
+
+    A sparse ladder passes the basin in a few steps, and without noise the loss falls so low that it takes many rungs to
+    come back. So the suggestion is at most half of the edge of stability, which the growth of the loss tells. It is
+    lower on a sparse ladder.
     """
-    count, head = len(rates), max(len(rates) // 10, 1)
+    count, low, high = len(rates), f"{rates[0]:.2g}", f"{rates[-1]:.2g}"
+    head = min(head or head_of(count), max(count // 3, 1))
+    density = 1 / np.median(np.diff(np.log10(rates))) if count > 1 else 0.0
+    if density < _FEWEST and not (blew_up and count < _SOONEST):
+        return Verdict(None, f"The curve has {count} points, which is too few. Raise num_steps to 10 or more.")
+    if count < _SOONEST:
+        reason = f"The loss blows up soon after the rate {low}. " if blew_up else f"The curve has {count} points. "
+        return Verdict(None, f"{reason}Lower start_lr, or raise num_steps.", "lower" if blew_up else "")
+    caution = math.exp(min(math.log(10) * (1 / _DENSE - 1 / density), 0))
+    basin, edge = _basin(rates, losses, head, density), _edge(rates, losses, head, density, blew_up)
+    if basin.noises <= _NOISE:
+        return _without_basin(rates, losses, basin.noises, blew_up, head, caution * edge)
+    if basin.left < 2 * head and count >= 20:
+        return Verdict(None, f"The loss falls already at the rate {low}. Lower start_lr.", "lower")
+    at = lambda rung: float(np.exp(np.interp(rung - basin.trail, np.arange(count), np.log(rates))))
+    if basin.is_closed or blew_up:
+        middle = times * at((basin.left + basin.right) / 2)
+        return Verdict(caution * min(middle, _BELOW * edge))
+    if rates[-1] < _FLAT * rates[basin.left]:
+        return Verdict(None, f"The loss falls, or stays low, up to the rate {high}. Raise end_lr.", "higher")
+    # The loss is at a minimum that no rate leads away from.
+    return Verdict(caution * _ON_A_FLOOR * at(basin.left), missing="higher")
+
+
+def _without_basin(
+    rates: np.ndarray, losses: np.ndarray, noises: float, blew_up: bool, head: int, edge: float
+) -> Verdict:
+    """Return what a curve whose fall may be noise suggests: a rate well below the edge of stability, if it shows."""
     low, high = f"{rates[0]:.2g}", f"{rates[-1]:.2g}"
-    if count < _FEWEST and not blew_up:
-        return Verdict(None, f"The curve has {count} points, which is too few. Raise num_steps to {_FEWEST} or more.")
-    if count < _FEWEST:
-        return Verdict(
-            None, f"The loss blows up soon after the rate {low}. Lower start_lr, or raise num_steps.", "lower"
-        )
-    bottom = head + int(smoothed[head:].argmin())
-    fall = smoothed[:head].mean() - smoothed[bottom]
-    noise = np.std(np.diff(losses[: bottom + 1])) / 2**0.5 * ((1 - BETA) / (1 + BETA)) ** 0.5
-    fell = fall > max(_NOISE * noise, _TINY * abs(smoothed[0]))
-    if not fell and blew_up and rates[-1] < _SOON * rates[0]:
-        return Verdict(None, f"The loss rises from the rate {low} on. Lower start_lr.", "lower")
-    if not fell and blew_up:
-        reason = f"The loss does not fall by more than its noise before it blows up at {high}. "
-        return Verdict(None, reason + "Raise num_steps, repeats or batch_size, or check the sign of the loss.")
-    if not fell:
+    if not blew_up:
         return Verdict(
             None,
             f"The loss is flat from {low} to {high}. Raise end_lr. If it stays flat, it may not depend on params, or "
             "its noise hides the fall: raise batch_size or repeats.",
             "higher",
         )
+    if rates[-1] < _SOON * rates[0]:
+        return Verdict(None, f"The loss rises from the rate {low} on. Lower start_lr.", "lower")
+    start = losses[:head].max()
+    is_certain = losses[-1] > 100 * start > 0
+    if (is_certain or noises > 1) and edge > 3 * rates[0]:
+        return Verdict(edge * (_BELOW_IF_UNSEEN if is_certain else _BELOW_IF_UNSURE))
+    reason = f"The loss does not fall by more than its noise before it blows up at {high}. "
+    return Verdict(None, reason + "Raise num_steps, repeats or batch_size, or check the sign of the loss.")
+
+
+def _basin(rates: np.ndarray, losses: np.ndarray, head: int, density: float) -> _Basin:
+    """Find the basin of the smoothed curve. A sparse ladder cannot afford the full memory of the average."""
+    count = len(rates)
+    memory = _TRAIL * min(1.0, (density / _DENSE) ** _MEMORY)
+    beta = memory / (1 + memory)
+    smoothed = smooth(losses, beta)
+    bottom = head + int(smoothed[head:].argmin())
+    fall = smoothed[:head].mean() - smoothed[bottom]
+    noise = np.std(np.diff(losses[: bottom + 1])) / 2**0.5 * ((1 - beta) / (1 + beta)) ** 0.5
+    least = max(noise, _TINY / _NOISE * abs(smoothed[0]))
     inside = smoothed <= smoothed[bottom] + _LEVEL * fall
-    left = head + int(inside[head:].argmax())
-    above = ~inside[bottom:]
+    left, above = head + int(inside[head:].argmax()), ~inside[bottom:]
     right = bottom + int(above.argmax()) if above.any() else count - 1
-    trail = min(_TRAIL, int(np.sum(rates > rates[-1] / 10**0.5)))
-    if left < 2 * head:
-        return Verdict(None, f"The loss falls already at the rate {low}. Lower start_lr.", "lower")
-    if not above.any() and not blew_up and rates[-1] < _FLAT * rates[left]:
-        return Verdict(None, f"The loss falls, or stays low, up to the rate {high}. Raise end_lr.", "higher")
-    if not above.any() and not blew_up:  # The loss is at a minimum that no rate leads away from.
-        return Verdict(float(rates[max(left - trail, 0)]), missing="higher")
-    return Verdict(float(rates[max((left + right) // 2 - trail, 0)]))
+    trail = min(memory, float(np.sum(rates > rates[-1] / 10**0.5)))
+    return _Basin(left, right, bool(above.any()), float(fall / least) if fall > 0 else 0.0, trail)
+
+
+def _edge(rates: np.ndarray, losses: np.ndarray, head: int, density: float, blew_up: bool) -> float:
+    """Return the rate from which on gradient descent is unstable, by the growth at the end of a curve; or infinity.
+
+    At a rate r along a curvature c, a step multiplies the loss over its minimum by (1 - r c)^2, and 2 / c is the edge.
+    Growth is measured from where the loss got above the level of the start. On a curve that has not got there it is
+    that of a steady rise.
+    """
+    last, best, start = len(losses) - 1, losses.min(), losses[:head]
+    first, least = last, 0.01 * (start.max() - best)
+    if blew_up or losses[-1] > start.max():
+        while first > 0 and losses[first - 1] > start.mean():
+            first -= 1
+        first = max(min(first, last - max(round(_GROWTH * density), 1)), 0)
+    else:
+        while first > 0 and losses[first - 1] < losses[first]:
+            first -= 1
+        best, first, least = losses[first], first + 1, 0.0
+        if last - first < _RISE - 1 or losses[-1] - best < 100 * (losses[first] - best):
+            return math.inf
+    log = lambda x: math.log(max(x, np.finfo(float).tiny))
+    growth = log(losses[-1] - best) - log(max(losses[first] - best, least))
+    rate = np.exp(np.log(rates[first:last]).mean())
+    return float(2 * rate / (1 + math.exp(max(growth, 0.0) / 2 / (last - first))))
 
 
 def steep(rates: np.ndarray, losses: np.ndarray) -> float:
