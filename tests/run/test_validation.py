@@ -467,7 +467,8 @@ def test_a_picture_shows_both_losses_and_several_runs() -> None:
 
 
 def test_a_history_without_validation_is_that_of_before() -> None:
-    history = gdopt.History(*(np.ones(2),) * 3)
+    three = np.ones(2), np.ones(2), np.ones(2)
+    history = gdopt.History(*three)
     assert history == gdopt.minimize(lambda x: x**2, 1.0, max_steps=1).history._replace(
         loss=np.ones(2), grad_norm=np.ones(2), learning_rate=np.ones(2)
     )
