@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from gdopt import plot, schedules
 from gdopt._checkpoint.folder import Checkpoint
+from gdopt._checkpoint.load import load
 from gdopt._devices.sharding import shard
 from gdopt._errors import CheckpointError, GdoptError, InputError, NotConvergedError
 from gdopt._gd_step import gd_step
@@ -36,6 +37,7 @@ __all__ = [
     "distance_adamw",
     "gd",
     "gd_step",
+    "load",
     "lr_find",
     "minimize",
     "plot",

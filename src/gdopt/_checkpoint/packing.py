@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from gdopt import _trees
 from gdopt._devices.sharding import put_like
 from gdopt._loop.state import State
+from gdopt._types import PyTree
 
 _ROOT = "state.kept.params"
 
@@ -19,13 +20,17 @@ def as_saved(fresh: State, names: Iterable[str]) -> State:
     saved = {name for name in names if name.startswith(_ROOT)}
     if fresh.kept.params is None or _names(fresh.kept.params) == saved:
         return fresh
-    for most in (1, _trees.SMALL):
-        # Only the shapes of a vector count, so nothing is computed for it.
-        bare = jax.tree.map(lambda x, most=most: np.zeros(x.shape, x.dtype) if x.size <= most else x, fresh.params)
-        packed = _trees.pack(bare, most)
+    for packed in packings(fresh.params):
         if _names(packed) == saved:
             return fresh._replace(kept=fresh.kept._replace(params=packed))
     return fresh
+
+
+def packings(params: PyTree) -> Iterator[_trees.Packed]:
+    """Yield params in the forms that checkpoints have. Of a vector only the shape counts, so nothing is computed."""
+    for most in (1, _trees.SMALL):
+        bare = jax.tree.map(lambda x, most=most: np.zeros(x.shape, x.dtype) if x.size <= most else x, params)
+        yield _trees.pack(bare, most)
 
 
 def as_fresh(state: State, fresh: State) -> State:

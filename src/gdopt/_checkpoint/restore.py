@@ -55,8 +55,14 @@ def restored_state(found: Saved, fresh: State) -> State:
 
 def names_in(found: Saved) -> set[str]:
     """Return the names of all arrays of a checkpoint."""
+    return {*kinds_of(found)}
+
+
+def kinds_of(found: Saved) -> dict[str, tuple]:
+    """Return the shapes and dtypes of all arrays of a checkpoint, by name."""
     spread = found.meta.get(SPREAD)
-    return {*found.arrays, *({} if spread is None else sharded.kinds(spread))}
+    kinds = {name: (array.shape, array.dtype) for name, array in found.arrays.items()}
+    return kinds | ({} if spread is None else sharded.kinds(spread))
 
 
 def restored_tree(found: Saved, like: Any, root: str) -> Any:
@@ -76,9 +82,7 @@ def restored_tree(found: Saved, like: Any, root: str) -> Any:
 
 def _places(found: Saved, fresh: State, stays_fresh: Callable[[str], bool]) -> dict[str, Any]:
     """Return where each leaf belongs; raise InputError if the checkpoint has other ones."""
-    kinds = {name: (array.shape, array.dtype) for name, array in found.arrays.items()}
-    spread = found.meta.get(SPREAD)
-    kinds |= {} if spread is None else sharded.kinds(spread)
+    kinds = kinds_of(found)
     kind = lambda shape, dtype: f"{dtype}{list(shape)}"
     places, unknown = {}, {name for name in kinds if name.startswith("state") and not stays_fresh(name)}
     for name, leaf in _trees.named_leaves(fresh, "state").items():

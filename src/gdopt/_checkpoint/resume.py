@@ -91,6 +91,7 @@ class Saves:
         self._checkpoint, self._saver, self._path = checkpoint, saver, os.fspath(checkpoint.path)
         self._rates_there: list[float] = []  # the rates of this call at the steps that the checkpoint lists
         self._meta: dict[str, Any] = {}
+        self._sizes: dict[str, Any] = {}
         self._host: Callable[[], str] = str  # what functions on the host read
         self._hosts: set[str] = set()  # what they read before this run, and during equal ones
         self._ended: Status | None = None  # how the saved run ended, if it does not continue
@@ -136,6 +137,7 @@ class Saves:
         asked = {"max_steps": None if steps.most == LAST_STEP else steps.most, "epochs": steps.epochs}
         asked["patience"] = None if validation is None else validation.patience
         given = run_identity(problem, validation, keep_best=keep_best)
+        self._sizes = _trees.named_leaves(problem.objective.sizes, "scale")  # for `load`
         start = problem.objective.params
         if problem.has_state or problem.optimizer_state is not None:
             start = start, problem.state, problem.optimizer_state
@@ -328,6 +330,7 @@ class Saves:
         arrays |= {
             f"history.{name}": entries for name, entries in rows._asdict().items() if entries.size or name != "metrics"
         }
+        arrays |= {name: plain(leaf) for name, leaf in self._sizes.items()}
         validated = self.validated()
         arrays |= {f"validation.{name}": validated[name] for name in VALIDATION_ARRAYS if validated}
         arrays |= {name: plain(leaf) for name, leaf in _trees.named_leaves(validated.get("best"), _BEST).items()}

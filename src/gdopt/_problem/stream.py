@@ -288,6 +288,8 @@ def numbers_of(name: str, leaf: Any) -> np.ndarray:
         raise InputError(f"{name} is a {type(leaf).__name__} that NumPy cannot read: {error}") from error
     if why := fault(leaf if isinstance(leaf, np.ndarray | np.generic) else array, carried=True):
         raise InputError(f"{name} {why}.")
+    if array.dtype not in _trees.NUMBERS and (table := _table(name, leaf)) is not None:
+        return table
     if array.dtype not in _trees.NUMBERS:
         if columns := _no_numbers(leaf):
             raise InputError(
@@ -301,10 +303,26 @@ def numbers_of(name: str, leaf: Any) -> np.ndarray:
     return array
 
 
-def _no_numbers(table: Any) -> str:
+def _table(name: str, leaf: Any) -> np.ndarray | None:
+    """Convert a table, or a column, of numbers with pandas' own dtypes or with bools; None for others."""
+    if type(leaf).__module__.split(".")[0] != "pandas" or _no_numbers(leaf, "iufcb"):
+        return None
+    holes = [str(column) for column in leaf if leaf[column].isna().any()] if hasattr(leaf, "columns") else []
+    if holes:
+        raise InputError(
+            f"{name} is a {type(leaf).__name__} whose columns {', '.join(map(repr, holes))} lack values (NA). Fill "
+            "them, or drop these rows."
+        )
+    try:
+        return leaf.to_numpy(dtype=np.dtype(float))
+    except (TypeError, ValueError):
+        return None
+
+
+def _no_numbers(table: Any, kinds: str = "iufc") -> str:
     """Return the names of the columns of a table, such as a pandas DataFrame, that do not hold numbers."""
     try:
-        return ", ".join(repr(name) for name, dtype in table.dtypes.items() if dtype.kind not in "iufc")
+        return ", ".join(repr(name) for name, dtype in table.dtypes.items() if dtype.kind not in kinds)
     except Exception:  # Other objects have no dtypes, or keep them in another way.
         return ""
 
