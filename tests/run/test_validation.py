@@ -210,7 +210,7 @@ def test_patience_ends_the_run_with_success(patience: int) -> None:
 def test_patience_counts_losses_that_are_not_finite() -> None:
     result = minimize(patience=2, validation_loss=lambda w, batch: jnp.nan * loss(w, batch))
     assert (result.status, result.steps) == (Status.EARLY_STOPPED, 2 * PER_EPOCH)
-    assert "It was never finite." in result.message
+    assert "The validation loss was never finite." in result.message
     assert result.params.tobytes() == points()[1].tobytes()
 
 
