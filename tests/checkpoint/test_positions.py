@@ -172,7 +172,7 @@ def test_saves_between_two_steps_have_the_position_of_that_step(path, monkeypatc
             if thread.name == "gdopt checkpoint":
                 thread.join()
 
-    whole = minimize(ByHand(), gdopt.Checkpoint(path, every_seconds=0, keep=99), callback=wait)
+    whole = minimize(ByHand(), gdopt.Checkpoint(path, every_seconds=0, keep=99), callback=wait, callback_every=1)
     files = sorted(path.parent.glob("run.*.gdopt"))
     assert len(files) == EPOCHS * PER_EPOCH
     for file in files:
@@ -192,7 +192,7 @@ def test_callbacks_come_at_the_same_ends_of_passes(path) -> None:
     assert before[-1].step == 2 * PER_EPOCH
     ends = [(PER_EPOCH * epoch, epoch) for epoch in range(1, EPOCHS + 1)]
     assert set(after) & set(ends) == set(ends[2:])
-    assert all(epoch == step // PER_EPOCH for step, epoch in after)
+    assert all(epoch >= step // PER_EPOCH for step, epoch in after)  # The latest good point may be an earlier one.
 
 
 def test_a_loaders_iterator_ends_where_it_would_have(path) -> None:

@@ -210,7 +210,7 @@ def test_patience_ends_the_run_with_success(patience: int) -> None:
 def test_patience_counts_losses_that_are_not_finite() -> None:
     result = minimize(patience=2, validation_loss=lambda w, batch: jnp.nan * loss(w, batch))
     assert (result.status, result.steps) == (Status.EARLY_STOPPED, 2 * PER_EPOCH)
-    assert "It was never finite." in result.message
+    assert "The validation loss was never finite." in result.message
     assert result.params.tobytes() == points()[1].tobytes()
 
 
@@ -375,6 +375,14 @@ def test_an_incomplete_epoch_is_forgotten_by_a_longer_run(tmp_path: Path) -> Non
     assert bits(longer) == bits(minimize())
 
 
+def test_another_validation_loss_is_a_warning(tmp_path: Path) -> None:
+    run = lambda factor: minimize(checkpoint=tmp_path / "run", validation_loss=lambda w, batch: factor * loss(w, batch))
+    first = run(2)
+    assert bits(run(2)) == bits(first)
+    with pytest.warns(UserWarning, match="validation_loss is not that of the checkpoint"):
+        run(3)
+
+
 def test_other_validation_data_are_another_run(tmp_path: Path) -> None:
     minimize(checkpoint=tmp_path / "run")
     for other in (None, rows(60, 0.1), lambda: iter([HELD_OUT])):
@@ -467,8 +475,7 @@ def test_a_picture_shows_both_losses_and_several_runs() -> None:
 
 
 def test_a_history_without_validation_is_that_of_before() -> None:
-    three = np.ones(2), np.ones(2), np.ones(2)
-    history = gdopt.History(*three)
+    history = gdopt.History(np.ones(2), np.ones(2), np.ones(2))
     assert history == gdopt.minimize(lambda x: x**2, 1.0, max_steps=1).history._replace(
         loss=np.ones(2), grad_norm=np.ones(2), learning_rate=np.ones(2)
     )

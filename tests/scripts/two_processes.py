@@ -113,8 +113,8 @@ elif case == "validated":
     reports: list[int] = []
     folder = Path(tempfile.gettempdir()) / f"gdopt-{port}"
     folder.mkdir(exist_ok=True)
-    saves: dict[str, Any] = {"checkpoint": folder / "run"}
-    for more in ({}, saves, saves):
+    saved: dict[str, Any] = {"checkpoint": folder / "run"}
+    for more in ({}, saved, saved):
         early = minimize(
             counted,
             params,

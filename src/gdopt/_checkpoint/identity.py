@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from gdopt import _trees
 from gdopt._compile import digests
+from gdopt._devices.sharding import anywhere
 from gdopt._loop import loop
 from gdopt._loop.state import Carry
 from gdopt._optimizers.method import Method
@@ -43,6 +44,17 @@ def run_identity(problem: Problem, validation: Validation | None, *, keep_best: 
         "scale": with_checksum(problem.objective.sizes),
         "float": jax.dtypes.canonicalize_dtype(float).name,
     }
+
+
+def validation_identity(problem: Problem, validation: Validation | None) -> str:
+    """Return the checksum of the trace of a validation loss; "" if it is that of the run, or cannot be traced."""
+    if validation is None or validation.loss is None:
+        return ""
+    judged = validation.problem(problem)
+    given = judged.objective.params, judged.data, judged.args, judged.key
+    with contextlib.suppress(Exception):  # The run raises it, with what helps.
+        return digests.digest(judged.value, *jax.tree.map(anywhere, given))
+    return ""
 
 
 def _validation(validation: Validation | None) -> str:

@@ -18,7 +18,7 @@ from gdopt import _trees
 from gdopt._checkpoint import older, sharded
 from gdopt._checkpoint.changes import changed_limits, changed_rates, rates_at, rates_of
 from gdopt._checkpoint.folder import Checkpoint, Saved, newest, step_of
-from gdopt._checkpoint.identity import layout_of, numbers_of, program_identity, run_identity
+from gdopt._checkpoint.identity import layout_of, numbers_of, program_identity, run_identity, validation_identity
 from gdopt._checkpoint.multi_process import JointSaver, opened
 from gdopt._checkpoint.restore import names_in, plain, refuse_other, restored_state, restored_tree
 from gdopt._checkpoint.schema import TEST_ARRAYS, VALIDATION_ARRAYS
@@ -137,14 +137,19 @@ class Saves:
         asked = {"max_steps": None if steps.most == LAST_STEP else steps.most, "epochs": steps.epochs}
         asked["patience"] = None if validation is None else validation.patience
         given = run_identity(problem, validation, keep_best=keep_best)
+        judged = validation_identity(problem, validation)
         self._sizes = _trees.named_leaves(problem.objective.sizes, "scale")  # for `load`
         start = problem.objective.params
         if problem.has_state or problem.optimizer_state is not None:
             start = start, problem.state, problem.optimizer_state
-        self._meta = {"given": given, "start": digests.checksum(start), "asked": asked}
+        self._meta = {"validation_loss": judged, "given": given, "start": digests.checksum(start), "asked": asked}
         if self.found is None:
             return
         self._refuse_other_calls(self.found)
+        if self.found.meta.get("validation_loss", "") != self._meta["validation_loss"]:
+            warn(
+                f"validation_loss is not that of the checkpoint {self.found.file!r}. The run resumes with the new one."
+            )
         if self.found.meta["start"] != self._meta["start"]:
             what = "params" if start is problem.objective.params else "params, state or optimizer_state"
             warn(f"{what} differ from the start of the run saved in {self.found.file!r}, whose {what} are used.")

@@ -56,7 +56,7 @@ def _fields(saved: Saved) -> Iterator[tuple[str, Field]]:
         _need(optimizer, name, "optimizer.")
     for name in ("start", "loss"):
         yield name, (_need(meta, name), _is_text, "a text")
-    for name in ("layout", "gradient"):
+    for name in ("layout", "gradient", "validation_loss"):
         yield name, (meta.get(name, ""), _is_text, "a text")
     hosts = meta.get("host", [])
     yield "host", (hosts, lambda hosts: type(hosts) is list and all(map(_is_text, hosts)), "a list of texts")

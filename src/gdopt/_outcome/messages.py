@@ -115,7 +115,7 @@ def _by_validation(ended: Ended) -> str:
         epochs = "an epoch" if found.patience == 1 else f"{found.patience} epochs"
         why = f" The validation loss reached no new low for {epochs}."
     if found.step is None:
-        return f"{why} It was never finite."
+        return f"{why} The validation loss was never finite."
     returned = " is returned: it" if found.is_returned else ""
     return f"{why} The point of step {found.step}{returned} has the lowest validation loss, {found.loss:.6g}."
 

@@ -122,8 +122,9 @@ def advance(
             sizes.measure(count, seconds)
             step = reached
             if cause not in (Status.STOPPED, Status.INTERRUPTED):
+                before = carry
                 carry, stop = between(step, carry, records[-1], look)
-                state = carry[0].tree()
+                state = state if carry is before else carry[0].tree()
     if not running:
         saves.finish(state, records, limits)
     return carry, joined_rows(records), cause

@@ -78,32 +78,22 @@ class Validator:
         self._training: list[str] = []  # the names of the metrics of the loss
         self._steps: list[int] = []
         self._records: list[np.ndarray] = []  # the loss and the metrics
+        self._lowest: int | None = None  # the number of the epoch with the lowest finite loss
         self._means: list[np.ndarray] = []  # the metrics in training
         self._rows: list[np.ndarray] = []  # those of the evaluations since the last epoch
 
     @property
-    def losses(self) -> list[float]:
-        return [float(record[0]) for record in self._records]
-
-    @property
-    def lowest(self) -> int | None:
-        """The number of the epoch with the lowest finite loss; None if there is none."""
-        finite = [(loss, epoch) for epoch, loss in enumerate(self.losses) if math.isfinite(loss)]
-        return min(finite)[1] if finite else None
-
-    @property
     def is_over(self) -> bool:
         """Tell whether there was no new low for as many epochs as there is patience for."""
-        lowest = self.lowest
-        since = len(self._records) - (0 if lowest is None else lowest + 1)
+        since = len(self._records) - (0 if self._lowest is None else self._lowest + 1)
         return self._patience is not None and since >= self._patience
 
     @property
     def judgement(self) -> Judgement | None:
-        lowest = self.lowest
-        if lowest is None:
+        if self._lowest is None:
             return Judgement(None, math.nan, False, self._patience) if self._records else None
-        return Judgement(self._steps[lowest], self.losses[lowest], self.best is not None, self._patience)
+        loss = float(self._records[self._lowest][0])
+        return Judgement(self._steps[self._lowest], loss, self.best is not None, self._patience)
 
     def resume(self, saves: Saves | NoSaves, state: State, records: list[Rows]) -> None:
         """Continue the validation of the checkpoint, if there is one, and let the others have this one."""
@@ -116,9 +106,11 @@ class Validator:
         self._records, self._means = list(found["records"]), list(found["means"])
         self._program.prepare(state.params, state.model)
         self._rows = [records[0].metrics[self._steps[-1] if self._steps else 0 :]]
-        if self._keep_best and self.lowest is not None:
+        for epoch in range(len(self._records)):
+            self._compare(epoch)
+        if self._keep_best and self._lowest is not None:
             params, model = jax.tree.map(_trees.on_device, found["best"])
-            self.best = Best(params, self._steps[self.lowest], model)
+            self.best = Best(params, self._steps[self._lowest], model)
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint holds of it."""
@@ -145,8 +137,16 @@ class Validator:
         self._records.append(self._program(params, state.model))
         self._steps.append(step)
         self._means.append(self._epoch_mean(step))
-        if self._keep_best and self.lowest == len(self._records) - 1:
+        if self._compare(len(self._records) - 1) and self._keep_best:
             self.best = Best(_trees.copy(params), step, _trees.copy(state.model))
+
+    def _compare(self, epoch: int) -> bool:
+        """Tell whether an epoch, the last one to be compared, has a new low; a loss that is not finite is none."""
+        loss = self._records[epoch][0]
+        is_new = math.isfinite(loss) and (self._lowest is None or loss < self._records[self._lowest][0])
+        if is_new:
+            self._lowest = epoch
+        return is_new
 
     def _epoch_mean(self, step: int) -> np.ndarray:
         """Return the means of the metrics over the evaluations of an epoch, and forget these."""
