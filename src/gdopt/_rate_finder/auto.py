@@ -16,6 +16,7 @@ from gdopt._optimizers.response import Response, response
 from gdopt._problem.limits import Steps
 from gdopt._problem.problem import Problem
 from gdopt._rate_finder import lr_find as lr_finder
+from gdopt._rate_finder import rules
 from gdopt._result import RangeTest
 from gdopt._status import Status
 from gdopt._types import Schedule
@@ -49,7 +50,7 @@ def rates_found(
         fixed = lambda low: functools.partial(following, optimizer, first=low * first, grows=False)
         grown = functools.partial(following, optimizer, first=first)
         return _with_tries(Method(grown, shape), lambda low: Method(fixed(low), shape)), None
-    test = _tested(problem, optimizer, total, made, lr_finder.times_of(kind))
+    test = _tested(problem, optimizer, total, made, lr_finder.updates_of(kind))
     peak = _peak(test, kind)
     return _with_tries(_cycling(optimizer, peak, total), lambda low: _cycling(optimizer, low * peak, total)), test
 
@@ -71,14 +72,14 @@ def _cycling(optimizer: Any, peak: float, steps: int) -> Method:
     return Method(optimizer, schedule)
 
 
-def _tested(problem: Problem, optimizer: Any, total: int, made: RangeTest | None, times: float) -> RangeTest:
+def _tested(problem: Problem, optimizer: Any, total: int, made: RangeTest | None, updates: rules.Updates) -> RangeTest:
     """Return the range test, unless it was made before. It takes its share of the steps, and no more."""
     if made is not None:
         return made
-    updates = _SHARE * total / lr_finder.updates_every(problem, optimizer)
-    num_steps = max(min(int(updates), lr_finder.NUM_STEPS), 2)
+    rates = _SHARE * total / lr_finder.steps_per_rate(problem, optimizer)
+    num_steps = max(min(int(rates), lr_finder.NUM_STEPS), 2)
     ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
-    test = lr_finder.range_test(problem, optimizer, ladder, times=times)
+    test = lr_finder.range_test(problem, optimizer, ladder, updates=updates)
     if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
         raise InputError(
             f"learning_rate='auto' found no rate: {test.message} With a learning_rate there is a result, and "

@@ -46,7 +46,6 @@ _EXTENSIONS = 2  # sections at most, beyond each end of the ladder
 _NEIGHBOURS = 3.0 ** np.array([-1, -0.5, 0, 0.5])  # the rates of a refinement, over the suggestion
 _REFINING_STEPS = 100
 _JUDGED = 50  # the last steps, whose losses are compared
-_TIMES, _TIMES_IF_SCALE_FREE = 1.5, 0.7  # the suggestion over the middle of the basin, for gd and for Adam
 _ALL_STEPS = Steps(LAST_STEP, None, None)
 
 
@@ -184,23 +183,23 @@ def range_test(
     *,
     repeats: int = 1,
     refine: bool = False,
-    times: float | None = None,
+    updates: rules.Updates | None = None,
 ) -> RangeTest:
-    """Run `lr_find` for a checked problem. ``times`` is `times_of` the optimizer's response, if that is known."""
+    """Run `lr_find` for a checked problem. ``updates`` are `updates_of` the optimizer's response, if known."""
     if problem.stream is not None and problem.stream.once:
         raise InputError(
             "data is an iterator, which can be read only once, but a range test reads the first batches before the "
             "training does. Pass a function that returns a new iterator each time, or pass a learning_rate."
         )
     loop.check_alike(problem, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
-    if times is None:
-        times = times_of(None if optimizer is gd else response(optimizer, problem.objective.params))
+    if updates is None:
+        updates = updates_of(None if optimizer is gd else response(optimizer, problem.objective.params))
     with own_work():
         keys = jax.random.fold_in(problem.key, 2)  # 0 and 1 are the training's
         keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # a run without vmap traces twice as fast
     with _error_notes.memory(params=problem.objective.params, data=problem.data, args=problem.args):
-        every = updates_every(problem, optimizer)
-        climb = functools.partial(_climb, problem, optimizer, steps, keys, every, times)
+        every = steps_per_rate(problem, optimizer)
+        climb = functools.partial(_climb, problem, optimizer, steps, keys, every, updates)
         curve, verdict = climb(lowest := 0)
         while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -_EXTENSIONS:
             curve, verdict = climb(lowest := lowest - 1)
@@ -216,16 +215,16 @@ def range_test(
     return _result(curve, verdict, suggestion, refinement, steps.num_steps)
 
 
-def times_of(kind: Response | None) -> float:
-    """Return the suggestion over the middle of the basin for an optimizer: a training is longer than a range test."""
+def updates_of(kind: Response | None) -> rules.Updates:
+    """Return what the updates of an optimizer with this response make of a curve."""
     if kind is None:
-        return _TIMES
+        return rules.PLAIN
     if kind.is_scale_free:
-        return _TIMES_IF_SCALE_FREE
-    return 1.0 if kind.has_momentum else _TIMES
+        return rules.SCALE_FREE
+    return rules.WITH_MOMENTUM if kind.has_momentum else rules.PLAIN
 
 
-def updates_every(problem: Problem, optimizer: Any) -> int:
+def steps_per_rate(problem: Problem, optimizer: Any) -> int:
     """Return the number of steps from one update to the next: more than 1 if the optimizer accumulates gradients."""
     method = Method(optimizer, 1.0)
     with method.told(), own_work(), own_promotion():
@@ -250,7 +249,7 @@ class _Curve(NamedTuple):
 
 
 def _climb(
-    problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, every: int, times: float, lowest: int
+    problem: Problem, optimizer: Any, steps: Ladder, keys: jax.Array, every: int, updates: rules.Updates, lowest: int
 ) -> tuple[_Curve, Any]:
     """Climb from the given section upwards until the curve says enough; every repeat begins at the start.
 
@@ -277,7 +276,7 @@ def _climb(
         state, _ = advance(state, inputs, all_over, len(rates) * every)
         losses = _by_update(seen[: len(rates) * every], every)
         curve = _Curve(rates, losses, [rules.end(row, head) for row in losses])
-        verdict = _verdict(curve, head, times)
+        verdict = _verdict(curve, head, updates)
         if verdict.missing != "higher" or steps.mode == "linear" or section == lowest + _EXTENSIONS:
             return curve, verdict
         section += 1
@@ -360,12 +359,12 @@ class Cut(Interrupted):
         self.method, self.compiled, self.source, self.inputs = method, compiled, source, inputs
 
 
-def _verdict(curve: _Curve, head: int, times: float) -> rules.Verdict:
+def _verdict(curve: _Curve, head: int, updates: rules.Updates) -> rules.Verdict:
     if curve.end == 0:
         reason = "The loss or its gradient is not finite at the start. Start from params at which both are finite."
         return rules.Verdict(None, reason)
     rates, losses, _ = curve.combined()
-    return rules.suggest(rates, losses, blew_up=curve.end < len(curve.rates), head=head, times=times)
+    return rules.suggest(rates, losses, blew_up=curve.end < len(curve.rates), head=head, updates=updates)
 
 
 def _refine(problem: Problem, optimizer: Any, suggestion: float, keys: jax.Array, every: int) -> Refinement:

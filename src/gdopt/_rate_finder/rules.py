@@ -24,7 +24,8 @@ _NOISE = 6  # the least fall, in standard deviations of the smoothed curve
 _SOON = 10  # the rate over the first rate below which a blow-up comes too soon
 _FLAT = 100  # the last rate over that at the end of the fall from which on a low curve counts as a floor
 _TINY = 1e-6  # the fall over the loss up to which it may be rounding
-_LASTING = 5  # the losses whose median has to be above the start, too, in a blow-up
+_LASTING = 4  # the last losses that all have to be above the start in a blow-up
+_WINDOW, _OUTLIER = 4, 5.0  # rungs on each side, and the deviations from their median, from which on a loss is clipped
 _GROWTH = 0.06  # the part of a decade over which growth is measured at least
 _RISE = 4  # the rungs of a steady rise to more than a hundred times, which counts as growth below the start's level
 _BELOW = 0.5  # the highest suggestion over the edge of stability
@@ -52,8 +53,8 @@ def end(losses: np.ndarray, head: int = 1) -> int:
     """Count the entries of a curve before the first that is not finite, and up to its blow-up.
 
     The curve has blown up once the smoothed loss is four times its best, as in fastai, and also above its first values.
-    For losses near or below zero, it has once the loss is above its best by three times the size of the best. Most of
-    the last losses have to be that high, too: one of a heavy tail is no blow-up.
+    For losses near or below zero, it has once the loss is above its best by three times the size of the best. All of
+    the last four losses have to be, too: one of a heavy tail is no blow-up.
     """
     finite = np.isfinite(losses)
     count = len(losses) if finite.all() else int(finite.argmin())
@@ -63,7 +64,7 @@ def end(losses: np.ndarray, head: int = 1) -> int:
     smoothed, start = smooth(losses), losses[:head].max()
     best = np.minimum.accumulate(smoothed)
     before = np.append(np.full(_LASTING - 1, -np.inf), losses)
-    lasting = np.median(np.lib.stride_tricks.sliding_window_view(before, _LASTING), axis=1)
+    lasting = np.lib.stride_tricks.sliding_window_view(before, _LASTING).min(axis=1)
     over = (smoothed > best + np.maximum(3 * np.abs(best), start - best)) & (lasting > start)
     return int(over.argmax()) + 1 if over.any() else count
 
@@ -74,6 +75,18 @@ class Verdict(NamedTuple):
     suggestion: float | None
     reason: str = ""  # why there is no suggestion, and what to change
     missing: str = ""  # "higher" or "lower" if a longer ladder at that end would help
+
+
+class Updates(NamedTuple):
+    """What the updates of an optimizer make of a curve."""
+
+    times: float  # the suggestion over the middle of the basin: a training is longer than a range test
+    show_edge: bool  # whether the growth of the loss tells the edge of stability
+    reach: float = math.inf  # the most decades from the left edge of the basin to its middle
+
+
+# On a ladder, Adam's steps grow with the rate alone, so it finds its way at rates that are much too high to begin with.
+PLAIN, WITH_MOMENTUM, SCALE_FREE = Updates(1.5, True), Updates(1.0, True), Updates(0.7, False, reach=0.4)
 
 
 class _Basin(NamedTuple):
@@ -87,14 +100,14 @@ class _Basin(NamedTuple):
 
 
 def suggest(
-    rates: np.ndarray, losses: np.ndarray, *, blew_up: bool, head: int | None = None, times: float = 1.0
+    rates: np.ndarray, losses: np.ndarray, *, blew_up: bool, head: int | None = None, updates: Updates = WITH_MOMENTUM
 ) -> Verdict:
     """Return the default suggestion from a combined curve, or say why there is none.
 
-    It is ``times`` the middle of the basin on the log axis. The rungs by which the average trails, or half a decade if
-    that is less, are subtracted. The middle of both edges varies less from seed to seed than the place of the minimum.
-    The first ``head`` rungs, by default a tenth, only give the loss at the start: one lucky batch there would pass for
-    a minimum.
+    It is the middle of the basin on the log axis, times a factor for the kind of updates. The rungs by which the
+    average trails, or half a decade if that is less, are subtracted. The middle of both edges varies less from seed to
+    seed than the place of the minimum. The first ``head`` rungs, by default a tenth, only give the loss at the start:
+    one lucky batch there would pass for a minimum.
 
     A sparse ladder passes the basin in a few steps, and without noise the loss falls so low that it takes many rungs to
     come back. So the suggestion is at most half of the edge of stability, which the growth of the loss tells. It is
@@ -111,13 +124,15 @@ def suggest(
     caution = math.exp(min(math.log(10) * (1 / _DENSE - 1 / density), 0))
     basin, edge = _basin(rates, losses, head, density), _edge(rates, losses, head, density, blew_up)
     if basin.noises <= _NOISE:
-        return _without_basin(rates, losses, basin.noises, blew_up, head, caution * edge)
+        return _without_basin(rates, losses, basin.noises, blew_up, head, caution * edge if updates.show_edge else 0.0)
     if basin.left < 2 * head and count >= 20:
         return Verdict(None, f"The loss falls already at the rate {low}. Lower start_lr.", "lower")
-    at = lambda rung: float(np.exp(np.interp(rung - basin.trail, np.arange(count), np.log(rates))))
+    rungs, decades = np.arange(count), np.log10(rates)
+    at = lambda rung: float(10 ** np.interp(rung - basin.trail, rungs, decades))
     if basin.is_closed or blew_up:
-        middle = times * at((basin.left + basin.right) / 2)
-        return Verdict(caution * min(middle, _BELOW * edge))
+        reached = np.interp(decades[basin.left] + updates.reach, decades, rungs)
+        middle = at(min((basin.left + basin.right) / 2, reached))
+        return Verdict(caution * min(updates.times * middle, _BELOW * edge))
     if rates[-1] < _FLAT * rates[basin.left]:
         return Verdict(None, f"The loss falls, or stays low, up to the rate {high}. Raise end_lr.", "higher")
     # The loss is at a minimum that no rate leads away from.
@@ -151,6 +166,7 @@ def _basin(rates: np.ndarray, losses: np.ndarray, head: int, density: float) -> 
     count = len(rates)
     memory = _TRAIL * min(1.0, (density / _DENSE) ** _MEMORY)
     beta = memory / (1 + memory)
+    losses = _clipped(losses)
     smoothed = smooth(losses, beta)
     bottom = head + int(smoothed[head:].argmin())
     fall = smoothed[:head].mean() - smoothed[bottom]
@@ -161,6 +177,15 @@ def _basin(rates: np.ndarray, losses: np.ndarray, head: int, density: float) -> 
     right = bottom + int(above.argmax()) if above.any() else count - 1
     trail = min(memory, float(np.sum(rates > rates[-1] / 10**0.5)))
     return _Basin(left, right, bool(above.any()), float(fall / least) if fall > 0 else 0.0, trail)
+
+
+def _clipped(losses: np.ndarray) -> np.ndarray:
+    """Lower the losses that are far above those around them: a heavy tail would hide the fall."""
+    padded = np.pad(losses, _WINDOW, constant_values=np.nan)
+    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * _WINDOW + 1)
+    middle = np.nanmedian(around, axis=1)
+    deviation = np.nanmedian(np.abs(around - middle[:, None]), axis=1)
+    return np.minimum(losses, middle + _OUTLIER * deviation)
 
 
 def _edge(rates: np.ndarray, losses: np.ndarray, head: int, density: float, blew_up: bool) -> float:
