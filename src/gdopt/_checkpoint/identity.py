@@ -51,7 +51,7 @@ def validation_identity(problem: Problem, validation: Validation | None) -> str:
     if validation is None or validation.loss is None:
         return ""
     judged = validation.problem(problem)
-    given = judged.objective.params, judged.data, judged.args, judged.key
+    given = judged.objective.params, judged.data, judged.args, judged.key, judged.state
     with contextlib.suppress(Exception):  # The run raises it, with what helps.
         return digests.digest(judged.value, *jax.tree.map(anywhere, given))
     return ""
