@@ -397,7 +397,7 @@ def logistic_distribution_revenues(rng: Random) -> Fit:
 @fit
 def multivariate_normal_iris(rng: Random) -> Fit:
     """Mean and Cholesky factor of the iris measurements in centimetres."""
-    x, _ = datasets.load_iris(return_X_y=True)
+    x = np.asarray(datasets.load_iris(return_X_y=True)[0])
     rows, columns = np.tril_indices(4, -1)
 
     def loss(p: Any) -> Any:
@@ -1252,7 +1252,7 @@ def factors_saddle_small(rng: Random) -> Fit:
 @fit
 def autoencoder_iris(rng: Random) -> Fit:
     """A linear autoencoder of raw iris with two directions, as in principal components."""
-    x, _ = datasets.load_iris(return_X_y=True)
+    x = np.asarray(datasets.load_iris(return_X_y=True)[0])
 
     def loss(p: Any) -> Any:
         centred = x - p["mean"]

@@ -135,14 +135,12 @@ def digits_autoencoder() -> Task:
 
 def classes(rows: int, columns: int, **options: Any) -> tuple[Data, Data]:
     x, y = datasets.make_classification(rows, columns, **options)
-    return split(standard(x), y)
+    return split(standard(np.asarray(x)), y)
 
 
 def clusters() -> Task:
     options = {"n_informative": 20, "n_redundant": 10, "n_classes": 7, "n_clusters_per_class": 3, "flip_y": 0.02}
-    return Task(
-        *classes(20000, 54, **options, random_state=3), 256, layers(54, 64, 64, 7), *classifies(perceptron)
-    )
+    return Task(*classes(20000, 54, **options, random_state=3), 256, layers(54, 64, 64, 7), *classifies(perceptron))
 
 
 def imbalanced() -> Task:
@@ -185,13 +183,15 @@ def moons() -> Task:
 
 def wine() -> Task:
     """Classify wines by inputs in their own units, from 0.1 to 1700."""
-    return Task(*split(*datasets.load_wine(return_X_y=True)), 16, layers(13, 32, 3), *classifies(perceptron))
+    rows: Any = datasets.load_wine(return_X_y=True)
+    return Task(*split(*rows), 16, layers(13, 32, 3), *classifies(perceptron))
 
 
 def cancer() -> Task:
     """Classify tumours by inputs in their own units, from 0.001 to 4000."""
     start = lambda seed: {"w": jnp.zeros((30, 2)), "b": jnp.zeros(2)}
-    return Task(*split(*datasets.load_breast_cancer(return_X_y=True)), 32, start, *classifies(affine))
+    rows: Any = datasets.load_breast_cancer(return_X_y=True)
+    return Task(*split(*rows), 32, start, *classifies(affine))
 
 
 def diabetes() -> Task:
