@@ -102,16 +102,20 @@ def minimize(
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
             transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. The default
             (None) is `quasi_newton` for a deterministic loss, with fewer pairs if params would take too much memory. It
-            is `gd` for mini-batches and random keys, and if a learning_rate is given. Wrappers that skip gradients
+            is `distance_adamw` for mini-batches and random keys, and `gd` if a learning_rate is given. Wrappers that skip gradients
             which are not finite decide about these with a noisy loss: ``optax.apply_if_finite``, and
             ``optax.MultiSteps`` with a ``should_skip_update_fn`` that returns a state. The run goes on until they give
             up and let one through. The history shows the skipped losses, but means, ``target`` and the returned point
             leave them out, and the model's ``state`` stays as it was. Without a wrapper the first NaN ends a run.
         learning_rate: ``"auto"``, the default; a positive number; or a schedule ``step -> rate`` of gdopt's, optax's or
             your own. With `gd` on a deterministic loss, "auto" is short for ``optimizer=gdopt.spectral()``, which finds
-            the rate at every step. With mini-batches, random keys and other factories, "auto" first makes a range test:
-            `lr_find` of a fifth of the steps (50 to 300). Then it makes three cycles over all steps, `triangular2` from
-            half of what the test suggests to twice of it. So ask for no more steps than you mean to make.
+            the rate at every step. With mini-batches, random keys and other factories, it depends on what the updates
+            do to a scaled gradient. If they do not depend on its scale (`distance_adamw`, Adam, Lion), "auto" is one
+            cycle over all steps, times an estimated distance. If they do (`gd`, momentum), a range test of at most 15 %
+            of the steps comes first, and then three cycles, `triangular2`, around what it suggests; 0.01 with a warning
+            if it suggests nothing. If the loss then diverges, or ends above its start, the run is repeated at a tenth
+            of these rates, at most twice; not inside jit, nor with several processes or a stream that can be read only
+            once. So ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
         epochs: passes over the data after which to stop; for arrays, ``rows // batch_size`` updates each.
         tol: a full-batch run has converged once what is left to gain is at most ``tol`` of what about the second half
@@ -201,7 +205,8 @@ def minimize(
         later call. Runs in other threads see no signals.
 
     Raises:
-        InputError: for bad input, before anything compiles; and if a range test finds no rate.
+        InputError: for bad input, before anything compiles; and if the loss is not finite at the start of a range
+            test.
         NotConvergedError: with ``throw=True``, if ``Result.success`` would be False; it carries the result.
 
     Source: the estimate g'H^-1 g / 2 of what is left is that of Minuit (James & Roos, "Minuit: a system for function
