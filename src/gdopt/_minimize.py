@@ -102,8 +102,8 @@ def minimize(
         optimizer: an optax transformation, which owns its rate (``optax.lbfgs()``), or a factory ``learning_rate ->
             transformation``: ``gdopt.gd``; ``optax.adam``; ``functools.partial(optax.sgd, momentum=0.9)``. The default
             (None) is `quasi_newton` for a deterministic loss, with fewer pairs if params would take too much memory. It
-            is `distance_adamw` for mini-batches and random keys, and `gd` if a learning_rate is given. Wrappers that skip gradients
-            which are not finite decide about these with a noisy loss: ``optax.apply_if_finite``, and
+            is `distance_adamw` for mini-batches and random keys, and `gd` if a learning_rate is given. Wrappers that
+            skip gradients which are not finite decide about these with a noisy loss: ``optax.apply_if_finite``, and
             ``optax.MultiSteps`` with a ``should_skip_update_fn`` that returns a state. The run goes on until they give
             up and let one through. The history shows the skipped losses, but means, ``target`` and the returned point
             leave them out, and the model's ``state`` stays as it was. Without a wrapper the first NaN ends a run.
@@ -323,7 +323,7 @@ def _chosen(
     finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:
-        method, test = rates_found(problem, optimizer, steps, saves.range_test)
+        method, test = rates_found(problem, optimizer, steps, saves)
         for _ in saves.failed:
             method = method.lower() if method.lower is not None else method
     else:

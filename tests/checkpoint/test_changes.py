@@ -97,13 +97,13 @@ def path(tmp_path: Path) -> Path:
         ),
         ({"learning_rate": "auto", "max_steps": 50}, {"learning_rate": "auto", "max_steps": 90}, "learning_rate="),
         (
-            {"learning_rate": "auto", "max_steps": 50, "optimizer": gdopt.gd},
-            {"learning_rate": 0.5, "max_steps": 90, "optimizer": gdopt.gd},
+            {"learning_rate": "auto", "max_steps": 100, "optimizer": gdopt.gd},
+            {"learning_rate": 0.5, "max_steps": 140, "optimizer": gdopt.gd},
             "learning_rate=0.5 at step",
         ),
         (
-            {"learning_rate": 0.5, "max_steps": 50, "optimizer": gdopt.gd},
-            {"learning_rate": "auto", "max_steps": 90, "optimizer": gdopt.gd},
+            {"learning_rate": 0.5, "max_steps": 100, "optimizer": gdopt.gd},
+            {"learning_rate": "auto", "max_steps": 140, "optimizer": gdopt.gd},
             "(it was 0.5)",
         ),
         (

@@ -256,7 +256,7 @@ def test_a_smaller_tol_resumes_from_the_end(path) -> None:
         pytest.param(
             {"optimizer": optax.contrib.schedule_free_sgd(0.1), "learning_rate": "auto"}, marks=pytest.mark.slow
         ),
-        {"optimizer": gdopt.gd, "learning_rate": "auto"},
+        {"optimizer": gdopt.gd, "learning_rate": "auto", "max_steps": 100},
         {"data": lambda: iter(np.split(ROWS, [20, 40])), "batch_size": None},
         pytest.param({"keep_best": False}, marks=pytest.mark.slow),
     ],

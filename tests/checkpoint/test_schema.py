@@ -57,7 +57,7 @@ def loss(w: Any, rows: Any) -> Any:
 KINDS: dict[str, dict[str, Any]] = {
     "batches": {"data": ROWS, "batch_size": 5, "optimizer": optax.adam, "learning_rate": 0.01},
     "schedule": {"data": ROWS, "optimizer": optax.sgd, "learning_rate": optax.cosine_decay_schedule(0.1, 60)},
-    "auto": {"data": ROWS, "batch_size": 5, "optimizer": optax.adam},
+    "auto": {"data": ROWS, "batch_size": 5, "optimizer": optax.adagrad, "max_steps": 100},
     "searched": {"data": ROWS},
     "stream": {"data": Counting(), "optimizer": optax.adam, "learning_rate": 0.01},
 }

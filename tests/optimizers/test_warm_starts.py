@@ -155,7 +155,7 @@ def test_a_state_that_does_not_fit_is_an_error_before_anything_compiles(kind: st
     assert counter.count == 0, counter.names
     noisy = lambda w, key: loss(w)
     with count_compilations() as counter, pytest.raises(gdopt.InputError, match=message):
-        gdopt.minimize(noisy, W, with_key=True, optimizer=optax.adam, optimizer_state=state)  # before a range test, too
+        gdopt.minimize(noisy, W, with_key=True, optimizer=optax.adam, learning_rate=0.1, optimizer_state=state)
     assert not any("loop" in name or "run" in name for name in counter.names), counter.names
 
 

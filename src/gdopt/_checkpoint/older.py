@@ -38,6 +38,12 @@ def stays_fresh(saved: Saved, fresh: State) -> Callable[[str], bool]:
     return lambda name: name in _ADDED or (searches and name.startswith("state.optimizer"))
 
 
+def peak_of(saved: Saved) -> float | None:
+    """Return the highest of the rates after a range test; that of version 0.1.0 was twice the suggestion."""
+    test = saved.meta.get("range_test")
+    return saved.meta.get("peak", None if test is None or test["suggestion"] is None else 2.0 * test["suggestion"])
+
+
 def text_of_optimizer(text: str) -> str:
     """Return the description of an optimizer by its present name."""
     return text.replace("<function _checked_update>", "<function update>")

@@ -47,6 +47,7 @@ class NoSaves:
     """A run without a checkpoint: nothing is restored, and nothing is saved."""
 
     range_test: RangeTest | None = None
+    peak: float | None = None
     failed: tuple[str, ...] = ()
     feed: Feed | None = None
     batches: Callable[[], dict[str, str]] = dict
@@ -86,6 +87,7 @@ class Saves:
         self.batches: Callable[[], dict[str, str]] = dict  # the checksums of the batches around a step of a stream
         self.validated: Callable[[], dict[str, Any]] = dict  # the validation so far
         self.range_test: RangeTest | None = None if found is None else _restored_test(found)
+        self.peak = None if found is None else older.peak_of(found)  # the highest rate after the range test
         self.feed: Feed | None = None  # None without a stream
         self._stream: dict[str, Any] = {} if found is None else found.meta.get("stream", {})
         self._checkpoint, self._saver, self._path = checkpoint, saver, os.fspath(checkpoint.path)
@@ -341,7 +343,7 @@ class Saves:
         arrays |= {name: plain(leaf) for name, leaf in _trees.named_leaves(validated.get("best"), _BEST).items()}
         hosts = sorted(self._hosts | {self._host()})[:_MOST_HOSTS]  # before the run, and now: some keep records
         meta = {**self._meta, "host": hosts, "limits": numbers_of(limits), "range_test": None}
-        meta["failed"] = [*self.failed]
+        meta |= {"failed": [*self.failed], "peak": self.peak}
         if self.range_test is not None:
             test = self.range_test
             arrays |= {f"range_test.{name}": getattr(test, name) for name in TEST_ARRAYS}

@@ -62,6 +62,8 @@ def _fields(saved: Saved) -> Iterator[tuple[str, Field]]:
     yield "host", (hosts, lambda hosts: type(hosts) is list and all(map(_is_text, hosts)), "a list of texts")
     failed = meta.get("failed", [])
     yield "failed", (failed, lambda failed: type(failed) is list and all(map(_is_text, failed)), "a list of texts")
+    is_peak = _optional(lambda peak: _is_number(peak) and 0 < peak < math.inf)
+    yield "peak", (meta.get("peak"), is_peak, "a number above 0, or None")
     yield "limits", (_need(meta, "limits"), _are_limits, f"{len(Limits._fields) - 1} numbers or None")
     yield from _asked(meta)
     yield from _rates(meta)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gdopt import _trees
+from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
 from gdopt._errors import InputError
 from gdopt._optimizers.distance import FIRST, distance_adamw, following, lower_distance_adamw
@@ -26,22 +27,23 @@ _SHARE = 0.15  # the part of the steps that a range test may take
 _NOISE_OF_ADAM = 0.2557  # the size of Adam's updates over its rate for normal gradients: see `response`
 _FEWER, _MORE = 0.1, 3.0  # the limits of a first distance over Adam's
 _PEAK, _PEAK_OF_MOMENTUM = 1.33, 1.0  # the peak of the cycles over the suggestion; see benchmarks/auto_training.py
+_FEWEST = 10  # the fewest rates of a range test
 _DEFAULT = 1e-2  # the peak of the cycles if a range test finds nothing
 _LOWER = 0.1  # the rate of another try over that of the one before
 _TRIES = 2  # the further tries
 
 
 def rates_found(
-    problem: Problem, optimizer: Any, steps: Steps, made: RangeTest | None
+    problem: Problem, optimizer: Any, steps: Steps, saves: Saves | NoSaves
 ) -> tuple[Method, RangeTest | None]:
-    """Return a factory with its schedule, and the range test if one was needed; ``made`` is one of an earlier call."""
+    """Return a factory with its schedule, and the range test if one was needed and not made by the run that resumes."""
     total = steps.expected
     if total is None:
         raise InputError(
             f"epochs={steps.epochs} was given with a stream that does not report how many batches it has, but "
             "learning_rate='auto' plans its schedule over all steps. Pass max_steps as well, or a learning_rate."
         )
-    shape = one_cycle(1.0, total)
+    made, shape = saves.range_test, one_cycle(1.0, total)
     if optimizer is distance_adamw:
         return _with_tries(Method(distance_adamw, shape), lambda low: Method(lower_distance_adamw(low), shape)), None
     kind = response(optimizer, problem.objective.params)
@@ -50,8 +52,8 @@ def rates_found(
         fixed = lambda low: functools.partial(following, optimizer, first=low * first, grows=False)
         grown = functools.partial(following, optimizer, first=first)
         return _with_tries(Method(grown, shape), lambda low: Method(fixed(low), shape)), None
-    test = _tested(problem, optimizer, total, made, lr_finder.updates_of(kind))
-    peak = _peak(test, kind)
+    test = made or _tested(problem, optimizer, total, lr_finder.updates_of(kind))
+    peak = saves.peak = saves.peak or _peak(test, kind, total)
     return _with_tries(_cycling(optimizer, peak, total), lambda low: _cycling(optimizer, low * peak, total)), test
 
 
@@ -72,12 +74,12 @@ def _cycling(optimizer: Any, peak: float, steps: int) -> Method:
     return Method(optimizer, schedule)
 
 
-def _tested(problem: Problem, optimizer: Any, total: int, made: RangeTest | None, updates: rules.Updates) -> RangeTest:
-    """Return the range test, unless it was made before. It takes its share of the steps, and no more."""
-    if made is not None:
-        return made
+def _tested(problem: Problem, optimizer: Any, total: int, updates: rules.Updates) -> RangeTest | None:
+    """Make the range test. It takes its share of the steps, and no more; None if that is too few."""
     rates = _SHARE * total / lr_finder.steps_per_rate(problem, optimizer)
-    num_steps = max(min(int(rates), lr_finder.NUM_STEPS), 2)
+    num_steps = min(int(rates), lr_finder.NUM_STEPS)
+    if num_steps < _FEWEST:
+        return None
     ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
     test = lr_finder.range_test(problem, optimizer, ladder, updates=updates)
     if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
@@ -88,8 +90,14 @@ def _tested(problem: Problem, optimizer: Any, total: int, made: RangeTest | None
     return test
 
 
-def _peak(test: RangeTest, kind: Response | None) -> float:
+def _peak(test: RangeTest | None, kind: Response | None, total: int) -> float:
     """Return the highest rate of the cycles after a range test."""
+    if test is None:
+        warn(
+            f"learning_rate='auto' takes {_DEFAULT:g}, because {total} steps leave too few for a range test (15 %). "
+            "Pass more steps, or a learning_rate, or leave the optimizer out."
+        )
+        return _DEFAULT
     if test.suggestion is None:
         warn(
             f"learning_rate='auto' found no rate, so it takes {_DEFAULT:g}: {test.message} The inputs or the targets "
