@@ -165,3 +165,13 @@ def test_scale_free_updates_suggest_less() -> None:
     found = [rules.suggest(RATES[:270], curve()[:270], blew_up=True, updates=kind).suggestion or 0 for kind in kinds]
     assert found == sorted(found)
     assert len(set(found)) == 3
+
+
+@given(st.lists(st.floats(-1e308, 1e308), min_size=1, max_size=60), st.sampled_from([0.0, 1e-300, 1.0]))
+def test_any_curve_gives_a_rate_of_the_ladder_or_a_reason(values: list[float], size: float) -> None:
+    losses = np.array(values) * (size or 1e-308)
+    rates = np.geomspace(1e-5, 10, max(len(losses), 2))[: len(losses)]
+    end = rules.end(losses)
+    for blew_up in (False, True):
+        verdict = rules.suggest(rates[:end], losses[:end], blew_up=blew_up)
+        assert verdict.reason if verdict.suggestion is None else 1e-8 < verdict.suggestion < 20

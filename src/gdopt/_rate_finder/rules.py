@@ -49,6 +49,7 @@ def head_of(num_steps: int) -> int:
     return max(num_steps // 10, min(_HEAD, num_steps // 3), 1)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def end(losses: np.ndarray, head: int = 1) -> int:
     """Count the entries of a curve before the first that is not finite, and up to its blow-up.
 
@@ -99,6 +100,7 @@ class _Basin(NamedTuple):
     trail: float  # the rungs by which the edges come too late
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def suggest(
     rates: np.ndarray, losses: np.ndarray, *, blew_up: bool, head: int | None = None, updates: Updates = WITH_MOMENTUM
 ) -> Verdict:
