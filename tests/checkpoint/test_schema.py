@@ -57,7 +57,7 @@ def loss(w: Any, rows: Any) -> Any:
 KINDS: dict[str, dict[str, Any]] = {
     "batches": {"data": ROWS, "batch_size": 5, "optimizer": optax.adam, "learning_rate": 0.01},
     "schedule": {"data": ROWS, "optimizer": optax.sgd, "learning_rate": optax.cosine_decay_schedule(0.1, 60)},
-    "auto": {"data": ROWS, "batch_size": 5, "optimizer": optax.adagrad, "max_steps": 100},
+    "auto": {"data": ROWS, "batch_size": 5, "optimizer": optax.adagrad},
     "searched": {"data": ROWS},
     "stream": {"data": Counting(), "optimizer": optax.adam, "learning_rate": 0.01},
 }
@@ -67,7 +67,7 @@ def run(kind: str, path: Path | None, stop: int = 1000) -> gdopt.Result:
     """Make a run of up to 60 steps, or stop at the first report after a step."""
     options: dict[str, Any] = {"tol": 0} if kind in ("schedule", "searched") else {}
     halt = lambda report: report.step >= stop
-    return gdopt.minimize(loss, jnp.zeros(3), max_steps=60, checkpoint=path, callback=halt, **KINDS[kind], **options)
+    return gdopt.minimize(loss, jnp.zeros(3), max_steps=100, checkpoint=path, callback=halt, **KINDS[kind], **options)
 
 
 Contents = tuple[dict[str, np.ndarray], dict[str, Any]]

@@ -131,7 +131,7 @@ def test_it_stops_at_the_blow_up() -> None:
     assert test.learning_rate[-1] < 2
     threshold = max(4 * test.smoothed_loss.min(), test.loss[0])
     assert test.smoothed_loss[-1] > threshold
-    assert min(test.loss[-3:]) > test.loss[0] > test.loss[-4]  # most of the last five, not one alone
+    assert min(test.loss[-4:]) > test.loss[0] > test.loss[-5]  # the last four, not one alone
     assert "the loss blew up at the rate" in test.message
     assert 1 / 90 < (test.suggestion or 0) < 1 / 9
 
@@ -231,6 +231,66 @@ def test_refine_leaves_a_diverged_neighbour_out() -> None:
     assert np.isfinite(test.refinement.loss).any()
 
 
+ACCUMULATING = {
+    "number": lambda rate: optax.MultiSteps(optax.sgd(rate), 3),
+    "schedule": lambda rate: optax.MultiSteps(optax.sgd(rate), lambda step: 3 + 0 * step),
+    "part of a chain": lambda rate: optax.chain(
+        optax.MultiSteps(optax.identity(), 3).gradient_transformation(), optax.scale_by_learning_rate(rate)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCUMULATING)
+def test_accumulated_gradients_climb_once_an_update(name: str) -> None:
+    """On a full batch, the accumulated gradient is that of each step."""
+    start = np.ones(3, np.float32)
+    plain = gdopt.lr_find(bowl, start, optimizer=optax.sgd, num_steps=60, refine=True)
+    test = gdopt.lr_find(bowl, start, optimizer=ACCUMULATING[name], num_steps=60, refine=True)
+    np.testing.assert_array_equal(test.learning_rate, plain.learning_rate)
+    np.testing.assert_allclose(test.loss, plain.loss, rtol=1e-4)
+    assert test.suggestion == pytest.approx(plain.suggestion, rel=1e-6)
+    assert test.refinement.loss == pytest.approx(plain.refinement.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_loss_of_an_update_is_the_mean_of_its_steps(repeats: int) -> None:
+    test = find(optimizer=ACCUMULATING["number"], num_steps=20, batch_size=8, repeats=repeats, end_lr=1e-2)
+    keys = jax.random.fold_in(KEY, 2)
+    keys = [keys] if repeats == 1 else jax.random.split(keys, repeats)
+    for row, key in zip(test.losses, keys, strict=True):
+        run = gdopt.minimize(
+            logistic, START, data=(X, Y), batch_size=8, learning_rate=1e-5, optimizer=optax.sgd, max_steps=3, key=key
+        )
+        first = functools.partial(gdopt.minimize, logistic, START, data=(X, Y), batch_size=8, max_steps=2, key=key)
+        still = first(optimizer=optax.MultiSteps(optax.sgd(1e-5), 9).gradient_transformation()).history.loss[:3]
+        assert row[0] == pytest.approx(np.mean(still), rel=1e-5)
+        assert row[0] == pytest.approx(np.mean(run.history.loss[:3]), rel=1e-2)
+
+
+def test_the_range_test_of_auto_counts_updates() -> None:
+    steps = len(X) // 8 * 10
+    result = gdopt.minimize(
+        logistic, START, data=(X, Y), batch_size=8, epochs=10, optimizer=ACCUMULATING["number"], key=KEY
+    )
+    assert result.success
+    assert len(result.range_test.learning_rate) <= steps / 3 / 4
+
+
+@pytest.mark.parametrize(("noise", "batch_size"), [(0.0, 8), (1.0, 1)])
+def test_a_short_run_of_gradient_descent_trains_without_a_rate(noise: float, batch_size: int) -> None:
+    """Its range test has a dozen rungs, each twice the rate before or more."""
+    for seed in range(4):
+        draw = np.random.default_rng(seed)
+        x, w = draw.normal(size=(64, 3)).astype(np.float32), np.array([1.0, -2.0, 3.0], np.float32)
+        rows = x, (x @ w + noise * draw.normal(size=64)).astype(np.float32)
+        squares = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+        options = {"data": rows, "batch_size": batch_size, "max_steps": 80, "key": jax.random.key(seed)}
+        result = gdopt.minimize(squares, np.zeros(3, np.float32), optimizer=gdopt.gd, **options)
+        assert result.success
+        assert result.range_test.suggestion is not None
+        assert float(squares(result.params, rows)) < 0.1 * float(squares(np.zeros(3), rows)) + 2 * noise**2
+
+
 def test_random_keys_and_aux() -> None:
     def noisy(x: Any, *, key: Any) -> tuple[jax.Array, int]:
         return bowl(x + 0.1 * jax.random.normal(key, x.shape)), 1
@@ -302,7 +362,7 @@ def test_gd_trains_mini_batches_by_a_range_test() -> None:
     assert test.suggestion is not None
     assert f"{test.suggestion:.3g}" in result.message
     steps = len(X) // 32 * 20
-    assert len(test.learning_rate) <= 0.15 * steps
+    assert len(test.learning_rate) <= 0.15 * steps  # a ladder that is too short is prolonged
     rates = result.history.learning_rate[:steps]
     assert np.isfinite(rates).all()
     assert repr(test.suggestion)

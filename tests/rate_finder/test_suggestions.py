@@ -58,7 +58,7 @@ def test_a_curve_ends_before_a_loss_that_is_not_finite_and_at_its_blow_up() -> N
     assert rules.end(np.array([1.0, np.nan, 1.0])) == 1
     assert rules.end(np.array([np.inf])) == 0
     assert rules.end(np.ones(50)) == 50
-    assert rules.end(np.append(np.ones(50), np.full(5, 1e3))) == 53  # three of five in a row
+    assert rules.end(np.append(np.ones(50), np.full(5, 1e3))) == 54  # four in a row
     assert rules.end(np.append(np.ones(50), [1e9, 1, 1, 1e9, 1])) == 55  # a heavy tail
     assert rules.end(np.append(np.linspace(10, 1, 50), [9.0] * 50)) == 100  # back below its start is no blow-up
     assert rules.end(np.append(np.linspace(-1, -10, 50), [100.0] * 50)) < 60  # nor need losses be positive
@@ -120,3 +120,58 @@ def test_a_floor_without_a_blow_up_gives_a_suggestion_too() -> None:
     verdict = suggest(losses, rates)
     assert verdict.missing == "higher"  # a longer ladder might still show the end of it
     assert 1e-2 < (verdict.suggestion or 0) < 1e-1
+
+
+def growing(rates: np.ndarray, curvature: float, floor: float = 0.0, seed: int = 0) -> np.ndarray:
+    """The losses of gradient descent on a quadratic function, whose edge of stability is 2 / curvature."""
+    noise = np.random.default_rng(seed).normal(size=len(rates))
+    factors = np.append(1.0, 1 - rates[:-1] * curvature * np.exp(0.1 * noise[:-1]))
+    with np.errstate(over="ignore"):
+        return np.cumprod(np.maximum(np.abs(factors), 0.05)) ** 2 + floor * (1 + 0.1 * noise)
+
+
+@pytest.mark.parametrize("count", [12, 20, 40, 80, 300])
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_a_ladder_of_any_length_stays_below_the_edge_of_stability(count: int, floor: float) -> None:
+    """Without noise the loss falls so low that a sparse ladder is far beyond the edge before it is back."""
+    rates = np.geomspace(1e-5, 10, count)
+    found = []
+    for seed in range(10):
+        losses = growing(rates, 20.0, floor, seed)
+        end = rules.end(losses, rules.head_of(count))
+        verdict = rules.suggest(rates[:end], losses[:end], blew_up=end < count, head=rules.head_of(count))
+        found.append(verdict.suggestion or np.nan)
+    assert np.nanmax(found) < 0.1
+    assert np.isfinite(found).all()
+    assert np.min(found) > 1e-3
+
+
+def test_a_plateau_beyond_a_rise_is_no_basin() -> None:
+    """There a network has died."""
+    losses = 0.05 + 200 / (1 + (RATES / 1e-3) ** 2) + 0.02 * np.random.default_rng(0).normal(size=300)
+    died = np.where((RATES > 0.02) & (RATES < 0.05), 100.0, losses)
+    dead = np.where(RATES > 0.05, 0.03 + 0.01 * np.random.default_rng(1).normal(size=300), died)
+    assert 1e-3 < (suggest(dead).suggestion or 0) < 0.02
+
+
+def test_heavy_tails_hide_no_fall() -> None:
+    tails = np.exp(np.random.default_rng(0).normal(size=300))
+    losses = tails * (0.1 + 1 / (1 + (RATES / 1e-3) ** 2)) + 10 ** np.minimum(6 * np.log10(RATES), 6)
+    assert 1e-3 < (suggest(losses).suggestion or 0) < 1
+
+
+def test_scale_free_updates_suggest_less() -> None:
+    kinds = (rules.SCALE_FREE, rules.WITH_MOMENTUM, rules.PLAIN)
+    found = [rules.suggest(RATES[:270], curve()[:270], blew_up=True, updates=kind).suggestion or 0 for kind in kinds]
+    assert found == sorted(found)
+    assert len(set(found)) == 3
+
+
+@given(st.lists(st.floats(-1e308, 1e308), min_size=1, max_size=60), st.sampled_from([0.0, 1e-300, 1.0]))
+def test_any_curve_gives_a_rate_of_the_ladder_or_a_reason(values: list[float], size: float) -> None:
+    losses = np.array(values) * (size or 1e-308)
+    rates = np.geomspace(1e-5, 10, max(len(losses), 2))[: len(losses)]
+    end = rules.end(losses)
+    for blew_up in (False, True):
+        verdict = rules.suggest(rates[:end], losses[:end], blew_up=blew_up)
+        assert verdict.reason if verdict.suggestion is None else 1e-8 < verdict.suggestion < 20

@@ -49,6 +49,7 @@ def head_of(num_steps: int) -> int:
     return max(num_steps // 10, min(_HEAD, num_steps // 3), 1)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def end(losses: np.ndarray, head: int = 1) -> int:
     """Count the entries of a curve before the first that is not finite, and up to its blow-up.
 
@@ -99,6 +100,7 @@ class _Basin(NamedTuple):
     trail: float  # the rungs by which the edges come too late
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def suggest(
     rates: np.ndarray, losses: np.ndarray, *, blew_up: bool, head: int | None = None, updates: Updates = WITH_MOMENTUM
 ) -> Verdict:
@@ -132,7 +134,8 @@ def suggest(
     if basin.is_closed or blew_up:
         reached = np.interp(decades[basin.left] + updates.reach, decades, rungs)
         middle = at(min((basin.left + basin.right) / 2, reached))
-        return Verdict(caution * min(updates.times * middle, _BELOW * edge))
+        highest = max(_BELOW * edge, at(basin.left))
+        return Verdict(caution * min(updates.times * middle, highest))
     if rates[-1] < _FLAT * rates[basin.left]:
         return Verdict(None, f"The loss falls, or stays low, up to the rate {high}. Raise end_lr.", "higher")
     # The loss is at a minimum that no rate leads away from.
@@ -166,11 +169,16 @@ def _basin(rates: np.ndarray, losses: np.ndarray, head: int, density: float) -> 
     count = len(rates)
     memory = _TRAIL * min(1.0, (density / _DENSE) ** _MEMORY)
     beta = memory / (1 + memory)
-    losses = _clipped(losses)
-    smoothed = smooth(losses, beta)
-    bottom = head + int(smoothed[head:].argmin())
-    fall = smoothed[:head].mean() - smoothed[bottom]
-    noise = np.std(np.diff(losses[: bottom + 1])) / 2**0.5 * ((1 - beta) / (1 + beta)) ** 0.5
+    clipped = _clipped(losses)
+    smoothed = smooth(clipped, beta)
+    start, best = smoothed[:head].mean(), np.minimum.accumulate(smoothed)
+    turned = smoothed > best + np.maximum(3 * np.abs(best), _LEVEL * (start - best))
+    floor = losses.min()
+    turned |= (losses - floor > 1.5 * (losses[:head].max() - floor)) & (best < (start + floor) / 2)
+    turn = head + int(turned[head:].argmax()) if turned[head:].any() else count
+    bottom = head + int(smoothed[head : max(turn, head + 1)].argmin())
+    fall = start - smoothed[bottom]
+    noise = np.std(np.diff(clipped[: bottom + 1])) / 2**0.5 * ((1 - beta) / (1 + beta)) ** 0.5
     least = max(noise, _TINY / _NOISE * abs(smoothed[0]))
     inside = smoothed <= smoothed[bottom] + _LEVEL * fall
     left, above = head + int(inside[head:].argmax()), ~inside[bottom:]
