@@ -382,7 +382,7 @@ def test_another_automatic_run_compiles_nothing(optimizer: Any) -> None:
 
 def test_auto_is_lr_find_with_the_same_key() -> None:
     test = minimize(epochs=20, key=KEY, optimizer=gdopt.gd).range_test
-    again = find(num_steps=int(len(X) // 32 * 20 * 0.15))
+    again = find(num_steps=int(len(X) // 32 * 20 * 0.15 * 0.45))
     np.testing.assert_array_equal(test.losses, again.losses)
     assert test.suggestion == again.suggestion
 

@@ -28,6 +28,7 @@ _NOISE_OF_ADAM = 0.2557  # the size of Adam's updates over its rate for normal g
 _FEWER, _MORE = 0.1, 3.0  # the limits of a first distance over Adam's
 _PEAK, _PEAK_OF_MOMENTUM = 1.33, 1.0  # the peak of the cycles over the suggestion; see benchmarks/auto_training.py
 _FEWEST = 10  # the fewest rates of a range test
+_BASE = 0.45  # the part of a range test within the usual rates; the rest is for others
 _DEFAULT = 1e-2  # the peak of the cycles if a range test finds nothing
 _LOWER = 0.1  # the rate of another try over that of the one before
 _TRIES = 2  # the further tries
@@ -77,10 +78,11 @@ def _cycling(optimizer: Any, peak: float, steps: int) -> Method:
 def _tested(problem: Problem, optimizer: Any, total: int, updates: rules.Updates) -> RangeTest | None:
     """Make the range test. It takes its share of the steps, and no more; None if that is too few."""
     rates = _SHARE * total / lr_finder.steps_per_rate(problem, optimizer)
-    num_steps = min(int(rates), lr_finder.NUM_STEPS)
-    if num_steps < _FEWEST:
+    if rates < _FEWEST:
         return None
-    ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential")
+    num_steps = min(max(int(_BASE * rates), _FEWEST), lr_finder.NUM_STEPS)
+    extensions = int(num_steps <= _BASE * rates)  # at most one section more, at one of the ends
+    ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential", extensions)
     test = lr_finder.range_test(problem, optimizer, ladder, updates=updates)
     if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
         raise InputError(

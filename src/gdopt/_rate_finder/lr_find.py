@@ -152,6 +152,7 @@ class Ladder(NamedTuple):
     end: float
     num_steps: int
     mode: str
+    extensions: int = _EXTENSIONS  # the most sections beyond each of its ends
 
     def section(self, number: int) -> np.ndarray:
         """Return the rates of a section: 0 is the ladder that was asked for, -1 the section below it."""
@@ -201,7 +202,7 @@ def range_test(
         every = steps_per_rate(problem, optimizer)
         climb = functools.partial(_climb, problem, optimizer, steps, keys, every, updates)
         curve, verdict = climb(lowest := 0)
-        while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -_EXTENSIONS:
+        while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -steps.extensions:
             curve, verdict = climb(lowest := lowest - 1)
         suggestion, refinement = verdict.suggestion, None
         if refine and suggestion is not None:
@@ -277,7 +278,7 @@ def _climb(
         losses = _by_update(seen[: len(rates) * every], every)
         curve = _Curve(rates, losses, [rules.end(row, head) for row in losses])
         verdict = _verdict(curve, head, updates)
-        if verdict.missing != "higher" or steps.mode == "linear" or section == lowest + _EXTENSIONS:
+        if verdict.missing != "higher" or steps.mode == "linear" or section >= lowest + steps.extensions:
             return curve, verdict
         section += 1
 
