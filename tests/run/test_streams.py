@@ -18,8 +18,8 @@ import gdopt
 from gdopt import Status
 from gdopt._problem.stream import Stream
 
-IMAGES, LABELS = load_digits(return_X_y=True)
-IMAGES, LABELS = (IMAGES[:300] / 16).astype(np.float32), LABELS[:300].astype(np.int32)
+DIGITS: Any = load_digits()
+IMAGES, LABELS = (DIGITS.data[:300] / 16).astype(np.float32), DIGITS.target[:300].astype(np.int32)
 SIZE = 64
 PER_EPOCH = 5  # the last with 44 rows
 RATE = 0.5
