@@ -257,6 +257,21 @@ def test_there_are_three_tries() -> None:
     assert result.message.count("tried again") == 2
 
 
+def test_a_loss_without_a_lower_bound_is_not_tried_again() -> None:
+    """Lower rates would only hide it."""
+    falls = lambda p, b: -squared(p, b)
+    result = gdopt.minimize(falls, zeros(3), data=rows(64, 3, 0.1, 0), batch_size=8, epochs=40)
+    assert not result.success
+    assert "no lower bound" in result.message
+    assert "tried again" not in result.message
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 5])
+def test_a_few_steps_are_made_at_useful_rates(max_steps: int) -> None:
+    result = gdopt.minimize(squared, zeros(3), data=rows(64, 3, 0.1, 0), batch_size=8, max_steps=max_steps)
+    assert np.nanmax(result.history.learning_rate) > 0.01
+
+
 def test_a_given_rate_is_not_lowered() -> None:
     result = gdopt.minimize(cliff(1e-5), zeros(3), data=rows(64, 3, 0.1, 0), batch_size=8, epochs=5, learning_rate=0.1)
     assert result.status is gdopt.Status.NON_FINITE

@@ -29,6 +29,8 @@ from gdopt._stopping import Ending, Watch, is_better, succeeded
 from gdopt._types import PyTree
 from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 
+FAR = 1e15  # an entry of the params, larger than any quantity that people measure
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ended:
@@ -165,6 +167,9 @@ class Ended:
             return False
         if self.evidence is not None and self.evidence.bad_inputs:  # No rate helps.
             return False
+        losses = self.history.loss[np.isfinite(self.history.loss)]
+        if self.status in FAILURES and losses.size and losses[-1] < losses[0]:  # It fell without a lower bound.
+            return self.farthest < FAR
         return self.status in FAILURES or (self.status is Status.MAX_STEPS and not self.is_better)
 
     @functools.cached_property

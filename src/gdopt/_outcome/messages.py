@@ -8,12 +8,11 @@ import numpy as np
 
 from gdopt._optimizers.method import Rates
 from gdopt._optimizers.trials import MAX_REJECTED
-from gdopt._outcome.ending import Ended
+from gdopt._outcome.ending import FAR, Ended
 from gdopt._status import FAILURES, Status
 from gdopt._stopping import BY_NEIGHBOURS, DROWNED, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE
 from gdopt._verify.counterexamples import TRIED
 
-_FAR = 1e15  # an entry of the params, larger than any quantity that people measure
 _RATE_OF_ZERO = "the learning rate was 0 at each step. With one above 0 the loss can fall."
 _COARSE = 1e-10  # the eps above which a wider dtype has more digits
 _DECAYED = 1e-3  # the last rate over the highest, for a schedule that decayed too far
@@ -201,7 +200,7 @@ def _max_steps(ended: Ended, words: _Words) -> str:
         if ended.rates is Rates.SEARCHED and ended.steps >= MAX_REJECTED:
             remedy = f"None of {ended.steps} points along the gradient is lower, so it may not match the loss."
         return f"stopped at max_steps={ended.steps}: the loss never fell below its start, {words.first}. {remedy}"
-    if ended.farthest > _FAR:
+    if ended.farthest > FAR:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
     return (
         f"stopped at max_steps={ended.steps} before it converged: the loss fell from {words.first} to {words.last}, "
@@ -237,7 +236,7 @@ def _non_finite(ended: Ended, words: _Words) -> str:
             f"the loss became -inf at step {steps}, from {words.first} at the start: it has no lower bound, so no "
             f"minimum can be found.{words.back} Check its sign, or add a penalty."
         )
-    if ended.farthest > _FAR:
+    if ended.farthest > FAR:
         return _unbounded(f"left the range at step {steps}", ended)
     if ended.rates in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
         bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
@@ -303,7 +302,7 @@ def _stalled(ended: Ended, words: _Words) -> str:
     left = float(ended.ending.left)
     more = f"{f'about {left:.2g}' if np.isfinite(left) and left > 0 else 'more'} may be left to gain"
     tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # from the last trial with another loss
-    if ended.farthest > _FAR:
+    if ended.farthest > FAR:
         return _unbounded(f"stalled {after}", ended)
     if (decayed := _decayed(ended, words, more)) is not None:
         return decayed

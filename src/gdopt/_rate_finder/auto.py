@@ -21,7 +21,7 @@ from gdopt._rate_finder import rules
 from gdopt._result import RangeTest
 from gdopt._status import Status
 from gdopt._types import Schedule
-from gdopt.schedules import one_cycle, triangular2
+from gdopt.schedules import constant, one_cycle, triangular2
 
 _SHARE = 0.15  # the part of the steps that a range test may take
 _NOISE_OF_ADAM = 0.2557  # the size of Adam's updates over its rate for normal gradients: see `response`
@@ -30,6 +30,7 @@ _PEAK, _PEAK_OF_MOMENTUM = 1.33, 1.0  # the peak of the cycles over the suggesti
 _FEWEST = 10  # the fewest rates of a range test
 _BASE = 0.45  # the part of a range test within the usual rates; the rest is for others
 _DEFAULT = 1e-2  # the peak of the cycles if a range test finds nothing
+_SHORT = 3  # the most steps without a cycle, whose ends would be most of it
 _LOWER = 0.1  # the rate of another try over that of the one before
 _TRIES = 2  # the further tries
 
@@ -44,7 +45,7 @@ def rates_found(
             f"epochs={steps.epochs} was given with a stream that does not report how many batches it has, but "
             "learning_rate='auto' plans its schedule over all steps. Pass max_steps as well, or a learning_rate."
         )
-    made, shape = saves.range_test, one_cycle(1.0, total)
+    made, shape = saves.range_test, one_cycle(1.0, total) if total > _SHORT else constant(1.0)
     if optimizer is distance_adamw:
         return _with_tries(Method(distance_adamw, shape), lambda low: Method(lower_distance_adamw(low), shape)), None
     kind = response(optimizer, problem.objective.params)
