@@ -500,7 +500,7 @@ def test_a_signal_in_the_range_test_returns_the_start(number: int, options: dict
 
 def test_an_interrupted_range_test_raises_with_throw():
     with pytest.raises(gdopt.NotConvergedError, match="INTERRUPTED"):
-        minimize(loss=Calls(computed=20), optimizer=gdopt.gd, learning_rate="auto", throw=True)
+        minimize(loss=Calls(computed=20), optimizer=gdopt.gd, learning_rate="auto", max_steps=2000, throw=True)
 
 
 def test_sigterm_in_lr_find_ends_the_process():

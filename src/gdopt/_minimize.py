@@ -111,7 +111,7 @@ def minimize(
             your own. With `gd` on a deterministic loss, "auto" is short for ``optimizer=gdopt.spectral()``, which finds
             the rate at every step. With mini-batches, random keys and other factories, it depends on what the updates
             do to a scaled gradient. If they do not depend on its scale (`distance_adamw`, Adam, Lion), "auto" is one
-            cycle over all steps, times an estimated distance. If they do (`gd`, momentum), a range test of at most 15 %
+            cycle over all steps, times an estimated distance. If they do (`gd`, momentum), a range test of about 15 %
             of the steps comes first, and then three cycles, `triangular2`, around what it suggests; 0.01 with a warning
             if it suggests nothing. If the loss then diverges, or ends above its start, the run is repeated at a tenth
             of these rates, at most twice; not inside jit, nor with several processes or a stream that can be read only

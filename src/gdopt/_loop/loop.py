@@ -211,7 +211,7 @@ def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
     """Give a run inside a transformation the derivatives of a minimum."""
 
     def of(params: PyTree, constants: list, *given: PyTree) -> tuple[jax.Array, PyTree]:
-        return value.replay(constants, params, *given, None)
+        return value.replay(constants, params, *given, None, None)
 
     known = lambda _, inputs: (inputs.constants, inputs.data, inputs.args)
     return made._replace(solve=differentiable(made.solve, of, known, defined=not noisy))

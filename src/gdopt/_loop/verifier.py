@@ -136,7 +136,7 @@ class Verifier(NamedTuple):
     def _programs(self, state: State, inputs: Inputs, *, exact: bool) -> Programs:
         problem = self.problem
         batch = problem._replace(data=inputs.data).batch
-        loss, _ = program.with_gradient(self.value, problem.value, inputs.start, batch, inputs.args, None)
+        loss, _ = program.with_gradient(self.value, problem.value, inputs.start, batch, inputs.args, None, None)
         traced = self._replace(loss=loss)
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
@@ -177,7 +177,7 @@ class Verifier(NamedTuple):
 
     def _value_and_grad(self, inputs: Inputs, params: PyTree) -> tuple[jax.Array, PyTree]:
         traced: Any = self.loss
-        given = inputs.constants, inputs.data, inputs.args, None
+        given = inputs.constants, inputs.data, inputs.args, None, None
         (loss, _), grad = traced.replay(traced.constants, params, *given)
         return loss, grad
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees
+from gdopt._compile import program
 from gdopt._loop.state import Inputs, State
 from gdopt._loop.step import loss_arguments
 from gdopt._problem.problem import Problem
@@ -38,7 +39,8 @@ def is_at_most(problem: Problem, inputs: Inputs, state: State, params: PyTree) -
                 given = loss_arguments(inputs, some, batches, with_key=problem.with_key)
             return problem.value(params, *given)[0].astype(jnp.float32)
 
-        compiled, ends = jax.jit(mean), [(inputs.start, problem.state), (params, state.model)]
-        values = [[float(compiled(np.int32(k), *end, inputs, order)) for k in range(count)] for end in ends]
+        ends = [(inputs.start, problem.state), (params, state.model)]
+        shared = program.share(mean, np.int32(0), *ends[0], inputs, order)
+        values = [[float(shared.call(np.int32(k), *end, inputs, order)) for k in range(count)] for end in ends]
         gains = [before - after for before, after in zip(*values, strict=True)]
     return math.isfinite(sum(gains)) and sum(gains) >= 0

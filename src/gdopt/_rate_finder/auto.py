@@ -81,9 +81,9 @@ def _tested(problem: Problem, optimizer: Any, total: int, updates: rules.Updates
     rates = _SHARE * total / lr_finder.steps_per_rate(problem, optimizer)
     if rates < _FEWEST:
         return None
-    num_steps = min(max(int(_BASE * rates), _FEWEST), lr_finder.NUM_STEPS)
-    extensions = int(num_steps <= _BASE * rates)  # at most one section more, at one of the ends
-    ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, num_steps, "exponential", extensions)
+    ladder = lr_finder.Ladder(lr_finder.START_LR, lr_finder.END_LR, min(int(rates), lr_finder.NUM_STEPS), "exponential")
+    if _BASE * rates >= 2 * _FEWEST:  # One section more, at one of the ends, is within the share, too.
+        ladder = ladder._replace(num_steps=min(int(_BASE * rates), lr_finder.NUM_STEPS), extensions=1)
     test = lr_finder.range_test(problem, optimizer, ladder, updates=updates)
     if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
         raise InputError(

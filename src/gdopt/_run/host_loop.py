@@ -247,7 +247,11 @@ def _look(source: InMemory | Streamed, inputs: Inputs, carry: Carry) -> tuple[Ca
     kept = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, before.kept)
     if before.code == RUNNING:
         carry = _evaluated(source, inputs, carry)
-    params = carry[0].tree().params
+    here = carry[0].tree()
+    params = here.params
+    with own_promotion():
+        if evaluation_params(here.optimizer, params) is not params:  # Leaves without an average would be donated.
+            params = _trees.copy(params)
     carry = _averaged(source, inputs, carry)
     state = carry[0].tree()
     return (_packed(state._replace(code=before.code, params=params, kept=kept), carry), carry[1]), state
