@@ -137,6 +137,23 @@ def minimize(
         key: the source of those keys and of the shuffling; by default ``jax.random.key(0)``.
         trainable: the params to optimise: a pytree of bools that is a prefix of params, or a function of params that
             returns such a mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
+        bounds: a pair ``(lower, upper)`` between which the params stay, both included: numbers, arrays of the shape of
+            a leaf, trees like params or prefixes of them; None or infinity for no bound. SciPy's
+            ``scipy.optimize.Bounds``, and for one array with one axis a list of a pair for each entry, are taken, too.
+            A start outside is moved to the nearest point within, with a warning. The loss is never evaluated outside.
+            With bounds `quasi_newton` minimises its quadratic model over the box. After the update of any other
+            optimizer, also on mini-batches, the params are moved back into the bounds. Not for complex params. Default
+            None: no bounds.
+        project: a function params -> params that returns the nearest point of a convex set, such as
+            ``optax.projections.projection_simplex``. It is applied to the start and after each update. By default
+            `spectral` finds the rates: see there. On mini-batches plain gradient descent with a range test is the
+            default, because Adam and its like scale each entry by itself, and then end elsewhere than at the minimum
+            within a set that is no box.
+        prox: a function ``(params, rate) -> params``, the proximal step of a convex penalty that the loss leaves out,
+            such as ``gdopt.prox.l1(0.1)``. It is applied after each update, at its rate. If it has a method ``value``,
+            as those of `gdopt.prox` have, then the penalty ``prox.value(params)`` is added to each loss that is
+            compared and reported. Otherwise losses are without it, and the last accepted point is returned. Pass one of
+            bounds, project and prox. Arrays that they hold or close over may change without a new compilation.
         scale: typical sizes of the params, which R's ``optim`` calls ``parscale``: a positive number for each leaf or
             subtree of params, or an array of the shape of a leaf. Each is rounded to a power of two, so that no digit
             is lost. The run is exactly that of ``loss(scale * z)`` from ``params / scale``, with any optimizer and
@@ -197,7 +214,9 @@ def minimize(
         the minimum, by the implicit function theorem. They are NaN unless the run ended at a smooth minimum: with
         success, at no kink, and not merely at ``target``. They are zero for the start and the rate, and an error for
         mini-batches and keys. ``params``, ``loss`` and ``aux`` have them; those of ``grad_norm`` and ``left``, which
-        depend on each step, are NaN. Params that an optimizer holds at a bound do not move. If the minimum is not
+        depend on each step, are NaN. Params that an optimizer holds at a bound do not move, and those at ``bounds=``
+        move with the bound. They are NaN if the loss does not fall towards the bound of such an entry, and where a
+        projection or prox has a kink, because they then have two sides. If the minimum is not
         unique, as with more params than rows, derivatives are those of least norm for up to 256 params. They are NaN
         for more params, or if the minimum jumps. They are as exact as the minimum, so lower ``tol`` for them. Call
         ``jax.jit`` around what you differentiate more than once.
@@ -215,7 +234,11 @@ def minimize(
 
     Source: the estimate g'H^-1 g / 2 of what is left is that of Minuit (James & Roos, "Minuit: a system for function
     minimization and analysis of the parameter errors and correlations", 1975), the bound |g| |x - x*| is of Boyd &
-    Vandenberghe, "Convex Optimization", section 9.1.2.
+    Vandenberghe, "Convex Optimization", section 9.1.2. Bounds: Hintermüller, Ito & Kunisch, "The primal-dual active set
+    strategy as a semismooth Newton method", 2003. Projections: Birgin, Martínez & Raydan, "Nonmonotone spectral
+    projected gradient methods on convex sets", 2000. Proximal steps: Wright, Nowak & Figueiredo, "Sparse reconstruction
+    by separable approximation", 2009. Their derivatives: Blondel et al., "Efficient and modular implicit
+    differentiation", 2022.
 
     Example:
         >>> import gdopt, jax.numpy as jnp

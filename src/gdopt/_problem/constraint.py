@@ -256,6 +256,10 @@ def _whole(objective: Objective, function: Callable, name: str) -> Callable[...,
 
 def _same_kind(path: tuple, name: str, leaf: jax.Array, new: Any) -> jax.Array:
     """Return a leaf of a step; raise InputError if it has another shape or dtype."""
+    if not _trees.is_array(new):
+        raise InputError(
+            f"{name} returned a {type(new).__name__} for {_trees.path_name(path)}. Return the same structure."
+        )
     shape, dtype = np.shape(new), jnp.result_type(new)
     if (shape, dtype) != (leaf.shape, leaf.dtype):
         raise InputError(
