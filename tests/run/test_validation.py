@@ -223,6 +223,15 @@ def test_a_run_that_fails_returns_the_best_point_by_validation() -> None:
     assert not result.success
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_validation_data_that_hold_nan_are_named(stream: bool) -> None:
+    X, y = HELD_OUT[0], HELD_OUT[1].copy()
+    y[3] = math.nan
+    result = minimize(validation=(lambda: [(X, y)]) if stream else (X, y))
+    assert result.message.endswith("never finite. validation[1] holds NaN. Leave out what is NaN, or fill it.")
+    assert "holds NaN" not in minimize(validation_loss=lambda w, batch: jnp.nan * loss(w, batch)).message
+
+
 # ----------------------------------------------------------------------------------------------- what the loss is given
 
 
@@ -429,6 +438,17 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
     with count_compilations() as counter, pytest.raises(gdopt.InputError, match=message):
         minimize(**options)
     assert counter.names == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loss_that_does_not_take_the_validation_data_raises_before_the_first_step(stream: bool) -> None:
+    seen: list[gdopt.Report] = []
+    narrow: Any = HELD_OUT[0][:, :3], HELD_OUT[1]
+    with pytest.raises(TypeError, match=r"the validation loss, on validation=\(float32\[60, 3\], float32\[60\]\)"):
+        minimize(validation=(lambda: [narrow]) if stream else narrow, callback=seen.append, callback_every=1)
+    with pytest.raises(gdopt.InputError, match=r"(?s)the loss returned shape \(60,\).*raised by the validation loss"):
+        minimize(validation_loss=lambda w, batch: batch[1], callback=seen.append, callback_every=1)
+    assert seen == []
 
 
 def test_an_iterator_in_a_function_is_refused_when_it_is_read_again() -> None:

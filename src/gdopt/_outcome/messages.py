@@ -114,7 +114,8 @@ def _by_validation(ended: Ended) -> str:
         epochs = "an epoch" if found.patience == 1 else f"{found.patience} epochs"
         why = f" The validation loss reached no new low for {epochs}."
     if found.step is None:
-        return f"{why} The validation loss was never finite."
+        nan = f" {found.holds_nan} holds NaN. Leave out what is NaN, or fill it." if found.holds_nan else ""
+        return f"{why} The validation loss was never finite.{nan}"
     returned = " is returned: it" if found.is_returned else ""
     return f"{why} The point of step {found.step}{returned} has the lowest validation loss, {found.loss:.6g}."
 

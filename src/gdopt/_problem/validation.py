@@ -46,6 +46,7 @@ class Judgement(NamedTuple):
     loss: float
     is_returned: bool
     patience: int | None
+    holds_nan: str = ""  # the path of an array of the validation data, if no loss was finite
 
 
 def check_validation(validation: Any, loss: Any, patience: Any, problem: Problem) -> Validation | None:
@@ -91,12 +92,13 @@ def _check_structure(given: PyTree, batch: PyTree) -> None:
     ):
         return
     raise InputError(
-        f"validation={_shapes(given)} has another structure than a batch of data, {_shapes(batch)}. Pass the same "
-        "containers, with arrays of as many axes."
+        f"validation={shapes(given)} has another structure than a batch of data, {shapes(batch)}. Pass the same "
+        "containers (a list is no tuple), and arrays with as many axes."
     )
 
 
-def _shapes(tree: PyTree) -> str:
+def shapes(tree: PyTree) -> str:
+    """Show a tree by its dtypes and shapes."""
     return _trees.summary(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree))
 
 
