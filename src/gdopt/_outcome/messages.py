@@ -84,7 +84,10 @@ def _automatic(ended: Ended) -> str:
         return ""
     highest = f"up to {np.nanmax(rates):.2g}"
     if test is None:
-        return f" gdopt chose the learning rates: one cycle {highest}."
+        most, short = ended.inputs.limits.max_steps, ""
+        if ended.status is Status.DATA_EXHAUSTED and not ended.has_steps and ended.steps < most:
+            short = f" It was meant for {most} steps. Pass max_steps={ended.steps} for a whole one."
+        return f" gdopt chose the learning rates: one cycle {highest}.{short}"
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
         f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
@@ -143,7 +146,10 @@ def _explain(status: Status, ended: Ended) -> str:
         case Status.NON_FINITE:
             return _non_finite(ended, words)
         case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED | Status.EARLY_STOPPED:
-            return f"{_FROM_OUTSIDE[status]} {after}: the loss went from {first} to {last}."
+            went = f"the loss went from {first} to {last}"
+            if words.width > 1 and words.width >= ended.steps:  # Both would be the same mean.
+                went = f"the mean loss of these was {first}"
+            return f"{_FROM_OUTSIDE[status]} {after}: {went}."
 
 
 def _words(status: Status, ended: Ended) -> _Words:
@@ -205,8 +211,13 @@ def _max_steps(ended: Ended, words: _Words) -> str:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
     return (
         f"stopped at max_steps={ended.steps} before it converged: the loss fell from {words.first} to {words.last}, "
-        f"the gradient norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}"
+        f"the gradient norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}{_full_batch(ended)}"
     )
+
+
+def _full_batch(ended: Ended) -> str:
+    """Say that an epoch is one step, if there are data without a batch_size."""
+    return " Without a batch_size an epoch is one step on all rows." if ended.problem.data is not None else ""
 
 
 def _precision_limit(ended: Ended, words: _Words) -> str:
