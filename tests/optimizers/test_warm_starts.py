@@ -141,7 +141,15 @@ BAD: dict[str, Any] = {
     ),
     "of another dtype": (jax.tree.map(lambda x: x.astype("float16"), ADAM.init(W)), r"float16\[\], but .* int32\[\]"),
     "of more leaves": ((*ADAM.init(W), jnp.zeros(2)), r"optimizer_state\[2\] is float32\[2\], but .* nothing"),
-    "in a list": (list(ADAM.init(W)), r"optimizer_state is PyTreeDef\(\[.* but the optimizer has PyTreeDef\(\("),
+    "in a list": (
+        list(ADAM.init(W)),
+        "optimizer_state is a list of ScaleByAdamState, EmptyState, but the optimizer has a tuple of Scale",
+    ),
+    "of a longer chain": (optax.adamw(0.1).init(W), "a tuple of ScaleByAdamState, EmptyState, EmptyState, but the opt"),
+    "of a chain with other parts in it": (
+        (ADAM.init(W)[0], [optax.EmptyState()]),
+        r"optimizer_state is PyTreeDef\(\(.* but the optimizer has PyTreeDef\(\(",
+    ),
     "no arrays": ("fresh", r"optimizer_state is a str, not an array"),
 }
 
