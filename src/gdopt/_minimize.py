@@ -165,7 +165,8 @@ def minimize(
             for mini-batches and streams, and for data with keys, of which an epoch is one step. A loss with a key gets
             the same key each time.
         validation_loss: a function called like the loss, which returns what the loss does; used for validation in its
-            place (for example ``functools.partial(loss, training=False)``). By default the loss itself.
+            place (for example ``functools.partial(loss, training=False)``). With ``state`` it returns a state, too,
+            which is not used. By default the loss itself.
         patience: the epochs without a new low of the validation loss after which the run stops, with success
             (EARLY_STOPPED). Default None: it does not stop for that.
         callback: called with a `Report` between two compiled chunks. It returns True to stop the run, and None or False
@@ -173,7 +174,8 @@ def minimize(
         callback_every: the steps after which the callback is called, in each run the same, or "epoch" for the end of
             each epoch; and at the end of the run. Each such report costs one evaluation of the loss and its gradient,
             two if the optimizer keeps an average. By default (None) it is called after the first step, then about every
-            50 ms (at first more often), and at the end of each epoch of mini-batches.
+            50 ms (at first more often), and at the end of each epoch of mini-batches. Pass "epoch" to read
+            ``validation_loss`` and metrics: before the end of the first epoch there are none.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
             call with the same path to resume from the newest checkpoint that can be used. On the same machine the
