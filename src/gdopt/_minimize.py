@@ -250,7 +250,7 @@ def minimize(
         problem, *chosen, steps, limits, has_steps, keep_best, validated, callback, every, progress, checkpoint
     )
     refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
-    result = _tried(call, refused, began, ())
+    result = _tried(call, refused, began)
     return result.raise_for_status() if throw else result
 
 
@@ -271,10 +271,10 @@ class _Call(NamedTuple):
     checkpoint: str | os.PathLike[str] | Checkpoint | None
 
 
-def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str, ...]) -> Result:
+def _tried(call: _Call, refused: dict[str, Any], began: float, before: Saves | NoSaves | None = None) -> Result:
     """Return the result of a run, or that of another try at lower rates if gdopt chose the rates and they failed."""
     problem, steps, limits = call.problem, call.steps, call.limits
-    with saves_at(call.checkpoint, failed) as saves:
+    with saves_at(call.checkpoint, before) as saves:
         saves.compare(problem, steps, call.validation, keep_best=call.keep_best)
         try:
             method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
@@ -306,7 +306,8 @@ def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str
     last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
     ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
     if method.lower is not None and ended.wants_lower_rates:
-        return _tried(call, refused, began, (*saves.failed, failure(ended)))
+        saves.failed = *saves.failed, failure(ended)
+        return _tried(call, refused, began, saves)
     message = explain(ended) + "".join(f" {sentence}" for sentence in saves.failed) + saves.told
     result = ended.result(message, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
     watcher.raise_failure(result)
