@@ -36,7 +36,7 @@ from gdopt._run import host_loop
 from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
 from gdopt._run.sources import source_of
-from gdopt._run.validation import validator_of
+from gdopt._run.validation import check_loss, validator_of
 from gdopt._signals import check, interruptible
 from gdopt._status import Status
 from gdopt._stopping import Limits
@@ -236,6 +236,7 @@ def minimize(
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     check_rate(optimizer, learning_rate)
     validated = check_validation(validation, validation_loss, patience, problem)
+    check_loss(validated, problem)
     problem = scaled(problem, scale)
     options = {"callback": callback, "checkpoint": checkpoint, "validation": validated}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}

@@ -19,11 +19,12 @@ from gdopt._compile import program
 from gdopt._devices.current import callers_mesh
 from gdopt._devices.sharding import CLOSED_OVER, explicit_mesh, on_one_mesh
 from gdopt._errors import InputError
+from gdopt._loop import loop
 from gdopt._loop.state import Rows, State
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem import model_state
 from gdopt._problem.problem import Problem
-from gdopt._problem.validation import Judgement, Validation, metrics_in
+from gdopt._problem.validation import Judgement, Validation, metrics_in, refuse_other_axes
 from gdopt._result import History
 from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._types import PyTree
@@ -38,6 +39,19 @@ class Best(NamedTuple):
     params: PyTree
     step: int
     model: PyTree  # the model's state with which it was evaluated
+
+
+def check_loss(validation: Validation | None, problem: Problem) -> None:
+    """Trace the validation loss, so that its errors come before anything is compiled."""
+    if validation is None:
+        return
+    try:
+        loop.traced_anywhere(validation.problem(problem), problem.key if problem.with_key else None)
+    except InputError:
+        raise
+    except Exception as error:
+        refuse_other_axes(validation, problem.batch, error)
+        raise
 
 
 def validator_of(validation: Validation | None, problem: Problem, *, keep_best: bool) -> Validator | NoValidation:
