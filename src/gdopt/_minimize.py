@@ -36,7 +36,7 @@ from gdopt._run import host_loop
 from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
 from gdopt._run.sources import source_of
-from gdopt._run.validation import validator_of
+from gdopt._run.validation import check_loss, validator_of
 from gdopt._signals import check, interruptible
 from gdopt._status import Status
 from gdopt._stopping import Limits
@@ -238,6 +238,7 @@ def minimize(
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     check_rate(optimizer, learning_rate)
     validated = check_validation(validation, validation_loss, patience, problem)
+    check_loss(validated, problem)
     problem = scaled(problem, scale)
     options = {"callback": callback, "checkpoint": checkpoint, "validation": validated}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
@@ -252,7 +253,7 @@ def minimize(
         problem, *chosen, steps, limits, has_steps, keep_best, validated, callback, every, progress, checkpoint
     )
     refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
-    result = _tried(call, refused, began, ())
+    result = _tried(call, refused, began)
     return result.raise_for_status() if throw else result
 
 
@@ -273,10 +274,10 @@ class _Call(NamedTuple):
     checkpoint: str | os.PathLike[str] | Checkpoint | None
 
 
-def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str, ...]) -> Result:
+def _tried(call: _Call, refused: dict[str, Any], began: float, before: Saves | NoSaves | None = None) -> Result:
     """Return the result of a run, or that of another try at lower rates if gdopt chose the rates and they failed."""
     problem, steps, limits = call.problem, call.steps, call.limits
-    with saves_at(call.checkpoint, failed) as saves:
+    with saves_at(call.checkpoint, before) as saves:
         saves.compare(problem, steps, call.validation, keep_best=call.keep_best)
         try:
             method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
@@ -308,7 +309,8 @@ def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str
     last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
     ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
     if method.lower is not None and ended.wants_lower_rates:
-        return _tried(call, refused, began, (*saves.failed, failure(ended)))
+        saves.failed = *saves.failed, failure(ended)
+        return _tried(call, refused, began, saves)
     message = explain(ended) + "".join(f" {sentence}" for sentence in saves.failed) + saves.told
     result = ended.result(message, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
     watcher.raise_failure(result)

@@ -167,6 +167,25 @@ def test_a_state_that_does_not_fit_is_an_error_before_anything_compiles(kind: st
     assert not any("loop" in name or "run" in name for name in counter.names), counter.names
 
 
+@pytest.mark.parametrize("state", [ADAM.init(W), gdopt.distance_adamw(1.0).init({"a": W["b"], "b": W["a"]})])
+def test_it_comes_before_the_updates_are_measured(state: Any):
+    """To choose how a rate is found, gdopt runs an unknown optimizer on a few gradients."""
+    options: dict[str, Any] = {"data": SCALES, "batch_size": 1, "epochs": 50, "optimizer": lambda rate: optax.sgd(rate)}
+    jax.block_until_ready(jnp.zeros(3) @ jnp.zeros(3))
+    with count_compilations() as counter, pytest.raises(gdopt.InputError, match=r"optimizer_state.* but the optimizer"):
+        gdopt.minimize(lambda w, batch: loss(w, batch[0]), W, optimizer_state=state, **options)
+    assert counter.names == []
+
+
+def test_a_loss_that_cannot_be_traced_comes_before_the_updates_are_measured():
+    unknown = lambda rate: optax.sgd(rate)
+    options: dict[str, Any] = {"data": SCALES, "batch_size": 1, "optimizer": unknown}
+    for call in (gdopt.minimize, gdopt.lr_find):
+        with count_compilations() as counter, pytest.raises(gdopt.InputError, match=r"the loss returned shape \(1,\)"):
+            call(lambda w, batch: w["b"] * batch, W, **options)
+        assert counter.names == []
+
+
 def test_another_start_of_a_checkpoint_is_a_warning(tmp_path: Any):
     run = functools.partial(gdopt.minimize, loss, W, optimizer=optax.adam, learning_rate=0.01, tol=0)
     first, path = run(max_steps=3), tmp_path / "run"

@@ -470,6 +470,37 @@ def test_errors_of_the_validation_loss_name_it() -> None:
         minimize(validation_loss=lambda w, batch: batch[0] @ w)
 
 
+ONLY_AT_VALIDATION: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "axes": (
+        {"validation": (HELD_OUT[0][:, :3], HELD_OUT[1])},
+        gdopt.InputError,
+        r"validation=\(float32\[60, 3\], float32\[60\]\) has other axes than a batch of data, \(float32\[8, 4\], ",
+    ),
+    "a stream's axes": (
+        {"validation": lambda: [(HELD_OUT[0][:, :3], HELD_OUT[1])]},
+        gdopt.InputError,
+        "has other axes",
+    ),
+    "result": ({"validation_loss": lambda w, batch: batch[0] @ w}, gdopt.InputError, r"returned shape \(60,\)"),
+    "error": ({"validation_loss": lambda w: w.sum()}, TypeError, "takes 1 positional argument"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), ONLY_AT_VALIDATION.values(), ids=ONLY_AT_VALIDATION)
+def test_errors_of_the_validation_come_before_anything_compiles(options: Any, error: Any, message: str) -> None:
+    gdopt.clear_cache()
+    with count_compilations() as counter, pytest.raises(error, match=message):
+        minimize(**options)
+    assert counter.names == []
+
+
+def test_rows_may_be_longer_than_those_of_a_batch_if_the_loss_takes_them() -> None:
+    mean: Callable = lambda w, batch: jnp.mean((batch - w[0]) ** 2)
+    result = minimize(loss=mean, data=TRAINING[0], validation=np.ones((6, 9), np.float32))
+    assert result.history is not None
+    assert len(result.history.validation_loss) == EPOCHS
+
+
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 

@@ -97,6 +97,19 @@ def _check_structure(given: PyTree, batch: PyTree) -> None:
     )
 
 
+def refuse_other_axes(validation: Validation, batch: PyTree, error: Exception) -> None:
+    """Raise InputError if the validation loss raised an error on data whose axes, but for the rows, are not a batch's.
+
+    A loss may well take others, such as longer sequences.
+    """
+    pairs = zip(jax.tree.leaves(validation.data), jax.tree.leaves(batch), strict=True)
+    if any(a.shape[1:] != b.shape[1:] for a, b in pairs):
+        raise InputError(
+            f"validation={shapes(validation.data)} has other axes than a batch of data, {shapes(batch)}, and the "
+            f"loss cannot take it. Pass arrays of the same shape, but for the number of rows. ({error})"
+        ) from error
+
+
 def shapes(tree: PyTree) -> str:
     """Show a tree by its dtypes and shapes."""
     return _trees.summary(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree))
