@@ -52,6 +52,7 @@ def check_loss(validation: Validation | None, problem: Problem) -> None:
         raise
     except Exception as error:
         refuse_other_axes(validation, problem.batch, error)
+        _error_notes.add_validation(error, shapes(validation.data))
         raise
 
 
