@@ -87,7 +87,7 @@ def _automatic(ended: Ended) -> str:
         return f" gdopt chose the learning rates: one cycle {highest}."
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
-        f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+        f" The learning rates were chosen by a range test of {len(test.learning_rate)} rates, which suggested "
         f"{suggested}: three cycles (triangular2) {highest}."
     )
 
