@@ -11,7 +11,7 @@ from gdopt import _trees
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
 from gdopt._errors import InputError
-from gdopt._optimizers.distance import FIRST, distance_adamw, following, lower_distance_adamw
+from gdopt._optimizers.distance import FIRST, distance_adamw, following, knows_distance
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.response import Response, response
 from gdopt._problem.limits import Steps
@@ -20,7 +20,7 @@ from gdopt._rate_finder import lr_find as lr_finder
 from gdopt._rate_finder import rules
 from gdopt._result import RangeTest
 from gdopt._status import Status
-from gdopt._types import Schedule
+from gdopt._types import PyTree, Schedule
 from gdopt.schedules import constant, one_cycle, triangular2
 
 _SHARE = 0.15  # the part of the steps that a range test may take
@@ -31,6 +31,7 @@ _FEWEST = 10  # the fewest rates of a range test
 _BASE = 0.45  # the part of a range test within the usual rates; the rest is for others
 _DEFAULT = 1e-2  # the peak of the cycles if a range test finds nothing
 _SHORT = 3  # the most steps without a cycle, whose ends would be most of it
+_WARM = 0.1  # the highest rate of a run that begins with a distance over that of the run which estimated it
 _LOWER = 0.1  # the rate of another try over that of the one before
 _TRIES = 2  # the further tries
 
@@ -47,16 +48,32 @@ def rates_found(
         )
     made, shape = saves.range_test, one_cycle(1.0, total) if total > _SHORT else constant(1.0)
     if optimizer is distance_adamw:
-        return _with_tries(Method(distance_adamw, shape), lambda low: Method(lower_distance_adamw(low), shape)), None
+        return _in_one_cycle(distance_adamw, shape, problem.optimizer_state), None
     kind = response(optimizer, problem.objective.params)
     if kind is not None and kind.is_scale_free and made is None:
         first = FIRST * float(np.clip(_NOISE_OF_ADAM / kind.of_noise, _FEWER, _MORE))
-        fixed = lambda low: functools.partial(following, optimizer, first=low * first, grows=False)
         grown = functools.partial(following, optimizer, first=first)
-        return _with_tries(Method(grown, shape), lambda low: Method(fixed(low), shape)), None
+        return _in_one_cycle(grown, shape, problem.optimizer_state), None
     test = made or _tested(problem, optimizer, total, lr_finder.updates_of(kind))
     peak = saves.peak = saves.peak or _peak(test, kind, total)
     return _with_tries(_cycling(optimizer, peak, total), lambda low: _cycling(optimizer, low * peak, total)), test
+
+
+def _in_one_cycle(optimizer: Any, shape: Schedule, given: PyTree) -> Method:
+    """Return the method of one cycle. A further try has a lower one, and its distance may grow as well.
+
+    Params that have gone their distance are near a minimum, from which a cycle as high as the first would lead away.
+    So with a distance in the ``given`` state the cycles are lower.
+    """
+    peak = _WARM if knows_distance(given) else 1.0
+    first = Method(optimizer, shape if peak == 1 else _at_peak(peak, shape))
+    return _with_tries(first, lambda low: Method(optimizer, _at_peak(low * peak, shape)))
+
+
+def _at_peak(peak: float, shape: Schedule) -> Schedule:
+    """Scale a shape. The peak is an array, so another one recompiles nothing."""
+    highest = _trees.on_device(np.asarray(peak))
+    return lambda step: highest * shape(step)
 
 
 def _with_tries(method: Method, lower: Any, tried: int = 0) -> Method:
@@ -67,13 +84,8 @@ def _with_tries(method: Method, lower: Any, tried: int = 0) -> Method:
 
 
 def _cycling(optimizer: Any, peak: float, steps: int) -> Method:
-    """Return an optimizer with Smith's three cycles of halving height.
-
-    The peak is an array, so another one recompiles nothing.
-    """
-    highest, shape = _trees.on_device(np.asarray(peak)), triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))
-    schedule: Schedule = lambda step: highest * shape(step)
-    return Method(optimizer, schedule)
+    """Return an optimizer with Smith's three cycles of halving height."""
+    return Method(optimizer, _at_peak(peak, triangular2(0.25, 1.0, step_size_up=max(steps // 6, 1))))
 
 
 def _tested(problem: Problem, optimizer: Any, total: int, updates: rules.Updates) -> RangeTest | None:
