@@ -69,9 +69,10 @@ def explain(ended: Ended) -> str:
 def failure(ended: Ended) -> str:
     """Return the sentence on a try that failed, for the message of the next one."""
     rates = ended.history.learning_rate
-    what = "the loss ended above that of the start"
     if ended.status in FAILURES:
         what = f"the loss {'diverged' if ended.status is Status.DIVERGED else 'became infinite or NaN'}"
+    else:
+        what = "the loss had risen again" if ended.is_better else "the loss ended above that of the start"
     return f"At rates up to {np.nanmax(rates):.2g} {what} at step {ended.steps}, so gdopt tried again at lower ones."
 
 
