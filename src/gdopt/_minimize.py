@@ -152,9 +152,9 @@ def minimize(
             `Result`, or what ``optimizer.init(params)`` returns. Moments, counts and steps of a schedule inside the
             optimizer go on from there; steps and a ``learning_rate`` schedule of gdopt begin at 0. It has to fit the
             optimizer and the params that are optimised, with the same ``scale``. A range test begins with it, too.
-            If gdopt plans one cycle, its highest rate is a tenth of the distance in such a state, because a higher one
-            would lead away from a trained point. `quasi_newton` and `spectral` compare values of one loss, so their
-            search begins anew at the start. Default None: a fresh one.
+            If gdopt plans one cycle, it is lower after a long training (down to a tenth of the distance in the state),
+            because a higher one would lead away from a trained point. `quasi_newton` and `spectral` compare values of
+            one loss, so their search begins anew at the start. Default None: a fresh one.
         keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,

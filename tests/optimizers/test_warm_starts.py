@@ -124,10 +124,20 @@ def test_a_trained_point_is_not_left(optimizer: Any, targets: float):
     assert second.success, second.message
     assert second.history.loss.reshape(-1)[:-1].reshape(10, -1).mean(1).max() < 2 * squared(first.params, data)
     highest = np.nanmax(second.history.learning_rate) / np.nanmax(first.history.learning_rate)
-    assert 0.05 < highest < 0.2
+    assert 0.05 < highest < 0.3
     moved = regression(1.2 * targets)
     third = run(first.params, data=moved, optimizer_state=first.optimizer_state)
     assert squared(third.params, moved) < 0.05 * squared(first.params, moved)
+
+
+def test_an_epoch_at_a_time_still_arrives():
+    """A few steps have not gone the distance yet, so the next cycles must not be much lower."""
+    data, w, state = regression(1.0), jnp.zeros(4), None
+    start = squared(w, data)
+    for _ in range(8):
+        result = gdopt.minimize(squared, w, data=data, batch_size=16, epochs=1, optimizer_state=state)
+        w, state = result.params, result.optimizer_state
+    assert squared(w, data) < 0.01 * start
 
 
 def test_a_fresh_state_changes_no_rate():

@@ -12,7 +12,6 @@ import optax
 from gdopt import _trees
 from gdopt._checks import number
 from gdopt._errors import InputError
-from gdopt._jax import is_tracer
 from gdopt._optimizers.spectral import check_learning_rate
 from gdopt._settings import own_promotion
 from gdopt._types import PyTree, Scalar, Schedule
@@ -213,10 +212,10 @@ def distance_in(state: PyTree) -> jax.Array | None:
     return jnp.max(found[0].distance) if len(found) == 1 else None
 
 
-def knows_distance(state: PyTree) -> bool:
-    """Tell whether an optimizer's state has estimated a distance in some updates; in a trace it counts as if it had."""
-    steps = [found.steps for found in _states_in(state)]
-    return any(is_tracer(count) or bool(count > 0) for count in steps)
+def steps_of_distance(state: PyTree) -> jax.Array | None:
+    """Return the updates in which an optimizer's state has estimated its distance; None if it estimates none."""
+    found = _states_in(state)
+    return found[0].steps if len(found) == 1 else None
 
 
 def _states_in(state: PyTree) -> list[DistanceState]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gdopt import _trees
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
 from gdopt._errors import InputError
-from gdopt._optimizers.distance import FIRST, distance_adamw, following, knows_distance
+from gdopt._optimizers.distance import FIRST, distance_adamw, following, steps_of_distance
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.response import Response, response
 from gdopt._problem.limits import Steps
@@ -19,6 +21,7 @@ from gdopt._problem.problem import Problem
 from gdopt._rate_finder import lr_find as lr_finder
 from gdopt._rate_finder import rules
 from gdopt._result import RangeTest
+from gdopt._settings import own_work
 from gdopt._status import Status
 from gdopt._types import PyTree, Schedule
 from gdopt.schedules import constant, one_cycle, triangular2
@@ -31,7 +34,8 @@ _FEWEST = 10  # the fewest rates of a range test
 _BASE = 0.45  # the part of a range test within the usual rates; the rest is for others
 _DEFAULT = 1e-2  # the peak of the cycles if a range test finds nothing
 _SHORT = 3  # the most steps without a cycle, whose ends would be most of it
-_WARM = 0.1  # the highest rate of a run that begins with a distance over that of the run which estimated it
+_WARM = 0.1  # the lowest peak of a cycle that begins with a distance, over that of the run which estimated it
+_YOUNG = 30.0  # the steps of that run with which the peak is half of its
 _LOWER = 0.1  # the rate of another try over that of the one before
 _TRIES = 2  # the further tries
 
@@ -63,16 +67,20 @@ def _in_one_cycle(optimizer: Any, shape: Schedule, given: PyTree) -> Method:
     """Return the method of one cycle. A further try has a lower one, and its distance may grow as well.
 
     Params that have gone their distance are near a minimum, from which a cycle as high as the first would lead away.
-    So with a distance in the ``given`` state the cycles are lower.
+    So with a distance in the ``given`` state the cycles are lower, the more so the more steps were made with it.
     """
-    peak = _WARM if knows_distance(given) else 1.0
-    first = Method(optimizer, shape if peak == 1 else _at_peak(peak, shape))
-    return _with_tries(first, lambda low: Method(optimizer, _at_peak(low * peak, shape)))
+    steps = steps_of_distance(given)
+    if steps is None:
+        return _with_tries(Method(optimizer, shape), lambda low: Method(optimizer, _at_peak(low, shape)))
+    with own_work():
+        peak = jnp.maximum(_WARM, _YOUNG / (_YOUNG + steps))
+        lower = lambda low: Method(optimizer, _at_peak(low * peak, shape))
+        return _with_tries(lower(1.0), lower)
 
 
-def _at_peak(peak: float, shape: Schedule) -> Schedule:
+def _at_peak(peak: float | jax.Array, shape: Schedule) -> Schedule:
     """Scale a shape. The peak is an array, so another one recompiles nothing."""
-    highest = _trees.on_device(np.asarray(peak))
+    highest = peak if isinstance(peak, jax.Array) else _trees.on_device(np.asarray(peak))
     return lambda step: highest * shape(step)
 
 
