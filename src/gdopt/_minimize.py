@@ -113,7 +113,8 @@ def minimize(
             do to a scaled gradient. If they do not depend on its scale (`distance_adamw`, Adam, Lion), "auto" is one
             cycle over all steps, times an estimated distance. If they do (`gd`, momentum), a range test of about 15 %
             of the steps comes first, and then three cycles, `triangular2`, around what it suggests; 0.01 with a warning
-            if it suggests nothing. If the loss then diverges, or ends above its start, the run is repeated at a tenth
+            if it suggests nothing. If the loss then diverges, ends above its start, or rises again by a quarter of
+            its fall (told from the epochs of arrays, without ``state`` and validation), the run is repeated at a tenth
             of these rates, at most twice; not inside jit, nor with several processes or a stream that can be read only
             once. So ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
@@ -151,8 +152,9 @@ def minimize(
             `Result`, or what ``optimizer.init(params)`` returns. Moments, counts and steps of a schedule inside the
             optimizer go on from there; steps and a ``learning_rate`` schedule of gdopt begin at 0. It has to fit the
             optimizer and the params that are optimised, with the same ``scale``. A range test begins with it, too.
-            `quasi_newton` and `spectral` compare values of one loss, so their search begins anew at the start. Default
-            None: a fresh one.
+            If gdopt plans one cycle, it is lower after a long training (down to a tenth of the distance in the state),
+            because a higher one would lead away from a trained point. `quasi_newton` and `spectral` compare values of
+            one loss, so their search begins anew at the start. Default None: a fresh one.
         keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,

@@ -49,9 +49,9 @@ def differentiable(
     def derivative(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         if not defined:
             raise InputError(
-                "minimize was differentiated through a run of mini-batches or random keys. Its end depends on each of "
-                "its batches, so the derivative of a minimum is not defined. Differentiate a full-batch run, or put "
-                "jax.lax.stop_gradient around the result."
+                "minimize was differentiated through a run of mini-batches, random keys or a state. Its end depends "
+                "on each of its steps, so the derivative of a minimum is not defined. Differentiate a full-batch run, "
+                "or put jax.lax.stop_gradient around the result."
             )
         out = solution(*primals)
         given, treedef = jax.tree.flatten(known(*primals))

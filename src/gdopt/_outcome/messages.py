@@ -69,9 +69,10 @@ def explain(ended: Ended) -> str:
 def failure(ended: Ended) -> str:
     """Return the sentence on a try that failed, for the message of the next one."""
     rates = ended.history.learning_rate
-    what = "the loss ended above that of the start"
     if ended.status in FAILURES:
         what = f"the loss {'diverged' if ended.status is Status.DIVERGED else 'became infinite or NaN'}"
+    else:
+        what = "the loss had risen again" if ended.is_better else "the loss ended above that of the start"
     return f"At rates up to {np.nanmax(rates):.2g} {what} at step {ended.steps}, so gdopt tried again at lower ones."
 
 
@@ -90,7 +91,7 @@ def _automatic(ended: Ended) -> str:
         return f" gdopt chose the learning rates: one cycle {highest}.{short}"
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
-        f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+        f" The learning rates were chosen by a range test of {len(test.learning_rate)} rates, which suggested "
         f"{suggested}: three cycles (triangular2) {highest}."
     )
 
