@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
-from helpers import count_compilations
+from helpers import count_compilations, shared_traces
 
 import gdopt
 from gdopt import Status
@@ -227,7 +227,7 @@ def test_pairs_with_none_are_no_bounds() -> None:
 
 
 def test_a_start_outside_is_moved_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"params\['x'\] starts with 7.0 at index 1, which is outside"):
+    with pytest.warns(UserWarning, match=r"params\['x'\] starts with 7.0 at index \(1,\), which is outside"):
         result = gdopt.minimize(
             lambda p: jnp.sum(p["x"] ** 2), {"x": jnp.array([1.0, 7.0])}, bounds=(0.5, 2.0), max_steps=1
         )
@@ -256,7 +256,7 @@ def test_scale_keeps_the_bounds_in_units_of_the_params() -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "order": (
         {"bounds": (1.0, np.array([2.0, 0.0]))},
-        r"params\[?.*lower one above the upper one at index 1: 1.0 > 0.0",
+        r"params\[?.*lower one above the upper one at index \(1,\): 1.0 > 0.0",
     ),
     "nan": ({"bounds": (np.nan, None)}, r"bounds\[0\] holds nan"),
     "no room": ({"bounds": (None, -np.inf)}, r"bounds\[1\] holds -inf"),
@@ -311,15 +311,16 @@ def test_new_bounds_and_weights_compile_nothing() -> None:
     soft = lambda weight: gdopt.minimize(loss, jnp.zeros(3), prox=Soft(weight))
     run(2.0), soft(jnp.float32(0.5))
     with count_compilations() as compiled:
-        assert float(run(3.0).params[0]) == 3.0
+        np.testing.assert_array_equal(run(3.0).params, 3)
         np.testing.assert_allclose(soft(jnp.float32(1.0)).params, 3.5, rtol=1e-3)
     assert compiled == []
 
 
-def test_a_run_without_constraints_stays_the_same_program(shared_traces: list[Any]) -> None:
+def test_a_run_without_constraints_has_no_more_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = shared_traces(monkeypatch)
     loss = lambda x: jnp.sum(jnp.cosh(x - 0.3))
     gdopt.minimize(loss, jnp.zeros(5))
-    texts = [str(trace) for trace in shared_traces]
+    texts = [str(trace) for trace in shared]
     assert texts
     assert not any("clamp" in text for text in texts)
 
@@ -366,7 +367,7 @@ def test_derivatives_are_those_of_differences(name: str) -> None:
         wanted = differences(lambda right: np.asarray(run(right).params), right)
         for differentiate in (jax.jacrev, jax.jacfwd):
             found = differentiate(lambda right: run(right).params)(right)
-            np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
+            np.testing.assert_allclose(found, wanted, atol=1e-3 * np.abs(wanted).max() + 1e-9)
         of_loss = differences(lambda right: np.asarray(run(right).loss)[None], right)[0]
         np.testing.assert_allclose(jax.grad(lambda right: run(right).loss)(right), of_loss, atol=1e-6)
 
