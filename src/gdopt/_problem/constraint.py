@@ -304,7 +304,7 @@ def _where_finite(objective: Objective, step: Callable, penalty: Callable | None
     params = objective.params
     if penalty is None or not _known(*jax.tree.leaves(params)):
         return objective
-    value = jax.jit(penalty)(params)
+    value = penalty(params)
     if not _known(value) or not np.isposinf(_trees.on_host(value)):
         return objective
     warn("the penalty of prox= is infinite at the start. The run begins at the point that prox returns for it.")

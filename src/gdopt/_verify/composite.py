@@ -52,11 +52,10 @@ def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     np, dtype = place.np, _trees.norm_dtype(here.params)
     rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
     walk = _walked(place, probe, move, here, rate)
-    # Entries that only the penalty pulls have no curvature, and creep. They may gain their slope times their size.
-    creep = _residual(np, move, walk.point, walk.grad)
-    more = sum(np.sum(abs(r).astype(dtype) * abs(x)) for r, x in zip(creep, walk.point, strict=True))
-    more = np.maximum(more, _TAIL * np.maximum(walk.last, 0))
-    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + more, np.inf)
+    residual = _residual(np, move, here.params, here.grad)
+    gain = np.maximum(walk.gain, 0) + _TAIL * np.maximum(walk.last, 0)
+    gain = np.maximum(gain, _creep(place, probe, here, residual))
+    left = np.where(np.isfinite(walk.gain), gain, np.inf)
     # Without the penalty, a lower loss says nothing.
     knows = np.isfinite(walk.penalty)
     best, point = place.when(
@@ -64,9 +63,22 @@ def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     )
     visible = np.maximum(here.allowed, here.rounding)
     left = np.maximum(left.astype(here.loss.dtype), here.loss - best)
-    return Found(
-        left, best < here.loss - visible, best, point, largest(np, _residual(np, move, here.params, here.grad))
-    )
+    return Found(left, best < here.loss - visible, best, point, largest(np, residual))
+
+
+def _creep(place: Place, probe: Probe, here: Point, residual: Blocks) -> Any:
+    """Return what entries may gain that only the penalty pulls: steps that fit other curvatures hardly move them.
+
+    It is r^2 / 2h with the curvature h along the projected gradient r, and at most r times the size of the entry.
+    """
+    np, dtype = place.np, _trees.norm_dtype(here.params)
+    total = np.zeros((), dtype)
+    for r, bent, x in zip(residual, probe.times(here.params, residual), here.params, strict=True):
+        curved = (bent != 0) & (r != 0)
+        ratio = np.where(curved, abs(r) / np.where(curved, abs(bent), 1), np.inf)
+        gain = abs(r) * np.where(curved, np.minimum(abs(r) * np.where(curved, ratio, 1) / 2, abs(x)), abs(x))
+        total = total + np.sum(gain.astype(dtype))
+    return total
 
 
 def _residual(np: Any, move: Move, params: Blocks, grad: Blocks) -> Blocks:
