@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
     numbers: list[Any] | None  # the numbers of the schedule
     state: PyTree = None  # the model's state before the first step, if the loss has one
     optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
+    constraint: Any = None  # the arrays of the constraint: see `region.Given`
     epoch: Epoch | None = None  # for a stream, whose batches are the data in turn
 
 

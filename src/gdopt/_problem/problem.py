@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     state: PyTree = None  # the arrays of the model's state before the first step
     state_rest: _trees.Rest | None = None  # None if the loss has no state
     optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
+    constraint: Any = None  # what confines the params: see `constraint`
     explicit: Mesh | None = None  # the mesh whose axes are Explicit in the loss, as in the arrays that were given
 
     @property

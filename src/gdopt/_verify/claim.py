@@ -149,10 +149,11 @@ def _typical(np: Any, claim: Claim, eps: float) -> Blocks:
 
 def _known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
     """Return the noise of the loss, and whether most of the gain is noise."""
-    noise = _noise(place, probe, claim.params, claim.loss, grad).astype(claim.loss.dtype)
+    free = claim.free
+    noise = _noise(place, probe, claim.params, claim.loss, grad, free).astype(claim.loss.dtype)
     drowned = noise > _MOSTLY * (claim.watch.first_loss - claim.loss)
     # A run that starts at its minimum gains no more than noise either, but there the noise is the same as at the start.
-    more = lambda: noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1])
+    more = lambda: noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1], free)
     return noise, place.when(drowned, more, lambda: drowned)
 
 
@@ -166,7 +167,7 @@ def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -
     return probe._replace(times=times), exact
 
 
-def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks) -> Any:
+def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks, free: Blocks | None) -> Any:
     """Measure how far the loss is from its gradient's prediction a few roundings of the params away.
 
     A sum of large terms that cancel has a much larger error than its own rounding.
@@ -175,6 +176,7 @@ def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks) 
 
     def attempt(number: Any, most: Any) -> Any:
         ways = chance(place, params, number)
+        ways = ways if free is None else [w * f for w, f in zip(ways, free, strict=True)]
         there = [x * (1 + _ULPS * float(jnp.finfo(x.dtype).eps) * w) for x, w in zip(params, ways, strict=True)]
         there = [new.astype(x.dtype) for new, x in zip(there, params, strict=True)]
         expected = dot(place, grad, [new - x for new, x in zip(there, params, strict=True)], dtype)
