@@ -321,9 +321,11 @@ def _chosen(
     problem: Problem, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
-    if optimizer is None and (problem.noisy or not is_auto(learning_rate)):
-        # A run of gdopt 0.1 that resumes has a range test, and goes on by it.
-        optimizer = distance_adamw if is_auto(learning_rate) and saves.range_test is None else gd
+    if optimizer is None and (problem.noisy or problem.moves or not is_auto(learning_rate)):
+        # A run of gdopt 0.1 that resumes has a range test, and goes on by it. Steps that scale each entry by itself
+        # would end elsewhere than at the minimum within a set that is no box.
+        adapts = is_auto(learning_rate) and saves.range_test is None and not problem.moves
+        optimizer = distance_adamw if adapts else gd
     finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:

@@ -162,6 +162,7 @@ class Programs(NamedTuple):
 
     probe: Any  # a `program.Shared` (on many devices, of all of it); None if the loss has no second derivatives
     free: program.Shared | None  # the program that tells which entries the optimizer holds, if it may hold any
+    move: program.Shared | None  # the step of a projection or a prox, if there is one
     closed: bool  # whether they depend on nothing but the traces and their inputs
 
 

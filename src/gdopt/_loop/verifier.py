@@ -25,6 +25,7 @@ from gdopt._settings import as_own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
 from gdopt._verify.claim import Claim, settle
+from gdopt._verify.composite import Move
 from gdopt._verify.hindsight import Hindsight, look_back
 from gdopt._verify.places import InTrace, OnHost, Probe
 
@@ -60,7 +61,8 @@ class Verifier(NamedTuple):
             except Exception:  # JAX raises various ones if a loss has no second derivatives.
                 probe, exact = probe._replace(times=differences), False
             free = self.free(state, inputs) if self.holds else None
-            return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact)
+            moved = (lambda xs, rate: self._moved(tree(xs), rate, inputs)) if self.moves else None
+            return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact, move=moved)
 
         return lax.cond(claims(state), verify, lambda state: state, state)
 
@@ -96,9 +98,13 @@ class Verifier(NamedTuple):
             second = self.programs(state, inputs, exact=False)
             return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
 
+        def moved(xs: list, rate: Any) -> tuple[list, Any]:
+            there, penalty = compiled.move.call(tree(xs), np.asarray(rate), inputs)
+            return list(map(_trees.on_host, there)), _trees.on_host(penalty)[()]
+
         with np.errstate(all="ignore"):
-            probe = Probe(at, times)
-            state = self._settled(OnHost, probe, differences, free, state, inputs, exact=exact)
+            probe, move = Probe(at, times), moved if self.moves else None
+            state = self._settled(OnHost, probe, differences, free, state, inputs, exact=exact, move=move)
         return _trees.pack(state), carry[1]
 
     @as_own_work
@@ -144,7 +150,7 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
             made = program.share(whole, _trees.pack(state), inputs)
-            return Programs(made, None, made.closed)
+            return Programs(made, None, None, made.closed)
         real, _ = _trees.as_real(returned_params(state))
         try:
             made = program.share(traced._probe if exact else traced._probe_by_differences, real, real, inputs)
@@ -153,8 +159,18 @@ class Verifier(NamedTuple):
                 raise
             made = None  # JAX raises various ones if a loss has no second derivatives.
         free = program.share(traced.free, state, inputs) if exact and self.holds else None
-        parts = [part for part in (made, free) if part]
-        return Programs(made, free, all(part.closed for part in parts))
+        rate = np.ones((), _trees.norm_dtype(real))
+        move = program.share(traced._moved, real, rate, inputs) if exact and self.moves else None
+        parts = [part for part in (made, free, move) if part]
+        return Programs(made, free, move, all(part.closed for part in parts))
+
+    def _moved(self, xs: PyTree, rate: Any, inputs: Inputs) -> tuple[list, jax.Array]:
+        """Return the step of the projection or the prox from real leaves, and the penalty at its end."""
+        region: Any = self.region
+        there = region.nearest(inputs.constraint, _trees.as_real(inputs.start)[1](xs), rate)
+        begin = 0.0 if region.known_value else jnp.nan
+        penalty = region.total(inputs.constraint, there, jnp.full((), begin, _trees.norm_dtype(xs)))
+        return self._blocks(there), penalty
 
     def _probe(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
         """Return the loss, its gradient, and the Hessian times a direction.
@@ -215,6 +231,11 @@ class Verifier(NamedTuple):
         return self.is_boxed or (self.region is None and self.method.may_project)
 
     @property
+    def moves(self) -> bool:
+        """Tell whether a projection or a prox confines the params."""
+        return self.region is not None and not self.region.is_box
+
+    @property
     def is_boxed(self) -> bool:
         return self.region is not None and self.region.is_box
 
@@ -257,6 +278,7 @@ class Verifier(NamedTuple):
         inputs: Inputs,
         *,
         exact: bool,
+        move: Move | None = None,
     ) -> State:
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
@@ -272,7 +294,8 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        new = settle(place, probe, differences, claim, inputs.limits, self.eps, exact=exact, searches=searches)
+        options = {"exact": exact, "searches": searches, "move": move}
+        new = settle(place, probe, differences, claim, inputs.limits, self.eps, **options)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:
             return state

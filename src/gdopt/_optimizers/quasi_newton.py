@@ -232,7 +232,9 @@ def _descent(
     descends = (slope > 0) & jnp.isfinite(slope)
     new = _forget(~descends, plain, new)
     if box is not None:
-        straight = jax.tree.map(jnp.clip, unit_grad, *boxed.limits(unit_grad, grad_size / new.largest, point.point, box))
+        straight = jax.tree.map(
+            jnp.clip, unit_grad, *boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
+        )
     way = _trees.select(descends, way, straight)
     slope = jnp.where(descends, slope, _trees.vdot(unit_grad, straight))
     size = grad_size / new.largest

@@ -104,9 +104,7 @@ def update(
         return _update(updates, state, params, value, within)
 
 
-def _update(
-    grad: PyTree, state: Any, params: PyTree, value: Any, within: Within | None = None
-) -> tuple[PyTree, Any]:
+def _update(grad: PyTree, state: Any, params: PyTree, value: Any, within: Within | None = None) -> tuple[PyTree, Any]:
     """Return the way to the next trial, from the loss and the gradient at the last one."""
     here, grad, last = pack(params), pack(grad), state.trials
     eps = jnp.finfo(jnp.result_type(value)).eps

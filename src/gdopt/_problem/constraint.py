@@ -294,9 +294,7 @@ def _projected(problem: Problem, step: Callable) -> Problem:
     """Return the problem with its start projected, and warn if that moved it."""
     start = problem.objective.params
     there = jax.jit(step)(start)
-    problem = problem._replace(
-        objective=problem.objective._replace(params=there), constraint=Constraint(project=step)
-    )
+    problem = problem._replace(objective=problem.objective._replace(params=there), constraint=Constraint(project=step))
     if not _known(*jax.tree.leaves(start)):
         return problem
     _check_idempotent(step, there)

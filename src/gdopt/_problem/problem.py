@@ -61,6 +61,11 @@ class Problem(NamedTuple):
         return self.with_key or self.has_state or self.batches is not None or self.stream is not None
 
     @property
+    def moves(self) -> bool:
+        """Tell whether a projection or a prox, which mix the entries, confines the params."""
+        return self.constraint is not None and self.constraint.bounds is None
+
+    @property
     def steps_per_epoch(self) -> int | None:
         """The steps of an epoch; None for a deterministic loss, and for a stream."""
         if self.stream is not None:
