@@ -158,7 +158,13 @@ class Saves:
 
     def _refuse_other_calls(self, found: Saved) -> None:
         # Old checkpoints have none of these.
-        theirs = {"scale": "nothing", "state": "nothing", "validation": "nothing", **found.meta["given"]}
+        theirs = {
+            "scale": "nothing",
+            "constraint": "nothing",
+            "state": "nothing",
+            "validation": "nothing",
+            **found.meta["given"],
+        }
         for name, mine in self._meta["given"].items():
             refuse_other(found, name, theirs.get(name), mine)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gdopt import _trees
 from gdopt._compile import program
+from gdopt._loop.implicit import Confined
 from gdopt._optimizers import boxed, trials
 from gdopt._optimizers.trials import Within
 from gdopt._problem.constraint import Constraint
@@ -84,6 +85,21 @@ class Region(NamedTuple):
             return Within(nearest, None, self.known_value)
         wide = lambda bound: trials.pack(jax.tree.map(lambda x, b: jnp.broadcast_to(b, x.shape), params, bound))
         return Within(nearest, boxed.Box(*map(wide, _bounds(given))), True)
+
+    @property
+    def confined(self) -> Confined:
+        """The functions for derivatives of a minimum; the last argument is what the loss depends on."""
+        if self.step is None:
+            at_lower = lambda x, low, high: jnp.where(x <= low, low, high)
+            return Confined(pinned=lambda params, known: jax.tree.map(at_lower, params, *_bounds(known[-1])))
+        step = lambda params, rate, known: self.nearest(known[-1], params, rate)
+        total = lambda params, loss, known: self.total(known[-1], params, loss)
+        return Confined(step=step, total=None if self.penalty is None else total)
+
+    def at_bounds(self, given: Given, params: PyTree) -> PyTree:
+        """Tell which entries are at a bound, if there is room between their bounds."""
+        at = lambda x, low, high: ((x <= low) | (x >= high)) & (low < high)
+        return jax.tree.map(at, params, *_bounds(given))
 
     def held(self, given: Given, params: PyTree, grad: PyTree) -> PyTree:
         """Tell which entries are at a bound that the descent would leave."""

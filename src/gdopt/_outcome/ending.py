@@ -69,6 +69,7 @@ class Ended:
             run_seconds=run_seconds,
             state=for_caller(self.problem.whole_state(_trees.to_device(returned_model(self.state)))),
             optimizer_state=for_caller(_trees.to_device(self.state.optimizer)),
+            at_bounds=for_caller(self.at_bounds),
             _evidence=self.evidence,
         )
 
@@ -76,6 +77,11 @@ class Ended:
     def params(self) -> PyTree:
         """The params to return."""
         return params_to_return(self.state)
+
+    @functools.cached_property
+    def at_bounds(self) -> PyTree:
+        """Bools that tell which entries are at their bounds; None without bounds."""
+        return _at_bounds(self.problem, self.inputs, self.params)
 
     @functools.cached_property
     def ending(self) -> Ending:
@@ -191,6 +197,17 @@ def refuse_host_visits(**options: Any) -> None:
 
 
 @as_own_work
+def _at_bounds(problem: Problem, inputs: Inputs, params: PyTree) -> PyTree:
+    """Tell which entries are at their bounds; False stands for leaves that are not optimised."""
+    if problem.constraint is None or problem.constraint.bounds is None:
+        return None
+    rest = problem.objective.rest
+    at = jax.tree.map(lambda x, low, high: (x <= low) | (x >= high), params, *inputs.constraint.bounds)
+    leaves = rest.treedef.flatten_up_to(at)
+    return rest.treedef.unflatten(leaf if kept else False for leaf, kept in zip(leaves, rest.kept, strict=True))
+
+
+@as_own_work
 def result_inside(whole: Whole, inputs: Inputs, problem: Problem) -> Result:
     """Return the result of a traced run. Its numbers are arrays on the device, so that no vmap has to move them."""
     outcome: Any = whole.solve(whole.constants, inputs)
@@ -213,4 +230,5 @@ def result_inside(whole: Whole, inputs: Inputs, problem: Problem) -> Result:
         run_seconds=zero,
         state=problem.whole_state(outcome.model),
         optimizer_state=outcome.optimizer,
+        at_bounds=_at_bounds(problem, inputs, outcome.params),
     )

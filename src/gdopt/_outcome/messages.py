@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from gdopt._optimizers.method import Rates
@@ -43,7 +44,7 @@ class _Words(NamedTuple):
 
 def explain(ended: Ended) -> str:
     """Return the sentences on how a run ended."""
-    message = _explain(ended.status, ended) + _by_validation(ended)
+    message = _explain(ended.status, ended) + _by_validation(ended) + _at_bounds(ended)
     if ended.status is Status.DATA_EXHAUSTED and not ended.success:
         message += f" {ended.why_exhausted}"
     if ended.hindsight.apart is not None:
@@ -119,6 +120,17 @@ def _by_validation(ended: Ended) -> str:
     return f"{why} The point of step {found.step}{returned} has the lowest validation loss, {found.loss:.6g}."
 
 
+def _at_bounds(ended: Ended) -> str:
+    """Return the sentence on the entries that are at their bounds; "" without bounds, or after a failure."""
+    if ended.at_bounds is None or ended.status in FAILURES:
+        return ""
+    leaves = [leaf for leaf in jax.tree.leaves(ended.at_bounds) if isinstance(leaf, jax.Array)]
+    count, size = sum(int(leaf.sum()) for leaf in leaves), sum(leaf.size for leaf in leaves)
+    if count == 0:
+        return " No entry of the params is at a bound."
+    return f" {count} of {size} entries of the params {'is at its bound' if count == 1 else 'are at their bounds'}."
+
+
 def _explain(status: Status, ended: Ended) -> str:
     """Return the sentence on the status, with its remedy."""
     words = _words(status, ended)
@@ -171,7 +183,7 @@ def _converged(ended: Ended, words: _Words) -> str:
     losses, grad_norms = ended.history[:2]
     if grad_norms[words.end] == 0:
         seen = ", and no direction was seen in which the loss falls" if ended.ending.verified else ""
-        return f"converged {words.after}: the gradient is exactly zero{seen} (loss {words.last})."
+        return f"converged {words.after}: the {_gradient(ended)} is exactly zero{seen} (loss {words.last})."
     fall = f"the loss fell from {words.first} to {words.last}"
     fall = fall if fell(losses, ended.compiled.eps) else f"the loss is {words.last}"
     return f"converged {words.after}: {fall}{_left(ended)}"
@@ -204,7 +216,7 @@ def _max_steps(ended: Ended, words: _Words) -> str:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
     return (
         f"stopped at max_steps={ended.steps} before it converged: the loss fell from {words.first} to {words.last}, "
-        f"the gradient norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}"
+        f"the {_gradient(ended)} norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}"
     )
 
 
@@ -249,6 +261,10 @@ def _non_finite(ended: Ended, words: _Words) -> str:
     rate = f", after an update with the learning rate {rates[-2]:.3g}" if np.isfinite(rates[-2]) else ""
     start = f"from a loss of {words.first} at the start"
     return f"the {what} at step {steps}{rate}, {start}.{found}{words.back} {cure or words.slower}"
+
+
+def _gradient(ended: Ended) -> str:
+    return "gradient" if ended.problem.constraint is None else "projected gradient"
 
 
 def _left(ended: Ended) -> str:

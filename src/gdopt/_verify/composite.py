@@ -1,7 +1,7 @@
 """The check of a claim within a convex set, or with a penalty: is little left to gain there by the curvature?
 
-Projected or proximal steps minimise the parabola of the loss within the set, with exact products of the Hessian. What
-they gain is what Newton's method would still gain. Then the point that they lead to and neighbours in the set are tried.
+Projected or proximal steps minimise the parabola of the loss within the set, by products of the Hessian. Their gain is
+what Newton's method would still gain there. Then the point that they lead to, and neighbours in the set, are tried.
 """
 
 from __future__ import annotations
