@@ -36,13 +36,19 @@ def moves(gradient: Callable, nearest: Callable, x: PyTree, some: list, ways: li
     down = lambda x, some: jax.tree.map(lambda x, g: x - rate.astype(x.dtype) * g, x, gradient(x, some))
     moved = lambda x, some: nearest(down(x, some), rate, some)
     left = lambda x, some, way: jax.tree.map(jnp.subtract, way, jax.jvp(lambda x: moved(x, some), (x,), (way,))[1])
-    right = jax.jvp(lambda some: moved(x, some), (some,), (ways,))[1]
+    right = all_moving(jax.jvp(lambda some: moved(x, some), (some,), (ways,))[1], ways)
     smooth = _is_smooth(lambda x: nearest(x, rate, fixed[1]), down(*fixed))
 
     def solve(times: Callable, right: PyTree) -> PyTree:
         return _solved(times, right, smooth)
 
     return lax.custom_linear_solve(lambda way: left(x, some, way), right, solve, transpose_solve=solve)
+
+
+def all_moving(tree: PyTree, way: PyTree) -> PyTree:
+    """Add zero times a way to a tree: `lax.custom_linear_solve` requires each of its leaves to depend on it."""
+    moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
+    return jax.tree.map(lambda leaf: leaf + (0 * moved).astype(leaf.dtype), tree)
 
 
 def _rate(gradient: Callable, x: PyTree) -> jax.Array:

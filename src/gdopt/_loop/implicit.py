@@ -23,6 +23,7 @@ from gdopt._compile import replays
 from gdopt._compile.self_check import is_reliable
 from gdopt._errors import InputError
 from gdopt._loop import fixed_point
+from gdopt._loop.fixed_point import all_moving
 from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
 
@@ -55,9 +56,9 @@ def differentiable(
     def derivative(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         if not defined:
             raise InputError(
-                "minimize was differentiated through a run of mini-batches or random keys. Its end depends on each of "
-                "its batches, so the derivative of a minimum is not defined. Differentiate a full-batch run, or put "
-                "jax.lax.stop_gradient around the result."
+                "minimize was differentiated through a run of mini-batches, random keys or a state. Its end depends "
+                "on each of its steps, so the derivative of a minimum is not defined. Differentiate a full-batch run, "
+                "or put jax.lax.stop_gradient around the result."
             )
         out = solution(*primals)
         given, treedef = jax.tree.flatten(known(*primals))
@@ -132,7 +133,7 @@ def _moves(
     if confined.pinned is not None:
         bound = lambda some: _trees.as_real(confined.pinned(params, filled(some)))[0]
         pins = jax.tree.map(lambda free, way: jnp.where(free == 0, way, 0), free, _tangents(bound, some, ways))
-    right = freed(_all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
+    right = freed(all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
     times = lambda real, some, x: freed(_hessian_times(lambda real: gradient(real, some), real, freed(x)))
     if pins is not None:
         right = jax.tree.map(jnp.add, right, freed(_hessian_times(lambda real: gradient(real, some), real, pins)))
@@ -167,7 +168,7 @@ def _with_values(
 
     loss_dot, aux_dot = _tangents(values, (params, some), (params_dot, ways))
     aux_dot = jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
-    loss_dot, aux_dot = _nan_unless(is_minimum, _all_moving((loss_dot, aux_dot), ways))
+    loss_dot, aux_dot = _nan_unless(is_minimum, all_moving((loss_dot, aux_dot), ways))
     return params_dot, loss_dot, aux_dot
 
 
@@ -191,7 +192,7 @@ def _nan_unless(defined: Any, way: PyTree) -> PyTree:
 @jax.jit
 def _unknown(numbers: PyTree, ways: list) -> PyTree:
     """Return the tangents of numbers that depend on each step of a run if the inputs of the run move: NaN."""
-    return _nan_unless(False, _all_moving(jax.tree.map(jnp.zeros_like, numbers), ways))
+    return _nan_unless(False, all_moving(jax.tree.map(jnp.zeros_like, numbers), ways))
 
 
 def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
@@ -234,16 +235,10 @@ def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTr
 
     return lax.custom_linear_solve(
         lambda at: at,
-        (way, _all_moving(nothing, way)),
+        (way, all_moving(nothing, way)),
         forward,
         transpose_solve=lambda _, at: (backward(at[1])[0], nothing),
     )[1]
-
-
-def _all_moving(tree: PyTree, way: PyTree) -> PyTree:
-    """Add zero times a way to a tree: `lax.custom_linear_solve` requires each of its leaves to depend on it."""
-    moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
-    return jax.tree.map(lambda leaf: leaf + (0 * moved).astype(leaf.dtype), tree)
 
 
 def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:

@@ -246,8 +246,8 @@ def _check_search(settings: Settings) -> None:
     if settings.noisy:
         raise InputError(
             "optimizer holds gdopt.spectral() or gdopt.quasi_newton(), which compare one value of the loss with "
-            "the next, so they are not for mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave "
-            "batch_size out."
+            "the next, so they are not for mini-batches, random keys or a model with a state. Leave the optimizer out, "
+            "or pass gdopt.gd with a learning_rate."
         )
     if not settings.keep_best:
         raise InputError(

@@ -70,9 +70,10 @@ def explain(ended: Ended) -> str:
 def failure(ended: Ended) -> str:
     """Return the sentence on a try that failed, for the message of the next one."""
     rates = ended.history.learning_rate
-    what = "the loss ended above that of the start"
     if ended.status in FAILURES:
         what = f"the loss {'diverged' if ended.status is Status.DIVERGED else 'became infinite or NaN'}"
+    else:
+        what = "the loss had risen again" if ended.is_better else "the loss ended above that of the start"
     return f"At rates up to {np.nanmax(rates):.2g} {what} at step {ended.steps}, so gdopt tried again at lower ones."
 
 
@@ -85,10 +86,13 @@ def _automatic(ended: Ended) -> str:
         return ""
     highest = f"up to {np.nanmax(rates):.2g}"
     if test is None:
-        return f" gdopt chose the learning rates: one cycle {highest}."
+        most, short = ended.inputs.limits.max_steps, ""
+        if ended.status is Status.DATA_EXHAUSTED and not ended.has_steps and ended.steps < most:
+            short = f" It was meant for {most} steps. Pass max_steps={ended.steps} for a whole one."
+        return f" gdopt chose the learning rates: one cycle {highest}.{short}"
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
-        f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+        f" The learning rates were chosen by a range test of {len(test.learning_rate)} rates, which suggested "
         f"{suggested}: three cycles (triangular2) {highest}."
     )
 
@@ -115,7 +119,8 @@ def _by_validation(ended: Ended) -> str:
         epochs = "an epoch" if found.patience == 1 else f"{found.patience} epochs"
         why = f" The validation loss reached no new low for {epochs}."
     if found.step is None:
-        return f"{why} The validation loss was never finite."
+        nan = f" {found.holds_nan} holds NaN. Leave out what is NaN, or fill it." if found.holds_nan else ""
+        return f"{why} The validation loss was never finite.{nan}"
     returned = " is returned: it" if found.is_returned else ""
     return f"{why} The point of step {found.step}{returned} has the lowest validation loss, {found.loss:.6g}."
 
@@ -154,7 +159,10 @@ def _explain(status: Status, ended: Ended) -> str:
         case Status.NON_FINITE:
             return _non_finite(ended, words)
         case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED | Status.EARLY_STOPPED:
-            return f"{_FROM_OUTSIDE[status]} {after}: the loss went from {first} to {last}."
+            went = f"the loss went from {first} to {last}"
+            if words.width > 1 and words.width >= ended.steps:  # Both would be the same mean.
+                went = f"the mean loss of these was {first}"
+            return f"{_FROM_OUTSIDE[status]} {after}: {went}."
 
 
 def _words(status: Status, ended: Ended) -> _Words:
@@ -216,8 +224,13 @@ def _max_steps(ended: Ended, words: _Words) -> str:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
     return (
         f"stopped at max_steps={ended.steps} before it converged: the loss fell from {words.first} to {words.last}, "
-        f"the {_gradient(ended)} norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}"
+        f"the {_gradient(ended)} norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}{_full_batch(ended)}"
     )
+
+
+def _full_batch(ended: Ended) -> str:
+    """Say that an epoch is one step, if there are data without a batch_size."""
+    return " Without a batch_size an epoch is one step on all rows." if ended.problem.data is not None else ""
 
 
 def _precision_limit(ended: Ended, words: _Words) -> str:

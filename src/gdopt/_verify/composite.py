@@ -50,14 +50,13 @@ class _Walk(NamedTuple):
 def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     """Return what is left to gain at a point, and the lowest point that was seen."""
     np, dtype = place.np, _trees.norm_dtype(here.params)
-    size, grad_size = largest(np, here.params), largest(np, here.grad)
-    ratio = size / np.where(grad_size > 0, grad_size, 1)
-    rate = np.where(np.isfinite(ratio) & (ratio > 1), ratio, 1).astype(dtype)
-    there, _ = move(_descended(here.params, here.grad, rate), rate)
-    residual = [(x - new) / rate.astype(x.dtype) for x, new in zip(here.params, there, strict=True)]
-
+    rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
     walk = _walked(place, probe, move, here, rate)
-    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + _TAIL * np.maximum(walk.last, 0), np.inf)
+    # Entries that only the penalty pulls have no curvature, and creep. They may gain their slope times their size.
+    creep = _residual(np, move, walk.point, walk.grad)
+    more = sum(np.sum(abs(r).astype(dtype) * abs(x)) for r, x in zip(creep, walk.point, strict=True))
+    more = np.maximum(more, _TAIL * np.maximum(walk.last, 0))
+    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + more, np.inf)
     # Without the penalty, a lower loss says nothing.
     knows = np.isfinite(walk.penalty)
     best, point = place.when(
@@ -65,7 +64,16 @@ def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     )
     visible = np.maximum(here.allowed, here.rounding)
     left = np.maximum(left.astype(here.loss.dtype), here.loss - best)
-    return Found(left, best < here.loss - visible, best, point, largest(np, residual))
+    return Found(
+        left, best < here.loss - visible, best, point, largest(np, _residual(np, move, here.params, here.grad))
+    )
+
+
+def _residual(np: Any, move: Move, params: Blocks, grad: Blocks) -> Blocks:
+    """Return the projected gradient (x - P(x - t g)) / t of a step as long as the params."""
+    rate = long_rate(np, largest(np, params), largest(np, grad)).astype(_trees.norm_dtype(params))
+    there, _ = move(_descended(params, grad, rate), rate)
+    return [(x - new) / rate.astype(x.dtype) for x, new in zip(params, there, strict=True)]
 
 
 def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _Walk:
@@ -135,3 +143,9 @@ def _lowest(place: Place, probe: Probe, move: Move, here: Point, point: Blocks) 
 
 def _descended(params: Blocks, grad: Blocks, rate: Any) -> Blocks:
     return [(x - rate.astype(x.dtype) * g).astype(x.dtype) for x, g in zip(params, grad, strict=True)]
+
+
+def long_rate(np: Any, size: Any, grad_size: Any) -> Any:
+    """Return the rate of a step as long as the params; 1 if these or the gradient are zero."""
+    ratio = size / np.where(grad_size > 0, grad_size, 1)
+    return np.where(np.isfinite(ratio) & (ratio > 0) & (grad_size > 0), ratio, 1)
