@@ -444,7 +444,8 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
 def test_a_loss_that_does_not_take_the_validation_data_raises_before_the_first_step(stream: bool) -> None:
     seen: list[gdopt.Report] = []
     narrow: Any = HELD_OUT[0][:, :3], HELD_OUT[1]
-    with pytest.raises(TypeError, match=r"the validation loss, on validation=\(float32\[60, 3\], float32\[60\]\)"):
+    wanted = r"validation=\(float32\[60, 3\], float32\[60\]\) has other axes than a batch of data"
+    with pytest.raises(gdopt.InputError, match=wanted):
         minimize(validation=(lambda: [narrow]) if stream else narrow, callback=seen.append, callback_every=1)
     with pytest.raises(gdopt.InputError, match=r"(?s)the loss returned shape \(60,\).*raised by the validation loss"):
         minimize(validation_loss=lambda w, batch: batch[1], callback=seen.append, callback_every=1)

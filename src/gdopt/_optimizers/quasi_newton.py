@@ -162,7 +162,7 @@ def _next(
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
     new = _keep_pairs(_learn(state, pair), state, learns, pair)
-    fresh = 1 / trials.first_rate(here, grad, value)
+    fresh = 1 / trials.first_rate(here, grad if box is None else boxed.reduced(grad, here, box), value)
     new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict.first, point, pair, box)
     along, again = _lengths(verdict, pair, learns, last, value, point, way, size)
 
@@ -221,20 +221,20 @@ def _descent(
     """
     new = _forget(first, plain, new)
     wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
-    unit_grad, grad_size = _trees.unit(jax.tree.map(wide, point.grad, new.diagonal))
-    straight = unit_grad
+    grad = jax.tree.map(wide, point.grad, new.diagonal)
     if box is None:
-        way = _direction(new, unit_grad, pair)
+        unit_grad, grad_size = _trees.unit(grad)
+        straight, way = unit_grad, _direction(new, unit_grad, pair)
     else:
+        unit_grad, grad_size = boxed.unit(grad, point.point, box)
         limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
         way = boxed.direction(boxed.model_of(new.diagonal, new.largest, new.pairs, new.learned), unit_grad, *limits)
     slope = _trees.vdot(unit_grad, way)
     descends = (slope > 0) & jnp.isfinite(slope)
     new = _forget(~descends, plain, new)
     if box is not None:
-        straight = jax.tree.map(
-            jnp.clip, unit_grad, *boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
-        )
+        limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
+        straight = jax.tree.map(jnp.clip, unit_grad, *limits)
     way = _trees.select(descends, way, straight)
     slope = jnp.where(descends, slope, _trees.vdot(unit_grad, straight))
     size = grad_size / new.largest

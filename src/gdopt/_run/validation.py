@@ -48,10 +48,9 @@ def check_loss(validation: Validation | None, problem: Problem) -> None:
         return
     try:
         loop.traced_anywhere(validation.problem(problem), problem.key if problem.with_key else None)
-    except InputError:
-        raise
     except Exception as error:
-        refuse_other_axes(validation, problem.batch, error)
+        if not isinstance(error, InputError):
+            refuse_other_axes(validation, problem.batch, error)
         _error_notes.add_validation(error, shapes(validation.data))
         raise
 
