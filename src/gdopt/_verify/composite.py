@@ -17,6 +17,7 @@ _STEPS = 60  # the most steps on the parabola, each with a product of the Hessia
 _ENOUGH = 0.01  # the gain of a step, over that of all, below which the steps end
 _TAIL = 10  # the gain that is expected of all further steps, over that of the last one
 _LONGER = 10  # the rate over the last one along a direction without curvature
+_LEAPS = 3  # the sets of entries that creep
 _TRIED = 24  # the neighbours that are tried
 _BESIDE = 0.5  # the first point's distance from the given one, as a power of eps
 
@@ -52,10 +53,9 @@ def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     np, dtype = place.np, _trees.norm_dtype(here.params)
     rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
     walk = _walked(place, probe, move, here, rate)
-    residual = _residual(np, move, here.params, here.grad)
-    gain = np.maximum(walk.gain, 0) + _TAIL * np.maximum(walk.last, 0)
-    gain = np.maximum(gain, _creep(place, probe, here, residual))
-    left = np.where(np.isfinite(walk.gain), gain, np.inf)
+    walk = place.fold(_LEAPS, lambda _, walk: _leapt(place, probe, move, here, walk), walk)
+    more = _TAIL * np.maximum(walk.last, 0)
+    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + more, np.inf)
     # Without the penalty, a lower loss says nothing.
     knows = np.isfinite(walk.penalty)
     best, point = place.when(
@@ -63,22 +63,9 @@ def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     )
     visible = np.maximum(here.allowed, here.rounding)
     left = np.maximum(left.astype(here.loss.dtype), here.loss - best)
-    return Found(left, best < here.loss - visible, best, point, largest(np, residual))
-
-
-def _creep(place: Place, probe: Probe, here: Point, residual: Blocks) -> Any:
-    """Return what entries may gain that only the penalty pulls: steps that fit other curvatures hardly move them.
-
-    It is r^2 / 2h with the curvature h along the projected gradient r, and at most r times the size of the entry.
-    """
-    np, dtype = place.np, _trees.norm_dtype(here.params)
-    total = np.zeros((), dtype)
-    for r, bent, x in zip(residual, probe.times(here.params, residual), here.params, strict=True):
-        curved = (bent != 0) & (r != 0)
-        ratio = np.where(curved, abs(r) / np.where(curved, abs(bent), 1), np.inf)
-        gain = abs(r) * np.where(curved, np.minimum(abs(r) * np.where(curved, ratio, 1) / 2, abs(x)), abs(x))
-        total = total + np.sum(gain.astype(dtype))
-    return total
+    return Found(
+        left, best < here.loss - visible, best, point, largest(np, _residual(np, move, here.params, here.grad))
+    )
 
 
 def _residual(np: Any, move: Move, params: Blocks, grad: Blocks) -> Blocks:
@@ -135,6 +122,41 @@ def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _
         )
 
     return place.loop(goes_on, stepped, start)
+
+
+def _leapt(place: Place, probe: Probe, move: Move, here: Point, walk: _Walk) -> _Walk:
+    """Move the entries that creep as far as they go: those that the penalty or a slope pulls without curvature.
+
+    The others end the walk. A step as long as the params does not turn the residual of an entry that creeps.
+    """
+    np, dtype = place.np, _trees.norm_dtype(here.params)
+    residual, size = _residual(np, move, walk.point, walk.grad), largest(np, walk.point)
+
+    def far(pull: Blocks) -> tuple[Blocks, Any]:
+        rate = long_rate(np, size, largest(np, pull)).astype(dtype)
+        there, _ = move(_descended(walk.point, walk.grad, rate), rate)
+        return [new - y for new, y in zip(there, walk.point, strict=True)], rate
+
+    turned = probe.times(here.params, far(residual)[0])
+    creeps = [abs(b) <= abs(r) for b, r in zip(turned, residual, strict=True)]
+    step, rate = far([np.where(c, r, 0) for c, r in zip(creeps, residual, strict=True)])
+    step = [np.where(c, s, 0) for c, s in zip(creeps, step, strict=True)]
+    there, penalty = move(shifted(walk.point, step), np.zeros((), dtype))  # A part of a step may lead out of the set.
+    step = [new - y for new, y in zip(there, walk.point, strict=True)]
+    bent = probe.times(here.params, step)
+    square, curve = dot(place, step, step, dtype), dot(place, step, bent, dtype)
+    slope = dot(place, walk.grad, step, dtype) + (penalty - walk.penalty).astype(dtype)
+    slope = np.where(np.isnan(penalty), -square / rate, slope)
+    share = np.where(curve > 0, np.clip(-slope / np.where(curve > 0, curve, 1), 0, 1), slope < 0).astype(dtype)
+    gain = -(share * slope + share * share * curve / 2)
+    share = np.where(np.isfinite(gain), share, 0).astype(dtype)
+    add = lambda x, y: (x + share.astype(x.dtype) * y).astype(x.dtype)
+    return walk._replace(
+        point=[add(y, s) for y, s in zip(walk.point, step, strict=True)],
+        grad=[add(g, b) for g, b in zip(walk.grad, bent, strict=True)],
+        penalty=(walk.penalty + share * (penalty - walk.penalty)).astype(walk.penalty.dtype),
+        gain=walk.gain + np.where(np.isfinite(gain), gain, 0).astype(walk.gain.dtype),
+    )
 
 
 def _lowest(place: Place, probe: Probe, move: Move, here: Point, point: Blocks) -> tuple[Any, Blocks]:
