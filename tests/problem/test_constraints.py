@@ -159,7 +159,7 @@ def test_the_loss_is_never_evaluated_outside() -> None:
 
 def test_keeps_within_on_batches() -> None:
     seen: list[Any] = []
-    options = {"data": (ROWS, RIGHT), "batch_size": 8, "epochs": 20, "callback_every": 1}
+    options = {"data": (ROWS, RIGHT), "batch_size": 8, "epochs": 100, "callback_every": 50}
     loss = lambda x, batch: jnp.mean((batch[0] @ x - batch[1]) ** 2)
     for given in (STEPS["bounds"], STEPS["simplex"], STEPS["prox"]):
         result = gdopt.minimize(
@@ -313,7 +313,7 @@ def test_new_bounds_and_weights_compile_nothing() -> None:
     with count_compilations() as compiled:
         np.testing.assert_array_equal(run(3.0).params, 3)
         np.testing.assert_allclose(soft(jnp.float32(1.0)).params, 3.5, rtol=1e-3)
-    assert compiled == []
+    assert compiled.names == []
 
 
 def test_a_run_without_constraints_has_no_more_operations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from gdopt._types import PyTree
 _DENSE = 256  # the most params whose matrix is built
 _ROUNDS = 3  # of refinement, or restarts of GMRES
 _RESIDUAL = 1e-3  # the residual over the right side above which there is no derivative
+_BESIDE = 0.75  # the distance of the points that are compared, as a power of eps
 _BENT = 0.1  # the change of the derivative of T next to the point above which T has a kink there
 
 
@@ -73,11 +74,11 @@ def _chance(leaf: jax.Array) -> jax.Array:
 def _is_smooth(step: Callable, at: PyTree) -> jax.Array:
     """Tell whether the derivative of T is the same on both sides of a point."""
     way = jax.tree.map(_chance, at)
-    size = _trees.largest(at)
 
     def beside(sign: int) -> PyTree:
         def shift(leaf: jax.Array) -> jax.Array:
-            share = float(jnp.finfo(leaf.dtype).eps) ** 0.5
+            share = float(jnp.finfo(leaf.dtype).eps) ** _BESIDE
+            size = jnp.max(jnp.abs(leaf), initial=0)
             return leaf + (sign * share * size).astype(leaf.dtype) * jnp.cos(_chance(leaf) * 7)
 
         return jax.tree.map(shift, at)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gdopt import _trees
 from gdopt._compile import program
@@ -136,7 +137,7 @@ def region_of(constraint: Constraint | None, start: PyTree) -> tuple[Region | No
         return Region(None, None, False), Given(bounds=constraint.bounds)
     is_prox = constraint.project is None
     function: Any = constraint.prox if is_prox else constraint.project
-    arguments = (start, jnp.ones((), _trees.norm_dtype(start))) if is_prox else (start,)
+    arguments = (start, _trees.on_device(np.ones((), _trees.norm_dtype(start)))) if is_prox else (start,)
     step, smooth = (program.trace(function, *arguments, lift=not rules, rules=rules) for rules in (False, True))
     given = Given(step=step.constants, smooth=smooth.constants)
     if constraint.penalty is None:

@@ -200,9 +200,10 @@ def _pair(verdict: trials.Verdict, here: Packed) -> _Pair:
 def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Array) -> QuasiNewtonState:
     """Return the state whose Hessian has a single curvature."""
     learned = jnp.where(pair.curved, pair.change[1] / pair.step[1] * pair.yy / pair.sy, state.largest)
+    least = float(jnp.finfo(state.largest.dtype).tiny)  # A CPU takes smaller numbers for zero.
     return state._replace(
         diagonal=jax.tree.map(jnp.ones_like, state.diagonal),
-        largest=jnp.where(first, fresh, learned),
+        largest=jnp.maximum(jnp.where(first, fresh, learned), least),
         learned=jnp.int32(0),
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from gdopt import _jax, _trees
 from gdopt._checks import fault, warn
+from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._problem.objective import Objective
 from gdopt._problem.problem import Problem
@@ -271,9 +272,14 @@ def _same_kind(path: tuple, name: str, leaf: jax.Array, new: Any) -> jax.Array:
     return jnp.asarray(new)
 
 
+def _run(step: Callable, *args: PyTree) -> PyTree:
+    """Call a step compiled; equal ones share the program."""
+    return program.share(step, *args).call(*args)
+
+
 def _rate(params: PyTree) -> jax.Array:
     """Return a rate of 1 in the dtype of norms."""
-    return jnp.ones((), _trees.norm_dtype(params))
+    return _trees.on_device(np.ones((), _trees.norm_dtype(params)))
 
 
 def _check_step(params: PyTree, step: Callable, name: str, *rate: Any) -> None:
@@ -304,17 +310,17 @@ def _where_finite(objective: Objective, step: Callable, penalty: Callable | None
     params = objective.params
     if penalty is None or not _known(*jax.tree.leaves(params)):
         return objective
-    value = jax.jit(penalty)(params)
+    value = penalty(params)
     if not _known(value) or not np.isposinf(_trees.on_host(value)):
         return objective
     warn("the penalty of prox= is infinite at the start. The run begins at the point that prox returns for it.")
-    return objective._replace(params=jax.jit(step)(params, _rate(params)))
+    return objective._replace(params=_run(step, params, _rate(params)))
 
 
 def _projected(problem: Problem, step: Callable) -> Problem:
     """Return the problem with its start projected, and warn if that moved it."""
     start = problem.objective.params
-    there = jax.jit(step)(start)
+    there = _run(step, start)
     problem = problem._replace(objective=problem.objective._replace(params=there), constraint=Constraint(project=step))
     if not _known(*jax.tree.leaves(start)):
         return problem
@@ -337,9 +343,9 @@ def _projected(problem: Problem, step: Callable) -> Problem:
 
 def _check_idempotent(step: Callable, there: PyTree) -> None:
     """Raise InputError if the projection of a point of the set, or of one nearby, is another point."""
-    beside = jax.jit(step)(jax.tree.map(_shaken, there))
+    beside = _run(step, jax.tree.map(_shaken, there))
     for point in (there, beside):
-        for path, leaf, new in _paths(point, jax.jit(step)(point)):
+        for path, leaf, new in _paths(point, _run(step, point)):
             if _differs(leaf, new):
                 raise InputError(
                     f"project moves its own result: {_trees.path_name(path)} changes if it is projected twice. Pass a "
