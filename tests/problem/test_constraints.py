@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +198,7 @@ def test_optax_projections_on_a_masked_tree() -> None:
         (jnp.zeros(2), 1),
         [(0, 1), (0.0, 1.0)],
         ((0, 1), (0, 1)),
-        scipy.optimize.Bounds([0, 0], [1, 1]),
+        scipy.optimize.Bounds(cast(Any, [0, 0]), cast(Any, [1, 1])),
     ],
 )
 def test_forms_for_a_flat_array(bounds: Any) -> None:
@@ -309,7 +309,8 @@ def test_new_bounds_and_weights_compile_nothing() -> None:
     loss = lambda x: jnp.sum((x - 4) ** 2)
     run = lambda high: gdopt.minimize(loss, jnp.zeros(3), bounds=(-1.0, high))
     soft = lambda weight: gdopt.minimize(loss, jnp.zeros(3), prox=Soft(weight))
-    run(2.0), soft(jnp.float32(0.5))
+    run(2.0)
+    soft(jnp.float32(0.5))
     with count_compilations() as compiled:
         np.testing.assert_array_equal(run(3.0).params, 3)
         np.testing.assert_allclose(soft(jnp.float32(1.0)).params, 3.5, rtol=1e-3)
@@ -345,7 +346,7 @@ def test_vmap_over_starts_and_bounds() -> None:
     one = lambda high: gdopt.minimize(loss, jnp.zeros(2), bounds=(-1.0, high))
     many = jax.vmap(one)(jnp.array([0.5, 1.0, 5.0]))
     np.testing.assert_allclose(many.params, np.array([[0.5, 0.5], [1, 1], [2, 2]]), atol=1e-2)
-    assert many.success.all()
+    assert np.all(many.success)
     assert many.at_bounds.tolist() == [[True, True], [True, True], [False, False]]
 
 

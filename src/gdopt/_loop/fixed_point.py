@@ -61,9 +61,9 @@ def _rate(gradient: Callable, x: PyTree) -> jax.Array:
         scale = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
         return jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), out), size
 
-    way = jax.tree.map(_chance, x)
-    for _ in range(3):
-        way, size = product(way)
+    way, _ = product(jax.tree.map(_chance, x))
+    way, _ = product(way)
+    _, size = product(way)
     return lax.stop_gradient(jnp.where((size > 0) & jnp.isfinite(size), 1 / size, 1))
 
 

@@ -131,7 +131,8 @@ def _moves(
         return _with_values(value, filled, confined, params, some, ways, back, is_minimum, way)
     pins = None
     if confined.pinned is not None:
-        bound = lambda some: _trees.as_real(confined.pinned(params, filled(some)))[0]
+        pinned = confined.pinned
+        bound = lambda some: _trees.as_real(pinned(params, filled(some)))[0]
         pins = jax.tree.map(lambda free, way: jnp.where(free == 0, way, 0), free, _tangents(bound, some, ways))
     right = freed(all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
     times = lambda real, some, x: freed(_hessian_times(lambda real: gradient(real, some), real, freed(x)))

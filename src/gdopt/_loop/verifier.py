@@ -99,7 +99,8 @@ class Verifier(NamedTuple):
             return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
 
         def moved(xs: list, rate: Any) -> tuple[list, Any]:
-            there, penalty = compiled.move.call(tree(xs), np.asarray(rate), inputs)
+            program: Any = compiled.move
+            there, penalty = program.call(tree(xs), np.asarray(rate), inputs)
             return list(map(_trees.on_host, there)), _trees.on_host(penalty)[()]
 
         with np.errstate(all="ignore"):
@@ -311,7 +312,7 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        options = {"exact": exact, "searches": searches, "move": move}
+        options: Any = {"exact": exact, "searches": searches, "move": move}
         new = settle(place, probe, differences, claim, inputs.limits, self.eps, **options)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:

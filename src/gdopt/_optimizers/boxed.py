@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -171,7 +172,7 @@ def _among(a: PyTree, b: PyTree) -> jax.Array:
         return jnp.tensordot(a.astype(dtype), b.astype(dtype), (axes, axes), precision="highest")
 
     first, *others = jax.tree.leaves(jax.tree.map(leaf, a, b))
-    return sum(others, first)
+    return functools.reduce(jnp.add, others, first)
 
 
 def _with(rows: PyTree, tree: PyTree) -> jax.Array:

@@ -225,14 +225,14 @@ def _descent(
     grad = jax.tree.map(wide, point.grad, new.diagonal)
     if box is None:
         unit_grad, grad_size = _trees.unit(grad)
-        straight, way = unit_grad, _direction(new, unit_grad, pair)
+        way = _direction(new, unit_grad, pair)
     else:
         unit_grad, grad_size = boxed.unit(grad, point.point, box)
         limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
         way = boxed.direction(boxed.model_of(new.diagonal, new.largest, new.pairs, new.learned), unit_grad, *limits)
     slope = _trees.vdot(unit_grad, way)
     descends = (slope > 0) & jnp.isfinite(slope)
-    new = _forget(~descends, plain, new)
+    new, straight = _forget(~descends, plain, new), unit_grad
     if box is not None:
         limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
         straight = jax.tree.map(jnp.clip, unit_grad, *limits)
