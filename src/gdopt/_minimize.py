@@ -23,6 +23,7 @@ from gdopt._optimizers.method import Method, check_rate, is_auto, make_method
 from gdopt._optimizers.spectral import gd
 from gdopt._outcome.ending import Ended, refuse_host_visits, result_inside
 from gdopt._outcome.messages import explain, failure
+from gdopt._problem.constraint import constrained
 from gdopt._problem.limits import Steps, check_grad_tol, check_steps, check_target, check_tol
 from gdopt._problem.lints import warn_of_no_gradient
 from gdopt._problem.objective import make_objective
@@ -64,6 +65,9 @@ def minimize(
     with_key: bool = False,
     key: jax.Array | None = None,
     trainable: Any = None,
+    bounds: PyTree = None,
+    project: Callable[[PyTree], PyTree] | None = None,
+    prox: Callable[[PyTree, jax.Array], PyTree] | None = None,
     scale: PyTree | Literal["curvature"] = None,
     state: PyTree = None,
     optimizer_state: PyTree = None,
@@ -236,7 +240,7 @@ def minimize(
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     check_rate(optimizer, learning_rate)
     validated = check_validation(validation, validation_loss, patience, problem)
-    problem = scaled(problem, scale)
+    problem = scaled(constrained(problem, bounds, project, prox), scale)
     options = {"callback": callback, "checkpoint": checkpoint, "validation": validated}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
     asked |= {"patience": patience, "callback_every": every}
@@ -317,9 +321,11 @@ def _chosen(
     problem: Problem, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
-    if optimizer is None and (problem.noisy or not is_auto(learning_rate)):
-        # A run of gdopt 0.1 that resumes has a range test, and goes on by it.
-        optimizer = distance_adamw if is_auto(learning_rate) and saves.range_test is None else gd
+    if optimizer is None and (problem.noisy or problem.moves or not is_auto(learning_rate)):
+        # A run of gdopt 0.1 that resumes has a range test, and goes on by it. Steps that scale each entry by itself
+        # would end elsewhere than at the minimum within a set that is no box.
+        adapts = is_auto(learning_rate) and saves.range_test is None and not problem.moves
+        optimizer = distance_adamw if adapts else gd
     finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
     if is_auto(learning_rate) and not finds_steps:

@@ -21,6 +21,7 @@ from gdopt._devices.processes import Alone, comparable, peers
 from gdopt._devices.sharding import CLOSED_OVER, Layout, anywhere, explicit_mesh, mapped_mesh, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._loop.implicit import differentiable
+from gdopt._loop.region import Region, region_of
 from gdopt._loop.state import Compiled, Inputs, Settings, Whole
 from gdopt._loop.step import Step
 from gdopt._loop.verifier import Verifier
@@ -91,10 +92,11 @@ def _compile(
     lints.warn_of_all_pairs(value.jaxpr)
     with own_promotion():
         schedule = None if method.schedule is None else program.trace(method.rate_at, np.int32(0), lift=True)
+        region, confines = region_of(problem.constraint, start)
     numbers = schedule and schedule.constants
     epoch = None if problem.stream is None else Epoch(begins=True, ends=False, steps=1)
     rate, warm = None if schedule else method.rate, problem.optimizer_state
-    inputs = Inputs(start, data, args, key, rate, limits, value.constants, numbers, state, warm, epoch)
+    inputs = Inputs(start, data, args, key, rate, limits, value.constants, numbers, state, warm, confines, epoch)
     inputs, layout = _inputs_on_one_mesh(inputs, constants_stay=problem.explicit is not None)
     inside = program.is_traced(inputs)
     if inside and trial:
@@ -105,6 +107,7 @@ def _compile(
     flags = problem.with_key, keep_best, tests_gradient, metrics, inside
     settings = Settings(noisy, problem.batches, *flags, None if inside else layout)
     options = method.identity, schedule.identity if schedule else (), settings, inside and limits.has_target
+    options = options if region is None else (*options, *region.identities)
 
     # A trace of the loss identifies its gradient, too. But if it has derivative rules, only a trace of that does.
     seen = program.place_for((value.identity, *options), inputs, passing=True)
@@ -113,12 +116,12 @@ def _compile(
         kept = program.place_for((loss.identity, *options), inputs)
         if not kept:
             with own_promotion():
-                made, closed = _make(problem, method, inputs, loss, schedule, settings)
+                made, closed = _make(problem, method, inputs, loss, schedule, settings, region)
             if not closed:
-                return _finished(problem, method, value, schedule, settings, made), inputs
+                return _finished(problem, method, value, schedule, settings, made, region), inputs
             kept.append(made)
         seen.append(kept[0])
-    return _finished(problem, method, value, schedule, settings, seen[0]), inputs
+    return _finished(problem, method, value, schedule, settings, seen[0], region), inputs
 
 
 def _check_mapped(params: PyTree, value: program.Traced) -> None:
@@ -151,13 +154,15 @@ def _finished(
     schedule: program.Traced | None,
     settings: Settings,
     made: Compiled | Whole,
+    region: Region | None,
 ) -> Compiled | Whole:
     """Add what belongs only to this call: derivatives, or the check of a claim."""
     if isinstance(made, Whole):
         return _differentiable(made, value, settings.noisy)
     if settings.noisy:
         return made
-    verifier = Verifier(problem, method, None, schedule, settings, made.eps, value, ChainMap({}, made.probes))
+    known = ChainMap({}, made.probes)
+    verifier = Verifier(problem, method, None, schedule, settings, made.eps, value, known, region)
     return made._replace(verify=verifier.on_host, look_back=verifier.look_back)
 
 
@@ -165,7 +170,9 @@ def is_inside(problem: Problem) -> bool:
     """Tell whether jit, vmap or grad traces any of what the loss of a problem reads."""
     traced, _ = traced_anywhere(problem, problem.key if problem.with_key else None)
     given = problem.objective.params, problem.data, problem.args, problem.given_key
-    given = *given, problem.state, problem.optimizer_state
+    with own_promotion():
+        _, confines = region_of(problem.constraint, problem.objective.params)
+    given = *given, problem.state, problem.optimizer_state, confines
     return program.is_traced(given, traced.constants)
 
 
@@ -220,7 +227,7 @@ def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
 def _inputs_on_one_mesh(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:
     """Place the inputs on the devices that some of them are on."""
     names = {"start": "params", "data": "data", "args": "args", "constants": CLOSED_OVER}
-    names |= {"state": "state", "optimizer_state": "optimizer_state"}
+    names |= {"state": "state", "optimizer_state": "optimizer_state", "constraint": "the constraint"}
     names |= {"key": "key", "rate": "learning_rate", "numbers": "what the schedule closes over"}
     stay = {names["constants"]} if constants_stay else ()
     trees, layout = on_one_mesh({name: getattr(inputs, field) for field, name in names.items()}, stay)
@@ -234,9 +241,10 @@ def _make(
     traced_loss: program.Traced,
     schedule: program.Traced | None,
     settings: Settings,
+    region: Region | None,
 ) -> tuple[Compiled | Whole, bool]:
     """Return the loop around a traced loss, and whether it depends on nothing but that trace and its inputs."""
-    step = Step(problem, method, traced_loss, schedule, settings)
+    step = Step(problem, method, traced_loss, schedule, settings, region)
     eps = float(jnp.finfo(traced_loss.out[0][0].dtype).eps)
     if not settings.inside:
         many_runs = inputs.key is not None and inputs.key.ndim
@@ -252,8 +260,8 @@ def _make(
         if many_runs:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # An optimizer closes over traced values.
-        step = Step(problem, method, traced_loss, schedule, settings)
-    verifier = Verifier(problem, method, traced_loss, schedule, settings, eps)
+        step = Step(problem, method, traced_loss, schedule, settings, region)
+    verifier = Verifier(problem, method, traced_loss, schedule, settings, eps, region=region)
     verify = (lambda state, _: state) if settings.noisy else verifier.in_trace
     loop = whole_loop(step.start, step, verify, verifier.held, settings, inputs.limits.has_target)
     whole = program.share(loop, inputs)

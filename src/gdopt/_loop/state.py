@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
     numbers: list[Any] | None  # the numbers of the schedule
     state: PyTree = None  # the model's state before the first step, if the loss has one
     optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
+    constraint: Any = None  # the arrays of the constraint: see `region.Given`
     epoch: Epoch | None = None  # for a stream, whose batches are the data in turn
 
 
@@ -161,6 +162,7 @@ class Programs(NamedTuple):
 
     probe: Any  # a `program.Shared` (on many devices, of all of it); None if the loss has no second derivatives
     free: program.Shared | None  # the program that tells which entries the optimizer holds, if it may hold any
+    move: program.Shared | None  # the step of a projection or a prox, if there is one
     closed: bool  # whether they depend on nothing but the traces and their inputs
 
 

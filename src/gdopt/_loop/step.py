@@ -13,6 +13,7 @@ from jax import lax
 from gdopt import _stopping, _trees
 from gdopt._compile import program
 from gdopt._errors import InputError
+from gdopt._loop.region import Region
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.optax_state import inject, may_skip, took_care, trials_in
@@ -58,9 +59,11 @@ class Step:
         loss: program.Traced,
         schedule: program.Traced | None,
         settings: Settings,
+        region: Region | None = None,
     ):
         self.asks_again = False  # whether an optimizer has called the loss itself, in its own trace
         self._task, self._method, self._loss, self._schedule, self._settings = problem, method, loss, schedule, settings
+        self._region = region
         (value, extra), _ = loss.out
         _, self._aux = model_state.of(extra)
         self._loss_dtype = jnp.promote_types(value.dtype, jnp.float32)
@@ -72,13 +75,16 @@ class Step:
         given, order = self._given(state, inputs)
         (loss, extra), grad = self._loss.replay(self._loss.constants, x, inputs.constants, *given)
         model, aux = model_state.of(extra)
-        point, here = self._measured(k, x, loss, grad, inputs)
+        loss, measured = self._confined(x, loss, grad, inputs)
+        point, here = self._measured(k, x, loss, measured, inputs)
         update = functools.partial(self._updated, state, inputs, loss, grad, given)
-        tried = update() if settings.noisy and may_skip(state.optimizer) else None
-        skipped = None if tried is None else self._skipped(state, point, tried)
+        skips = settings.noisy and may_skip(state.optimizer)
+        tried = update() if skips or self._keeps_accepted else None
+        skipped = self._skipped(state, point, tried) if skips and tried else None
         code, watch = self._judged(state, point, inputs, skipped)
         running = code == RUNNING
-        kept = self._kept(state, point, here, aux, (code, running, skipped), watch)
+        accepted = self._accepted(tried) if self._keeps_accepted and tried else None
+        kept = self._kept(state, point, here, aux, (code, running, skipped, accepted), watch)
         model = model if skipped is None else _trees.select(skipped, state.model, model)
         new_x, new_optimizer, rate = tried or update()
         # A select is cheaper than a cond here, because only the last step of a run is not made. The last step leaves
@@ -114,6 +120,22 @@ class Step:
             model=_trees.copy(inputs.state),
         )
         return settings.in_place(state)
+
+    @property
+    def _keeps_accepted(self) -> bool:
+        """Tell whether the point to return is the last good one, because the values do not hold the whole penalty."""
+        return self._region is not None and not self._region.known_value and not self._settings.noisy
+
+    def _accepted(self, tried: tuple) -> jax.Array:
+        found = trials_in(tried[1])
+        return jnp.asarray(True) if found is None else found.rejected == 0
+
+    def _confined(self, x: PyTree, loss: jax.Array, grad: PyTree, inputs: Inputs) -> tuple[jax.Array, PyTree]:
+        """Return the loss with the penalty, and the projected gradient; without a constraint both as they are."""
+        if self._region is None:
+            return loss, grad
+        given = inputs.constraint
+        return self._region.total(given, x, loss), self._region.residual(given, x, grad)
 
     def _given(self, state: State, inputs: Inputs) -> tuple[tuple, PyTree]:
         """Return the arguments of the loss besides the params, and the order of this epoch's rows."""
@@ -168,12 +190,12 @@ class Step:
 
     def _kept(self, state: State, point: Evaluation, here: Packed, aux: PyTree, ended: tuple, watch: Watch) -> Kept:
         """Return the best point so far; for a noisy run the last good one."""
-        last, (code, running, skipped) = state.kept, ended
+        last, (code, running, skipped, accepted) = state.kept, ended
         k, value, grad_norm = point.step, point.loss, point.grad_norm
         if not self._settings.noisy:
             finite = point.finite & (jnp.isfinite(grad_norm) & jnp.isfinite(value))
             lower = (value < last.loss) | ((value == last.loss) & (grad_norm == 0))
-            keep = (k == 0) | (finite & lower)
+            keep = (k == 0) | (finite & (lower if accepted is None else accepted))
         else:
             failed = _stopping.is_failure(code)
             keep = (k == 0) | jnp.where(running, value <= watch.first_loss, ~failed)
@@ -194,10 +216,15 @@ class Step:
             return self._task.value(params, *given)[0]
 
         optimizer = state.optimizer if rate is None else inject(state.optimizer, rate)
-        updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss)
+        region, searches = self._region, trials_in(optimizer) is not None
+        within = region.within(inputs.constraint, x) if region is not None and searches else None
+        updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss, within)
         # Nothing else may read the updates. Otherwise XLA rounds them before it adds them, whereas a hand-written loop
         # fuses both, and the last bits differ.
-        return optax.apply_updates(x, updates), _trees.strong(optimizer), rate
+        new, optimizer = optax.apply_updates(x, updates), _trees.strong(optimizer)
+        if region is not None and not (searches and region.is_prox):  # The trial of a search is a proximal point.
+            new = region.nearest(inputs.constraint, new, self._method.rate_used(rate, optimizer))
+        return new, optimizer, rate
 
 
 def _check_search(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from jax import lax
 
 from gdopt import _signals, _trees
 from gdopt._compile import program
+from gdopt._loop.region import Region
 from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned_params
 from gdopt._loop.step import rate_of
 from gdopt._optimizers.method import Method
@@ -24,6 +25,7 @@ from gdopt._settings import as_own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
 from gdopt._verify.claim import Claim, settle
+from gdopt._verify.composite import Move
 from gdopt._verify.hindsight import Hindsight, look_back
 from gdopt._verify.places import InTrace, OnHost, Probe
 
@@ -39,6 +41,7 @@ class Verifier(NamedTuple):
     eps: float
     value: Any = None  # the loss alone, as traced by this call
     known: Any = None  # a chain of the programs of this call and of those that equal calls share
+    region: Region | None = None
 
     def in_trace(self, state: State, inputs: Inputs) -> State:
         """Verify the claim of a state, or withdraw it: then the run continues."""
@@ -57,8 +60,9 @@ class Verifier(NamedTuple):
                 jax.eval_shape(self._probe, *(_trees.as_real(params)[0],) * 2, inputs)
             except Exception:  # JAX raises various ones if a loss has no second derivatives.
                 probe, exact = probe._replace(times=differences), False
-            free = self.free(state, inputs) if self.method.may_project else None
-            return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact)
+            free = self.free(state, inputs) if self.holds else None
+            moved = (lambda xs, rate: self._moved(tree(xs), rate, inputs)) if self.moves else None
+            return self._settled(InTrace, probe, differences, free, state, inputs, exact=exact, move=moved)
 
         return lax.cond(claims(state), verify, lambda state: state, state)
 
@@ -94,9 +98,13 @@ class Verifier(NamedTuple):
             second = self.programs(state, inputs, exact=False)
             return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
 
+        def moved(xs: list, rate: Any) -> tuple[list, Any]:
+            there, penalty = compiled.move.call(tree(xs), np.asarray(rate), inputs)
+            return list(map(_trees.on_host, there)), _trees.on_host(penalty)[()]
+
         with np.errstate(all="ignore"):
-            probe = Probe(at, times)
-            state = self._settled(OnHost, probe, differences, free, state, inputs, exact=exact)
+            probe, move = Probe(at, times), moved if self.moves else None
+            state = self._settled(OnHost, probe, differences, free, state, inputs, exact=exact, move=move)
         return _trees.pack(state), carry[1]
 
     @as_own_work
@@ -104,7 +112,8 @@ class Verifier(NamedTuple):
         """Look at the loss at the end of a run that did not reach a minimum: see `hindsight`. Ctrl-C ends that, too."""
         params = returned_params(state)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        if self.settings.layout is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths):
+        unfit = self.region is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths)
+        if self.settings.layout is not None or unfit:
             return Hindsight()
         compiled = self.programs(state, inputs)
         compiled = compiled if compiled.probe else self.programs(state, inputs, exact=False)
@@ -141,7 +150,7 @@ class Verifier(NamedTuple):
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
             made = program.share(whole, _trees.pack(state), inputs)
-            return Programs(made, None, made.closed)
+            return Programs(made, None, None, made.closed)
         real, _ = _trees.as_real(returned_params(state))
         try:
             made = program.share(traced._probe if exact else traced._probe_by_differences, real, real, inputs)
@@ -149,9 +158,19 @@ class Verifier(NamedTuple):
             if not exact:
                 raise
             made = None  # JAX raises various ones if a loss has no second derivatives.
-        free = program.share(traced.free, state, inputs) if exact and self.method.may_project else None
-        parts = [part for part in (made, free) if part]
-        return Programs(made, free, all(part.closed for part in parts))
+        free = program.share(traced.free, state, inputs) if exact and self.holds else None
+        rate = np.ones((), _trees.norm_dtype(real))
+        move = program.share(traced._moved, real, rate, inputs) if exact and self.moves else None
+        parts = [part for part in (made, free, move) if part]
+        return Programs(made, free, move, all(part.closed for part in parts))
+
+    def _moved(self, xs: PyTree, rate: Any, inputs: Inputs) -> tuple[list, jax.Array]:
+        """Return the step of the projection or the prox from real leaves, and the penalty at its end."""
+        region: Any = self.region
+        there = region.nearest(inputs.constraint, _trees.as_real(inputs.start)[1](xs), rate)
+        begin = 0.0 if region.known_value else jnp.nan
+        penalty = region.total(inputs.constraint, there, jnp.full((), begin, _trees.norm_dtype(xs)))
+        return self._blocks(there), penalty
 
     def _probe(self, xs: PyTree, ways: PyTree, inputs: Inputs) -> tuple[jax.Array, list, list]:
         """Return the loss, its gradient, and the Hessian times a direction.
@@ -178,8 +197,18 @@ class Verifier(NamedTuple):
     def _value_and_grad(self, inputs: Inputs, params: PyTree) -> tuple[jax.Array, PyTree]:
         traced: Any = self.loss
         given = inputs.constants, inputs.data, inputs.args, None, None
+        region, confines = self.region, inputs.constraint
+        if region is not None and region.is_box:
+            # The loss may not be defined outside. The step to the bounds has a derivative of 1, also just at them.
+            inside = region.nearest(confines, params, None)
+            params = jax.tree.map(lambda x, new: x + lax.stop_gradient(new - x), params, inside)
         (loss, _), grad = traced.replay(traced.constants, params, *given)
-        return loss, grad
+        if region is None:
+            return loss, grad
+        if region.is_box:
+            held = region.held(confines, params, grad)
+            return loss, jax.tree.map(lambda held, g: jnp.where(held, 0, g), held, grad)
+        return region.total(confines, params, loss), grad
 
     def _blocks(self, tree: PyTree) -> list:
         """Return a tree like the params as a few real arrays."""
@@ -192,13 +221,29 @@ class Verifier(NamedTuple):
 
     def held(self, state: State, inputs: Inputs) -> PyTree:
         """Return the same as `free`, as a tree of real leaves; None if the optimizer holds no entry."""
-        if self.settings.noisy or not self.method.may_project:
+        if self.settings.noisy or not self.holds:
             return None
         return self._tree(returned_params(state))(self.free(state, inputs))
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether entries may be held in their places, by bounds or by the optimizer."""
+        return self.is_boxed or (self.region is None and self.method.may_project)
+
+    @property
+    def moves(self) -> bool:
+        """Tell whether a projection or a prox confines the params."""
+        return self.region is not None and not self.region.is_box
+
+    @property
+    def is_boxed(self) -> bool:
+        return self.region is not None and self.region.is_box
 
     def free(self, state: State, inputs: Inputs) -> list:
         """Return 0 for entries that the optimizer holds at a bound: it moves them only against the gradient."""
         params, method = returned_params(state), self.method
+        if self.is_boxed:
+            return self._free_of_bounds(params, inputs)
         loss, grad = self._value_and_grad(inputs, params)
         given = inputs.data, inputs.args, None
         rate = rate_of(method, self.schedule, inputs, state.step)
@@ -215,6 +260,14 @@ class Verifier(NamedTuple):
         free = jax.tree.map(lambda m, x: jnp.where(~m[0] & m[1], 0, 1).astype(x.dtype), both, real)
         return jax.tree.leaves(self.settings.compact(free))
 
+    def _free_of_bounds(self, params: PyTree, inputs: Inputs) -> list:
+        region: Any = self.region
+        _, grad = self._replace(region=None)._value_and_grad(inputs, params)
+        held = region.held(inputs.constraint, params, grad)
+        free = jax.tree.map(lambda held, x: jnp.where(held, 0, 1).astype(x.dtype), held, params)
+        free = _trees.as_real(free)[0]
+        return jax.tree.leaves(self.settings.compact(free))
+
     def _settled(
         self,
         place: Any,
@@ -225,6 +278,7 @@ class Verifier(NamedTuple):
         inputs: Inputs,
         *,
         exact: bool,
+        move: Move | None = None,
     ) -> State:
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
@@ -240,12 +294,15 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        new = settle(place, probe, differences, claim, inputs.limits, self.eps, exact=exact, searches=searches)
+        options = {"exact": exact, "searches": searches, "move": move}
+        new = settle(place, probe, differences, claim, inputs.limits, self.eps, **options)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:
             return state
         there = _trees.as_real(params)[1](self._tree(params)(new.point))
         there = jax.tree.map(lambda x, old: np.asarray(x, old.dtype), there, params)
+        if self.is_boxed:
+            there = jax.tree.map(np.clip, there, *place.own(inputs.constraint.bounds))
         optimizer = place.select(new.restarts, restarted(state.optimizer), state.optimizer)
         params = place.select(new.moves, there, state.params)
         return state._replace(step=(state.step + new.moves).astype(np.int32), params=params, optimizer=optimizer)

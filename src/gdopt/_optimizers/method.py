@@ -19,6 +19,7 @@ from gdopt._optimizers.factory import function_identity, is_transformation
 from gdopt._optimizers.optax_state import apply, check_fits, extra_arguments, owned_rate, restarted, trials_in
 from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
+from gdopt._optimizers.trials import Within
 from gdopt._types import Optimizer, PyTree, Schedule
 
 
@@ -89,11 +90,18 @@ class Method(NamedTuple):
         return restarted(given)  # A search compares losses, and this loss may be another one.
 
     def update(
-        self, rate: Any, updates: PyTree, state: PyTree, params: PyTree, loss: Callable, value: jax.Array
+        self,
+        rate: Any,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        loss: Callable,
+        value: jax.Array,
+        within: Within | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """The optimizer's update at a rate, where the loss has this value."""
+        """The optimizer's update at a rate, where the loss has this value; ``within`` is for those that search."""
         with self.told():
-            extras = extra_arguments(loss, value, updates)
+            extras = extra_arguments(loss, value, updates, within)
             out = apply(self.with_rate(rate), updates, state, params, **extras)
         if not (isinstance(out, tuple | list) and len(out) == 2):
             raise InputError(

@@ -16,7 +16,7 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from gdopt import _trees
 from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import QuasiNewtonState
-from gdopt._optimizers.trials import Trials
+from gdopt._optimizers.trials import Trials, Within
 from gdopt._types import PyTree
 
 _MOST_STEPS = 100_000  # the steps of an update after which counting them ends
@@ -39,7 +39,9 @@ def apply(
             del extras[refused[1]]
 
 
-def extra_arguments(loss: Callable[[PyTree], jax.Array], value: jax.Array, grad: PyTree) -> dict[str, Any]:
+def extra_arguments(
+    loss: Callable[[PyTree], jax.Array], value: jax.Array, grad: PyTree, within: Within | None = None
+) -> dict[str, Any]:
     """Return all that the update of an optimizer may ask for, under each of the names that optax has for it."""
 
     # optax's line searches reject unknown extra arguments. These two names are for other optimizers.
@@ -49,7 +51,8 @@ def extra_arguments(loss: Callable[[PyTree], jax.Array], value: jax.Array, grad:
     def grad_fn(params: PyTree, _: Any) -> PyTree:
         return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
 
-    return {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+    given = {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
+    return given if within is None else {**given, "within": within}
 
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:

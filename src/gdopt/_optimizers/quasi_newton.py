@@ -14,7 +14,8 @@ from jax import lax
 
 from gdopt import _jax, _trees
 from gdopt._checks import whole_number
-from gdopt._optimizers import trials
+from gdopt._errors import InputError
+from gdopt._optimizers import boxed, trials
 from gdopt._optimizers.trials import GRAD, PARAMS, REJECTED, VALUE, Trials
 from gdopt._settings import own_promotion
 from gdopt._trees import Packed
@@ -148,15 +149,21 @@ class _Pair(NamedTuple):
 
 
 def _next(
-    state: QuasiNewtonState, verdict: trials.Verdict, here: Packed, grad: Packed, value: jax.Array
+    state: QuasiNewtonState,
+    verdict: trials.Verdict,
+    here: Packed,
+    grad: Packed,
+    value: jax.Array,
+    within: trials.Within | None = None,
 ) -> tuple[PyTree, QuasiNewtonState]:
+    box = _box_of(within)
     last = state.trials
     point = trials.follow(last, verdict, here, grad, value, _AVERAGE if state.pairs else 0)
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
     new = _keep_pairs(_learn(state, pair), state, learns, pair)
     fresh = 1 / trials.first_rate(here, grad, value)
-    new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict.first, point, pair)
+    new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict.first, point, pair, box)
     along, again = _lengths(verdict, pair, learns, last, value, point, way, size)
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, way: jax.Array, step: jax.Array) -> jax.Array:
@@ -165,8 +172,20 @@ def _next(
         return ((accepted_x - x) + move.astype(x.dtype)).astype(x.dtype)
 
     updates = trials.updates(verdict, here, point, leaf_update, way, pair.step[0])
+    if box is not None:
+        new_x = jax.tree.map(jnp.add, here, trials.pack(updates))
+        updates = jax.tree.map(jnp.subtract, boxed.clipped(new_x, box), here).tree()
     new = new._replace(trials=point._replace(left=left))
     return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
+
+
+def _box_of(within: trials.Within | None) -> boxed.Box | None:
+    if within is not None and within.box is None:
+        raise InputError(
+            "optimizer holds gdopt.quasi_newton(), which takes bounds=, but no project= or prox=. Leave optimizer out, "
+            "or pass gdopt.spectral()."
+        )
+    return None if within is None else within.box
 
 
 def _pair(verdict: trials.Verdict, here: Packed) -> _Pair:
@@ -189,7 +208,12 @@ def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Ar
 
 
 def _descent(
-    new: QuasiNewtonState, plain: QuasiNewtonState, first: jax.Array, point: Trials, pair: _Pair
+    new: QuasiNewtonState,
+    plain: QuasiNewtonState,
+    first: jax.Array,
+    point: Trials,
+    pair: _Pair,
+    box: boxed.Box | None,
 ) -> tuple[QuasiNewtonState, Packed, jax.Array, jax.Array]:
     """Return the new state, the direction, its unit, and the gain that is left along it.
 
@@ -198,12 +222,21 @@ def _descent(
     new = _forget(first, plain, new)
     wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
     unit_grad, grad_size = _trees.unit(jax.tree.map(wide, point.grad, new.diagonal))
-    way = _direction(new, unit_grad, pair)
+    straight = unit_grad
+    if box is None:
+        way = _direction(new, unit_grad, pair)
+    else:
+        limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
+        way = boxed.direction(boxed.model_of(new.diagonal, new.largest, new.pairs, new.learned), unit_grad, *limits)
     slope = _trees.vdot(unit_grad, way)
     descends = (slope > 0) & jnp.isfinite(slope)
     new = _forget(~descends, plain, new)
-    way = _trees.select(descends, way, unit_grad)
-    slope = jnp.where(descends, slope, _trees.vdot(unit_grad, unit_grad))
+    if box is not None:
+        straight = jax.tree.map(
+            jnp.clip, unit_grad, *boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
+        )
+    way = _trees.select(descends, way, straight)
+    slope = jnp.where(descends, slope, _trees.vdot(unit_grad, straight))
     size = grad_size / new.largest
     return new, way, size, grad_size * (size * slope) / 2
 

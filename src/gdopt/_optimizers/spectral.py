@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from gdopt import _jax, _trees
 from gdopt._checks import number
@@ -147,14 +148,23 @@ def _init(params: PyTree) -> SpectralState:
 
 
 def _next(
-    state: SpectralState, verdict: Verdict, here: Packed, grad: Packed, value: jax.Array
+    state: SpectralState,
+    verdict: Verdict,
+    here: Packed,
+    grad: Packed,
+    value: jax.Array,
+    within: trials.Within | None = None,
 ) -> tuple[PyTree, SpectralState]:
     last = state.trials
+    if within is not None and not within.known_value:
+        verdict = trials.majorised(last, verdict, value, state.learning_rate)
     point = trials.follow(last, verdict, here, grad, value, _MEMORY)
     new = _trees.select(verdict.accepted, _accept(state, here, grad, value, verdict), state)
     share = trials.shorter(last, value, verdict.slope, trials.dot(verdict.step, verdict.change))
     shortened = jnp.where(verdict.gave_up, 0, state.learning_rate * share)
     rate = jnp.where(verdict.accepted, new.learning_rate, shortened)
+    if within is not None:
+        return _confined(new, verdict, here, point, rate, within)
     point = point._replace(left=jnp.where(verdict.accepted, rate * trials.square(grad) / 2, last.left))
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, g: jax.Array) -> jax.Array:
@@ -163,6 +173,36 @@ def _next(
 
     updates = trials.updates(verdict, here, point, leaf_update, point.grad)
     return updates, new._replace(trials=point, learning_rate=rate)
+
+
+def _confined(
+    new: SpectralState, verdict: Verdict, here: Packed, point: Trials, rate: jax.Array, within: trials.Within
+) -> tuple[PyTree, SpectralState]:
+    """Return the update to a trial within a constraint: that of a projected or proximal step.
+
+    Source: Birgin, Martínez & Raydan, "Nonmonotone spectral projected gradient methods on convex sets", 2000; Wright,
+    Nowak & Figueiredo, "Sparse reconstruction by separable approximation", 2009. A rejected trial is shortened on the
+    straight way to it, where the set is convex. If the penalty is not known, the step is made anew at a lower rate.
+    """
+
+    def ahead() -> PyTree:
+        wide = lambda x: rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
+        down = jax.tree.map(lambda x, g: (x - wide(x) * g).astype(x.dtype), point.point, point.grad)
+        there = trials.pack(within.nearest(down.tree(), rate))
+        return jax.tree.map(jnp.subtract, there, point.point)
+
+    def back() -> PyTree:
+        share = rate / new.learning_rate
+        step = jax.tree.map(jnp.subtract, here, point.point)
+        return jax.tree.map(lambda s: (share.astype(jnp.finfo(s.dtype).dtype) * s).astype(s.dtype), step)
+
+    step = ahead() if not within.known_value else lax.cond(verdict.accepted, ahead, back)
+    size = trials.square(step)
+    left = jnp.where(verdict.accepted & (rate > 0), size / jnp.where(rate > 0, rate, 1) / 2, point.left)
+    step = _trees.select(verdict.gave_up, jax.tree.map(jnp.zeros_like, step), step)
+    updates = jax.tree.map(lambda x, a, s: ((a - x) + s).astype(x.dtype), here, point.point, step)
+    left = left.astype(point.left.dtype)
+    return updates.tree(), new._replace(trials=point._replace(left=left), learning_rate=rate)
 
 
 def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array, verdict: Verdict) -> SpectralState:

@@ -49,6 +49,14 @@ VALUE = property(lambda state: state.trials.value, doc="The loss there.")
 REJECTED = property(lambda state: state.trials.rejected, doc="Trials in a row that were taken back.")
 
 
+class Within(NamedTuple):
+    """A constraint, as the update of a search takes it."""
+
+    nearest: Callable[[PyTree, Any], PyTree]  # (params, rate) -> the nearest point, or that of a proximal step
+    box: Any  # the bounds, packed; None for other constraints
+    known_value: bool  # whether the value holds all that is minimised
+
+
 class Verdict(NamedTuple):
     """The verdict on a trial."""
 
@@ -75,24 +83,38 @@ def pack(tree: PyTree) -> Packed:
 
 
 def update(
-    updates: PyTree, state: Any, params: PyTree | None = None, *, value: Any, **extra_args: Any
+    updates: PyTree,
+    state: Any,
+    params: PyTree | None = None,
+    *,
+    value: Any,
+    within: Within | None = None,
+    **extra_args: Any,
 ) -> tuple[PyTree, Any]:
-    """Update an optimizer whose state holds ``trials``, its ``name``, and a function for the ``next`` trial."""
+    """Update an optimizer whose state holds ``trials``, its ``name``, and a function for the ``next`` trial.
+
+    ``within`` is the constraint that `minimize` was given, if there is one.
+    """
     del extra_args
     if params is None:
         raise InputError(f"{state.name} was updated without params. Call update(grad, state, params, value=loss).")
     with own_promotion():
-        return _update(updates, state, params, value)
+        if within is None:
+            return _jitted_update(updates, state, params, value)
+        return _update(updates, state, params, value, within)
 
 
-# With an inlined jit, these many small operations are traced once for each structure of params, not at each call.
-@functools.partial(jax.jit, inline=True)
-def _update(grad: PyTree, state: Any, params: PyTree, value: Any) -> tuple[PyTree, Any]:
+def _update(grad: PyTree, state: Any, params: PyTree, value: Any, within: Within | None = None) -> tuple[PyTree, Any]:
     """Return the way to the next trial, from the loss and the gradient at the last one."""
     here, grad, last = pack(params), pack(grad), state.trials
     eps = jnp.finfo(jnp.result_type(value)).eps
     value = jnp.asarray(value, last.value.dtype)
-    return state.next(judge(last, here, grad, value, eps), here, grad, value)
+    given = () if within is None else (within,)
+    return state.next(judge(last, here, grad, value, eps), here, grad, value, *given)
+
+
+# With an inlined jit, these many small operations are traced once for each structure of params, not at each call.
+_jitted_update = functools.partial(jax.jit, inline=True)(_update)
 
 
 def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any) -> Verdict:
@@ -110,6 +132,21 @@ def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any
     accepted = first | (moves & finite & leads_on & (value <= bound))
     rejected = jnp.where(accepted, 0, jnp.where(moves, last.rejected + 1, MAX_REJECTED))
     return Verdict(first, accepted, step, change, slope, rejected, rejected == MAX_REJECTED)
+
+
+def majorised(last: Trials, verdict: Verdict, value: jax.Array, rate: jax.Array) -> Verdict:
+    """Accept a proximal step if the loss is below the parabola of its rate: then loss and penalty together fall.
+
+    Source: Beck & Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", 2009,
+    lemma 2.3.
+    """
+    eps = jnp.finfo(value.dtype).eps
+    bend = dot(verdict.step, verdict.step) / jnp.where(rate > 0, rate, 1) / 2
+    bound = last.value + verdict.slope + bend + _ROUNDING * eps * jnp.abs(last.value)
+    moves = _trees.vdot(verdict.step[0], verdict.step[0]) > 0
+    accepted = verdict.first | (moves & jnp.isfinite(value) & (value <= bound))
+    rejected = jnp.where(accepted, 0, jnp.where(moves, last.rejected + 1, MAX_REJECTED))
+    return verdict._replace(accepted=accepted, rejected=rejected, gave_up=rejected == MAX_REJECTED)
 
 
 def follow(last: Trials, verdict: Verdict, params: Packed, grad: Packed, value: jax.Array, memory: float) -> Trials:

@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     state: PyTree = None  # the arrays of the model's state before the first step
     state_rest: _trees.Rest | None = None  # None if the loss has no state
     optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
+    constraint: Any = None  # what confines the params: see `constraint`
     explicit: Mesh | None = None  # the mesh whose axes are Explicit in the loss, as in the arrays that were given
 
     @property
@@ -58,6 +59,11 @@ class Problem(NamedTuple):
     def noisy(self) -> bool:
         """Tell whether the loss is another function at each step."""
         return self.with_key or self.has_state or self.batches is not None or self.stream is not None
+
+    @property
+    def moves(self) -> bool:
+        """Tell whether a projection or a prox, which mix the entries, confines the params."""
+        return self.constraint is not None and self.constraint.bounds is None
 
     @property
     def steps_per_epoch(self) -> int | None:

@@ -47,6 +47,9 @@ def scaled(problem: Problem, scale: PyTree) -> Problem:
             start = jax.tree.map(jnp.divide, objective.params, sizes)
     check_start(start, "params / scale")
     jax.tree_util.tree_map_with_path(_check_digits, objective.params, sizes, start)
+    if problem.constraint is not None:
+        with own_work(), own_promotion():
+            problem = problem._replace(constraint=problem.constraint.scaled(sizes))
     return problem._replace(objective=objective._replace(params=start, sizes=sizes))
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from gdopt import _stopping, _trees
 from gdopt._status import RUNNING, Status
 from gdopt._stopping import Ending, Limits, Watch
+from gdopt._verify.composite import Move, look
 from gdopt._verify.counterexamples import TRIED, Point, directions, lowest, wanted_kinds
 from gdopt._verify.kinks import Below, look_below
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
@@ -82,11 +83,12 @@ def settle(
     *,
     exact: bool,
     searches: bool,
+    move: Move | None = None,
 ) -> Settled:
     """Verify a claim, or withdraw it: then the run continues, at a lower point if its optimizer ``searches``.
 
     Another optimizer keeps its own way, and if it has come to its end, the run has stalled. Products of the Hessian are
-    ``exact``, or ``differences`` of gradients if it is not finite.
+    ``exact``, or ``differences`` of gradients if it is not finite. ``move`` makes the steps of a projection or a prox.
     """
     np, loss, watch = place.np, claim.loss, claim.watch
     grad = probe.at(claim.params)[1]
@@ -99,7 +101,10 @@ def settle(
     here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
     start = Start(begin, _stopping.resolution(watch.first_loss, eps))
     limited = claim.code == Status.PRECISION_LIMIT
-    seen = check(place, probe, here, start, exact=exact, limited=limited)
+    if move is None:
+        seen = check(place, probe, here, start, exact=exact, limited=limited)
+    else:
+        seen = check_within(place, probe, move, here)
 
     nothing = np.where(searches & ~limited, _stopping.NOTHING, limits.tol * limits.tol)
     all_left = _stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
@@ -149,10 +154,11 @@ def _typical(np: Any, claim: Claim, eps: float) -> Blocks:
 
 def _known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
     """Return the noise of the loss, and whether most of the gain is noise."""
-    noise = _noise(place, probe, claim.params, claim.loss, grad).astype(claim.loss.dtype)
+    free = claim.free
+    noise = _noise(place, probe, claim.params, claim.loss, grad, free).astype(claim.loss.dtype)
     drowned = noise > _MOSTLY * (claim.watch.first_loss - claim.loss)
     # A run that starts at its minimum gains no more than noise either, but there the noise is the same as at the start.
-    more = lambda: noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1])
+    more = lambda: noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1], free)
     return noise, place.when(drowned, more, lambda: drowned)
 
 
@@ -166,7 +172,7 @@ def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -
     return probe._replace(times=times), exact
 
 
-def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks) -> Any:
+def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks, free: Blocks | None) -> Any:
     """Measure how far the loss is from its gradient's prediction a few roundings of the params away.
 
     A sum of large terms that cancel has a much larger error than its own rounding.
@@ -175,6 +181,7 @@ def _noise(place: Place, probe: Probe, params: Blocks, loss: Any, grad: Blocks) 
 
     def attempt(number: Any, most: Any) -> Any:
         ways = chance(place, params, number)
+        ways = ways if free is None else [w * f for w, f in zip(ways, free, strict=True)]
         there = [x * (1 + _ULPS * float(jnp.finfo(x.dtype).eps) * w) for x, w in zip(params, ways, strict=True)]
         there = [new.astype(x.dtype) for new, x in zip(there, params, strict=True)]
         expected = dot(place, grad, [new - x for new, x in zip(there, params, strict=True)], dtype)
@@ -227,6 +234,17 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
         point=below.point,
         steepest=largest(np, here.grad),
     )
+
+
+def check_within(place: Place, probe: Probe, move: Move, here: Point) -> Check:
+    """Find what is left to gain at a point of a convex set, or with a penalty."""
+    found = look(place, probe, move, here)
+    np, no = place.np, here.loss != here.loss
+    known = np.isfinite(found.left)
+    little = known & (found.left <= here.allowed)
+    below = (found.loss < here.loss - here.rounding) & ~little
+    nothing = np.zeros((), here.loss.dtype)
+    return Check(found.left, known, no, found.lower, below, no, nothing, no, found.point, found.steepest)
 
 
 def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectrum, Blocks, Any, Any]:

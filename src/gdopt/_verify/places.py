@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -30,6 +31,11 @@ class OnHost:
 
     np = np
     tensordot = staticmethod(np.tensordot)
+
+    @staticmethod
+    def own(tree: Any) -> Any:
+        """Return the tree with arrays of this place."""
+        return jax.tree.map(_trees.on_host, tree)
 
     @staticmethod
     def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
@@ -73,6 +79,7 @@ class InTrace:
 
     np = jnp
     tensordot = staticmethod(functools.partial(jnp.tensordot, precision="highest"))
+    own = staticmethod(lambda tree: tree)
     loop = staticmethod(lax.while_loop)
     select = staticmethod(_trees.select)
     when = staticmethod(lax.cond)

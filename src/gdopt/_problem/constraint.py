@@ -1,0 +1,334 @@
+"""The set to which the params are confined: bounds, a projection or a proximal step, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdopt import _jax, _trees
+from gdopt._checks import fault, warn
+from gdopt._errors import InputError
+from gdopt._problem.objective import Objective
+from gdopt._problem.problem import Problem
+from gdopt._settings import own_promotion, own_work
+from gdopt._types import PyTree
+
+_MOVES = 1e3  # the most that a projection may move its own result, in eps of the largest entry
+
+_PAIR = "Pass a pair (lower, upper) of trees like params, or of prefixes of params: numbers, arrays or None"
+
+
+class Constraint(NamedTuple):
+    """What confines the params that are optimised: one of three kinds."""
+
+    bounds: tuple[PyTree, PyTree] | None = None  # lower and upper, arrays that broadcast to the params
+    project: Callable[[PyTree], PyTree] | None = None
+    prox: Callable[[PyTree, Any], PyTree] | None = None
+    penalty: Callable[[PyTree], Any] | None = None  # that of the prox; None if it is not known
+
+    def scaled(self, sizes: PyTree) -> Constraint:
+        """Return the bounds of ``params / sizes``."""
+        if self.bounds is None:
+            name = "project" if self.prox is None else "prox"
+            raise InputError(
+                f"{name}= was given with scale=. The nearest point in scaled params is another one. Leave scale out."
+            )
+        return self._replace(bounds=tuple(jax.tree.map(jnp.divide, bound, sizes) for bound in self.bounds))
+
+
+def constrained(problem: Problem, bounds: Any, project: Any, prox: Any) -> Problem:
+    """Return the problem with its constraint, and with a start that fulfils it; raise InputError for an unfit one."""
+    given = {"bounds": bounds, "project": project, "prox": prox}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        return problem
+    if len(names) > 1:
+        raise InputError(f"{names[0]} and {names[1]} were both given. Pass one of bounds, project and prox.")
+    objective = problem.objective
+    if bounds is not None:
+        both = _checked_bounds(bounds, objective)
+        start = _within(objective.params, both)
+        return problem._replace(objective=objective._replace(params=start), constraint=Constraint(both))
+    (name,) = names
+    if not callable(given[name]):
+        raise InputError(f"{name}={given[name]!r} is not a function. Pass one of {_TAKES[name]}.")
+    with own_work(), own_promotion():
+        if prox is None:
+            step = _whole(objective, project, name)
+            _check_step(objective.params, step, name)
+            return _projected(problem, step)
+        step = _whole(objective, prox, name)
+        _check_step(objective.params, step, name, _rate(objective.params))
+        return problem._replace(constraint=Constraint(prox=step, penalty=_penalty(objective, prox)))
+
+
+_TAKES = {"project": "params -> params", "prox": "(params, rate) -> params (for example gdopt.prox.l1(0.1))"}
+
+
+def _checked_bounds(bounds: Any, objective: Objective) -> tuple[PyTree, PyTree]:
+    """Return the lower and the upper bounds, in the dtypes of the params; raise InputError for unfit ones."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(objective.params):
+        if jnp.iscomplexobj(leaf):
+            raise InputError(
+                f"{_trees.path_name(path)} is complex, and complex numbers have no order for bounds=. Optimise its "
+                "real and its imaginary part."
+            )
+    pair = _as_pair(bounds, objective)
+    both = [_spread(name, bound, sign, objective) for name, bound, sign in zip(_NAMES, pair, (-1, 1), strict=True)]
+    for path, leaf, lower, upper in _paths(objective.params, *both):
+        _check_order(path, leaf, lower, upper)
+    return both[0], both[1]
+
+
+_NAMES = ("bounds[0]", "bounds[1]")  # the roots of the paths of both
+
+
+def _as_pair(bounds: Any, objective: Objective) -> tuple[Any, Any]:
+    """Return (lower, upper) of all forms that bounds may have."""
+    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):  # scipy.optimize.Bounds
+        return bounds.lb, bounds.ub
+    whole = objective.rest.treedef
+    one = jax.tree.leaves(objective.params)
+    flat = jax.tree_util.treedef_is_leaf(whole) and len(one) == 1 and one[0].ndim == 1
+    if flat and _are_pairs(bounds, len(one[0])):
+        low, high = zip(*bounds, strict=True)
+        number = lambda entries, missing: np.asarray([missing if x is None else x for x in entries], float)
+        return number(low, -math.inf), number(high, math.inf)
+    if isinstance(bounds, tuple | list) and len(bounds) == 2:
+        return bounds[0], bounds[1]
+    listed = ", or for one array with one axis a list of a pair for each entry" if flat else ""
+    raise InputError(f"bounds={_trees.summary(bounds)} is not a pair. {_PAIR}{listed}.")
+
+
+def _are_pairs(bounds: Any, count: int) -> bool:
+    """Tell whether it is a list of so many (low, high). A tuple of two is (lower, upper) if its parts are arrays."""
+    if isinstance(bounds, np.ndarray):
+        return bounds.shape == (count, 2) and count != 2
+    if not isinstance(bounds, list | tuple) or len(bounds) != count:
+        return False
+    is_number = lambda x: x is None or (_trees.is_array(x) and np.ndim(x) == 0)
+    return all(isinstance(pair, tuple | list) and len(pair) == 2 and all(map(is_number, pair)) for pair in bounds)
+
+
+def _spread(name: str, bound: Any, sign: int, objective: Objective) -> PyTree:
+    """Return an array, in its dtype, for each leaf that is optimised."""
+    is_none = lambda node: node is None
+    whole = objective.whole(objective.params)
+    try:
+        if jax.tree.structure(bound, is_leaf=is_none) == jax.tree.structure(whole, is_leaf=is_none):
+            own = True  # Each bound names its leaf.
+        else:
+            own = False
+        filled = jax.tree.map(lambda leaf: sign * math.inf if leaf is None else leaf, bound, is_leaf=is_none)
+        leaves = _trees.spread(filled, whole)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}={_trees.summary(bound)} does not fit params. {_PAIR}. ({error})") from error
+    paths = jax.tree_util.tree_leaves_with_path(whole)
+    for (path, leaf), entry, kept in zip(paths, leaves, objective.rest.kept, strict=True):
+        if own and not kept and _trees.is_array(leaf) and not _is_open(entry):
+            raise InputError(
+                f"{_trees.path_name(path, name)} is a bound for {_trees.path_name(path)}, which is not optimised. Pass "
+                "None there."
+            )
+    chosen = [entry if kept else None for entry, kept in zip(leaves, objective.rest.kept, strict=True)]
+    tree = objective.rest.treedef.unflatten(chosen)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf, b: _bound(path, name, leaf, b), objective.params, tree)
+
+
+def _is_open(bound: Any) -> bool:
+    return _trees.is_array(bound) and not _jax.is_tracer(bound) and bool(np.isinf(np.asarray(bound)).all())
+
+
+def _bound(path: tuple, name: str, leaf: jax.Array, bound: Any) -> Any:
+    """Return one bound in the dtype of its leaf."""
+    name = _trees.path_name(path, name)
+    if why := fault(bound, carried=True):
+        raise InputError(f"{name} {why}.")
+    if not _trees.is_array(bound) or _trees.is_key(bound) or jnp.result_type(bound).kind in "bc":
+        raise InputError(f"{name} is {bound!r}. Pass a real number, an array of them, or None for no bound.")
+    try:
+        np.broadcast_shapes(np.shape(bound), leaf.shape)
+        fits = np.ndim(bound) <= leaf.ndim and np.broadcast_shapes(np.shape(bound), leaf.shape) == leaf.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"{name} has shape {np.shape(bound)}, but {_trees.path_name(path)} has {leaf.shape}. Pass one number, or "
+            "an array of that shape."
+        )
+    if isinstance(bound, jax.Array):
+        array: Any = bound.astype(leaf.dtype)
+    else:
+        with np.errstate(over="ignore"):
+            array = np.asarray(bound).astype(leaf.dtype)
+    return array if np.ndim(array) == 0 else jnp.broadcast_to(array, leaf.shape)
+
+
+def _paths(params: PyTree, *trees: PyTree) -> list[tuple]:
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    others = zip(*map(jax.tree.leaves, trees), strict=True)
+    return [(path, leaf, *rest) for (path, leaf), rest in zip(paths, others, strict=True)]
+
+
+def _known(*arrays: Any) -> bool:
+    """Tell whether this process holds the values of all arrays."""
+    return not any(_jax.is_tracer(array) or not getattr(array, "is_fully_addressable", True) for array in arrays)
+
+
+def _check_order(path: tuple, leaf: jax.Array, lower: Any, upper: Any) -> None:
+    """Raise InputError for bounds with no number between them."""
+    if not _known(lower, upper):
+        return
+    low, high = (np.broadcast_to(_trees.on_host(bound), leaf.shape) for bound in (lower, upper))
+    for name, bound, missing in zip(_NAMES, (low, high), (np.inf, -np.inf), strict=True):
+        if np.isnan(bound).any() or (bound == missing).any():
+            bad = np.argwhere(np.isnan(bound) | (bound == missing))[0]
+            raise InputError(
+                f"{_trees.path_name(path, name)} holds {bound[tuple(bad)]}{_at(bad)}. Pass a number, or None for no "
+                "bound."
+            )
+    if (low > high).any():
+        bad = np.argwhere(low > high)[0]
+        place = tuple(bad)
+        raise InputError(
+            f"bounds of {_trees.path_name(path)} have the lower one above the upper one{_at(bad)}: {low[place]} > "
+            f"{high[place]}. Pass lower <= upper."
+        )
+
+
+def _at(index: Any) -> str:
+    at = tuple(map(int, index))
+    return f" at index {at}" if at else ""
+
+
+def _within(params: PyTree, bounds: tuple[PyTree, PyTree]) -> PyTree:
+    """Return the start within the bounds, and warn if it had to be moved."""
+    moved = []
+
+    def clip(path: tuple, leaf: jax.Array, lower: Any, upper: Any) -> jax.Array:
+        if not _known(leaf, lower, upper):
+            return jnp.clip(leaf, lower, upper)
+        here = _trees.on_host(leaf)
+        there = np.clip(here, _trees.on_host(lower), _trees.on_host(upper))
+        if (here == there).all():
+            return leaf
+        bad = np.argwhere(here != there)[0]
+        moved.append(f"{_trees.path_name(path)} starts with {here[tuple(bad)]}{_at(bad)}")
+        return _trees.on_device(there) if leaf.size <= _trees.SMALL else jnp.clip(leaf, lower, upper)
+
+    with own_work(), own_promotion():
+        start = jax.tree_util.tree_map_with_path(clip, params, *bounds)
+    if moved:
+        warn(f"{moved[0]}, which is outside of its bounds. The run starts at the nearest point within them.")
+    return start
+
+
+def _whole(objective: Objective, function: Callable, name: str) -> Callable[..., PyTree]:
+    """Make a function of the optimised leaves of one that takes and returns the whole params."""
+    rest = objective.rest
+
+    def step(params: PyTree, *rate: Any) -> PyTree:
+        whole = rest.combine(params)
+        try:
+            out = function(whole, *rate)
+        except InputError:
+            raise
+        except Exception as error:
+            error.add_note(f"gdopt: raised by {name}={function!r}, called with {'params, rate' if rate else 'params'}.")
+            raise
+        try:
+            leaves = rest.treedef.flatten_up_to(out)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{name} returned {_trees.summary(out)} for params={_trees.summary(whole)}. Return the same structure. "
+                f"({error})"
+            ) from error
+        some = rest.treedef.unflatten(leaf if kept else None for leaf, kept in zip(leaves, rest.kept, strict=True))
+        return jax.tree_util.tree_map_with_path(lambda path, x, new: _same_kind(path, name, x, new), params, some)
+
+    return step
+
+
+def _same_kind(path: tuple, name: str, leaf: jax.Array, new: Any) -> jax.Array:
+    """Return a leaf of a step; raise InputError if it has another shape or dtype."""
+    shape, dtype = np.shape(new), jnp.result_type(new)
+    if (shape, dtype) != (leaf.shape, leaf.dtype):
+        raise InputError(
+            f"{name} returned {dtype}{list(shape)} for {_trees.path_name(path)}, which is {leaf.dtype}"
+            f"{list(leaf.shape)}. Return the same shape and dtype."
+        )
+    return jnp.asarray(new)
+
+
+def _rate(params: PyTree) -> jax.Array:
+    """Return a rate of 1 in the dtype of norms."""
+    return jnp.ones((), _trees.norm_dtype(params))
+
+
+def _check_step(params: PyTree, step: Callable, name: str, *rate: Any) -> None:
+    """Trace the function once: its own checks name what is wrong."""
+    jax.eval_shape(step, params, *rate)
+
+
+def _penalty(objective: Objective, prox: Callable) -> Callable[[PyTree], Any] | None:
+    """Return the penalty of a prox, if it has one."""
+    value = getattr(prox, "value", None)
+    if not callable(value):
+        return None
+
+    def penalty(params: PyTree) -> jax.Array:
+        out = jnp.asarray(value(objective.rest.combine(params)))
+        if out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
+            raise InputError(f"prox.value returned {out.dtype}{list(out.shape)}. Return a real scalar.")
+        return out
+
+    return penalty
+
+
+def _projected(problem: Problem, step: Callable) -> Problem:
+    """Return the problem with its start projected, and warn if that moved it."""
+    start = problem.objective.params
+    there = jax.jit(step)(start)
+    problem = problem._replace(objective=problem.objective._replace(params=there), constraint=Constraint(project=step))
+    if not _known(*jax.tree.leaves(start)):
+        return problem
+    _check_idempotent(step, there)
+    for path, leaf, new in _paths(start, there):
+        if _differs(leaf, new):
+            warn(
+                f"{_trees.path_name(path)} starts outside of the set of project=. The run starts at the point that "
+                "project returns for it."
+            )
+            break
+    return problem
+
+
+def _check_idempotent(step: Callable, there: PyTree) -> None:
+    """Raise InputError if the projection of a point of the set, or of one nearby, is another point."""
+    beside = jax.jit(step)(jax.tree.map(_shaken, there))
+    for point in (there, beside):
+        for path, leaf, new in _paths(point, jax.jit(step)(point)):
+            if _differs(leaf, new):
+                raise InputError(
+                    f"project moves its own result: {_trees.path_name(path)} changes if it is projected twice. Pass a "
+                    "projection, that is, the nearest point of a convex set."
+                )
+
+
+def _shaken(leaf: jax.Array) -> jax.Array:
+    chance = np.sin(1e3 * np.arange(1, leaf.size + 1)).reshape(leaf.shape)
+    return leaf + (chance * np.maximum(np.max(np.abs(_trees.on_host(leaf)), initial=0), 1)).astype(leaf.dtype)
+
+
+def _differs(leaf: jax.Array, new: jax.Array) -> bool:
+    """Tell whether two leaves differ by more than rounding."""
+    if not _known(leaf, new):
+        return False
+    a, b = _trees.on_host(leaf), _trees.on_host(new)
+    size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))
+    return bool(np.max(np.abs(a - b), initial=0) > _MOVES * float(jnp.finfo(leaf.dtype).eps) * size)

@@ -1,0 +1,137 @@
+"""The check of a claim within a convex set, or with a penalty: is little left to gain there by the curvature?
+
+Projected or proximal steps minimise the parabola of the loss within the set, with exact products of the Hessian. What
+they gain is what Newton's method would still gain. Then the point that they lead to and neighbours in the set are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gdopt import _trees
+from gdopt._verify.counterexamples import Point
+from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, dot, largest, loss_at, neighbour, shifted
+
+_STEPS = 60  # the most steps on the parabola, each with a product of the Hessian
+_ENOUGH = 0.01  # the gain of a step, over that of all, below which the steps end
+_TAIL = 10  # the gain that is expected of all further steps, over that of the last one
+_LONGER = 10  # the rate over the last one along a direction without curvature
+_TRIED = 24  # the neighbours that are tried
+_BESIDE = 0.5  # the first point's distance from the given one, as a power of eps
+
+# (params, rate) -> (the nearest or the proximal point, the penalty there; NaN if it is not known)
+Move = Callable[[Blocks, Any], tuple[Blocks, Any]]
+
+
+class Found(NamedTuple):
+    """The findings of `look`; see `claim.Check`."""
+
+    left: Any
+    lower: Any
+    loss: Any
+    point: Blocks
+    steepest: Any  # the largest entry of the projected gradient
+
+
+class _Walk(NamedTuple):
+    """A walk down the parabola q(y) = g'(y - x) + (y - x)'H(y - x) / 2 with the penalty."""
+
+    number: Any
+    point: Blocks
+    grad: Blocks  # of the parabola at the point
+    penalty: Any
+    rate: Any
+    gain: Any  # since the given point
+    last: Any  # the gain of the last step
+    before: Any  # and of the one before
+
+
+def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
+    """Return what is left to gain at a point, and the lowest point that was seen."""
+    np, dtype = place.np, _trees.norm_dtype(here.params)
+    size, grad_size = largest(np, here.params), largest(np, here.grad)
+    ratio = size / np.where(grad_size > 0, grad_size, 1)
+    rate = np.where(np.isfinite(ratio) & (ratio > 1), ratio, 1).astype(dtype)
+    there, _ = move(_descended(here.params, here.grad, rate), rate)
+    residual = [(x - new) / rate.astype(x.dtype) for x, new in zip(here.params, there, strict=True)]
+
+    walk = _walked(place, probe, move, here, rate)
+    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + _TAIL * np.maximum(walk.last, 0), np.inf)
+    # Without the penalty, a lower loss says nothing.
+    knows = np.isfinite(walk.penalty)
+    best, point = place.when(
+        knows, lambda: _lowest(place, probe, move, here, walk.point), lambda: (here.loss, here.params)
+    )
+    visible = np.maximum(here.allowed, here.rounding)
+    left = np.maximum(left.astype(here.loss.dtype), here.loss - best)
+    return Found(left, best < here.loss - visible, best, point, largest(np, residual))
+
+
+def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _Walk:
+    np, dtype = place.np, _trees.norm_dtype(here.params)
+    zero = np.zeros((), dtype)
+    _, penalty = move(here.params, zero)
+    # It begins beside the point, from where a walk leads down a saddle, too.
+    share = np.where(np.isfinite(penalty), coarsest(here.params) ** _BESIDE, 0)
+    away = [(share * t).astype(t.dtype) * w for t, w in zip(here.typical, chance(place, here.params, 1), strict=True)]
+    begin, near = move(shifted(here.params, away), zero)
+    step = [y - x for y, x in zip(begin, here.params, strict=True)]
+    bent = probe.times(here.params, step)
+    fall = dot(place, here.grad, step, dtype) + dot(place, step, bent, dtype) / 2
+    grad = [g + b for g, b in zip(here.grad, bent, strict=True)]
+    rise = np.where(np.isfinite(near - penalty), near - penalty, 0).astype(dtype)
+    start = _Walk(np.zeros((), np.int32), begin, grad, near, rate, -(fall + rise), zero + np.inf, zero + np.inf)
+
+    def goes_on(walk: _Walk) -> Any:
+        little = np.maximum(abs(walk.last), abs(walk.before)) <= _ENOUGH * np.maximum(
+            abs(walk.gain), _ENOUGH * here.allowed.astype(dtype)
+        )
+        return (walk.number < _STEPS) & ~little & np.isfinite(walk.gain)
+
+    def stepped(walk: _Walk) -> _Walk:
+        there, penalty = move(_descended(walk.point, walk.grad, walk.rate), walk.rate)
+        step = [new - y for new, y in zip(there, walk.point, strict=True)]
+        bent = probe.times(here.params, step)
+        square, curve = dot(place, step, step, dtype), dot(place, step, bent, dtype)
+        slope = dot(place, walk.grad, step, dtype) + (penalty - walk.penalty).astype(dtype)
+        slope = np.where(np.isnan(penalty), -square / walk.rate, slope)  # It is at most that.
+        curved = curve > 0
+        share = np.where(curved, np.clip(-slope / np.where(curved, curve, 1), 0, 1), 1).astype(dtype)
+        # A penalty is convex, so on the way it is at most the mean of both ends.
+        gain = -(share * slope + share * share * curve / 2)
+        add = lambda x, y: (x + share.astype(x.dtype) * y).astype(x.dtype)
+        rate = np.where(curved, square / np.where(curved, curve, 1), _LONGER * walk.rate)
+        rate = np.where(np.isfinite(rate) & (rate > 0), rate, walk.rate).astype(dtype)
+        return _Walk(
+            (walk.number + 1).astype(np.int32),
+            [add(y, s) for y, s in zip(walk.point, step, strict=True)],
+            [add(g, b) for g, b in zip(walk.grad, bent, strict=True)],
+            (walk.penalty + share * (penalty - walk.penalty)).astype(walk.penalty.dtype),
+            rate,
+            walk.gain + gain,
+            gain,
+            walk.last,
+        )
+
+    return place.loop(goes_on, stepped, start)
+
+
+def _lowest(place: Place, probe: Probe, move: Move, here: Point, point: Blocks) -> tuple[Any, Blocks]:
+    """Return the lowest loss among a point, neighbours in the set, and the given point."""
+    np, zero = place.np, place.np.zeros((), _trees.norm_dtype(here.params))
+
+    def better(best: tuple, there: Blocks) -> tuple:
+        value = loss_at(place, probe, there).astype(here.loss.dtype)
+        lower = value < best[0]  # NaN is not.
+        return np.where(lower, value, best[0]), [np.where(lower, a, b) for a, b in zip(there, best[1], strict=True)]
+
+    def attempt(number: Any, best: tuple) -> tuple:
+        beside = shifted(here.params, neighbour(place, number, here.typical, coarsest(here.params)))
+        return better(best, move(beside, zero)[0])
+
+    return place.fold(_TRIED, attempt, better((here.loss, here.params), point))
+
+
+def _descended(params: Blocks, grad: Blocks, rate: Any) -> Blocks:
+    return [(x - rate.astype(x.dtype) * g).astype(x.dtype) for x, g in zip(params, grad, strict=True)]
