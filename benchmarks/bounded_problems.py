@@ -24,6 +24,7 @@ import numpy as np
 from sklearn import datasets
 
 from cutest import sif2jax_module
+from raw_problems import load
 from solvers import Loss
 
 BOUNDS_JSON = Path(__file__).with_name("bounds.json")
@@ -79,6 +80,7 @@ def random_of(name: str) -> np.random.Generator:
 
 # --- CUTEst.
 
+TORSIONS = tuple(f"TORSION{which}" for which in "123456ABCDEF")
 # Larger problems with a field for their size, and what it is set to here.
 SIZES = {
     "BDEXP": "N=1000",
@@ -96,11 +98,10 @@ SIZES = {
     "OBSTCLBL": "px=30:py=30",
     "QUDLIN": "n=1000:m=500",
     "RAYBENDL": "_nknots=64",
-    **{f"TORSION{which}": "q=15" for which in "123456ABCDEF"},
+    **dict.fromkeys(TORSIONS, "q=15"),
 }
 TOO_LARGE = ("OBSTCLAL", "OBSTCLBM", "OBSTCLBU")  # with bounds for their 10,000 params only
-QUADRATIC = ("BQP1VAR", "BQPGABIM", "BQPGASIM", "CVXBQP1", "NCVXBQP1", "NCVXBQP2", "NCVXBQP3")
-QUADRATIC += tuple(f"TORSION{which}" for which in "123456ABCDEF")
+QUADRATIC = ("BQP1VAR", "BQPGABIM", "BQPGASIM", "CVXBQP1", "NCVXBQP1", "NCVXBQP2", "NCVXBQP3", *TORSIONS)
 
 
 def cutest_names() -> list[str]:
@@ -353,7 +354,7 @@ def gaussian_table(random: np.random.Generator, rows: int, columns: int, power: 
 
 def digit_parts(random: np.random.Generator) -> Any:
     """One written digit as a mixture of 200 others."""
-    pixels = datasets.load_digits().data
+    pixels = load(datasets.load_digits)[0]
     chosen = random.choice(len(pixels), 201, replace=False)
     return pixels[chosen[1:]].T, pixels[chosen[0]]
 
@@ -376,7 +377,7 @@ def blurred(random: np.random.Generator) -> Any:
 
 def diabetes_units(_: np.random.Generator) -> Any:
     """The progress from the measurements in their own units, with an offset."""
-    x, y = datasets.load_diabetes(return_X_y=True, scaled=False)
+    x, y = load(datasets.load_diabetes, scaled=False)
     return np.c_[x, np.ones(len(x))], y
 
 
@@ -428,10 +429,10 @@ def lasso_table(name: str) -> tuple[np.ndarray, np.ndarray]:
             x[:, i] = 0.95 * x[:, i - 1] + np.sqrt(1 - 0.95**2) * noise[:, i]
         y = x[:, ::10] @ random.normal(size=10) + random.normal(size=200)
     elif name == "cancer":
-        x, y = datasets.load_breast_cancer(return_X_y=True)
+        x, y = load(datasets.load_breast_cancer)
         x, y = x / x.std(0), y.astype(float)
     else:
-        x, y = datasets.load_diabetes(return_X_y=True, scaled=name == "diabetes")
+        x, y = load(datasets.load_diabetes, scaled=name == "diabetes")
     return x - x.mean(0), y - y.mean()
 
 
@@ -490,7 +491,7 @@ def stacking(random: np.random.Generator, models: int) -> Any:
 
 def archetype(random: np.random.Generator) -> Any:
     """A written digit as a mixture of 100 others."""
-    pixels = datasets.load_digits().data
+    pixels = load(datasets.load_digits)[0]
     chosen = random.choice(len(pixels), 101, replace=False)
     return least_squares(pixels[chosen[1:]].T, pixels[chosen[0]]), 100
 

@@ -58,7 +58,8 @@ def make_form(problem: Problem) -> Form:
         params = lambda z: z[:size] - z[size:]
         value = lambda z: problem.loss(params(z)) + weight * jnp.sum(z)
     else:
-        start, bounds = problem.start, scipy.optimize.Bounds(problem.lower, problem.upper)
+        limits: Any = problem.lower, problem.upper
+        start, bounds = problem.start, scipy.optimize.Bounds(*limits)
         params, value = (lambda z: z), problem.loss
     evaluate = jax.jit(lambda z: (*jax.value_and_grad(value)(z), problem.objective(params(z))))
     return Form(problem, start, bounds, params, evaluate)
@@ -235,7 +236,6 @@ def until_target(name: str, problem: Problem, target: float, most: int) -> Calla
     """A compiled loop over a solver's updates that ends at a target."""
     solver, arguments = make_jaxopt(name, problem.loss, problem)
 
-    @jax.jit
     def run(start: jax.Array) -> jax.Array:
         def going(carry: Any) -> jax.Array:
             params, _, k = carry
@@ -247,8 +247,8 @@ def until_target(name: str, problem: Problem, target: float, most: int) -> Calla
 
         return lax.while_loop(going, step, (start, solver.init_state(start, **arguments), 0))[0]
 
-    start = jnp.asarray(problem.start)
-    return lambda: run(start)
+    compiled, start = jax.jit(run), jnp.asarray(problem.start)
+    return lambda: compiled(start)
 
 
 # --- The exact methods for tables.
@@ -294,8 +294,8 @@ def polish(form: Form, x: np.ndarray, seconds: float) -> tuple[float, np.ndarray
 def free_newton(form: Form, x: np.ndarray, _deadline: float) -> np.ndarray:
     """Polish the params that are not at a bound or at zero. Those at a bound stay there."""
     problem = form.problem
-    if problem.on_simplex:  # the largest is what the others leave
-        largest = int(np.argmax(x))
+    largest = int(np.argmax(x))  # on the simplex it is what the others leave
+    if problem.on_simplex:
         grad = np.asarray(jax.grad(problem.loss)(jnp.asarray(x)))
         at_bound = (x <= NEAR * x[largest]) & (grad > grad[largest])
         at_bound[largest] = True
