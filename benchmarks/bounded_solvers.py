@@ -27,6 +27,7 @@ import natural_units
 from bounded_problems import Problem
 from solvers import Enough, Trace, jaxopt
 
+NEARBY = 1e-3
 CHUNK = 20  # updates of jaxopt's between two looks at the goal
 NEAR = 1e-4  # of the largest weight: below this a weight may be zero
 ROUNDING = 4 * float(np.finfo(float).eps)
@@ -77,7 +78,6 @@ class End(NamedTuple):
     left: float = math.nan  # what the result says of itself
     message: str = ""
     evaluations: int = 0
-    losses: Any = None
 
 
 # --- gdopt.
@@ -109,18 +109,21 @@ def by_gdopt(**options: Any) -> Solver:
     return run
 
 
-def end_of_gdopt(form: Form) -> End:
-    """The default call."""
-    problem = form.problem
-    try:
-        result = gdopt.minimize(problem.loss, problem.start, **constraint(problem))
-    except Exception as error:
-        return End(f"exception: {type(error).__name__}", False, message=str(error))
-    assert result.history is not None
-    losses = np.asarray(result.history.loss, float)
-    left = float(getattr(result, "left", math.nan))
-    params = np.asarray(result.params, float)
-    return End(result.status.name, result.success, params, left, result.message, len(losses), losses)
+def end_of_gdopt(**options: Any) -> Callable[[Form], End]:
+    """The default call, but for the options."""
+
+    def run(form: Form) -> End:
+        problem = form.problem
+        try:
+            result = gdopt.minimize(problem.loss, problem.start, **constraint(problem), **options)
+        except Exception as error:
+            return End(f"exception: {type(error).__name__}", False, message=str(error))
+        assert result.history is not None
+        left = float(getattr(result, "left", math.nan))
+        params = np.asarray(result.params, float)
+        return End(result.status.name, result.success, params, left, result.message, len(result.history.loss))
+
+    return run
 
 
 # --- SciPy.
@@ -291,6 +294,13 @@ def polish(form: Form, x: np.ndarray, seconds: float) -> tuple[float, np.ndarray
     return best
 
 
+def polish_nearby(form: Form, x: np.ndarray, seconds: float) -> tuple[float, np.ndarray]:
+    """The same within a thousandth of each param's size, which does not leave the basin of a point that is close."""
+    problem, reach = form.problem, NEARBY * np.where(x != 0, np.abs(x), np.abs(x).mean() or 1.0)
+    near = problem._replace(lower=np.maximum(problem.lower, x - reach), upper=np.minimum(problem.upper, x + reach))
+    return polish(make_form(near), x, seconds)
+
+
 def free_newton(form: Form, x: np.ndarray, _deadline: float) -> np.ndarray:
     """Polish the params that are not at a bound or at zero. Those at a bound stay there."""
     problem = form.problem
@@ -381,6 +391,7 @@ def units_of(form: Form, z: np.ndarray) -> np.ndarray:
 # --- The names.
 
 GDOPT, YARDSTICK = "`gdopt.minimize`", "scipy L-BFGS-B"
+TIGHT = "`gdopt.minimize`, `tol=1e-10`"
 ALL = ("bounds", "l1", "simplex")
 SOLVERS: dict[str, tuple[Solver, tuple[str, ...]]] = {
     GDOPT: (by_gdopt(), ALL),
@@ -392,7 +403,8 @@ SOLVERS: dict[str, tuple[Solver, tuple[str, ...]]] = {
     "jaxopt `ProximalGradient`": (by_jaxopt("ProximalGradient"), ("l1",)),
 }
 ENDS: dict[str, Callable[[Form], End]] = {
-    GDOPT: end_of_gdopt,
+    GDOPT: end_of_gdopt(),
+    TIGHT: end_of_gdopt(tol=1e-10),
     YARDSTICK: end_of_scipy("L-BFGS-B"),
     "scipy TNC": end_of_scipy("TNC"),
 }
