@@ -26,8 +26,8 @@ help: ## list the targets
 demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits and draw the descent
 	$(VENV)/bin/python examples/digits.py
 
-pictures: $(VENV)/stamp-demo ## redraw the pictures of the README
-	cd docs && for name in digits valley finder; do ../$(VENV)/bin/python ../examples/$$name.py || exit; done
+pictures: $(VENV)/stamp-demo ## redraw the pictures of the README and of docs
+	cd docs && for name in digits valley finder walls; do ../$(VENV)/bin/python ../examples/$$name.py || exit; done
 
 bench: $(VENV)/stamp-dev ## run the benchmarks and write benchmarks/RESULTS.md; QUICK=1 takes half an hour, SCRIPTS="memory scaling" runs some
 	$(VENV)/bin/python benchmarks/run_all.py $(if $(QUICK),--quick) $(SCRIPTS)

@@ -79,7 +79,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 # Each takes ten seconds or more. The blocks of README.md make the calls of these, too; the modules are in
 # test_modules.py.
-SLOW = {"automatic.py", "equinox_module.py", "finder.py", "flax_nnx.py", "plugins.py", "valley.py"}
+SLOW = {"automatic.py", "equinox_module.py", "finder.py", "flax_nnx.py", "plugins.py", "valley.py", "walls.py"}
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_dir_shows_only_the_public_names() -> None:
     assert set(dir(gdopt)) - {name for name in dir(gdopt) if re.fullmatch("__.*__", name)} == set(gdopt.__all__)
     assert {"__doc__", "__file__", "__name__", "__version__"} <= set(dir(gdopt))
     assert all(hasattr(gdopt, name) for name in dir(gdopt))
-    assert {"plot", "schedules"} <= set(dir(gdopt))
-    for module in (gdopt.plot, gdopt.schedules):
+    assert {"plot", "prox", "schedules"} <= set(dir(gdopt))
+    for module in (gdopt.plot, gdopt.prox, gdopt.schedules):
         assert dir(module) == sorted(module.__all__)
 
 

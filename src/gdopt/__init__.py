@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from gdopt import plot, schedules
+from gdopt import plot, prox, schedules
 from gdopt._checkpoint.folder import Checkpoint
 from gdopt._checkpoint.load import load
 from gdopt._devices.sharding import shard
@@ -41,6 +41,7 @@ __all__ = [
     "lr_find",
     "minimize",
     "plot",
+    "prox",
     "quasi_newton",
     "schedules",
     "shard",

@@ -15,10 +15,12 @@ import numpy as np
 
 from gdopt import _jax, _trees
 from gdopt._errors import InputError
+from gdopt._result import Result
 from gdopt._types import PyTree
 
 _BETWEEN = ("gdopt", "jax", "contextlib")  # the modules between the caller and a warning
 UNORDERED = (Set, MappingView)  # sets, and the views of a dict
+TO_NUMBERS = "convert it with .astype(float), or names of classes with numpy.unique(names, return_inverse=True)[1]"
 _LARGEST_COUNT = 10**9  # steps; the sum of two such counts fits the 32-bit counter
 
 
@@ -79,6 +81,12 @@ def refuse_no_arrays(name: str, tree: PyTree) -> None:
             raise InputError(f"{_trees.path_name(path, name)} {why}.")
 
 
+def refuse_result(name: str, given: Any, field: str) -> None:
+    """Raise InputError for a result in place of one of its fields: it is a pytree, so JAX would take it."""
+    if isinstance(given, Result):
+        raise InputError(f"{name} is a gdopt.Result. Pass one of its fields: {name}=result.{field}.")
+
+
 def flatten(name: str, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
     """Call ``jax.tree.flatten``, and raise InputError for dicts that JAX cannot sort."""
     try:
@@ -126,9 +134,7 @@ def fault(leaf: Any, carried: bool) -> str:
             return f"is of dtype {leaf.dtype}, which JAX does not support: {_other_dtype(leaf.dtype)}"
         if isinstance(leaf, np.generic) or carried:
             return ""
-        return (
-            f"is an array of dtype {leaf.dtype}, not of numbers: convert it with .astype(float), or keep it elsewhere"
-        )
+        return f"is an array of dtype {leaf.dtype}, not of numbers: {TO_NUMBERS}"
     return "" if carried else _unfit(leaf)
 
 

@@ -20,6 +20,10 @@ from gdopt._types import PyTree
 _LONGEST = 300  # the most characters of an argument that a note shows
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 _NOT_THEIRS = (os.path.dirname(__file__) + os.sep, "<frozen", *_INSTALLED)
+_CALL = (
+    "gdopt calls loss(params, *args), or with data loss(params, batch, *args). A batch is one argument: write x, y = "
+    "batch in the loss. with_key=True adds the keyword key, and state= the keyword state."
+)
 _HINTS = (
     (jax.errors.TracerBoolConversionError, "choose with jnp.where or jax.lax.cond instead of if, and, or, while"),
     (jax.errors.TracerArrayConversionError, "compute with jax.numpy instead of numpy"),
@@ -40,7 +44,17 @@ def add_call(error: Exception, function: Callable, args: tuple, kwargs: dict) ->
         lines.append(f"The loss is traced with stand-ins for arrays, which have no values yet: {known}.")
     given = [_shown(value) for value in args] + [f"{name}={_shown(value)}" for name, value in kwargs.items()]
     lines.append(f"The loss was called with ({', '.join(given)}).")
+    if isinstance(error, TypeError) and not _theirs(error):
+        lines.append(_CALL)
     error.add_note("\n".join(lines))
+
+
+def add_validation(error: Exception, shapes: str) -> None:
+    """Note that a loss raised on validation data."""
+    error.add_note(
+        f"gdopt: raised by the validation loss, on validation={shapes}. It is called as the loss is, and returns what "
+        "that returns."
+    )
 
 
 def hint(error: Exception) -> str:
@@ -50,8 +64,7 @@ def hint(error: Exception) -> str:
 
 def _place(error: Exception, function: Callable) -> str:
     """Return the innermost line of the caller's code; the function itself if there is none."""
-    theirs = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THEIRS)]
-    if theirs:
+    if theirs := _theirs(error):
         at = theirs[-1]
         return f"{at.filename}, line {at.lineno}, in {at.name}: {at.line}"
     while isinstance(function, functools.partial):
@@ -59,6 +72,11 @@ def _place(error: Exception, function: Callable) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     where = f" of {code.co_filename}, line {code.co_firstlineno}" if code else ""
     return f"the call of {getattr(function, '__name__', repr(function))}{where}"
+
+
+def _theirs(error: Exception) -> list[traceback.FrameSummary]:
+    """Return the lines of the caller's code that an error passed through below gdopt's."""
+    return [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THEIRS)]
 
 
 def line(frames: list[tuple[str, int, str]]) -> str | None:

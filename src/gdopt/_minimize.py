@@ -37,7 +37,7 @@ from gdopt._run import host_loop
 from gdopt._run.callback import Watcher, check_callback
 from gdopt._run.progress import progress_bar
 from gdopt._run.sources import source_of
-from gdopt._run.validation import validator_of
+from gdopt._run.validation import check_loss, validator_of
 from gdopt._signals import check, interruptible
 from gdopt._status import Status
 from gdopt._stopping import Limits
@@ -117,7 +117,8 @@ def minimize(
             do to a scaled gradient. If they do not depend on its scale (`distance_adamw`, Adam, Lion), "auto" is one
             cycle over all steps, times an estimated distance. If they do (`gd`, momentum), a range test of about 15 %
             of the steps comes first, and then three cycles, `triangular2`, around what it suggests; 0.01 with a warning
-            if it suggests nothing. If the loss then diverges, or ends above its start, the run is repeated at a tenth
+            if it suggests nothing. If the loss then diverges, ends above its start, or rises again by a quarter of
+            its fall (told from the epochs of arrays, without ``state`` and validation), the run is repeated at a tenth
             of these rates, at most twice; not inside jit, nor with several processes or a stream that can be read only
             once. So ask for no more steps than you mean to make.
         max_steps: the updates after which to stop; by default 10,000, or as many as ``epochs`` has.
@@ -137,6 +138,23 @@ def minimize(
         key: the source of those keys and of the shuffling; by default ``jax.random.key(0)``.
         trainable: the params to optimise: a pytree of bools that is a prefix of params, or a function of params that
             returns such a mask, as in ``optax.masked``. The rest, integers too, is passed to the loss unchanged.
+        bounds: a pair ``(lower, upper)`` between which the params stay, both included: numbers, arrays of the shape of
+            a leaf, trees like params or prefixes of them; None or infinity for no bound. SciPy's
+            ``scipy.optimize.Bounds``, and for one array with one axis a list of a pair for each entry, are taken, too.
+            A start outside is moved to the nearest point within, with a warning. The loss is never evaluated outside.
+            With bounds `quasi_newton` minimises its quadratic model over the box. After the update of any other
+            optimizer, also on mini-batches, the params are moved back into the bounds. Not for complex params. Default
+            None: no bounds.
+        project: a function params -> params that returns the nearest point of a convex set, such as
+            ``optax.projections.projection_simplex``. It is applied to the start and after each update. By default
+            `spectral` finds the rates: see there. On mini-batches plain gradient descent with a range test is the
+            default, because Adam and its like scale each entry by itself, and then end elsewhere than at the minimum
+            within a set that is no box.
+        prox: a function ``(params, rate) -> params``, the proximal step of a convex penalty that the loss leaves out,
+            such as ``gdopt.prox.l1(0.1)``. It is applied after each update, at its rate. If it has a method ``value``,
+            as those of `gdopt.prox` have, then the penalty ``prox.value(params)`` is added to each loss that is
+            compared and reported. Otherwise losses are without it, and the last accepted point is returned. Pass one of
+            bounds, project and prox. Arrays that they hold or close over may change without a new compilation.
         scale: typical sizes of the params, which R's ``optim`` calls ``parscale``: a positive number for each leaf or
             subtree of params, or an array of the shape of a leaf. Each is rounded to a power of two, so that no digit
             is lost. The run is exactly that of ``loss(scale * z)`` from ``params / scale``, with any optimizer and
@@ -155,8 +173,9 @@ def minimize(
             `Result`, or what ``optimizer.init(params)`` returns. Moments, counts and steps of a schedule inside the
             optimizer go on from there; steps and a ``learning_rate`` schedule of gdopt begin at 0. It has to fit the
             optimizer and the params that are optimised, with the same ``scale``. A range test begins with it, too.
-            `quasi_newton` and `spectral` compare values of one loss, so their search begins anew at the start. Default
-            None: a fresh one.
+            If gdopt plans one cycle, it is lower after a long training (down to a tenth of the distance in the state),
+            because a higher one would lead away from a trained point. `quasi_newton` and `spectral` compare values of
+            one loss, so their search begins anew at the start. Default None: a fresh one.
         keep_best: keep a copy of the best point (of a noisy run, the last good one) and return it, whatever comes after
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
@@ -169,7 +188,8 @@ def minimize(
             for mini-batches and streams, and for data with keys, of which an epoch is one step. A loss with a key gets
             the same key each time.
         validation_loss: a function called like the loss, which returns what the loss does; used for validation in its
-            place (for example ``functools.partial(loss, training=False)``). By default the loss itself.
+            place (for example ``functools.partial(loss, training=False)``). With ``state`` it returns a state, too,
+            which is not used. By default the loss itself.
         patience: the epochs without a new low of the validation loss after which the run stops, with success
             (EARLY_STOPPED). Default None: it does not stop for that.
         callback: called with a `Report` between two compiled chunks. It returns True to stop the run, and None or False
@@ -177,7 +197,8 @@ def minimize(
         callback_every: the steps after which the callback is called, in each run the same, or "epoch" for the end of
             each epoch; and at the end of the run. Each such report costs one evaluation of the loss and its gradient,
             two if the optimizer keeps an average. By default (None) it is called after the first step, then about every
-            50 ms (at first more often), and at the end of each epoch of mini-batches.
+            50 ms (at first more often), and at the end of each epoch of mini-batches. Pass "epoch" to read
+            ``validation_loss`` and metrics: before the end of the first epoch there are none.
         progress: show a progress bar (needs tqdm).
         checkpoint: a path, or a `Checkpoint`, at which the run saves itself every minute and at its end. Repeat the
             call with the same path to resume from the newest checkpoint that can be used. On the same machine the
@@ -197,7 +218,9 @@ def minimize(
         the minimum, by the implicit function theorem. They are NaN unless the run ended at a smooth minimum: with
         success, at no kink, and not merely at ``target``. They are zero for the start and the rate, and an error for
         mini-batches and keys. ``params``, ``loss`` and ``aux`` have them; those of ``grad_norm`` and ``left``, which
-        depend on each step, are NaN. Params that an optimizer holds at a bound do not move. If the minimum is not
+        depend on each step, are NaN. Params that an optimizer holds at a bound do not move, and those at ``bounds=``
+        move with the bound. They are NaN if the loss does not fall towards the bound of such an entry, and where a
+        projection or prox has a kink, because they then have two sides. If the minimum is not
         unique, as with more params than rows, derivatives are those of least norm for up to 256 params. They are NaN
         for more params, or if the minimum jumps. They are as exact as the minimum, so lower ``tol`` for them. Call
         ``jax.jit`` around what you differentiate more than once.
@@ -215,7 +238,11 @@ def minimize(
 
     Source: the estimate g'H^-1 g / 2 of what is left is that of Minuit (James & Roos, "Minuit: a system for function
     minimization and analysis of the parameter errors and correlations", 1975), the bound |g| |x - x*| is of Boyd &
-    Vandenberghe, "Convex Optimization", section 9.1.2.
+    Vandenberghe, "Convex Optimization", section 9.1.2. Bounds: Hintermüller, Ito & Kunisch, "The primal-dual active set
+    strategy as a semismooth Newton method", 2003. Projections: Birgin, Martínez & Raydan, "Nonmonotone spectral
+    projected gradient methods on convex sets", 2000. Proximal steps: Wright, Nowak & Figueiredo, "Sparse reconstruction
+    by separable approximation", 2009. Their derivatives: Blondel et al., "Efficient and modular implicit
+    differentiation", 2022.
 
     Example:
         >>> import gdopt, jax.numpy as jnp
@@ -240,6 +267,7 @@ def minimize(
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
     check_rate(optimizer, learning_rate)
     validated = check_validation(validation, validation_loss, patience, problem)
+    check_loss(validated, problem)
     problem = scaled(constrained(problem, bounds, project, prox), scale)
     options = {"callback": callback, "checkpoint": checkpoint, "validation": validated}
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
@@ -254,7 +282,7 @@ def minimize(
         problem, *chosen, steps, limits, has_steps, keep_best, validated, callback, every, progress, checkpoint
     )
     refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
-    result = _tried(call, refused, began, ())
+    result = _tried(call, refused, began)
     return result.raise_for_status() if throw else result
 
 
@@ -275,10 +303,10 @@ class _Call(NamedTuple):
     checkpoint: str | os.PathLike[str] | Checkpoint | None
 
 
-def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str, ...]) -> Result:
+def _tried(call: _Call, refused: dict[str, Any], began: float, before: Saves | NoSaves | None = None) -> Result:
     """Return the result of a run, or that of another try at lower rates if gdopt chose the rates and they failed."""
     problem, steps, limits = call.problem, call.steps, call.limits
-    with saves_at(call.checkpoint, failed) as saves:
+    with saves_at(call.checkpoint, before) as saves:
         saves.compare(problem, steps, call.validation, keep_best=call.keep_best)
         try:
             method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
@@ -305,12 +333,13 @@ def _tried(call: _Call, refused: dict[str, Any], began: float, failed: tuple[str
             watcher = Watcher(call.callback, call.callback_every, validator, problem, source, advance)
             compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
         ended_at = time.perf_counter()
-        if history.grad_norm[0] == 0:
+        if history.grad_norm[0] == 0 and problem.constraint is None:
             warn_of_no_gradient(problem)
     last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
     ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
     if method.lower is not None and ended.wants_lower_rates:
-        return _tried(call, refused, began, (*saves.failed, failure(ended)))
+        saves.failed = *saves.failed, failure(ended)
+        return _tried(call, refused, began, saves)
     message = explain(ended) + "".join(f" {sentence}" for sentence in saves.failed) + saves.told
     result = ended.result(message, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
     watcher.raise_failure(result)

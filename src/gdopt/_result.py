@@ -224,7 +224,8 @@ class Result:
         loss: the loss of ``params`` (with mini-batches, on a single batch). It is the training loss also with
             ``validation``.
         grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` the gradient by
-            ``params / scale``.
+            ``params / scale``. With bounds it is that of the projected gradient, ``x - P(x - g)``; with ``project`` or
+            ``prox`` that of ``(x - P(x - t g)) / t``, where t is 1, or a larger number for a step as long as params.
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`; ``Status(int(result.status))`` after a jit.
         message: a sentence that says what happened and, if that helps, what to try.
@@ -250,6 +251,8 @@ class Result:
             are optimised (None in place of the others). Pass it to `minimize` to go on with it. It holds the arrays of
             the run, without a copy: with Adam twice the memory of the params, as long as the result lives. After a
             failure it may hold NaN.
+        at_bounds: with ``bounds``, arrays of bools like params that tell which entries are at their bounds, False in
+            place of leaves that are not optimised. None without bounds.
 
     Example:
         >>> import gdopt
@@ -275,6 +278,7 @@ class Result:
     run_seconds: float
     state: PyTree = None
     optimizer_state: PyTree = None
+    at_bounds: PyTree = None
     # The record that `diagnose` needs, if the last evaluation was not finite: no child of the pytree, and not pickled.
     _evidence: Any = None
 

@@ -157,8 +157,9 @@ def judge(
     """Return the code of this evaluation (RUNNING or a Status) and the new memory.
 
     ``kept_loss`` is the loss of the point to return. CONVERGED and PRECISION_LIMIT are claims that are still to be
-    verified. ``epoch`` is None for a deterministic loss. For a noisy one (mini-batches, random keys) a single small
-    gradient says nothing, so only the target (on the mean of an epoch), divergence and the number of steps are tested.
+    verified. ``epoch`` is None for a deterministic loss. For a noisy one (mini-batches, random keys, a model's state) a
+    single small gradient says nothing, so only the target (on the mean of an epoch), divergence and the number of steps
+    are tested.
 
     ``search`` describes an optimizer that takes bad points back by itself: its points are trials, and no trial is a
     failure. It is None for all other optimizers.

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import gdopt
+from gdopt._checkpoint import folder
 
 ROWS = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
 OLD = Path(__file__).parent / "saves_0_1"
@@ -99,3 +100,30 @@ def test_an_average_is_refused(tmp_path: Path) -> None:
     gdopt.minimize(loss, start(), checkpoint=tmp_path / "run", optimizer=averaging, **BATCHES)
     with pytest.raises(gdopt.InputError, match="returns an average of the params"):
         gdopt.load(tmp_path / "run", like=start())
+
+
+def test_a_save_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with ``keep=1`` may remove the listed file, and put a newer one in its place, before it is read."""
+    path = tmp_path / "run"
+    gdopt.minimize(full, start(), max_steps=2, checkpoint=gdopt.Checkpoint(path, keep=1))
+    (file,) = tmp_path.glob("run.*.gdopt")
+    old = file.rename(tmp_path / "old")
+    gdopt.minimize(full, start(), max_steps=3, checkpoint=gdopt.Checkpoint(path, keep=1))
+    (newer,) = tmp_path.glob("run.*.gdopt")
+    new = newer.rename(tmp_path / "new")
+    old.rename(file)
+    read, reads = folder.read, []
+
+    def replaced(name: str) -> Any:
+        reads.append(name)
+        if len(reads) == 1:
+            file.unlink()
+            new.rename(newer)
+        return read(name)
+
+    monkeypatch.setattr(folder, "read", replaced)
+    assert gdopt.load(path, like=start())["name"] == "line"
+    assert reads == [str(file), str(newer)]
+    newer.unlink()
+    with pytest.raises(gdopt.CheckpointError, match="no checkpoint"):
+        gdopt.load(path, like=start())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -135,6 +136,15 @@ def test_max_steps_is_a_failure_if_convergence_was_the_aim():
     assert (result.status, result.steps, result.success) == (Status.MAX_STEPS, 3, False)
     assert result.message.startswith("stopped at max_steps=3 before it converged: the loss fell from 5.5 to ")
     assert "Raise max_steps" in result.message
+
+
+def test_epochs_without_a_batch_size_say_that_they_are_steps():
+    rows = np.linspace(1.0, 2.0, 8, dtype=np.float32)
+    call = functools.partial(
+        gdopt.minimize, lambda w, x: jnp.mean((w * x - 3) ** 2), 0.0, data=rows, learning_rate=0.01
+    )
+    assert call(epochs=3).message.endswith("Without a batch_size an epoch is one step on all rows.")
+    assert "batch_size" not in call(epochs=3, batch_size=2).message
 
 
 def test_max_steps_is_a_success_for_a_noisy_loss():

@@ -224,7 +224,7 @@ def test_scale_free_optimizers_train_without_a_rate(factory: Any) -> None:
 
 
 def test_a_rate_that_follows_a_distance_takes_any_schedule() -> None:
-    plain = lambda rate: following(optax.scale_by_learning_rate, rate, grows=False, first=1.0)
+    plain = lambda rate: following(optax.scale_by_learning_rate, rate, first=1.0)
     x = jnp.array([3.0, 4.0])
     optimizer: Any = plain(optax.linear_schedule(0.1, 0.0, 4))
     reference: Any = optax.sgd(optax.linear_schedule(0.1, 0.0, 4))
@@ -238,6 +238,19 @@ def test_a_rate_that_follows_a_distance_takes_any_schedule() -> None:
 # --- further tries ---
 
 
+@pytest.mark.parametrize("skipping", [
+    lambda rate: optax.apply_if_finite(optax.adam(rate), 100),
+    lambda rate: optax.MultiSteps(optax.adam(rate), 1, should_skip_update_fn=optax.skip_not_finite),
+])  # fmt: skip
+def test_a_skipped_batch_does_not_stop_the_growth(skipping: Any) -> None:
+    x, y = rows(160, 3, 0.1, 0)
+    x[5] = np.nan
+    result = gdopt.minimize(squared, zeros(3), data=(x, y), batch_size=16, epochs=20, optimizer=skipping)
+    assert result.success
+    rest = np.delete(x, 5, 0), np.delete(y, 5)
+    assert squared(result.params, rest) < 1.2 * least(*rest)
+
+
 def cliff(width: float) -> Any:
     """A regression that is not finite beyond a distance from the start."""
     return lambda p, b: squared(p, b) + jnp.where(jnp.max(jnp.abs(p["w"])) > width, jnp.nan, 0.0)
@@ -249,6 +262,43 @@ def test_a_run_that_fails_tries_again_at_lower_rates() -> None:
     assert "the loss became infinite or NaN at step" in result.message
     assert "so gdopt tried again at lower ones." in result.message
     assert np.nanmax(result.history.learning_rate) <= 0.003
+
+
+def counts(seed: int) -> tuple[np.ndarray, ...]:
+    """Events, each with its exposure of 20 to 60000, whose rate depends on inputs of unequal scales."""
+    draws = np.random.default_rng(seed)
+    x = draws.normal(size=(1500, 4)) * np.array([1, 0.1, 10, 1])
+    exposure = np.exp(draws.uniform(3, 11, 1500))
+    events = draws.poisson(exposure * np.exp(-6 + x @ np.array([0.5, 3, -0.03, 0.2])))
+    return tuple(array.astype(np.float32) for array in (x, exposure, events))
+
+
+def poisson(params: Any, batch: Any) -> jax.Array:
+    x, exposure, events = batch
+    log_rate = x @ params["w"] + params["b"]
+    return jnp.mean(exposure * jnp.exp(log_rate) - events * (log_rate + jnp.log(exposure)))
+
+
+def test_a_loss_that_rises_again_is_tried_again() -> None:
+    """The rate overshoots on an exponential, whose gradient then vanishes. A tenth of it suffices."""
+    data = counts(4)
+    result = gdopt.minimize(poisson, zeros(4), data=data, batch_size=50, epochs=30)
+    truth = {"w": np.array([0.5, 3, -0.03, 0.2], np.float32), "b": np.float32(-6)}
+    start, best = float(poisson(zeros(4), data)), float(poisson(truth, data))
+    assert result.success
+    assert poisson(result.params, data) - best < 0.02 * (start - best)
+    assert "the loss had risen again at step 900" in result.message
+
+
+def test_a_noisy_loss_at_its_minimum_is_not_tried_again() -> None:
+    x, y = rows(64, 3, 1.0, 0)
+    for seed in range(5):
+        key = jax.random.key(seed)
+        best = gdopt.minimize(squared, zeros(3), data=(x, y), batch_size=8, epochs=10, key=key)
+        more = gdopt.minimize(
+            squared, best.params, data=(x, y), batch_size=8, epochs=10, key=key, optimizer_state=best.optimizer_state
+        )
+        assert "risen again" not in best.message + more.message
 
 
 def test_there_are_three_tries() -> None:

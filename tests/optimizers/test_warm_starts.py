@@ -101,6 +101,70 @@ def test_alternating_optimisation_compiles_once():
     assert loss(w) < 0.1 * loss(W)
 
 
+def regression(targets: float) -> tuple[np.ndarray, np.ndarray]:
+    draws = np.random.default_rng(0)
+    x = draws.normal(size=(256, 4)).astype(np.float32)
+    return x, np.float32(targets) * (x @ np.array([1, -2, 3, 0.5], np.float32) + 0.1 * draws.normal(size=256)).astype(
+        "f"
+    )
+
+
+def squared(w: Any, batch: Any) -> jax.Array:
+    return jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adam])
+@pytest.mark.parametrize("targets", [1.0, 1e5])
+def test_a_trained_point_is_not_left(optimizer: Any, targets: float):
+    """A cycle as high as that of the first run would multiply the loss by hundreds."""
+    run = functools.partial(gdopt.minimize, squared, batch_size=16, epochs=10, optimizer=optimizer)
+    data = regression(targets)
+    first = run(jnp.zeros(4), data=data)
+    second = run(first.params, data=data, optimizer_state=first.optimizer_state)
+    assert second.success, second.message
+    assert second.history.loss.reshape(-1)[:-1].reshape(10, -1).mean(1).max() < 2 * squared(first.params, data)
+    highest = np.nanmax(second.history.learning_rate) / np.nanmax(first.history.learning_rate)
+    assert 0.05 < highest < 0.3
+    moved = regression(1.2 * targets)
+    third = run(first.params, data=moved, optimizer_state=first.optimizer_state)
+    assert squared(third.params, moved) < 0.05 * squared(first.params, moved)
+
+
+def test_an_epoch_at_a_time_still_arrives():
+    """A few steps have not gone the distance yet, so the next cycles must not be much lower."""
+    data, w, state = regression(1.0), jnp.zeros(4), None
+    start = squared(w, data)
+    for _ in range(8):
+        result = gdopt.minimize(squared, w, data=data, batch_size=16, epochs=1, optimizer_state=state)
+        w, state = result.params, result.optimizer_state
+    assert squared(w, data) < 0.01 * start
+
+
+def test_a_fresh_state_changes_no_rate():
+    run = functools.partial(gdopt.minimize, squared, jnp.zeros(4), data=regression(1.0), batch_size=16, epochs=5)
+    fresh: Any = gdopt.distance_adamw(1.0).init(jnp.zeros(4))
+    np.testing.assert_array_equal(run(optimizer_state=fresh).history.learning_rate, run().history.learning_rate)
+
+
+def test_a_warm_start_that_fails_is_tried_again_at_lower_rates():
+    data = regression(1.0)
+    run = functools.partial(gdopt.minimize, data=data, batch_size=16, epochs=5)
+    first = run(squared, jnp.zeros(4))
+    near = lambda w, batch: squared(w, batch) + jnp.where(jnp.abs(w - first.params).max() > 2e-3, jnp.nan, 0.0)
+    result = run(near, first.params, optimizer_state=first.optimizer_state)
+    assert "tried again" in result.message
+    assert np.nanmax(result.history.learning_rate) < 0.02
+    assert result.success, result.message
+
+
+def test_a_warm_start_inside_jit_is_the_one_outside():
+    run = functools.partial(gdopt.minimize, squared, data=regression(1.0), batch_size=16, epochs=5)
+    first = run(jnp.zeros(4))
+    again = lambda w, state: run(w, optimizer_state=state).params
+    outside = again(first.params, first.optimizer_state)
+    np.testing.assert_allclose(jax.jit(again)(first.params, first.optimizer_state), outside, rtol=1e-4)
+
+
 def test_inside_jit_and_vmap():
     run = lambda w, **more: gdopt.minimize(loss, w, optimizer=optax.adam, learning_rate=0.01, max_steps=4, **more)
     first = run(W)
@@ -141,7 +205,15 @@ BAD: dict[str, Any] = {
     ),
     "of another dtype": (jax.tree.map(lambda x: x.astype("float16"), ADAM.init(W)), r"float16\[\], but .* int32\[\]"),
     "of more leaves": ((*ADAM.init(W), jnp.zeros(2)), r"optimizer_state\[2\] is float32\[2\], but .* nothing"),
-    "in a list": (list(ADAM.init(W)), r"optimizer_state is PyTreeDef\(\[.* but the optimizer has PyTreeDef\(\("),
+    "in a list": (
+        list(ADAM.init(W)),
+        "optimizer_state is a list of ScaleByAdamState, EmptyState, but the optimizer has a tuple of Scale",
+    ),
+    "of a longer chain": (optax.adamw(0.1).init(W), "a tuple of ScaleByAdamState, EmptyState, EmptyState, but the opt"),
+    "of a chain with other parts in it": (
+        (ADAM.init(W)[0], [optax.EmptyState()]),
+        r"optimizer_state is PyTreeDef\(\(.* but the optimizer has PyTreeDef\(\(",
+    ),
     "no arrays": ("fresh", r"optimizer_state is a str, not an array"),
 }
 
@@ -157,6 +229,25 @@ def test_a_state_that_does_not_fit_is_an_error_before_anything_compiles(kind: st
     with count_compilations() as counter, pytest.raises(gdopt.InputError, match=message):
         gdopt.minimize(noisy, W, with_key=True, optimizer=optax.adam, learning_rate=0.1, optimizer_state=state)
     assert not any("loop" in name or "run" in name for name in counter.names), counter.names
+
+
+@pytest.mark.parametrize("state", [ADAM.init(W), gdopt.distance_adamw(1.0).init({"a": W["b"], "b": W["a"]})])
+def test_it_comes_before_the_updates_are_measured(state: Any):
+    """To choose how a rate is found, gdopt runs an unknown optimizer on a few gradients."""
+    options: dict[str, Any] = {"data": SCALES, "batch_size": 1, "epochs": 50, "optimizer": lambda rate: optax.sgd(rate)}
+    jax.block_until_ready(jnp.zeros(3) @ jnp.zeros(3))
+    with count_compilations() as counter, pytest.raises(gdopt.InputError, match=r"optimizer_state.* but the optimizer"):
+        gdopt.minimize(lambda w, batch: loss(w, batch[0]), W, optimizer_state=state, **options)
+    assert counter.names == []
+
+
+def test_a_loss_that_cannot_be_traced_comes_before_the_updates_are_measured():
+    unknown = lambda rate: optax.sgd(rate)
+    options: dict[str, Any] = {"data": SCALES, "batch_size": 1, "optimizer": unknown}
+    for call in (gdopt.minimize, gdopt.lr_find):
+        with count_compilations() as counter, pytest.raises(gdopt.InputError, match=r"the loss returned shape \(1,\)"):
+            call(lambda w, batch: w["b"] * batch, W, **options)
+        assert counter.names == []
 
 
 def test_another_start_of_a_checkpoint_is_a_warning(tmp_path: Any):

@@ -118,7 +118,23 @@ BAD = {
     "no leaves": ({"params": {}}, "params={} has no entries"),
     "zero-size leaf": ({"params": np.zeros((0, 3), np.float32)}, "no entries to optimise"),
     "all left out": ({"trainable": False}, "trainable= does not leave out"),
-    "mask of another shape": ({"params": {"a": 1.0}, "trainable": {"b": True}}, "trainable=.* does not fit params"),
+    "mask of another shape": (
+        {"params": {"a": 1.0, "b": 2.0}, "trainable": {"b": True, "c": True}},
+        "trainable=.* does not fit params: it lacks 'a', and params has no 'c'. Pass True or False for each leaf",
+    ),
+    "names for a mask": (
+        {"params": {"a": 1.0}, "trainable": ["a"]},
+        r"trainable=\['a'\] does not fit params: it is a list, and params is a dict. Pass True or False",
+    ),
+    "mask of another shape below": (
+        {"params": {"a": {"b": 1.0}}, "trainable": {"a": [True]}},
+        r"trainable=.* does not fit params \(pytree structure error: [^\n]*\). Pass True or False",
+    ),
+    "texts for labels": (
+        {"loss": line, "data": (X, np.array(list("abcdef")))},
+        r"data\[1\] is an array of dtype <U1, not of numbers: .* names of classes with numpy.unique\(names",
+    ),
+    "a fraction for data": ({"loss": line, "data": 0.2}, "data=0.2 is a float, not an array. Pass a pytree of arrays"),
     "mask of numbers": ({"trainable": 1}, "trainable holds 1. Pass only True or False"),
     "nan start": (
         {"params": {"w": np.array([0, np.nan], np.float32)}},
@@ -724,6 +740,43 @@ def test_a_loss_with_other_arguments_is_named(loss):
         TypeError, match=rf"raised at the call of <lambda> of {__file__}, line \d+\n.*with \(float32\[\]\)"
     ):
         gdopt.minimize(loss, 1.0)
+
+
+def test_what_a_loss_is_called_with_is_told_if_it_takes_other_arguments():
+    calls: dict[str, tuple[Any, dict[str, Any]]] = {
+        "x and y": (lambda w, x, y: jnp.sum(w), {"data": (X, y)}),
+        "no state passed": (lambda w, batch, state: (jnp.sum(w), state), {"data": (X, y)}),
+        "no state taken": (lambda w, batch: jnp.sum(w), {"data": (X, y), "state": 1.0}),
+    }
+    for loss, options in calls.values():
+        with pytest.raises(
+            TypeError, match=r"A batch is one argument: write x, y = batch in the loss\. .* and state= "
+        ):
+            gdopt.minimize(loss, W, batch_size=2, learning_rate=0.1, max_steps=1, **options)
+
+    def wrong(w, batch):
+        raise TypeError("of its own")
+
+    with pytest.raises(TypeError) as caught:
+        gdopt.minimize(wrong, W, data=(X, y), batch_size=2, learning_rate=0.1, max_steps=1)
+    assert not any("A batch is one argument" in note for note in caught.value.__notes__)
+
+
+def test_a_result_in_place_of_one_of_its_fields_is_refused(tmp_path):
+    result = gdopt.minimize(square, 1.0, max_steps=1, checkpoint=tmp_path / "run")
+    calls = {
+        "params": lambda: gdopt.minimize(square, result),
+        "optimizer_state": lambda: gdopt.minimize(square, 1.0, optimizer_state=result),
+        "state": lambda: gdopt.minimize(lambda x, *, state: (x**2, state), 1.0, state=result, max_steps=1),
+    }
+    for name, call in calls.items():
+        with pytest.raises(gdopt.InputError, match=rf"{name} is a gdopt.Result. .*: {name}=result.{name}\."):
+            call()
+    for call in (lambda: gdopt.lr_find(square, result), lambda: gdopt.gd_step(square, result, 0.1)):
+        with pytest.raises(gdopt.InputError, match=r"params is a gdopt\.Result"):
+            call()
+    with pytest.raises(gdopt.InputError, match=r"like is a gdopt.Result. .*: like=result.params\."):
+        gdopt.load(tmp_path / "run", like=result)
 
 
 def test_a_long_argument_is_cut_and_a_broken_repr_does_no_harm():

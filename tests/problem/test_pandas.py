@@ -59,3 +59,16 @@ def test_a_column_with_holes_is_named() -> None:
     table = TABLE.assign(age=pd.array([1, None] * 32, dtype="Int64"))
     with pytest.raises(gdopt.InputError, match=r"whose columns 'age' lack values \(NA\)"):
         gdopt.minimize(loss, jnp.zeros(3), data=(table, TARGET), batch_size=8)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [["1", "2"] * 32, pd.Categorical(["a", "b"] * 32), pd.Timestamp("2020-01-01")],
+    ids=["text", "category", "date"],
+)
+@pytest.mark.parametrize("place", ["data", "args"])
+def test_a_single_column_is_no_numbers_either(column: Any, place: str) -> None:
+    given = TABLE, TABLE.assign(kind=column)["kind"]
+    options: dict[str, Any] = {"data": given, "batch_size": 8} if place == "data" else {"args": (given,)}
+    with pytest.raises(gdopt.InputError, match=r"\[1\] is a Series of dtype .*, not an array of numbers.*numpy.unique"):
+        gdopt.minimize(loss, jnp.zeros(2), **options)

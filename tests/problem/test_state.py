@@ -187,6 +187,7 @@ BAD = {
         lambda s: {"mean": s["mean"]},
         r"another structure than it was given: \{'mean': .*\} instead",
     ),
+    "an aux without has_aux": (lambda s: (s, {}), r"another structure .* with has_aux=True, \(value, \(state, aux\)\)"),
     "another shape": (lambda s: s | {"mean": s["mean"][:2]}, r"state\['mean'\] is float32\[3\], .* float32\[2\]"),
     "another dtype": (lambda s: s | {"mean": s["mean"].astype("float16")}, r"float32\[3\], .* float16\[3\].*astype"),
     "a float for a count": (
@@ -213,6 +214,11 @@ def test_a_loss_that_returns_no_state_is_an_error(returned: Any, has_aux: bool):
     form = r"\(value, \(state, aux\)\)" if has_aux else r"\(value, state\)"
     with pytest.raises(gdopt.InputError, match=rf"a loss that returns {form}, but it returned"):
         gdopt.minimize(lambda w, batch, state: returned(jnp.sum(w**2), {}), W, state={}, has_aux=has_aux, **DATA)
+
+
+def test_the_value_comes_first():
+    with pytest.raises(gdopt.InputError, match=r"the loss returned a dict as its value. Return a scalar array first"):
+        gdopt.minimize(lambda w, batch, state: (state, jnp.sum(w**2)), W, state=START, **DATA)
 
 
 # Real libraries: the running statistics are those of a loop by hand.

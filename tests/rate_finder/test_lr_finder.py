@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -17,6 +18,7 @@ from sklearn.preprocessing import scale
 
 import gdopt
 from gdopt import Status, _jax, schedules
+from gdopt._rate_finder import lr_find as lr_finder
 
 X, Y = load_breast_cancer(return_X_y=True)
 X, Y = scale(X).astype(np.float32), Y.astype(np.float32)
@@ -289,6 +291,47 @@ def test_a_short_run_of_gradient_descent_trains_without_a_rate(noise: float, bat
         assert result.success
         assert result.range_test.suggestion is not None
         assert float(squares(result.params, rows)) < 0.1 * float(squares(np.zeros(3), rows)) + 2 * noise**2
+
+
+@pytest.mark.parametrize("max_steps", [67, 80, 160, 300, 1000])
+@pytest.mark.parametrize("unit", [1.0, 1e3, 1e5])
+def test_the_range_test_of_auto_keeps_to_its_share(
+    max_steps: int, unit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs in natural units want rates far from the usual ones, which sections beyond these would look for."""
+    spent, climb = [], lr_finder._Climb.__call__
+
+    def counted(self: Any, step: int, carry: Any, rows: Any, look: Any) -> Any:
+        spent.append(len(rows.loss))
+        return climb(self, step, carry, rows, look)
+
+    monkeypatch.setattr(lr_finder._Climb, "__call__", counted)
+    squares = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    for seed in range(3):
+        draw = np.random.default_rng(seed)
+        x = draw.normal(size=(64, 3))
+        rows = (unit * x).astype(np.float32), (x @ draw.normal(size=3)).astype(np.float32)
+        options = {"data": rows, "batch_size": 8, "max_steps": max_steps, "key": jax.random.key(seed)}
+        spent.clear()
+        result = gdopt.minimize(squares, np.zeros(3, np.float32), optimizer=gdopt.gd, **options)
+        assert result.success, result.message
+        assert 0 < sum(spent) <= 0.15 * max_steps
+        if unit == 1:
+            assert float(squares(result.params, rows)) < 0.05 * float(squares(np.zeros(3), rows))
+
+
+def test_another_try_makes_no_other_range_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, test = [], lr_finder.range_test
+
+    def too_high(*args: Any, **options: Any) -> gdopt.RangeTest:
+        made.append(dataclasses.replace(test(*args, **options), suggestion=1e3))
+        return made[-1]
+
+    monkeypatch.setattr(lr_finder, "range_test", too_high)
+    squares = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    result = gdopt.minimize(squares, START, data=(X, Y), batch_size=32, max_steps=80, optimizer=gdopt.gd, key=KEY)
+    assert result.message.count("tried again") == 2
+    assert made == [result.range_test]
 
 
 def test_random_keys_and_aux() -> None:

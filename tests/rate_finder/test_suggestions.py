@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gdopt._rate_finder import rules
@@ -68,7 +68,7 @@ def test_a_curve_ends_before_a_loss_that_is_not_finite_and_at_its_blow_up() -> N
 @pytest.mark.parametrize("edge", [1e-2, 1e-1, 1.0])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_the_suggestion_lies_within_a_decade_below_the_edge(edge: float, noise: float) -> None:
-    suggestion, reason, missing = suggest(curve(edge, noise=noise))
+    suggestion, reason, missing, _ = suggest(curve(edge, noise=noise))
     assert suggestion is not None
     assert edge / 10 < suggestion < edge
     assert reason == missing == ""
@@ -146,6 +146,19 @@ def test_a_ladder_of_any_length_stays_below_the_edge_of_stability(count: int, fl
     assert np.min(found) > 1e-3
 
 
+@pytest.mark.parametrize("curvature", [1e2, 1e5, 1e7])
+def test_a_sparse_ladder_far_beyond_the_edge_asks_for_lower_rates(curvature: float) -> None:
+    """And it tells a rate that will do where none can be tried."""
+    rates = np.geomspace(1e-4, 10, 12)
+    losses = growing(rates, curvature)
+    end = rules.end(losses, rules.head_of(12))
+    verdict = rules.suggest(rates[:end], losses[:end], blew_up=end < 12, head=rules.head_of(12), updates=rules.PLAIN)
+    rate = verdict.suggestion or verdict.modest or 0
+    assert 0.02 * 2 / curvature < rate < 0.5 * 2 / curvature
+    if curvature > 1e4:
+        assert verdict.missing == "lower"
+
+
 def test_a_plateau_beyond_a_rise_is_no_basin() -> None:
     """There a network has died."""
     losses = 0.05 + 200 / (1 + (RATES / 1e-3) ** 2) + 0.02 * np.random.default_rng(0).normal(size=300)
@@ -167,6 +180,7 @@ def test_scale_free_updates_suggest_less() -> None:
     assert len(set(found)) == 3
 
 
+@example([0.0] * 10 + [-1.0], 0.0)
 @given(st.lists(st.floats(-1e308, 1e308), min_size=1, max_size=60), st.sampled_from([0.0, 1e-300, 1.0]))
 def test_any_curve_gives_a_rate_of_the_ladder_or_a_reason(values: list[float], size: float) -> None:
     losses = np.array(values) * (size or 1e-308)

@@ -111,6 +111,16 @@ def test_each_report_is_what_a_run_of_its_steps_returns(name: str, slow: bool, m
         assert [report.step for report in reports] == ends
 
 
+@pytest.mark.parametrize("name", ["mini-batches", "too high a rate", "stream", "key", "average"])
+def test_by_the_clock_no_step_of_a_noisy_run_comes_twice(name: str, monkeypatch: Any) -> None:
+    """The last point below the first loss may be an old one, of before the last report."""
+    single_steps(monkeypatch)
+    reports, result = reports_of(**RUNS[name])
+    steps = [report.step for report in reports]
+    assert (np.diff(steps) > 0).all(), steps
+    assert bits(result) == bits(minimize(**RUNS[name]))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_by_the_clock_each_report_belongs_to_its_step(name: str, monkeypatch: Any) -> None:
     single_steps(monkeypatch)

@@ -351,11 +351,17 @@ def test_a_stream_that_ends_too_early_says_so(stream, options, success):
     check_equal(result, (w, losses))
     assert (result.status, result.success) == (Status.DATA_EXHAUSTED, success)
     mean = str(losses[:PER_EPOCH].mean())[:5]
-    assert result.message.startswith(f"the data ended after {PER_EPOCH} steps: the loss went from {mean}")
+    assert result.message.startswith(f"the data ended after {PER_EPOCH} steps: the mean loss of these was {mean}")
     assert (ONCE in result.message) is not success
     if not success:
         with pytest.raises(gdopt.NotConvergedError, match="the data ended after 5 steps"):
             result.raise_for_status()
+
+
+def test_a_stream_that_ends_before_the_cycle_of_its_rates_says_so():
+    result = gdopt.minimize(loss, START, data=batches())
+    assert result.message.endswith(f"It was meant for 10000 steps. Pass max_steps={PER_EPOCH} for a whole one.")
+    assert "meant for" not in gdopt.minimize(loss, START, data=batches(), max_steps=PER_EPOCH).message
 
 
 def test_an_iterator_may_have_exactly_the_requested_batches():

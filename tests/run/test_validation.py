@@ -223,6 +223,15 @@ def test_a_run_that_fails_returns_the_best_point_by_validation() -> None:
     assert not result.success
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_validation_data_that_hold_nan_are_named(stream: bool) -> None:
+    X, y = HELD_OUT[0], HELD_OUT[1].copy()
+    y[3] = math.nan
+    result = minimize(validation=(lambda: [(X, y)]) if stream else (X, y))
+    assert result.message.endswith("never finite. validation[1] holds NaN. Leave out what is NaN, or fill it.")
+    assert "holds NaN" not in minimize(validation_loss=lambda w, batch: jnp.nan * loss(w, batch)).message
+
+
 # ----------------------------------------------------------------------------------------------- what the loss is given
 
 
@@ -431,6 +440,18 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
     assert counter.names == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loss_that_does_not_take_the_validation_data_raises_before_the_first_step(stream: bool) -> None:
+    seen: list[gdopt.Report] = []
+    narrow: Any = HELD_OUT[0][:, :3], HELD_OUT[1]
+    wanted = r"validation=\(float32\[60, 3\], float32\[60\]\) has other axes than a batch of data"
+    with pytest.raises(gdopt.InputError, match=wanted):
+        minimize(validation=(lambda: [narrow]) if stream else narrow, callback=seen.append, callback_every=1)
+    with pytest.raises(gdopt.InputError, match=r"(?s)the loss returned shape \(60,\).*raised by the validation loss"):
+        minimize(validation_loss=lambda w, batch: batch[1], callback=seen.append, callback_every=1)
+    assert seen == []
+
+
 def test_an_iterator_in_a_function_is_refused_when_it_is_read_again() -> None:
     with pytest.raises(gdopt.InputError, match=r"validation=.* gave no batch when it was read again"):
         minimize(validation=read(HELD_OUT, HELD_OUT))
@@ -448,6 +469,37 @@ def test_it_is_refused_inside_transformations(how: Any) -> None:
 def test_errors_of_the_validation_loss_name_it() -> None:
     with pytest.raises(gdopt.InputError, match=r"the loss returned shape \(60,\)"):
         minimize(validation_loss=lambda w, batch: batch[0] @ w)
+
+
+ONLY_AT_VALIDATION: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "axes": (
+        {"validation": (HELD_OUT[0][:, :3], HELD_OUT[1])},
+        gdopt.InputError,
+        r"validation=\(float32\[60, 3\], float32\[60\]\) has other axes than a batch of data, \(float32\[8, 4\], ",
+    ),
+    "a stream's axes": (
+        {"validation": lambda: [(HELD_OUT[0][:, :3], HELD_OUT[1])]},
+        gdopt.InputError,
+        "has other axes",
+    ),
+    "result": ({"validation_loss": lambda w, batch: batch[0] @ w}, gdopt.InputError, r"returned shape \(60,\)"),
+    "error": ({"validation_loss": lambda w: w.sum()}, TypeError, "takes 1 positional argument"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), ONLY_AT_VALIDATION.values(), ids=ONLY_AT_VALIDATION)
+def test_errors_of_the_validation_come_before_anything_compiles(options: Any, error: Any, message: str) -> None:
+    gdopt.clear_cache()
+    with count_compilations() as counter, pytest.raises(error, match=message):
+        minimize(**options)
+    assert counter.names == []
+
+
+def test_rows_may_be_longer_than_those_of_a_batch_if_the_loss_takes_them() -> None:
+    mean: Callable = lambda w, batch: jnp.mean((batch - w[0]) ** 2)
+    result = minimize(loss=mean, data=TRAINING[0], validation=np.ones((6, 9), np.float32))
+    assert result.history is not None
+    assert len(result.history.validation_loss) == EPOCHS
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -108,6 +109,9 @@ def check_directory(path: str) -> None:
         )
 
 
+_LOOKS = 100  # how often the directory is listed anew if files vanish meanwhile
+
+
 def newest(
     checkpoint: Checkpoint,
     prepared: Callable[[Saved], Saved] = lambda saved: saved,
@@ -119,6 +123,20 @@ def newest(
     ``prepared`` checks the contents, and returns those to use. Only checkpoints ``before`` a step count. Raise
     CheckpointError if no checkpoint can be used: a new run would replace them in time.
     """
+    for _ in range(_LOOKS):
+        with contextlib.suppress(_GoneError):
+            return _newest(checkpoint, prepared, before)
+    return _newest(checkpoint, prepared, before, still=True)
+
+
+class _GoneError(Exception):
+    """A listed checkpoint was removed before it was read, as the run that saved a newer one does."""
+
+
+def _newest(
+    checkpoint: Checkpoint, prepared: Callable[[Saved], Saved], before: int | None, *, still: bool = False
+) -> Saved | None:
+    """Look once; raise `_GoneError` if a file has vanished, unless the files should stand ``still``."""
     skipped = []
     files = saves_of(os.fspath(checkpoint.path))
     for file in [files[step] for step in reversed(files) if before is None or step < before]:
@@ -127,6 +145,8 @@ def newest(
             if SPREAD in saved.meta:
                 sharded.check(file, saved.meta[SPREAD])
         except CheckpointError as error:
+            if not still and not os.path.lexists(file):
+                raise _GoneError from error
             skipped.append(str(error))
             continue
         if skipped:

@@ -42,8 +42,25 @@ def run_identity(problem: Problem, validation: Validation | None, *, keep_best: 
         "state": _shapes_of(problem.state) or "nothing",
         "validation": _validation(validation),
         "scale": with_checksum(problem.objective.sizes),
+        "constraint": _constraint(problem),
         "float": jax.dtypes.canonicalize_dtype(float).name,
     }
+
+
+def _constraint(problem: Problem) -> str:
+    """Describe the bounds by a checksum, a projection or a prox by its trace."""
+    given = problem.constraint
+    if given is None:
+        return "nothing"
+    if given.bounds is not None:
+        return f"bounds {with_checksum(given.bounds)}"
+    params = jax.tree.map(anywhere, problem.objective.params)
+    if given.prox is None:
+        return f"project with the checksum {digests.digest(given.project, params)}"
+    texts = [digests.digest(given.prox, params, jnp.ones((), _trees.norm_dtype(params)))]
+    if given.penalty is not None:
+        texts.append(digests.digest(given.penalty, params))
+    return f"prox with the checksum {' '.join(texts)}"
 
 
 def validation_identity(problem: Problem, validation: Validation | None) -> str:

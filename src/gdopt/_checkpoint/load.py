@@ -14,6 +14,7 @@ from gdopt._checkpoint import older
 from gdopt._checkpoint.folder import Checkpoint, Saved, newest
 from gdopt._checkpoint.packing import packings
 from gdopt._checkpoint.restore import kinds_of, restored_tree
+from gdopt._checks import refuse_result
 from gdopt._devices.sharding import put_like
 from gdopt._errors import CheckpointError, InputError
 from gdopt._problem.objective import Objective, make_objective, times
@@ -52,6 +53,7 @@ def load(path: str | os.PathLike[str] | Checkpoint, like: PyTree) -> PyTree:
         >>> gdopt.load(path, like={"w": jnp.zeros(2)})["w"]
         Array([1., 1.], dtype=float32)
     """
+    refuse_result("like", like, "params")
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
     base = os.fspath(checkpoint.path)
     found = newest(checkpoint, older.usable)

@@ -48,16 +48,13 @@ class NoSaves:
 
     range_test: RangeTest | None = None
     peak: float | None = None
-    failed: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()  # the sentences on tries that failed at higher rates
     feed: Feed | None = None
     batches: Callable[[], dict[str, str]] = dict
     validated: Callable[[], dict[str, Any]] = dict
     position = steps_per_epoch = None
     keeps_positions = False
     told = ""
-
-    def __init__(self, failed: tuple[str, ...] = ()):
-        self.failed = failed
 
     def nothing(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
@@ -80,10 +77,10 @@ class NoSaves:
 class Saves:
     """The checkpoints of a run: the one from which it resumes, if there is one, and those that it makes."""
 
-    def __init__(self, checkpoint: Checkpoint, saver: JointSaver, found: Saved | None, failed: tuple[str, ...] = ()):
+    def __init__(self, checkpoint: Checkpoint, saver: JointSaver, found: Saved | None):
         self.found = found
         # The sentences on tries that failed at higher rates, before this one or before the checkpoint was made.
-        self.failed = failed or (() if found is None else tuple(found.meta.get("failed", ())))
+        self.failed: tuple[str, ...] = () if found is None else tuple(found.meta.get("failed", ()))
         self.batches: Callable[[], dict[str, str]] = dict  # the checksums of the batches around a step of a stream
         self.validated: Callable[[], dict[str, Any]] = dict  # the validation so far
         self.range_test: RangeTest | None = None if found is None else _restored_test(found)
@@ -158,7 +155,13 @@ class Saves:
 
     def _refuse_other_calls(self, found: Saved) -> None:
         # Old checkpoints have none of these.
-        theirs = {"scale": "nothing", "state": "nothing", "validation": "nothing", **found.meta["given"]}
+        theirs = {
+            "scale": "nothing",
+            "constraint": "nothing",
+            "state": "nothing",
+            "validation": "nothing",
+            **found.meta["given"],
+        }
         for name, mine in self._meta["given"].items():
             refuse_other(found, name, theirs.get(name), mine)
 
@@ -363,24 +366,31 @@ class Saves:
 
 @contextlib.contextmanager
 def saves_at(
-    checkpoint: str | os.PathLike[str] | Checkpoint | None, failed: tuple[str, ...] = ()
+    checkpoint: str | os.PathLike[str] | Checkpoint | None, before: Saves | NoSaves | None = None
 ) -> Generator[Saves | NoSaves]:
     """Open the checkpoints at a path for this run alone, until it ends.
 
-    After tries that ``failed``, remove theirs, and begin anew.
+    After a try that failed, remove its own, and begin anew with its range test and the rate that this led to.
     """
     if checkpoint is None:
-        yield NoSaves(failed)
+        yield _after(NoSaves(), before)
         return
     given = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     with opened(given, peers()) as (saver, found):
-        if failed:
+        if before is not None:
             saver.forget()
-        saves = Saves(given, saver, None if failed else found, failed)
+        saves = Saves(given, saver, found if before is None else None)
         try:
-            yield saves
+            yield _after(saves, before)
         finally:
             saves.remember()
+
+
+def _after(saves: Saves | NoSaves, before: Saves | NoSaves | None) -> Saves | NoSaves:
+    """Give the saves of a try what was found out in those before it."""
+    if before is not None:
+        saves.failed, saves.range_test, saves.peak = before.failed, before.range_test, before.peak
+    return saves
 
 
 def _restored_rows(saved: Saved) -> Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from gdopt import _jax, _trees
 from gdopt._compile import replays
 from gdopt._compile.self_check import is_reliable
 from gdopt._errors import InputError
+from gdopt._loop import fixed_point
+from gdopt._loop.fixed_point import all_moving
 from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
 
@@ -32,14 +34,19 @@ _RESIDUAL = 1e-3  # the residual over the right side above which there is no der
 
 
 def differentiable(
-    solve: Callable[..., Any], value: Callable[..., tuple], known: Callable[..., tuple], *, defined: bool
+    solve: Callable[..., Any],
+    value: Callable[..., tuple],
+    known: Callable[..., tuple],
+    *,
+    defined: bool,
+    confined: Confined | None = None,
 ) -> Callable[..., Any]:
     """Return ``solve`` with its derivatives, of any order, forward and reverse.
 
     ``solve(*inputs)`` returns an `Outcome`, whose ``params``, ``loss`` and ``aux`` belong to
     ``value(params, *known(*inputs)) -> (loss, aux)``. Derivatives are NaN if it is no smooth minimum, or if H dx = r
     has no solution. Those of the numbers that a minimum does not decide, such as the gradient norm, are always NaN. If
-    they are not ``defined``, asking for them raises InputError.
+    they are not ``defined``, asking for them raises InputError. ``confined`` has what a constraint changes.
     """
 
     @jax.custom_jvp
@@ -49,9 +56,9 @@ def differentiable(
     def derivative(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         if not defined:
             raise InputError(
-                "minimize was differentiated through a run of mini-batches or random keys. Its end depends on each of "
-                "its batches, so the derivative of a minimum is not defined. Differentiate a full-batch run, or put "
-                "jax.lax.stop_gradient around the result."
+                "minimize was differentiated through a run of mini-batches, random keys or a state. Its end depends "
+                "on each of its steps, so the derivative of a minimum is not defined. Differentiate a full-batch run, "
+                "or put jax.lax.stop_gradient around the result."
             )
         out = solution(*primals)
         given, treedef = jax.tree.flatten(known(*primals))
@@ -66,7 +73,7 @@ def differentiable(
             return treedef.unflatten(leaves)
 
         # With jit, no operation is compiled by itself outside another jit.
-        moved = jax.jit(functools.partial(_moves, value, filled))
+        moved = jax.jit(functools.partial(_moves, value, filled, confined or Confined()))
         with own_promotion():
             params_dot, loss_dot, aux_dot = moved(
                 out.params,
@@ -88,9 +95,18 @@ def differentiable(
     return solution
 
 
+class Confined(NamedTuple):
+    """The functions of a constraint that its derivatives need; the last argument is what the loss depends on."""
+
+    pinned: Callable[..., PyTree] | None = None  # (params, known) -> the bounds of the entries that are held
+    step: Callable[..., PyTree] | None = None  # (params, rate, known) -> the projection or the proximal point
+    total: Callable[..., jax.Array] | None = None  # (params, loss, known) -> the loss with the penalty
+
+
 def _moves(
     value: Callable[..., tuple],
     filled: Callable[[list], tuple],
+    confined: Confined,
     params: PyTree,
     minimum: tuple[jax.Array, PyTree],
     some: list,
@@ -108,17 +124,52 @@ def _moves(
         given = filled(some)
         return jax.grad(lambda real: value(back(real), *given)[0])(real)
 
-    right = freed(_all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
+    if confined.step is not None:
+        step = confined.step
+        nearest = lambda real, rate, some: _trees.as_real(step(back(real), rate, filled(some)))[0]
+        way = fixed_point.moves(gradient, nearest, real, some, ways)
+        return _with_values(value, filled, confined, params, some, ways, back, is_minimum, way)
+    pins = None
+    if confined.pinned is not None:
+        pinned = confined.pinned
+        bound = lambda some: _trees.as_real(pinned(params, filled(some)))[0]
+        pins = jax.tree.map(lambda free, way: jnp.where(free == 0, way, 0), free, _tangents(bound, some, ways))
+    right = freed(all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
     times = lambda real, some, x: freed(_hessian_times(lambda real: gradient(real, some), real, freed(x)))
+    if pins is not None:
+        right = jax.tree.map(jnp.add, right, freed(_hessian_times(lambda real: gradient(real, some), real, pins)))
     known = lax.stop_gradient((real, some))
     across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](freed(way))[0]
     singular = _of_least_norm(functools.partial(times, *known), across, known[0])
     way = freed(_solved(functools.partial(times, real, some), right, singular))
-    way = _nan_unless(is_minimum, jax.tree.map(jnp.negative, way))
+    way = jax.tree.map(jnp.negative, way)
+    way = way if pins is None else jax.tree.map(jnp.add, way, pins)
+    return _with_values(value, filled, confined, params, some, ways, back, is_minimum, way)
+
+
+def _with_values(
+    value: Callable[..., tuple],
+    filled: Callable[[list], tuple],
+    confined: Confined,
+    params: PyTree,
+    some: list,
+    ways: list,
+    back: Callable,
+    is_minimum: jax.Array,
+    way: PyTree,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Return the tangents of params, loss and aux, if the real params move along a way."""
+    real, way = _trees.as_real(params)[0], _nan_unless(is_minimum, way)
     params_dot = jax.jvp(back, (real,), (way,))[1]
-    loss_dot, aux_dot = _tangents(lambda at: value(at[0], *filled(at[1])), (params, some), (params_dot, ways))
+
+    def values(at: tuple) -> tuple:
+        given = filled(at[1])
+        loss, aux = value(at[0], *given)
+        return (loss if confined.total is None else confined.total(at[0], loss, given)), aux
+
+    loss_dot, aux_dot = _tangents(values, (params, some), (params_dot, ways))
     aux_dot = jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
-    loss_dot, aux_dot = _nan_unless(is_minimum, _all_moving((loss_dot, aux_dot), ways))
+    loss_dot, aux_dot = _nan_unless(is_minimum, all_moving((loss_dot, aux_dot), ways))
     return params_dot, loss_dot, aux_dot
 
 
@@ -142,7 +193,7 @@ def _nan_unless(defined: Any, way: PyTree) -> PyTree:
 @jax.jit
 def _unknown(numbers: PyTree, ways: list) -> PyTree:
     """Return the tangents of numbers that depend on each step of a run if the inputs of the run move: NaN."""
-    return _nan_unless(False, _all_moving(jax.tree.map(jnp.zeros_like, numbers), ways))
+    return _nan_unless(False, all_moving(jax.tree.map(jnp.zeros_like, numbers), ways))
 
 
 def _tangents(function: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:
@@ -185,16 +236,10 @@ def _tangents_by_reverse(outputs: Callable[[PyTree], list], x: PyTree, way: PyTr
 
     return lax.custom_linear_solve(
         lambda at: at,
-        (way, _all_moving(nothing, way)),
+        (way, all_moving(nothing, way)),
         forward,
         transpose_solve=lambda _, at: (backward(at[1])[0], nothing),
     )[1]
-
-
-def _all_moving(tree: PyTree, way: PyTree) -> PyTree:
-    """Add zero times a way to a tree: `lax.custom_linear_solve` requires each of its leaves to depend on it."""
-    moved = sum((jnp.sum(jnp.real(leaf)) for leaf in jax.tree.leaves(way)), jnp.zeros(()))
-    return jax.tree.map(lambda leaf: leaf + (0 * moved).astype(leaf.dtype), tree)
 
 
 def _hessian_times(gradient: Callable[[PyTree], PyTree], x: PyTree, way: PyTree) -> PyTree:

@@ -158,7 +158,7 @@ def _finished(
 ) -> Compiled | Whole:
     """Add what belongs only to this call: derivatives, or the check of a claim."""
     if isinstance(made, Whole):
-        return _differentiable(made, value, settings.noisy)
+        return _differentiable(made, value, settings.noisy, region)
     if settings.noisy:
         return made
     known = ChainMap({}, made.probes)
@@ -214,14 +214,15 @@ def check_alike(problem: Problem, **given: Any) -> None:
     )
 
 
-def _differentiable(made: Whole, value: program.Traced, noisy: bool) -> Whole:
+def _differentiable(made: Whole, value: program.Traced, noisy: bool, region: Region | None) -> Whole:
     """Give a run inside a transformation the derivatives of a minimum."""
 
-    def of(params: PyTree, constants: list, *given: PyTree) -> tuple[jax.Array, PyTree]:
-        return value.replay(constants, params, *given, None, None)
+    def of(params: PyTree, constants: list, data: PyTree, args: PyTree, _: Any) -> tuple[jax.Array, PyTree]:
+        return value.replay(constants, params, data, args, None, None)
 
-    known = lambda _, inputs: (inputs.constants, inputs.data, inputs.args)
-    return made._replace(solve=differentiable(made.solve, of, known, defined=not noisy))
+    known = lambda _, inputs: (inputs.constants, inputs.data, inputs.args, inputs.constraint)
+    confined = None if region is None else region.confined
+    return made._replace(solve=differentiable(made.solve, of, known, defined=not noisy, confined=confined))
 
 
 def _inputs_on_one_mesh(inputs: Inputs, *, constants_stay: bool) -> tuple[Inputs, Layout | None]:

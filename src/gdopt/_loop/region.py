@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gdopt import _trees
 from gdopt._compile import program
+from gdopt._loop.implicit import Confined
 from gdopt._optimizers import boxed, trials
 from gdopt._optimizers.trials import Within
 from gdopt._problem.constraint import Constraint
 from gdopt._types import PyTree
+from gdopt._verify.composite import long_rate
 
 
 class Given(NamedTuple):
@@ -23,6 +26,7 @@ class Given(NamedTuple):
     bounds: tuple[PyTree, PyTree] | None = None
     step: list[Any] | None = None  # what project or prox closes over
     penalty: list[Any] | None = None
+    smooth: list[Any] | None = None  # what the trace of the step for derivatives closes over
 
 
 class Region(NamedTuple):
@@ -31,6 +35,7 @@ class Region(NamedTuple):
     step: program.Traced | None  # (params) -> params, or (params, rate) -> params; None for bounds
     penalty: program.Traced | None
     is_prox: bool
+    smooth: program.Traced | None = None  # the step with the rules for its derivatives
 
     @property
     def identities(self) -> tuple[Hashable, ...]:
@@ -64,16 +69,14 @@ class Region(NamedTuple):
     def residual(self, given: Given, params: PyTree, grad: PyTree) -> PyTree:
         """Return the projected gradient x - P(x - g).
 
-        For a projection it is (x - P(x - t g)) / t, with a t of 1 or more that makes the step about as long as the
-        params: x - g may round to x. For a prox it is (x - prox(x - t g, t)) / t.
+        For a projection it is (x - P(x - t g)) / t, with a t that makes the step as long as the params, whatever their
+        scale: x - g may round to x. For a prox it is (x - prox(x - t g, t)) / t.
         """
         if self.step is None:
             lower, upper = _bounds(given)
             reach = lambda g, x, low, high: jnp.clip(g, x - high, x - low)  # This loses no digit of a small g.
             return jax.tree.map(reach, grad, params, lower, upper)
-        size, grad_size = _trees.largest(params), _trees.largest(grad)
-        ratio = size / jnp.where(grad_size > 0, grad_size, 1)
-        rate = jnp.where(jnp.isfinite(ratio) & (ratio > 1), ratio, 1)
+        rate = long_rate(jnp, _trees.largest(params), _trees.largest(grad))
         there = self.nearest(given, descended(params, grad, rate), rate)
         return jax.tree.map(lambda x, new: (x - new) / rate.astype(jnp.finfo(x.dtype).dtype), params, there)
 
@@ -84,6 +87,22 @@ class Region(NamedTuple):
             return Within(nearest, None, self.known_value)
         wide = lambda bound: trials.pack(jax.tree.map(lambda x, b: jnp.broadcast_to(b, x.shape), params, bound))
         return Within(nearest, boxed.Box(*map(wide, _bounds(given))), True)
+
+    @property
+    def confined(self) -> Confined:
+        """The functions for derivatives of a minimum; the last argument is what the loss depends on."""
+        if self.step is None:
+            at_lower = lambda x, low, high: jnp.where(x <= low, low, high)
+            return Confined(pinned=lambda params, known: jax.tree.map(at_lower, params, *_bounds(known[-1])))
+        smooth = self._replace(step=self.smooth)
+        step = lambda params, rate, known: smooth.nearest(known[-1]._replace(step=known[-1].smooth), params, rate)
+        total = lambda params, loss, known: self.total(known[-1], params, loss)
+        return Confined(step=step, total=None if self.penalty is None else total)
+
+    def at_bounds(self, given: Given, params: PyTree) -> PyTree:
+        """Tell which entries are at a bound, if there is room between their bounds."""
+        at = lambda x, low, high: ((x <= low) | (x >= high)) & (low < high)
+        return jax.tree.map(at, params, *_bounds(given))
 
     def held(self, given: Given, params: PyTree, grad: PyTree) -> PyTree:
         """Tell which entries are at a bound that the descent would leave."""
@@ -116,12 +135,12 @@ def region_of(constraint: Constraint | None, start: PyTree) -> tuple[Region | No
         return None, None
     if constraint.bounds is not None:
         return Region(None, None, False), Given(bounds=constraint.bounds)
-    if constraint.prox is None:
-        step = program.trace(constraint.project, start, lift=True)
-        return Region(step, None, False), Given(step=step.constants)
-    rate = jnp.ones((), _trees.norm_dtype(start))
-    step = program.trace(constraint.prox, start, rate, lift=True)
+    is_prox = constraint.project is None
+    function: Any = constraint.prox if is_prox else constraint.project
+    arguments = (start, _trees.on_device(np.ones((), _trees.norm_dtype(start)))) if is_prox else (start,)
+    step, smooth = (program.trace(function, *arguments, lift=not rules, rules=rules) for rules in (False, True))
+    given = Given(step=step.constants, smooth=smooth.constants)
     if constraint.penalty is None:
-        return Region(step, None, True), Given(step=step.constants)
+        return Region(step, None, is_prox, smooth), given
     penalty = program.trace(constraint.penalty, start, lift=True)
-    return Region(step, penalty, True), Given(step=step.constants, penalty=penalty.constants)
+    return Region(step, penalty, is_prox, smooth), given._replace(penalty=penalty.constants)

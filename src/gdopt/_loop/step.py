@@ -16,7 +16,7 @@ from gdopt._errors import InputError
 from gdopt._loop.region import Region
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import inject, may_skip, took_care, trials_in
+from gdopt._optimizers.optax_state import evaluation_params, inject, may_skip, took_care, trials_in
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem import model_state
 from gdopt._problem.data import Batches
@@ -107,6 +107,8 @@ class Step:
         optimizer = self._method.begin(rate, inputs.start, inputs.optimizer_state)
         if trials_in(optimizer) is not None:
             _check_search(settings)
+        if self._region is not None:
+            _check_confined(self._region, self._method, optimizer, inputs.start)
         best = _trees.copy(settings.compact(inputs.start)) if settings.keep_best else None
         state = State(
             step=jnp.int32(0),
@@ -227,12 +229,25 @@ class Step:
         return new, optimizer, rate
 
 
+def _check_confined(region: Region, method: Method, optimizer: PyTree, params: PyTree) -> None:
+    if evaluation_params(optimizer, params) is not params:
+        raise InputError(
+            f"optimizer={method.optimizer!r} returns an average of its points, which may lie outside of bounds=, "
+            "project= or prox=. Pass another optimizer (for example gdopt.gd or optax.adam)."
+        )
+    if region.is_prox and method.owns_rate and trials_in(optimizer) is None:
+        raise InputError(
+            f"optimizer={method.optimizer!r} owns its rate, which prox(params, rate) needs. Pass the factory and a "
+            "learning_rate (for example optimizer=gdopt.gd, learning_rate=0.1)."
+        )
+
+
 def _check_search(settings: Settings) -> None:
     if settings.noisy:
         raise InputError(
             "optimizer holds gdopt.spectral() or gdopt.quasi_newton(), which compare one value of the loss with "
-            "the next, so they are not for mini-batches or random keys. Pass gdopt.gd with a learning_rate, or leave "
-            "batch_size out."
+            "the next, so they are not for mini-batches, random keys or a model with a state. Leave the optimizer out, "
+            "or pass gdopt.gd with a learning_rate."
         )
     if not settings.keep_best:
         raise InputError(

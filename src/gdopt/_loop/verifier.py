@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gdopt import _signals, _trees
+from gdopt import _signals, _stopping, _trees
 from gdopt._compile import program
 from gdopt._loop.region import Region
 from gdopt._loop.state import Carry, Inputs, Programs, Settings, State, returned_params
@@ -99,7 +99,8 @@ class Verifier(NamedTuple):
             return list(map(_trees.on_host, second.probe.call(tree(xs), tree(ways), inputs)[2]))
 
         def moved(xs: list, rate: Any) -> tuple[list, Any]:
-            there, penalty = compiled.move.call(tree(xs), np.asarray(rate), inputs)
+            program: Any = compiled.move
+            there, penalty = program.call(tree(xs), np.asarray(rate), inputs)
             return list(map(_trees.on_host, there)), _trees.on_host(penalty)[()]
 
         with np.errstate(all="ignore"):
@@ -223,7 +224,24 @@ class Verifier(NamedTuple):
         """Return the same as `free`, as a tree of real leaves; None if the optimizer holds no entry."""
         if self.settings.noisy or not self.holds:
             return None
+        if self.is_boxed:
+            return self._held_by_bounds(state, inputs)
         return self._tree(returned_params(state))(self.free(state, inputs))
+
+    def _held_by_bounds(self, state: State, inputs: Inputs) -> PyTree:
+        """Return NaN for entries at a bound towards which the loss does not fall: their derivative has two sides."""
+        params, region = returned_params(state), self.region
+        assert region is not None
+        loss, grad = self._replace(region=None)._value_and_grad(inputs, params)
+        little = _stopping.resolution(loss, self.eps)
+
+        def leaf(x: jax.Array, start: jax.Array, g: jax.Array, held: jax.Array, at: jax.Array) -> jax.Array:
+            size = jnp.maximum(jnp.abs(x), jnp.abs(x - start))
+            weak = ~held | ((size > 0) & (jnp.abs(g) * size <= little.astype(x.dtype)))
+            return jnp.where(at & weak, jnp.nan, jnp.where(held, 0, 1)).astype(x.dtype)
+
+        held, at = region.held(inputs.constraint, params, grad), region.at_bounds(inputs.constraint, params)
+        return _trees.as_real(jax.tree.map(leaf, params, inputs.start, grad, held, at))[0]
 
     @property
     def holds(self) -> bool:
@@ -294,7 +312,7 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        options = {"exact": exact, "searches": searches, "move": move}
+        options: Any = {"exact": exact, "searches": searches, "move": move}
         new = settle(place, probe, differences, claim, inputs.limits, self.eps, **options)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:

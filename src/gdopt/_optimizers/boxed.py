@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from gdopt import _trees
 from gdopt._trees import Packed
 from gdopt._types import PyTree
 
+_LARGEST = 1e18  # the largest multiplier over the largest gradient; its square is in the range of float32
 _ROUNDS = 12  # the most sets of active bounds that are tried for one step
 
 
@@ -46,6 +48,16 @@ def reduced(grad: PyTree, x: PyTree, box: Box) -> PyTree:
         return jnp.where(((x <= low) & (g > 0)) | ((x >= high) & (g < 0)), 0, g)
 
     return jax.tree.map(leaf, grad, x, box.lower, box.upper)
+
+
+def unit(grad: PyTree, x: PyTree, box: Box) -> tuple[PyTree, jax.Array]:
+    """Divide a gradient by the size of its largest entry that may move, and return that size.
+
+    Entries that are held may be far larger. They keep their signs and are cut off.
+    """
+    _, size = _trees.unit(reduced(grad, x, box))
+    cut = lambda g: jnp.clip(g / size.astype(g.dtype), -_LARGEST, _LARGEST)
+    return jax.tree.map(cut, grad), size
 
 
 def limits(grad: PyTree, size: jax.Array, x: PyTree, box: Box) -> tuple[PyTree, PyTree]:
@@ -106,7 +118,7 @@ def model_of(diagonal: PyTree, largest: jax.Array, pairs: Any, learned: jax.Arra
     size = jnp.sqrt(jnp.diagonal(_among(jax.tree.map(jnp.multiply, plain, _lifted(diagonal)), plain)))
     one = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
     steps = jax.tree.map(lambda leaf: leaf * _down(one, leaf).astype(leaf.dtype), plain)
-    unit = one * (pairs.ratios[oldest] / largest).astype(dtype)
+    unit = jnp.where(known, one * (pairs.ratios[oldest] / largest).astype(dtype), 0)
     changes = jax.tree.map(lambda r, d: rows(r, d, unit), pairs.changes, diagonal)
     bent = jax.tree.map(jnp.multiply, steps, _lifted(diagonal))
     products = _among(steps, changes)
@@ -160,7 +172,7 @@ def _among(a: PyTree, b: PyTree) -> jax.Array:
         return jnp.tensordot(a.astype(dtype), b.astype(dtype), (axes, axes), precision="highest")
 
     first, *others = jax.tree.leaves(jax.tree.map(leaf, a, b))
-    return sum(others, first)
+    return functools.reduce(jnp.add, others, first)
 
 
 def _with(rows: PyTree, tree: PyTree) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -87,11 +86,6 @@ def distance_adamw(learning_rate: Scalar | Schedule, weight_decay: Scalar = _DEC
     return following(_nadam, check_learning_rate(learning_rate), decay=decay, by_leaf=True)
 
 
-def lower_distance_adamw(share: float) -> functools.partial[Any]:
-    """Return `distance_adamw` at a share of its first distance, which does not grow: for another try."""
-    return functools.partial(following, _nadam, decay=_DECAY, first=share * FIRST, grows=False, by_leaf=True)
-
-
 def _nadam(learning_rate: Any) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(b1=_B1, b2=_B2, eps=_EPS, nesterov=True)
     return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
@@ -103,7 +97,6 @@ def following(
     *,
     decay: float = 0.0,
     first: float = FIRST,
-    grows: bool = True,
     by_leaf: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the factory's optimizer at the rate ``learning_rate * distance``.
@@ -131,8 +124,7 @@ def following(
         state = state._replace(size=size, steps=optax.safe_increment(state.steps))
         if "value" in extras:
             state = _begun(state, unit_grad, extras["value"])
-        if grows:
-            state = _estimated(state, unit_grad, params, shape)
+        state = _estimated(state, unit_grad, params, shape, skips=not by_leaf)
         optimizer = optax.with_extra_args_support(factory(shape if by_leaf else shape * state.distance[0]))
         updates, inner = optimizer.update(unit_grad if by_leaf else grad, state.inner, params, **extras)
         if by_leaf:
@@ -182,12 +174,16 @@ def _sizes(state: DistanceState, tree: PyTree) -> jax.Array:
     return _totals(state, [jnp.sum(jnp.abs(leaf), dtype=state.size.dtype) for leaf in jax.tree.leaves(tree)])
 
 
-def _estimated(state: DistanceState, grad: PyTree, params: PyTree, shape: jax.Array) -> DistanceState:
+def _estimated(state: DistanceState, grad: PyTree, params: PyTree, shape: jax.Array, *, skips: bool) -> DistanceState:
     """Return the state with the next estimate: <average gradient, start - params> / |average gradient|_1.
 
     Both averages are weighted by the rate times the distance. They are kept in units of the newest one, squared, so
-    that they stay in range however far the params go. The size of the gradient cancels.
+    that they stay in range however far the params go. The size of the gradient cancels. If the optimizer ``skips``
+    gradients that are not finite, or may do so, the averages leave them out as well.
     """
+    if skips:
+        finite = jnp.isfinite(_trees.largest(grad))
+        grad = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), grad)
     with own_promotion():
         memory = 1 - 1 / (_LEAST_MEMORY + _MEMORY * state.steps.astype(state.size.dtype))
         share = (1 - memory) * shape
@@ -212,6 +208,16 @@ def _in_units(size: jax.Array, grad: PyTree) -> tuple[jax.Array, PyTree]:
 
 def distance_in(state: PyTree) -> jax.Array | None:
     """Return the largest distance in an optimizer's state; None if it estimates none."""
-    is_one = lambda node: isinstance(node, DistanceState)
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
+    found = _states_in(state)
     return jnp.max(found[0].distance) if len(found) == 1 else None
+
+
+def steps_of_distance(state: PyTree) -> jax.Array | None:
+    """Return the updates in which an optimizer's state has estimated its distance; None if it estimates none."""
+    found = _states_in(state)
+    return found[0].steps if len(found) == 1 else None
+
+
+def _states_in(state: PyTree) -> list[DistanceState]:
+    is_one = lambda node: isinstance(node, DistanceState)
+    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]

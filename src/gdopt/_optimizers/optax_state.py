@@ -170,11 +170,22 @@ def check_fits(given: PyTree, fresh: PyTree) -> None:
         name = names[0]
         differ = f"{name} is {theirs.get(name, 'nothing')}, but the optimizer has {mine.get(name, 'nothing')} there"
     else:
-        differ = f"optimizer_state is {jax.tree.structure(given)}, but the optimizer has {jax.tree.structure(fresh)}"
+        differ = f"optimizer_state is {_parts_of(given)}, but the optimizer has {_parts_of(fresh)}"
+        if _parts_of(given) == _parts_of(fresh):
+            differ = (
+                f"optimizer_state is {jax.tree.structure(given)}, but the optimizer has {jax.tree.structure(fresh)}"
+            )
     raise InputError(
-        f"{differ}. Pass the optimizer_state of a gdopt.Result with the same optimizer and params of the same shapes, "
-        "or leave it out."
+        f"{differ}. Pass the optimizer_state of a gdopt.Result with the same optimizer, the same kind of learning_rate "
+        '("auto", a number or a schedule), the same trainable= and params of the same shapes, or leave it out.'
     )
+
+
+def _parts_of(state: PyTree) -> str:
+    """Name the states of the parts of an optimizer, such as those of a chain."""
+    is_part = lambda node: hasattr(node, "_fields")
+    names = [type(node).__name__ for node in jax.tree.leaves(state, is_leaf=is_part)]
+    return f"a {type(state).__name__} of {', '.join(names)}"
 
 
 def learns_scales(state: PyTree) -> bool:

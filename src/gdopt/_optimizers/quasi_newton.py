@@ -162,7 +162,7 @@ def _next(
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
     new = _keep_pairs(_learn(state, pair), state, learns, pair)
-    fresh = 1 / trials.first_rate(here, grad, value)
+    fresh = 1 / trials.first_rate(here, grad if box is None else boxed.reduced(grad, here, box), value)
     new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict.first, point, pair, box)
     along, again = _lengths(verdict, pair, learns, last, value, point, way, size)
 
@@ -200,9 +200,10 @@ def _pair(verdict: trials.Verdict, here: Packed) -> _Pair:
 def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Array) -> QuasiNewtonState:
     """Return the state whose Hessian has a single curvature."""
     learned = jnp.where(pair.curved, pair.change[1] / pair.step[1] * pair.yy / pair.sy, state.largest)
+    least = float(jnp.finfo(state.largest.dtype).tiny)  # A CPU takes smaller numbers for zero.
     return state._replace(
         diagonal=jax.tree.map(jnp.ones_like, state.diagonal),
-        largest=jnp.where(first, fresh, learned),
+        largest=jnp.maximum(jnp.where(first, fresh, learned), least),
         learned=jnp.int32(0),
     )
 
@@ -221,20 +222,20 @@ def _descent(
     """
     new = _forget(first, plain, new)
     wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
-    unit_grad, grad_size = _trees.unit(jax.tree.map(wide, point.grad, new.diagonal))
-    straight = unit_grad
+    grad = jax.tree.map(wide, point.grad, new.diagonal)
     if box is None:
+        unit_grad, grad_size = _trees.unit(grad)
         way = _direction(new, unit_grad, pair)
     else:
+        unit_grad, grad_size = boxed.unit(grad, point.point, box)
         limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
         way = boxed.direction(boxed.model_of(new.diagonal, new.largest, new.pairs, new.learned), unit_grad, *limits)
     slope = _trees.vdot(unit_grad, way)
     descends = (slope > 0) & jnp.isfinite(slope)
-    new = _forget(~descends, plain, new)
+    new, straight = _forget(~descends, plain, new), unit_grad
     if box is not None:
-        straight = jax.tree.map(
-            jnp.clip, unit_grad, *boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
-        )
+        limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
+        straight = jax.tree.map(jnp.clip, unit_grad, *limits)
     way = _trees.select(descends, way, straight)
     slope = jnp.where(descends, slope, _trees.vdot(unit_grad, straight))
     size = grad_size / new.largest

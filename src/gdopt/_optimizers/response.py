@@ -37,12 +37,18 @@ class Response(NamedTuple):
 
 
 @as_own_work
-def response(factory: Callable[[Any], Any], params: PyTree) -> Response | None:
-    """Measure a factory's optimizer on params of the same structure with a few entries; None if that fails."""
+def response(
+    factory: Callable[[Any], Any], params: PyTree, before: Callable[[], Any] = lambda: None
+) -> Response | None:
+    """Measure a factory's optimizer on params of the same structure with a few entries; None if that fails.
+
+    ``before`` is called before something is compiled for that, and may raise errors.
+    """
     identity = function_identity(factory)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)), jax.tree.structure(params)
     key = identity, shapes
     if identity is None or key not in _known:
+        before()
         try:
             found = _measured(factory, params)
         except Exception:  # It may need params of the full shape; its error comes when it is used.

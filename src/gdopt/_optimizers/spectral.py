@@ -192,7 +192,7 @@ def _confined(
         return jax.tree.map(jnp.subtract, there, point.point)
 
     def back() -> PyTree:
-        share = rate / new.learning_rate
+        share = jnp.where(rate > 0, rate / new.learning_rate, 0)  # 0: the search gave up.
         step = jax.tree.map(jnp.subtract, here, point.point)
         return jax.tree.map(lambda s: (share.astype(jnp.finfo(s.dtype).dtype) * s).astype(s.dtype), step)
 

@@ -37,7 +37,9 @@ def is_at_most(problem: Problem, inputs: Inputs, state: State, params: PyTree) -
             some = state._replace(step=k, order=order, model=model)
             with own_promotion():
                 given = loss_arguments(inputs, some, batches, with_key=problem.with_key)
-            return problem.value(params, *given)[0].astype(jnp.float32)
+            penalty = problem.constraint and problem.constraint.penalty
+            value = problem.value(params, *given)[0]
+            return (value + penalty(params) if penalty else value).astype(jnp.float32)
 
         ends = [(inputs.start, problem.state), (params, state.model)]
         shared = program.share(mean, np.int32(0), *ends[0], inputs, order)

@@ -29,6 +29,10 @@ from gdopt._stopping import Ending, Watch, is_better, succeeded
 from gdopt._types import PyTree
 from gdopt._verify.hindsight import LEAST_STEPS, Hindsight
 
+_RISE = 0.25  # the rise of the loss over its fall from which on a run counts as failed
+_NOISE = 4.0  # and the rise over its standard error
+_FEWEST_PARTS, _MOST_PARTS = 4, 10  # the parts of a run whose means are compared
+_LEAST_LOSSES = 8  # of a part, so that its noise is known
 FAR = 1e15  # an entry of the params, larger than any quantity that people measure
 
 
@@ -69,6 +73,7 @@ class Ended:
             run_seconds=run_seconds,
             state=for_caller(self.problem.whole_state(_trees.to_device(returned_model(self.state)))),
             optimizer_state=for_caller(_trees.to_device(self.state.optimizer)),
+            at_bounds=for_caller(self.at_bounds),
             _evidence=self.evidence,
         )
 
@@ -76,6 +81,11 @@ class Ended:
     def params(self) -> PyTree:
         """The params to return."""
         return params_to_return(self.state)
+
+    @functools.cached_property
+    def at_bounds(self) -> PyTree:
+        """Bools that tell which entries are at their bounds; None without bounds."""
+        return _at_bounds(self.problem, self.inputs, self.params)
 
     @functools.cached_property
     def ending(self) -> Ending:
@@ -161,7 +171,7 @@ class Ended:
 
     @property
     def wants_lower_rates(self) -> bool:
-        """Tell whether the run failed, or ended above its start, as it does if the rate is too high."""
+        """Tell whether the run failed, ended above its start or rose again, as it does if the rate is too high."""
         stream = self.problem.stream
         if self.steps == 0 or (stream is not None and stream.once) or peers().several:
             return False
@@ -170,7 +180,29 @@ class Ended:
         losses = self.history.loss[np.isfinite(self.history.loss)]
         if self.status in FAILURES and losses.size and losses[-1] < losses[0]:  # It fell without a lower bound.
             return self.farthest < FAR
-        return self.status in FAILURES or (self.status is Status.MAX_STEPS and not self.is_better)
+        return self.status in FAILURES or (self.status is Status.MAX_STEPS and (self.rose or not self.is_better))
+
+    @functools.cached_property
+    def rose(self) -> bool:
+        """Tell whether the loss rose again after its lowest epochs, by a quarter of its fall and more than its noise.
+
+        The same rows and the same loss come in each epoch, so only the rate can have led there. A stream or a state
+        of the model may make another loss. With a validation the best point comes back anyway.
+        """
+        problem, per_epoch = self.problem, self.steps_per_epoch
+        if problem.stream is not None or problem.has_state or self.judgement is not None or not per_epoch:
+            return False
+        losses = self.history.loss[:-1].astype(float)
+        epochs = losses[: losses.size // per_epoch * per_epoch].reshape(-1, per_epoch)
+        count = min(len(epochs) // 2, epochs.size // _LEAST_LOSSES, _MOST_PARTS)
+        if count < _FEWEST_PARTS or not np.isfinite(epochs).all():
+            return False
+        parts = np.array_split(epochs, count)
+        means, errors = (np.array([of(part) for part in parts]) for of in (np.mean, _standard_error))
+        lowest = int(means.argmin())
+        fall = max(losses[0], epochs[0].mean()) - means[lowest]
+        noise = np.hypot(errors[lowest], errors[-1])
+        return bool(means[-1] - means[lowest] > max(_RISE * fall, _NOISE * noise))
 
     @functools.cached_property
     def farthest(self) -> float:
@@ -178,6 +210,10 @@ class Ended:
         leaves = jax.tree.leaves(self.problem.objective.natural(self.params))
         leaves = [leaf for leaf in leaves if getattr(leaf, "is_fully_addressable", True)]
         return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
+
+
+def _standard_error(losses: np.ndarray) -> float:
+    return float(losses.std() / np.sqrt(losses.size))
 
 
 def refuse_host_visits(**options: Any) -> None:
@@ -188,6 +224,17 @@ def refuse_host_visits(**options: Any) -> None:
                 f"{name}={value!r} was given to minimize inside jit, vmap or grad, where the whole run is one compiled "
                 f"program that nobody can watch or stop. Leave {name} out, and look at the result."
             )
+
+
+@as_own_work
+def _at_bounds(problem: Problem, inputs: Inputs, params: PyTree) -> PyTree:
+    """Tell which entries are at their bounds; False stands for leaves that are not optimised."""
+    if problem.constraint is None or problem.constraint.bounds is None:
+        return None
+    rest = problem.objective.rest
+    at = jax.tree.map(lambda x, low, high: (x <= low) | (x >= high), params, *inputs.constraint.bounds)
+    leaves = rest.treedef.flatten_up_to(at)
+    return rest.treedef.unflatten(leaf if kept else False for leaf, kept in zip(leaves, rest.kept, strict=True))
 
 
 @as_own_work
@@ -213,4 +260,5 @@ def result_inside(whole: Whole, inputs: Inputs, problem: Problem) -> Result:
         run_seconds=zero,
         state=problem.whole_state(outcome.model),
         optimizer_state=outcome.optimizer,
+        at_bounds=_at_bounds(problem, inputs, outcome.params),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from gdopt._optimizers.method import Rates
@@ -43,7 +44,7 @@ class _Words(NamedTuple):
 
 def explain(ended: Ended) -> str:
     """Return the sentences on how a run ended."""
-    message = _explain(ended.status, ended) + _by_validation(ended)
+    message = _explain(ended.status, ended) + _by_validation(ended) + _at_bounds(ended)
     if ended.status is Status.DATA_EXHAUSTED and not ended.success:
         message += f" {ended.why_exhausted}"
     if ended.hindsight.apart is not None:
@@ -69,9 +70,10 @@ def explain(ended: Ended) -> str:
 def failure(ended: Ended) -> str:
     """Return the sentence on a try that failed, for the message of the next one."""
     rates = ended.history.learning_rate
-    what = "the loss ended above that of the start"
     if ended.status in FAILURES:
         what = f"the loss {'diverged' if ended.status is Status.DIVERGED else 'became infinite or NaN'}"
+    else:
+        what = "the loss had risen again" if ended.is_better else "the loss ended above that of the start"
     return f"At rates up to {np.nanmax(rates):.2g} {what} at step {ended.steps}, so gdopt tried again at lower ones."
 
 
@@ -84,10 +86,13 @@ def _automatic(ended: Ended) -> str:
         return ""
     highest = f"up to {np.nanmax(rates):.2g}"
     if test is None:
-        return f" gdopt chose the learning rates: one cycle {highest}."
+        most, short = ended.inputs.limits.max_steps, ""
+        if ended.status is Status.DATA_EXHAUSTED and not ended.has_steps and ended.steps < most:
+            short = f" It was meant for {most} steps. Pass max_steps={ended.steps} for a whole one."
+        return f" gdopt chose the learning rates: one cycle {highest}.{short}"
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
-        f" The learning rates were chosen by a range test of {len(test.learning_rate)} steps, which suggested "
+        f" The learning rates were chosen by a range test of {len(test.learning_rate)} rates, which suggested "
         f"{suggested}: three cycles (triangular2) {highest}."
     )
 
@@ -114,9 +119,21 @@ def _by_validation(ended: Ended) -> str:
         epochs = "an epoch" if found.patience == 1 else f"{found.patience} epochs"
         why = f" The validation loss reached no new low for {epochs}."
     if found.step is None:
-        return f"{why} The validation loss was never finite."
+        nan = f" {found.holds_nan} holds NaN. Leave out what is NaN, or fill it." if found.holds_nan else ""
+        return f"{why} The validation loss was never finite.{nan}"
     returned = " is returned: it" if found.is_returned else ""
     return f"{why} The point of step {found.step}{returned} has the lowest validation loss, {found.loss:.6g}."
+
+
+def _at_bounds(ended: Ended) -> str:
+    """Return the sentence on the entries that are at their bounds; "" without bounds, or after a failure."""
+    if ended.at_bounds is None or ended.status in FAILURES:
+        return ""
+    leaves = [leaf for leaf in jax.tree.leaves(ended.at_bounds) if isinstance(leaf, jax.Array)]
+    count, size = sum(int(leaf.sum()) for leaf in leaves), sum(leaf.size for leaf in leaves)
+    if count == 0:
+        return " No entry of the params is at a bound."
+    return f" {count} of {size} entries of the params {'is at its bound' if count == 1 else 'are at their bounds'}."
 
 
 def _explain(status: Status, ended: Ended) -> str:
@@ -142,7 +159,10 @@ def _explain(status: Status, ended: Ended) -> str:
         case Status.NON_FINITE:
             return _non_finite(ended, words)
         case Status.STOPPED | Status.DATA_EXHAUSTED | Status.INTERRUPTED | Status.EARLY_STOPPED:
-            return f"{_FROM_OUTSIDE[status]} {after}: the loss went from {first} to {last}."
+            went = f"the loss went from {first} to {last}"
+            if words.width > 1 and words.width >= ended.steps:  # Both would be the same mean.
+                went = f"the mean loss of these was {first}"
+            return f"{_FROM_OUTSIDE[status]} {after}: {went}."
 
 
 def _words(status: Status, ended: Ended) -> _Words:
@@ -171,7 +191,7 @@ def _converged(ended: Ended, words: _Words) -> str:
     losses, grad_norms = ended.history[:2]
     if grad_norms[words.end] == 0:
         seen = ", and no direction was seen in which the loss falls" if ended.ending.verified else ""
-        return f"converged {words.after}: the gradient is exactly zero{seen} (loss {words.last})."
+        return f"converged {words.after}: the {_gradient(ended)} is exactly zero{seen} (loss {words.last})."
     fall = f"the loss fell from {words.first} to {words.last}"
     fall = fall if fell(losses, ended.compiled.eps) else f"the loss is {words.last}"
     return f"converged {words.after}: {fall}{_left(ended)}"
@@ -204,8 +224,13 @@ def _max_steps(ended: Ended, words: _Words) -> str:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
     return (
         f"stopped at max_steps={ended.steps} before it converged: the loss fell from {words.first} to {words.last}, "
-        f"the gradient norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}"
+        f"the {_gradient(ended)} norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}{_full_batch(ended)}"
     )
+
+
+def _full_batch(ended: Ended) -> str:
+    """Say that an epoch is one step, if there are data without a batch_size."""
+    return " Without a batch_size an epoch is one step on all rows." if ended.problem.data is not None else ""
 
 
 def _precision_limit(ended: Ended, words: _Words) -> str:
@@ -249,6 +274,10 @@ def _non_finite(ended: Ended, words: _Words) -> str:
     rate = f", after an update with the learning rate {rates[-2]:.3g}" if np.isfinite(rates[-2]) else ""
     start = f"from a loss of {words.first} at the start"
     return f"the {what} at step {steps}{rate}, {start}.{found}{words.back} {cure or words.slower}"
+
+
+def _gradient(ended: Ended) -> str:
+    return "gradient" if ended.problem.constraint is None else "projected gradient"
 
 
 def _left(ended: Ended) -> str:

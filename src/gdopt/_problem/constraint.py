@@ -12,6 +12,7 @@ import numpy as np
 
 from gdopt import _jax, _trees
 from gdopt._checks import fault, warn
+from gdopt._compile import program
 from gdopt._errors import InputError
 from gdopt._problem.objective import Objective
 from gdopt._problem.problem import Problem
@@ -64,7 +65,9 @@ def constrained(problem: Problem, bounds: Any, project: Any, prox: Any) -> Probl
             return _projected(problem, step)
         step = _whole(objective, prox, name)
         _check_step(objective.params, step, name, _rate(objective.params))
-        return problem._replace(constraint=Constraint(prox=step, penalty=_penalty(objective, prox)))
+        penalty = _penalty(objective, prox)
+        problem = problem._replace(objective=_where_finite(objective, step, penalty))
+        return problem._replace(constraint=Constraint(prox=step, penalty=penalty))
 
 
 _TAKES = {"project": "params -> params", "prox": "(params, rate) -> params (for example gdopt.prox.l1(0.1))"}
@@ -256,6 +259,10 @@ def _whole(objective: Objective, function: Callable, name: str) -> Callable[...,
 
 def _same_kind(path: tuple, name: str, leaf: jax.Array, new: Any) -> jax.Array:
     """Return a leaf of a step; raise InputError if it has another shape or dtype."""
+    if not _trees.is_array(new):
+        raise InputError(
+            f"{name} returned a {type(new).__name__} for {_trees.path_name(path)}. Return the same structure."
+        )
     shape, dtype = np.shape(new), jnp.result_type(new)
     if (shape, dtype) != (leaf.shape, leaf.dtype):
         raise InputError(
@@ -265,14 +272,22 @@ def _same_kind(path: tuple, name: str, leaf: jax.Array, new: Any) -> jax.Array:
     return jnp.asarray(new)
 
 
+def _run(step: Callable, *args: PyTree) -> PyTree:
+    """Call a step compiled; equal ones share the program."""
+    return program.share(step, *args).call(*args)
+
+
 def _rate(params: PyTree) -> jax.Array:
     """Return a rate of 1 in the dtype of norms."""
-    return jnp.ones((), _trees.norm_dtype(params))
+    return _trees.on_device(np.ones((), _trees.norm_dtype(params)))
 
 
 def _check_step(params: PyTree, step: Callable, name: str, *rate: Any) -> None:
     """Trace the function once: its own checks name what is wrong."""
-    jax.eval_shape(step, params, *rate)
+    try:
+        jax.eval_shape(step, params, *rate)
+    except TypeError as error:
+        raise InputError(f"{name}= cannot be called as {_TAKES[name]}. ({error})") from error
 
 
 def _penalty(objective: Objective, prox: Callable) -> Callable[[PyTree], Any] | None:
@@ -290,13 +305,31 @@ def _penalty(objective: Objective, prox: Callable) -> Callable[[PyTree], Any] | 
     return penalty
 
 
+def _where_finite(objective: Objective, step: Callable, penalty: Callable | None) -> Objective:
+    """Return the objective; if the penalty is infinite at its start, as outside of a set, begin at the prox of it."""
+    params = objective.params
+    if penalty is None or not _known(*jax.tree.leaves(params)):
+        return objective
+    value = penalty(params)
+    if not _known(value) or not np.isposinf(_trees.on_host(value)):
+        return objective
+    warn("the penalty of prox= is infinite at the start. The run begins at the point that prox returns for it.")
+    return objective._replace(params=_run(step, params, _rate(params)))
+
+
 def _projected(problem: Problem, step: Callable) -> Problem:
     """Return the problem with its start projected, and warn if that moved it."""
     start = problem.objective.params
-    there = jax.jit(step)(start)
+    there = _run(step, start)
     problem = problem._replace(objective=problem.objective._replace(params=there), constraint=Constraint(project=step))
     if not _known(*jax.tree.leaves(start)):
         return problem
+    for path, leaf in jax.tree_util.tree_leaves_with_path(there):
+        if _known(leaf) and not np.isfinite(_trees.on_host(leaf)).all():
+            bad = _trees.on_host(leaf)[~np.isfinite(_trees.on_host(leaf))].flat[0]
+            raise InputError(
+                f"project returned {bad} for {_trees.path_name(path)} at the start. Start where it is finite."
+            )
     _check_idempotent(step, there)
     for path, leaf, new in _paths(start, there):
         if _differs(leaf, new):
@@ -310,9 +343,9 @@ def _projected(problem: Problem, step: Callable) -> Problem:
 
 def _check_idempotent(step: Callable, there: PyTree) -> None:
     """Raise InputError if the projection of a point of the set, or of one nearby, is another point."""
-    beside = jax.jit(step)(jax.tree.map(_shaken, there))
+    beside = _run(step, jax.tree.map(_shaken, there))
     for point in (there, beside):
-        for path, leaf, new in _paths(point, jax.jit(step)(point)):
+        for path, leaf, new in _paths(point, _run(step, point)):
             if _differs(leaf, new):
                 raise InputError(
                     f"project moves its own result: {_trees.path_name(path)} changes if it is projected twice. Pass a "

@@ -91,9 +91,10 @@ def _array(name: str, leaf: Any, of: str) -> Any:
     if why := known and fault(leaf, carried=False):
         raise InputError(f"{name} {why}.")
     if not hasattr(leaf, "shape") or not (hasattr(leaf, "dtype") or is_foreign(leaf)):
+        shown = f"{name}={leaf!r}" if name == of and isinstance(leaf, int | float) else name
         raise InputError(
-            f"{name} is a {type(leaf).__name__}, not an array. Pass a pytree of arrays with a shared leading axis "
-            "(for example (X, y)); convert lists with numpy.asarray."
+            f"{shown} is a {type(leaf).__name__}, not an array. Pass a pytree of arrays with a shared leading axis "
+            "(for example (X, y)). Convert lists with numpy.asarray, and put a torch Dataset into a DataLoader."
         )
     if not leaf.shape:
         raise InputError(f"{name} is a scalar and has no rows. Pass constants in args=, not in {of}=.")

@@ -31,7 +31,8 @@ def updated(given: PyTree, rest: _trees.Rest, new: Any) -> PyTree:
     if treedef != rest.treedef:
         raise InputError(
             f"the loss returned a state of another structure than it was given: {_shown(new, treedef)} instead of "
-            f"{_shown(whole, rest.treedef)}. Return the same structure at each step."
+            f"{_shown(whole, rest.treedef)}. Return (value, state) with the same structure at each "
+            "step; with has_aux=True, (value, (state, aux))."
         )
     paths = jax.tree_util.tree_leaves_with_path(whole)
     fitting = [

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from gdopt import _error_notes, _jax, _trees
-from gdopt._checks import fault, flatten, refuse_no_arrays, warn
+from gdopt._checks import fault, flatten, refuse_no_arrays, refuse_result, warn
 from gdopt._errors import InputError
 from gdopt._problem import nnx, random_state
 from gdopt._types import Loss, PyTree
@@ -55,7 +55,7 @@ class Objective(NamedTuple):
         if "state" not in named:
             return _checked(out, self.has_aux)
         value, new = _with_state(out, self.has_aux)
-        value, aux = _checked((value, new[1]) if self.has_aux else value, self.has_aux)
+        value, aux = _checked((value, new[1]) if self.has_aux else value, self.has_aux, has_state=True)
         return value, (new[0] if self.has_aux else new, aux)
 
 
@@ -75,6 +75,7 @@ def make_objective(loss: Loss, params: PyTree, *, has_aux: bool = False, trainab
     """
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function. Pass one that is called as loss(params, ...).")
+    refuse_result("params", params, "params")
     leaves, treedef = flatten("params", params)
     chosen = _trainable_mask(params, treedef, trainable)
     nnx.refuse_shared(params)
@@ -158,12 +159,24 @@ def _trainable_mask(params: PyTree, treedef: Any, trainable: Any) -> list[bool]:
         choices = _trees.spread(mask, params)
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"trainable={trainable!r} does not fit params. Pass True or False for each leaf or subtree of params, or a "
-            f"function of params that returns such a mask. ({error})"
+            f"trainable={trainable!r} does not fit params{_misfit(mask, params, error)}. Pass True or False for each "
+            "leaf or subtree of params, or a function of params that returns such a mask."
         ) from error
     if wrong := [choice for choice in choices if not isinstance(choice, bool | np.bool_)]:
         raise InputError(f"trainable holds {wrong[0]!r}. Pass only True or False.")
     return [bool(choice) for choice in choices]
+
+
+def _misfit(mask: Any, params: PyTree, error: Exception) -> str:
+    """Say in which way a mask does not fit."""
+    if isinstance(mask, dict) and isinstance(params, dict) and mask.keys() != params.keys():
+        lacking, unknown = [key for key in params if key not in mask], [key for key in mask if key not in params]
+        said = [f"it lacks {', '.join(map(repr, lacking))}"] if lacking else []
+        said += [f"params has no {', '.join(map(repr, unknown))}"] if unknown else []
+        return f": {', and '.join(said)}"
+    if type(mask) is not type(params):
+        return f": it is a {type(mask).__name__}, and params is a {type(params).__name__}"
+    return f" ({' '.join(str(error).split())})"
 
 
 def _warn_of_narrowing(params: PyTree) -> None:
@@ -179,7 +192,7 @@ def _warn_of_narrowing(params: PyTree) -> None:
             return
 
 
-def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+def _checked(out: Any, has_aux: bool, *, has_state: bool = False) -> tuple[jax.Array, Any]:
     """Return (value, aux) from the output of the loss."""
     value, aux = out, None
     if has_aux:
@@ -193,7 +206,10 @@ def _checked(out: Any, has_aux: bool) -> tuple[jax.Array, Any]:
     elif isinstance(out, tuple):
         raise InputError(f"the loss returned a tuple of {len(out)}. Return only the value, or pass has_aux=True.")
     if not _may_be_array(value):
-        raise InputError(f"the loss returned {_what(value)}. Return a scalar array.")
+        beside = " as its value" if value is not out or has_state else ""
+        raise InputError(
+            f"the loss returned {_what(value)}{beside}. Return a scalar array{' first' if beside else ''}."
+        )
     value = value if isinstance(value, jax.Array) else jnp.asarray(value)
     if value.shape != ():
         raise InputError(f"the loss returned shape {value.shape}. Reduce it to a scalar with jnp.mean or jnp.sum.")

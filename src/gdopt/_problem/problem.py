@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gdopt import _trees
-from gdopt._checks import fault, is_foreign, refuse_misread, refuse_no_arrays
+from gdopt._checks import fault, is_foreign, refuse_misread, refuse_no_arrays, refuse_result
 from gdopt._devices.sharding import check_batch_size, explicitly
 from gdopt._errors import InputError
 from gdopt._problem import model_state
@@ -120,6 +120,7 @@ def make_problem(
     traced, rest = split_args(args)
     problem = Problem(objective, traced, rest, data, batches, stream, with_key, _check_key(key))
     if state is not None:
+        refuse_result("state", state, "state")
         arrays, others = _split("state", state)
         problem = problem._replace(state=_trees.strong(arrays), state_rest=others)
     return problem._replace(optimizer_state=_trees.strong(_only_arrays("optimizer_state", optimizer_state)))
@@ -127,6 +128,7 @@ def make_problem(
 
 def _only_arrays(name: str, tree: PyTree) -> PyTree:
     """Return the tree; raise InputError if a leaf is no array."""
+    refuse_result(name, tree, name)
     refuse_no_arrays(name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not _trees.is_array(leaf):

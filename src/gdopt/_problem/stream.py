@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gdopt import _trees
-from gdopt._checks import fault, refuse_no_arrays
+from gdopt._checks import TO_NUMBERS, fault, refuse_no_arrays
 from gdopt._devices.current import callers_code
 from gdopt._errors import InputError
 from gdopt._types import PyTree
@@ -296,27 +296,33 @@ def numbers_of(name: str, leaf: Any) -> np.ndarray:
                 f"{name} is a {type(leaf).__name__} whose columns {columns} do not hold numbers. Leave them out, or "
                 "convert them with .astype(float)."
             )
-        raise InputError(
-            f"{name} is a {type(leaf).__name__}, not an array of numbers. Pass pytrees of NumPy or JAX arrays, or of "
-            "torch tensors."
-        )
+        kind, cure = "", "Pass pytrees of NumPy or JAX arrays, or of torch tensors"
+        if _is_of_pandas(leaf):
+            kind, cure = f" of dtype {leaf.dtype}", TO_NUMBERS[0].upper() + TO_NUMBERS[1:]
+        raise InputError(f"{name} is a {type(leaf).__name__}{kind}, not an array of numbers. {cure}.")
     return array
 
 
 def _table(name: str, leaf: Any) -> np.ndarray | None:
     """Convert a table, or a column, of numbers with pandas' own dtypes or with bools; None for others."""
-    if type(leaf).__module__.split(".")[0] != "pandas" or _no_numbers(leaf, "iufcb"):
+    if not _is_of_pandas(leaf):
         return None
-    holes = [str(column) for column in leaf if leaf[column].isna().any()] if hasattr(leaf, "columns") else []
+    is_table = hasattr(leaf, "columns")
+    table = leaf.to_frame() if hasattr(leaf, "to_frame") else leaf
+    if _no_numbers(table, "iufcb"):
+        return None
+    holes = [str(column) for column in table if table[column].isna().any()] if hasattr(table, "columns") else []
     if holes:
-        raise InputError(
-            f"{name} is a {type(leaf).__name__} whose columns {', '.join(map(repr, holes))} lack values (NA). Fill "
-            "them, or drop these rows."
-        )
+        which = f" whose columns {', '.join(map(repr, holes))} lack" if is_table else ", and lacks"
+        raise InputError(f"{name} is a {type(leaf).__name__}{which} values (NA). Fill them, or drop these rows.")
     try:
         return leaf.to_numpy(dtype=np.dtype(float))
     except (TypeError, ValueError):
         return None
+
+
+def _is_of_pandas(leaf: Any) -> bool:
+    return type(leaf).__module__.split(".")[0] == "pandas"
 
 
 def _no_numbers(table: Any, kinds: str = "iufc") -> str:

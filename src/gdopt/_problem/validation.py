@@ -46,6 +46,7 @@ class Judgement(NamedTuple):
     loss: float
     is_returned: bool
     patience: int | None
+    holds_nan: str = ""  # the path of an array of the validation data, if no loss was finite
 
 
 def check_validation(validation: Any, loss: Any, patience: Any, problem: Problem) -> Validation | None:
@@ -91,12 +92,26 @@ def _check_structure(given: PyTree, batch: PyTree) -> None:
     ):
         return
     raise InputError(
-        f"validation={_shapes(given)} has another structure than a batch of data, {_shapes(batch)}. Pass the same "
-        "containers, with arrays of as many axes."
+        f"validation={shapes(given)} has another structure than a batch of data, {shapes(batch)}. Pass the same "
+        "containers (a list is no tuple), and arrays with as many axes."
     )
 
 
-def _shapes(tree: PyTree) -> str:
+def refuse_other_axes(validation: Validation, batch: PyTree, error: Exception) -> None:
+    """Raise InputError if the validation loss raised an error on data whose axes, but for the rows, are not a batch's.
+
+    A loss may well take others, such as longer sequences.
+    """
+    pairs = zip(jax.tree.leaves(validation.data), jax.tree.leaves(batch), strict=True)
+    if any(a.shape[1:] != b.shape[1:] for a, b in pairs):
+        raise InputError(
+            f"validation={shapes(validation.data)} has other axes than a batch of data, {shapes(batch)}, and the "
+            f"loss cannot take it. Pass arrays of the same shape, but for the number of rows. ({error})"
+        ) from error
+
+
+def shapes(tree: PyTree) -> str:
+    """Show a tree by its dtypes and shapes."""
     return _trees.summary(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree))
 
 

@@ -153,11 +153,16 @@ class Ladder(NamedTuple):
     num_steps: int
     mode: str
     extensions: int = _EXTENSIONS  # the most sections beyond each of its ends
+    most: int | None = None  # the most rates that a test may try in all; None for any number
 
     def section(self, number: int) -> np.ndarray:
         """Return the rates of a section: 0 is the ladder that was asked for, -1 the section below it."""
         shift = (self.end / self.start) ** (number * self.num_steps / (self.num_steps - 1)) if number else 1.0
         return ladder(self.start * shift, self.end * shift, self.num_steps, self.mode)
+
+    def without(self, tried: int) -> Ladder:
+        """Return the ladder after a test that tried so many rates."""
+        return self if self.most is None else self._replace(most=self.most - tried)
 
 
 def check_ladder(start_lr: Scalar, end_lr: Scalar, num_steps: int, mode: str) -> Ladder:
@@ -194,7 +199,8 @@ def range_test(
         )
     loop.check_alike(problem, optimizer=optimizer, ladder=tuple(steps), repeats=repeats, refine=refine)
     if updates is None:
-        updates = updates_of(None if optimizer is gd else response(optimizer, problem.objective.params))
+        traced = lambda: loop.is_inside(problem)  # for its errors
+        updates = updates_of(None if optimizer is gd else response(optimizer, problem.objective.params, traced))
     with own_work():
         keys = jax.random.fold_in(problem.key, 2)  # 0 and 1 are the training's
         keys = keys if repeats == 1 else jax.random.split(keys, repeats)  # a run without vmap traces twice as fast
@@ -203,8 +209,14 @@ def range_test(
         climb = functools.partial(_climb, problem, optimizer, steps, keys, every, updates)
         curve, verdict = climb(lowest := 0)
         while verdict.missing == "lower" and steps.mode == "exponential" and lowest > -steps.extensions:
+            steps = steps.without(curve.end)
+            if steps.most is not None and steps.most < steps.num_steps + curve.end:  # It climbs as far again.
+                break
+            climb = functools.partial(_climb, problem, optimizer, steps, keys, every, updates)
             curve, verdict = climb(lowest := lowest - 1)
         suggestion, refinement = verdict.suggestion, None
+        if suggestion is None and steps.most is not None:
+            suggestion = verdict.modest
         if refine and suggestion is not None:
             refinement = _refine(problem, optimizer, suggestion, keys, every)
             suggestion = refinement.best
@@ -272,13 +284,14 @@ def _climb(
 
     section = lowest
     while True:
-        rates = np.append(rates, steps.section(section))
+        rates = np.append(rates, steps.section(section))[: steps.most]
         inputs = inputs._replace(rate=rates_of(section))
         state, _ = advance(state, inputs, all_over, len(rates) * every)
         losses = _by_update(seen[: len(rates) * every], every)
         curve = _Curve(rates, losses, [rules.end(row, head) for row in losses])
         verdict = _verdict(curve, head, updates)
-        if verdict.missing != "higher" or steps.mode == "linear" or section >= lowest + steps.extensions:
+        is_last = steps.mode == "linear" or section >= lowest + steps.extensions or len(rates) == steps.most
+        if verdict.missing != "higher" or is_last:
             return curve, verdict
         section += 1
 

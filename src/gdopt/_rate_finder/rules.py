@@ -31,6 +31,7 @@ _RISE = 4  # the rungs of a steady rise to more than a hundred times, which coun
 _BELOW = 0.5  # the highest suggestion over the edge of stability
 _BELOW_IF_UNSEEN = 0.15  # the suggestion over that edge if noise hides the basin, and the loss grew a hundred times
 _BELOW_IF_UNSURE = 0.1  # and if it grew less
+_CLEAR = 4.0  # the last loss over those of the start from which on it has blown up, whatever its noise
 _ON_A_FLOOR = 0.5  # the suggestion over the left edge of a basin without a right one
 
 
@@ -76,6 +77,7 @@ class Verdict(NamedTuple):
     suggestion: float | None
     reason: str = ""  # why there is no suggestion, and what to change
     missing: str = ""  # "higher" or "lower" if a longer ladder at that end would help
+    modest: float | None = None  # a rate that will do where no more rates can be tried
 
 
 class Updates(NamedTuple):
@@ -100,7 +102,7 @@ class _Basin(NamedTuple):
     trail: float  # the rungs by which the edges come too late
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def suggest(
     rates: np.ndarray, losses: np.ndarray, *, blew_up: bool, head: int | None = None, updates: Updates = WITH_MOMENTUM
 ) -> Verdict:
@@ -121,14 +123,19 @@ def suggest(
     if density < _FEWEST and not (blew_up and count < _SOONEST):
         return Verdict(None, f"The curve has {count} points, which is too few. Raise num_steps to 10 or more.")
     if count < _SOONEST:
+        modest = None
+        if blew_up and count > 1 and updates.show_edge:
+            modest = _BELOW_IF_UNSEEN * _edge(rates, losses, head, density, blew_up)
         reason = f"The loss blows up soon after the rate {low}. " if blew_up else f"The curve has {count} points. "
-        return Verdict(None, f"{reason}Lower start_lr, or raise num_steps.", "lower" if blew_up else "")
+        return Verdict(None, f"{reason}Lower start_lr, or raise num_steps.", "lower" if blew_up else "", modest)
     caution = math.exp(min(math.log(10) * (1 / _DENSE - 1 / density), 0))
     basin, edge = _basin(rates, losses, head, density), _edge(rates, losses, head, density, blew_up)
     if basin.noises <= _NOISE:
-        return _without_basin(rates, losses, basin.noises, blew_up, head, caution * edge if updates.show_edge else 0.0)
+        edge = edge if updates.show_edge else 0.0
+        return _without_basin(rates, losses, basin.noises, blew_up, head, edge, caution)
     if basin.left < 2 * head and count >= 20:
-        return Verdict(None, f"The loss falls already at the rate {low}. Lower start_lr.", "lower")
+        modest = _BELOW_IF_UNSEEN * edge if updates.show_edge and math.isfinite(edge) else None
+        return Verdict(None, f"The loss falls already at the rate {low}. Lower start_lr.", "lower", modest)
     rungs, decades = np.arange(count), np.log10(rates)
     at = lambda rung: float(10 ** np.interp(rung - basin.trail, rungs, decades))
     if basin.is_closed or blew_up:
@@ -136,30 +143,35 @@ def suggest(
         middle = at(min((basin.left + basin.right) / 2, reached))
         highest = max(_BELOW * edge, at(basin.left))
         return Verdict(caution * min(updates.times * middle, highest))
+    on_floor = caution * _ON_A_FLOOR * at(basin.left)
     if rates[-1] < _FLAT * rates[basin.left]:
-        return Verdict(None, f"The loss falls, or stays low, up to the rate {high}. Raise end_lr.", "higher")
-    # The loss is at a minimum that no rate leads away from.
-    return Verdict(caution * _ON_A_FLOOR * at(basin.left), missing="higher")
+        reason = f"The loss falls, or stays low, up to the rate {high}. Raise end_lr."
+        return Verdict(None, reason, "higher", on_floor)
+    return Verdict(on_floor, missing="higher")  # The loss is at a minimum that no rate leads away from.
 
 
 def _without_basin(
-    rates: np.ndarray, losses: np.ndarray, noises: float, blew_up: bool, head: int, edge: float
+    rates: np.ndarray, losses: np.ndarray, noises: float, blew_up: bool, head: int, edge: float, caution: float
 ) -> Verdict:
     """Return what a curve whose fall may be noise suggests: a rate well below the edge of stability, if it shows."""
     low, high = f"{rates[0]:.2g}", f"{rates[-1]:.2g}"
+    start = losses[:head].max()
+    is_certain = losses[-1] > 100 * start > 0
+    shows = losses[-1] > _CLEAR * start > 0 and 0 < edge < math.inf
+    modest = _BELOW_IF_UNSEEN * edge if shows else None
     if not blew_up:
         return Verdict(
             None,
             f"The loss is flat from {low} to {high}. Raise end_lr. If it stays flat, it may not depend on params, or "
             "its noise hides the fall: raise batch_size or repeats.",
             "higher",
+            modest,
         )
-    if rates[-1] < _SOON * rates[0]:
-        return Verdict(None, f"The loss rises from the rate {low} on. Lower start_lr.", "lower")
-    start = losses[:head].max()
-    is_certain = losses[-1] > 100 * start > 0
-    if (is_certain or noises > 1) and edge > 3 * rates[0]:
-        return Verdict(edge * (_BELOW_IF_UNSEEN if is_certain else _BELOW_IF_UNSURE))
+    # A sparse ladder is soon far beyond that edge.
+    if rates[-1] < _SOON * rates[0] or 0 < caution * edge <= 3 * rates[0]:
+        return Verdict(None, f"The loss rises from the rate {low} on. Lower start_lr.", "lower", modest)
+    if (is_certain or noises > 1) and edge > 0:
+        return Verdict(caution * edge * (_BELOW_IF_UNSEEN if is_certain else _BELOW_IF_UNSURE))
     reason = f"The loss does not fall by more than its noise before it blows up at {high}. "
     return Verdict(None, reason + "Raise num_steps, repeats or batch_size, or check the sign of the loss.")
 

@@ -47,6 +47,7 @@ class Watcher:
         self._callback, self._every, self._task, self._source, self._advance = callback, every, problem, source, advance
         self._rate = math.nan  # the last one that is known
         self._seen = -1  # the number of the last evaluation that was reported
+        self._told = -1  # the step of the last report
 
     def begin(self, saves: Saves | NoSaves, state: State, records: list[Rows]) -> Status | None:
         """Take up a run where its checkpoint is; return what ended it, if it is not to continue."""
@@ -77,9 +78,11 @@ class Watcher:
         over = Status.EARLY_STOPPED if self.validator.is_over else None
         if self._callback is None or not (self._is_due(step, ended) or not runs):
             return carry, over
-        # A point between two chunks is not evaluated yet. By the clock, the one before it is reported.
+        # A point between two chunks is not evaluated yet. By the clock, the one before it is reported. With noise that
+        # may be an old one, because batches had higher losses than the first since then.
         averages = has_average(state) and int(state.code) not in FAILURES
-        looks = averages or (runs and (self._every is not None or ended or state.kept.params is None))
+        told = self._task.noisy and int(state.kept.step) <= self._told
+        looks = averages or (runs and (self._every is not None or ended or told or state.kept.params is None))
         seen = step - (runs and not looks)
         if seen == self._seen:
             return carry, over
@@ -102,6 +105,7 @@ class Watcher:
         assert self._callback is not None
         try:
             report = self._report(state, step, ended)
+            self._told = report.step
             with callers_code():
                 return _wants_stop(self._callback(report))
         except Interrupted:  # A range test in the callback ended at a signal, which ends this run as well.

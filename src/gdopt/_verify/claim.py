@@ -95,7 +95,7 @@ def settle(
     if exact:
         probe, exact = _finite(place, probe, differences, claim.params)
     begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
-    noise, drowned = _known(place, probe, claim, grad, begin)
+    noise, drowned = _known(place, _within(probe, move), claim, grad, begin)
     own, may = _stopping.resolution(loss, eps), _stopping.allowed(np, watch, loss, limits)
     rounding = np.where(drowned, own, np.maximum(own, noise))
     here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
@@ -150,6 +150,13 @@ def _typical(np: Any, claim: Claim, eps: float) -> Blocks:
     sizes = [np.where(x > eps**2 * size, x, size) for x in sizes]  # The others have not moved yet.
     sizes = [np.maximum(size, least).astype(x.dtype) for size, x in zip(sizes, claim.params, strict=True)]
     return sizes if claim.free is None else [x * f for x, f in zip(sizes, claim.free, strict=True)]
+
+
+def _within(probe: Probe, move: Move | None) -> Probe:
+    """Return a probe whose points are moved into the set: next to it a penalty may be infinite."""
+    if move is None:
+        return probe
+    return probe._replace(at=lambda xs: probe.at(move(xs, 0 * xs[0].real.sum())[0]))
 
 
 def _known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:

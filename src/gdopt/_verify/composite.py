@@ -1,7 +1,7 @@
 """The check of a claim within a convex set, or with a penalty: is little left to gain there by the curvature?
 
-Projected or proximal steps minimise the parabola of the loss within the set, with exact products of the Hessian. What
-they gain is what Newton's method would still gain. Then the point that they lead to and neighbours in the set are tried.
+Projected or proximal steps minimise the parabola of the loss within the set, by products of the Hessian. Their gain is
+what Newton's method would still gain there. Then the point that they lead to, and neighbours in the set, are tried.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _STEPS = 60  # the most steps on the parabola, each with a product of the Hessia
 _ENOUGH = 0.01  # the gain of a step, over that of all, below which the steps end
 _TAIL = 10  # the gain that is expected of all further steps, over that of the last one
 _LONGER = 10  # the rate over the last one along a direction without curvature
+_LEAPS = 3  # the sets of entries that creep
 _TRIED = 24  # the neighbours that are tried
 _BESIDE = 0.5  # the first point's distance from the given one, as a power of eps
 
@@ -50,14 +51,11 @@ class _Walk(NamedTuple):
 def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     """Return what is left to gain at a point, and the lowest point that was seen."""
     np, dtype = place.np, _trees.norm_dtype(here.params)
-    size, grad_size = largest(np, here.params), largest(np, here.grad)
-    ratio = size / np.where(grad_size > 0, grad_size, 1)
-    rate = np.where(np.isfinite(ratio) & (ratio > 1), ratio, 1).astype(dtype)
-    there, _ = move(_descended(here.params, here.grad, rate), rate)
-    residual = [(x - new) / rate.astype(x.dtype) for x, new in zip(here.params, there, strict=True)]
-
+    rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
     walk = _walked(place, probe, move, here, rate)
-    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + _TAIL * np.maximum(walk.last, 0), np.inf)
+    walk = place.fold(_LEAPS, lambda _, walk: _leapt(place, probe, move, here, walk), walk)
+    more = _TAIL * np.maximum(walk.last, 0)
+    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + more, np.inf)
     # Without the penalty, a lower loss says nothing.
     knows = np.isfinite(walk.penalty)
     best, point = place.when(
@@ -65,7 +63,16 @@ def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     )
     visible = np.maximum(here.allowed, here.rounding)
     left = np.maximum(left.astype(here.loss.dtype), here.loss - best)
-    return Found(left, best < here.loss - visible, best, point, largest(np, residual))
+    return Found(
+        left, best < here.loss - visible, best, point, largest(np, _residual(np, move, here.params, here.grad))
+    )
+
+
+def _residual(np: Any, move: Move, params: Blocks, grad: Blocks) -> Blocks:
+    """Return the projected gradient (x - P(x - t g)) / t of a step as long as the params."""
+    rate = long_rate(np, largest(np, params), largest(np, grad)).astype(_trees.norm_dtype(params))
+    there, _ = move(_descended(params, grad, rate), rate)
+    return [(x - new) / rate.astype(x.dtype) for x, new in zip(params, there, strict=True)]
 
 
 def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _Walk:
@@ -117,6 +124,41 @@ def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _
     return place.loop(goes_on, stepped, start)
 
 
+def _leapt(place: Place, probe: Probe, move: Move, here: Point, walk: _Walk) -> _Walk:
+    """Move the entries that creep as far as they go: those that the penalty or a slope pulls without curvature.
+
+    The others end the walk. A step as long as the params does not turn the residual of an entry that creeps.
+    """
+    np, dtype = place.np, _trees.norm_dtype(here.params)
+    residual, size = _residual(np, move, walk.point, walk.grad), largest(np, walk.point)
+
+    def far(pull: Blocks) -> tuple[Blocks, Any]:
+        rate = long_rate(np, size, largest(np, pull)).astype(dtype)
+        there, _ = move(_descended(walk.point, walk.grad, rate), rate)
+        return [new - y for new, y in zip(there, walk.point, strict=True)], rate
+
+    turned = probe.times(here.params, far(residual)[0])
+    creeps = [abs(b) <= abs(r) for b, r in zip(turned, residual, strict=True)]
+    step, rate = far([np.where(c, r, 0) for c, r in zip(creeps, residual, strict=True)])
+    step = [np.where(c, s, 0) for c, s in zip(creeps, step, strict=True)]
+    there, penalty = move(shifted(walk.point, step), np.zeros((), dtype))  # A part of a step may lead out of the set.
+    step = [new - y for new, y in zip(there, walk.point, strict=True)]
+    bent = probe.times(here.params, step)
+    square, curve = dot(place, step, step, dtype), dot(place, step, bent, dtype)
+    slope = dot(place, walk.grad, step, dtype) + (penalty - walk.penalty).astype(dtype)
+    slope = np.where(np.isnan(penalty), -square / rate, slope)
+    share = np.where(curve > 0, np.clip(-slope / np.where(curve > 0, curve, 1), 0, 1), slope < 0).astype(dtype)
+    gain = -(share * slope + share * share * curve / 2)
+    share = np.where(np.isfinite(gain), share, 0).astype(dtype)
+    add = lambda x, y: (x + share.astype(x.dtype) * y).astype(x.dtype)
+    return walk._replace(
+        point=[add(y, s) for y, s in zip(walk.point, step, strict=True)],
+        grad=[add(g, b) for g, b in zip(walk.grad, bent, strict=True)],
+        penalty=(walk.penalty + share * (penalty - walk.penalty)).astype(walk.penalty.dtype),
+        gain=walk.gain + np.where(np.isfinite(gain), gain, 0).astype(walk.gain.dtype),
+    )
+
+
 def _lowest(place: Place, probe: Probe, move: Move, here: Point, point: Blocks) -> tuple[Any, Blocks]:
     """Return the lowest loss among a point, neighbours in the set, and the given point."""
     np, zero = place.np, place.np.zeros((), _trees.norm_dtype(here.params))
@@ -135,3 +177,9 @@ def _lowest(place: Place, probe: Probe, move: Move, here: Point, point: Blocks) 
 
 def _descended(params: Blocks, grad: Blocks, rate: Any) -> Blocks:
     return [(x - rate.astype(x.dtype) * g).astype(x.dtype) for x, g in zip(params, grad, strict=True)]
+
+
+def long_rate(np: Any, size: Any, grad_size: Any) -> Any:
+    """Return the rate of a step as long as the params; 1 if these or the gradient are zero."""
+    ratio = size / np.where(grad_size > 0, grad_size, 1)
+    return np.where(np.isfinite(ratio) & (ratio > 0) & (grad_size > 0), ratio, 1)
