@@ -85,22 +85,23 @@ def load_cases(every: int) -> list[Case]:
 
 
 @functools.cache
-def sif2jax_problems() -> types.ModuleType:
-    """Only the unconstrained ones: importing all of sif2jax takes half a minute and turns x64 on."""
-    spec = importlib.util.find_spec("sif2jax")
-    folder = Path(getattr(spec, "origin", "sif2jax")).parent
-    for name in ("sif2jax", "sif2jax.cutest"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = package
-    return importlib.import_module("sif2jax.cutest._unconstrained_minimisation")
+def sif2jax_module(name: str) -> types.ModuleType:
+    """One module of the problems: importing all of sif2jax takes half a minute and turns x64 on."""
+    if "sif2jax" not in sys.modules:
+        spec = importlib.util.find_spec("sif2jax")
+        folder = Path(getattr(spec, "origin", "sif2jax")).parent
+        for parent in ("sif2jax", "sif2jax.cutest", "sif2jax.cutest._quadratic_problems"):
+            package = types.ModuleType(parent)
+            package.__path__ = [str(folder.joinpath(*parent.split(".")[1:]))]
+            sys.modules[parent] = package
+    return importlib.import_module(f"sif2jax.cutest.{name}")
 
 
 def build(name: str) -> tuple[Loss, jax.Array]:
     """The loss and the start of 'sif:NAME' or 'sif:NAME:field=value', in JAX's default dtype."""
     warnings.filterwarnings("ignore", "Explicitly requested dtype")  # some ask for float64 in any case
     _, class_name, *sizes = name.split(":")
-    package = sif2jax_problems()
+    package = sif2jax_module("_unconstrained_minimisation")
     if not hasattr(package, class_name):  # some are there without being exported
         package = importlib.import_module(f"{package.__name__}.{class_name.lower()}")
     problem = getattr(package, class_name)(**{field: int(size) for field, size in (text.split("=") for text in sizes)})

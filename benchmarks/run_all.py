@@ -35,6 +35,7 @@ PICTURES = {
     "auto_training": None,
     "lr_finders": None,
     "cyclical": None,
+    "bounds": None,
 }
 
 

@@ -71,7 +71,13 @@ def _set_x64(x64: bool) -> None:
     jax.config.update("jax_enable_x64", x64)
 
 
-def arguments(doc: str | None, quick: str, picture: str | None = None, only: Sequence[str] = ()) -> argparse.Namespace:
+def arguments(
+    doc: str | None,
+    quick: str,
+    picture: str | None = None,
+    only: Sequence[str] = (),
+    reference: str | None = None,
+) -> argparse.Namespace:
     """The options of a script with their help, and as ``flags`` those that repeat its run."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=quick)
@@ -80,6 +86,8 @@ def arguments(doc: str | None, quick: str, picture: str | None = None, only: Seq
         parser.add_argument("--picture", metavar="PATH", help=picture)
     if only:
         parser.add_argument("--only", nargs="+", choices=only, help="run these groups of problems alone")
+    if reference:
+        parser.add_argument("--reference", action="store_true", help=reference)
     options = parser.parse_args()
     options.flags = " --quick" * options.quick + " --markdown" * options.markdown
     if only and options.only:

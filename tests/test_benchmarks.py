@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -140,3 +141,70 @@ def test_evaluations_are_counted_up_to_the_first_near_loss(endings: ModuleType) 
     assert endings.made_over_needed(losses, 16.0, 0.0, 1e-4) == 2
     assert endings.made_over_needed(losses, 16.0, 0.0, 1e-6) == 1.5
     assert np.isnan(endings.made_over_needed(losses[:2], 16.0, 0.0, 1e-4))
+
+
+@pytest.fixture
+def bounds() -> Iterator[ModuleType]:
+    """The script in float64. Importing it takes seconds."""
+    with jax.enable_x64(True):
+        yield importlib.import_module("bounds")
+
+
+def walled(bounds: ModuleType) -> Any:
+    """The sum of squares around (-1, 2) from (4, 4), with the first param at least 1: 4 is left at (1, 2), of 29."""
+    from bounded_problems import bounded
+
+    problem = bounded(lambda x: jnp.sum((x - jnp.array([-1.0, 2.0])) ** 2), [4.0, 4.0], [1.0, -np.inf], np.inf)
+    return bounds.make_form(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "params", "fields", "wrong", "missed"),
+    [
+        ("CONVERGED", [1.0, 2.01], {}, False, False),  # 1e-4 of 25 is left
+        ("CONVERGED", [1.0, 2.1], {}, True, False),
+        ("CONVERGED", [1.0, 2.01], {"left": 1e-6}, True, False),  # it claims less than a tenth of that
+        ("CONVERGED", [0.9, 2.0], {}, True, False),  # outside
+        ("STALLED", [1.0, 2.001], {"success": False}, False, True),
+        ("STALLED", [1.0, 2.1], {"success": False}, False, False),
+        ("MAX_STEPS", [1.0, 2.0], {"success": False}, False, False),
+    ],
+)
+@pytest.mark.parametrize("group", ["nnls", "fits"])  # compared with the best known, and with a polish
+def test_a_claim_within_bounds_is_compared_with_what_is_left(
+    bounds: ModuleType, group: str, status: str, params: list[float], fields: dict[str, Any], wrong: bool, missed: bool
+) -> None:
+    case = bounds.Case("square", group, 2, 29.0, 4.0)
+    end = bounds.End(status, **({"success": True, "params": np.array(params)} | fields))
+    verdict = bounds.judge(case, walled(bounds), end)
+    assert (verdict.wrong, verdict.missed) == (wrong, missed)
+    if np.isfinite(verdict.objective):
+        assert verdict.left == pytest.approx((params[1] - 2) ** 2, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_a_point_outside_the_bounds_solves_nothing(bounds: ModuleType) -> None:
+    form = walled(bounds)
+    assert form.objective([1.0, 2.0]) == 4
+    assert form.objective([0.9, 2.0]) == np.inf
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["nnls:hilbert", "lasso:diabetes:0.1", "simplex:unmixing_8", "fit:oral_dose", "sif:HS4"]
+)
+def test_solvers_come_to_the_best_known_value(bounds: ModuleType, name: str) -> None:
+    case = next(case for case in bounds.load_cases() if case.name == name)
+    form = bounds.make_form(bounds.build(name))
+    assert form.objective(form.problem.start) == pytest.approx(case.start)
+    solver, _ = bounds.SOLVERS[bounds.YARDSTICK]
+    losses = solver(form, case.target(1e-5), 2000, 60).losses
+    assert losses[0] == pytest.approx(case.start)
+    assert case.best <= losses[-1] <= case.target(1e-5)
+
+
+def test_best_known_values_are_below_the_start() -> None:
+    problems = json.loads(run_all.HERE.joinpath("bounds.json").read_text())["problems"]
+    assert {entry["group"] for entry in problems.values()} == {"cutest", "fits", "nnls", "lasso", "simplex"}
+    assert all(entry["fbest"] < entry["f0"] for entry in problems.values())
