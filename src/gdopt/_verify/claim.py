@@ -156,7 +156,7 @@ def _within(probe: Probe, move: Move | None) -> Probe:
     """Return a probe whose points are moved into the set: next to it a penalty may be infinite."""
     if move is None:
         return probe
-    return probe._replace(at=lambda xs: probe.at(move(xs, 0 * xs[0].real.sum())[0]))
+    return probe._replace(at=lambda xs: probe.at(move(xs, (0 * xs[0].real.sum()).astype(_trees.norm_dtype(xs)))[0]))
 
 
 def _known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
