@@ -13,6 +13,7 @@ import numpy as np
 from gdopt import _jax, _trees
 from gdopt._checks import fault, warn
 from gdopt._compile import program
+from gdopt._devices.sharding import on_one_mesh
 from gdopt._errors import InputError
 from gdopt._problem.objective import Objective
 from gdopt._problem.problem import Problem
@@ -52,13 +53,16 @@ def constrained(problem: Problem, bounds: Any, project: Any, prox: Any) -> Probl
         raise InputError(f"{names[0]} and {names[1]} were both given. Pass one of bounds, project and prox.")
     objective = problem.objective
     if bounds is not None:
-        both = _checked_bounds(bounds, objective)
+        with own_work():
+            both = _checked_bounds(bounds, objective)
         start = _within(objective.params, both)
         return problem._replace(objective=objective._replace(params=start), constraint=Constraint(both))
     (name,) = names
     if not callable(given[name]):
         raise InputError(f"{name}={given[name]!r} is not a function. Pass one of {_TAKES[name]}.")
     with own_work(), own_promotion():
+        objective = objective._replace(params=on_one_mesh({"params": objective.params})[0]["params"])
+        problem = problem._replace(objective=objective)
         if prox is None:
             step = _whole(objective, project, name)
             _check_step(objective.params, step, name)
