@@ -98,30 +98,54 @@ def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _
 
     def stepped(walk: _Walk) -> _Walk:
         there, penalty = move(_descended(walk.point, walk.grad, walk.rate), walk.rate)
-        step = [new - y for new, y in zip(there, walk.point, strict=True)]
-        bent = probe.times(here.params, step)
-        square, curve = dot(place, step, step, dtype), dot(place, step, bent, dtype)
-        slope = dot(place, walk.grad, step, dtype) + (penalty - walk.penalty).astype(dtype)
-        slope = np.where(np.isnan(penalty), -square / walk.rate, slope)  # It is at most that.
-        curved = curve > 0
-        share = np.where(curved, np.clip(-slope / np.where(curved, curve, 1), 0, 1), 1).astype(dtype)
-        # A penalty is convex, so on the way it is at most the mean of both ends.
-        gain = -(share * slope + share * share * curve / 2)
-        add = lambda x, y: (x + share.astype(x.dtype) * y).astype(x.dtype)
-        rate = np.where(curved, square / np.where(curved, curve, 1), _LONGER * walk.rate)
+        way = _way(place, probe, here, walk, there, penalty, walk.rate)
+        curved = way.curve > 0
+        share = np.where(curved, way.share, 1).astype(dtype)
+        gain = way.gain(share)
+        rate = np.where(curved, way.square / np.where(curved, way.curve, 1), _LONGER * walk.rate)
         rate = np.where(np.isfinite(rate) & (rate > 0), rate, walk.rate).astype(dtype)
-        return _Walk(
-            (walk.number + 1).astype(np.int32),
-            [add(y, s) for y, s in zip(walk.point, step, strict=True)],
-            [add(g, b) for g, b in zip(walk.grad, bent, strict=True)],
-            (walk.penalty + share * (penalty - walk.penalty)).astype(walk.penalty.dtype),
-            rate,
-            walk.gain + gain,
-            gain,
-            walk.last,
-        )
+        number = (walk.number + 1).astype(np.int32)
+        return way.gone(share)._replace(number=number, rate=rate, gain=walk.gain + gain, last=gain, before=walk.last)
 
     return place.loop(goes_on, stepped, start)
+
+
+class _Way(NamedTuple):
+    """The straight way from the point of a walk to another point of the set."""
+
+    walk: _Walk
+    step: Blocks
+    bent: Blocks  # the Hessian times the step
+    penalty: Any  # at its end
+    square: Any  # of its length
+    curve: Any
+    slope: Any  # that of the parabola and of the penalty
+    share: Any  # the part of it that leads to the minimum, if it is curved
+
+    def gain(self, share: Any) -> Any:
+        """Return the gain of a part. A penalty is convex, so there it is at most the mean of both ends."""
+        return -(share * self.slope + share * share * self.curve / 2)
+
+    def gone(self, share: Any) -> _Walk:
+        """Return the walk after a part."""
+        walk, add = self.walk, lambda x, y: (x + share.astype(x.dtype) * y).astype(x.dtype)
+        return walk._replace(
+            point=[add(y, s) for y, s in zip(walk.point, self.step, strict=True)],
+            grad=[add(g, b) for g, b in zip(walk.grad, self.bent, strict=True)],
+            penalty=(walk.penalty + share * (self.penalty - walk.penalty)).astype(walk.penalty.dtype),
+        )
+
+
+def _way(place: Place, probe: Probe, here: Point, walk: _Walk, there: Blocks, penalty: Any, rate: Any) -> _Way:
+    """Return the way to a point to which a step at a rate leads."""
+    np, dtype = place.np, _trees.norm_dtype(here.params)
+    step = [new - y for new, y in zip(there, walk.point, strict=True)]
+    bent = probe.times(here.params, step)
+    square, curve = dot(place, step, step, dtype), dot(place, step, bent, dtype)
+    slope = dot(place, walk.grad, step, dtype) + (penalty - walk.penalty).astype(dtype)
+    slope = np.where(np.isnan(penalty), -square / rate, slope)  # It is at most that.
+    share = np.clip(-slope / np.where(curve > 0, curve, 1), 0, 1)
+    return _Way(walk, step, bent, penalty, square, curve, slope, share)
 
 
 def _leapt(place: Place, probe: Probe, move: Move, here: Point, walk: _Walk) -> _Walk:
@@ -142,21 +166,12 @@ def _leapt(place: Place, probe: Probe, move: Move, here: Point, walk: _Walk) -> 
     step, rate = far([np.where(c, r, 0) for c, r in zip(creeps, residual, strict=True)])
     step = [np.where(c, s, 0) for c, s in zip(creeps, step, strict=True)]
     there, penalty = move(shifted(walk.point, step), np.zeros((), dtype))  # A part of a step may lead out of the set.
-    step = [new - y for new, y in zip(there, walk.point, strict=True)]
-    bent = probe.times(here.params, step)
-    square, curve = dot(place, step, step, dtype), dot(place, step, bent, dtype)
-    slope = dot(place, walk.grad, step, dtype) + (penalty - walk.penalty).astype(dtype)
-    slope = np.where(np.isnan(penalty), -square / rate, slope)
-    share = np.where(curve > 0, np.clip(-slope / np.where(curve > 0, curve, 1), 0, 1), slope < 0).astype(dtype)
-    gain = -(share * slope + share * share * curve / 2)
-    share = np.where(np.isfinite(gain), share, 0).astype(dtype)
-    add = lambda x, y: (x + share.astype(x.dtype) * y).astype(x.dtype)
-    return walk._replace(
-        point=[add(y, s) for y, s in zip(walk.point, step, strict=True)],
-        grad=[add(g, b) for g, b in zip(walk.grad, bent, strict=True)],
-        penalty=(walk.penalty + share * (penalty - walk.penalty)).astype(walk.penalty.dtype),
-        gain=walk.gain + np.where(np.isfinite(gain), gain, 0).astype(walk.gain.dtype),
-    )
+    way = _way(place, probe, here, walk, there, penalty, rate)
+    share = np.where(way.curve > 0, way.share, way.slope < 0).astype(dtype)
+    gain = way.gain(share)
+    finite = np.isfinite(gain)
+    more = np.where(finite, gain, 0).astype(walk.gain.dtype)
+    return way.gone(np.where(finite, share, 0).astype(dtype))._replace(gain=walk.gain + more)
 
 
 def _lowest(place: Place, probe: Probe, move: Move, here: Point, point: Blocks) -> tuple[Any, Blocks]:
