@@ -118,7 +118,6 @@ def _moves(
     """
     is_minimum, free = minimum
     real, back = _trees.as_real(params)
-    freed = lambda way: way if free is None else jax.tree.map(jnp.multiply, free, way)
 
     def gradient(real: PyTree, some: list) -> PyTree:
         given = filled(some)
@@ -128,38 +127,14 @@ def _moves(
         step = confined.step
         nearest = lambda real, rate, some: _trees.as_real(step(back(real), rate, filled(some)))[0]
         way = fixed_point.moves(gradient, nearest, real, some, ways)
-        return _with_values(value, filled, confined, params, some, ways, back, is_minimum, way)
-    pins = None
-    if confined.pinned is not None:
-        pinned = confined.pinned
-        bound = lambda some: _trees.as_real(pinned(params, filled(some)))[0]
-        pins = jax.tree.map(lambda free, way: jnp.where(free == 0, way, 0), free, _tangents(bound, some, ways))
-    right = freed(all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
-    times = lambda real, some, x: freed(_hessian_times(lambda real: gradient(real, some), real, freed(x)))
-    if pins is not None:
-        right = jax.tree.map(jnp.add, right, freed(_hessian_times(lambda real: gradient(real, some), real, pins)))
-    known = lax.stop_gradient((real, some))
-    across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](freed(way))[0]
-    singular = _of_least_norm(functools.partial(times, *known), across, known[0])
-    way = freed(_solved(functools.partial(times, real, some), right, singular))
-    way = jax.tree.map(jnp.negative, way)
-    way = way if pins is None else jax.tree.map(jnp.add, way, pins)
-    return _with_values(value, filled, confined, params, some, ways, back, is_minimum, way)
-
-
-def _with_values(
-    value: Callable[..., tuple],
-    filled: Callable[[list], tuple],
-    confined: Confined,
-    params: PyTree,
-    some: list,
-    ways: list,
-    back: Callable,
-    is_minimum: jax.Array,
-    way: PyTree,
-) -> tuple[PyTree, PyTree, PyTree]:
-    """Return the tangents of params, loss and aux, if the real params move along a way."""
-    real, way = _trees.as_real(params)[0], _nan_unless(is_minimum, way)
+    else:
+        pins = None
+        if confined.pinned is not None:
+            pinned = confined.pinned
+            bound = lambda some: _trees.as_real(pinned(params, filled(some)))[0]
+            pins = jax.tree.map(lambda free, way: jnp.where(free == 0, way, 0), free, _tangents(bound, some, ways))
+        way = _by_hessian(gradient, real, some, ways, free, pins)
+    way = _nan_unless(is_minimum, way)
     params_dot = jax.jvp(back, (real,), (way,))[1]
 
     def values(at: tuple) -> tuple:
@@ -171,6 +146,21 @@ def _with_values(
     aux_dot = jax.tree.map(lambda leaf: None if _is_zero(leaf) else leaf, aux_dot)
     loss_dot, aux_dot = _nan_unless(is_minimum, all_moving((loss_dot, aux_dot), ways))
     return params_dot, loss_dot, aux_dot
+
+
+def _by_hessian(gradient: Callable, real: PyTree, some: list, ways: list, free: PyTree, pins: PyTree) -> PyTree:
+    """Return the way of the real params, of which those that are not ``free`` stay, or move as ``pins`` do."""
+    freed = lambda way: way if free is None else jax.tree.map(jnp.multiply, free, way)
+    right = freed(all_moving(_tangents(lambda some: gradient(real, some), some, ways), ways))
+    times = lambda real, some, x: freed(_hessian_times(lambda real: gradient(real, some), real, freed(x)))
+    if pins is not None:
+        right = jax.tree.map(jnp.add, right, freed(_hessian_times(lambda real: gradient(real, some), real, pins)))
+    known = lax.stop_gradient((real, some))
+    across = lambda way: jax.vjp(lambda some: gradient(known[0], some), known[1])[1](freed(way))[0]
+    singular = _of_least_norm(functools.partial(times, *known), across, known[0])
+    way = freed(_solved(functools.partial(times, real, some), right, singular))
+    way = jax.tree.map(jnp.negative, way)
+    return way if pins is None else jax.tree.map(jnp.add, way, pins)
 
 
 def _nan_unless(defined: Any, way: PyTree) -> PyTree:
