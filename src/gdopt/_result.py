@@ -225,7 +225,7 @@ class Result:
             ``validation``.
         grad_norm: the 2-norm of the gradient at ``params``, over all trainable leaves; with ``scale`` the gradient by
             ``params / scale``. With bounds it is that of the projected gradient, ``x - P(x - g)``; with ``project`` or
-            ``prox`` that of ``(x - P(x - t g)) / t``, where t is 1, or a larger number for a step as long as params.
+            ``prox`` that of ``(x - P(x - t g)) / t``, with a t that makes the step as long as params.
         steps: the updates made. The loss was evaluated ``steps + 1`` times.
         status: a `Status`; ``Status(int(result.status))`` after a jit.
         message: a sentence that says what happened and, if that helps, what to try.
