@@ -401,7 +401,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "bool": (lambda: prox.l1(True), r"weight=True is no real number"),
     "complex": (lambda: prox.l1(1j), r"weight=1j is no real number"),
     "objects": (lambda: prox.l1(np.array([None])), r"weight=array\(\[None\], dtype=object\) is no real number"),
-    "axis": (lambda: prox.group_lasso(1.0, axis=1.5), r"axis=1\.5 is no axis"),  # pyright: ignore
+    "axis": (lambda: prox.group_lasso(1.0, axis=1.5), r"axis=1\.5 is no axis"),  # pyright: ignore[reportArgumentType]
     "structure": (lambda: prox.l1({"w": 1.0})(W, 1.0), r"weight=\{'w': .*1\. ?\} does not fit params"),
     "list": (
         lambda: prox.l1([1.0, 2.0])(np.ones(2), 1.0),

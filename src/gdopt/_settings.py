@@ -39,10 +39,20 @@ def _unchecked() -> Generator[None]:
 
 def as_own_work(function: Callable[P, T]) -> Callable[P, T]:
     """Wrap a function so that it is always called in `own_work`."""
+    return _always_in(own_work, function)
 
+
+def in_own_promotion(function: Callable[P, T]) -> Callable[P, T]:
+    """Wrap a function so that it is always called in `own_promotion`."""
+    return _always_in(own_promotion, function)
+
+
+def _always_in(
+    context: Callable[[], contextlib.AbstractContextManager[None]], function: Callable[P, T]
+) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with own_work():
+        with context():
             return function(*args, **kwargs)
 
     return call

@@ -241,6 +241,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | bool | int | float | complex)
 
 
+def have_values(*leaves: Any) -> bool:
+    """Tell whether this process can read all entries of arrays or numbers: none is traced, or held by another one."""
+    return not any(_jax.is_tracer(leaf) or not getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
+
+
 def is_key(leaf: Any) -> bool:
     """Tell whether a leaf holds typed PRNG keys, which have no arithmetic."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -262,6 +267,10 @@ class Rest:
         """Return the leaves that were taken out, and None in place of those that stayed."""
         pairs = zip(self.arrays, self.others, strict=True)
         return [other if array is None else array for array, other in pairs]
+
+    def only(self, leaves: Sequence[Any], other: Any = None) -> PyTree:
+        """Return the tree of these leaves, with ``other`` in place of those that were taken out."""
+        return self.treedef.unflatten(leaf if keep else other for leaf, keep in zip(leaves, self.kept, strict=True))
 
     def combine(self, some: PyTree) -> PyTree:
         """Rebuild the whole tree, with ``some`` in the places that stayed."""

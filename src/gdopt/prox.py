@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gdopt import _jax, _trees
+from gdopt import _trees
 from gdopt._checks import fault, flatten
 from gdopt._errors import InputError
-from gdopt._settings import own_promotion
+from gdopt._settings import in_own_promotion
 from gdopt._types import PyTree, Scalar
 
 __all__ = ["Prox", "box", "group_lasso", "l1", "nuclear"]
@@ -32,10 +32,6 @@ __all__ = ["Prox", "box", "group_lasso", "l1", "nuclear"]
 
 def __dir__() -> list[str]:
     return __all__
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Prox(NamedTuple):
@@ -211,7 +207,7 @@ def _array(name: str, value: Any, check: Callable[[str, np.ndarray], None]) -> j
         raise InputError(f"{name} {why}.")
     if not _trees.is_array(value) or _trees.is_key(value) or jnp.result_type(value).kind in "bc":
         raise InputError(f"{name}={value!r} is no real number. Pass numbers, arrays of them, or a prefix of params.")
-    if _jax.is_tracer(value) or not getattr(value, "is_fully_addressable", True):
+    if not _trees.have_values(value):
         return value
     host = _trees.on_host(value)
     check(name, host)
@@ -237,23 +233,13 @@ def _bound(name: str, value: np.ndarray) -> None:
 
 
 def _refuse_crossed(path: str, lower: Any, upper: Any) -> None:
-    for bound in (lower, upper):
-        if bound is None or _jax.is_tracer(bound) or not getattr(bound, "is_fully_addressable", True):
-            return
+    if lower is None or upper is None or not _trees.have_values(lower, upper):
+        return
     low, high = np.broadcast_arrays(_trees.on_host(lower), _trees.on_host(upper))
     if (low > high).any():
         at = tuple(int(i) for i in np.argwhere(low > high)[0])
         index = f"{path}[{', '.join(map(str, at))}]" if at else path
         raise InputError(f"lower{index}={low[at]} is above upper{index}={high[at]}. Swap them, or leave one out.")
-
-
-def _in_own_promotion(function: Callable[P, T]) -> Callable[P, T]:
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with own_promotion():
-            return function(*args, **kwargs)
-
-    return call
 
 
 def _is_none(node: Any) -> bool:
@@ -319,7 +305,7 @@ def _wide(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-@_in_own_promotion
+@in_own_promotion
 def _stepped(step: Callable, weights: PyTree, params: PyTree, rate: Any) -> PyTree:
     """Replace each leaf that is penalised by ``step(leaf, threshold)``."""
     leaves, treedef = jax.tree.flatten(params)
@@ -332,7 +318,7 @@ def _stepped(step: Callable, weights: PyTree, params: PyTree, rate: Any) -> PyTr
     return treedef.unflatten(leaves)
 
 
-@_in_own_promotion
+@in_own_promotion
 def _summed(value: Callable, weights: PyTree, params: PyTree) -> jax.Array:
     """Return the sum of ``value(leaf)``, in float32 or, if a leaf is wider, in its dtype."""
     floats = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params) if _is_inexact(leaf)]
@@ -498,7 +484,7 @@ def _bounded(lower: PyTree, upper: PyTree, params: PyTree) -> Iterator[tuple[int
         yield place, x, low, high
 
 
-@_in_own_promotion
+@in_own_promotion
 def _clipped(lower: PyTree, upper: PyTree, params: PyTree, rate: Any) -> PyTree:
     """Clip params, at any rate. The derivative of an entry on its bound is that of a free one."""
     leaves, treedef = jax.tree.flatten(params)
@@ -511,7 +497,7 @@ def _clipped(lower: PyTree, upper: PyTree, params: PyTree, rate: Any) -> PyTree:
     return treedef.unflatten(leaves)
 
 
-@_in_own_promotion
+@in_own_promotion
 def _outside(lower: PyTree, upper: PyTree, params: PyTree) -> jax.Array:
     """Return 0 if all entries are within their bounds, infinity if one is not."""
     dtype = _trees.norm_dtype([jnp.asarray(leaf) for leaf in jax.tree.leaves(params) if _is_inexact(leaf)])

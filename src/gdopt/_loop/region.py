@@ -77,7 +77,7 @@ class Region(NamedTuple):
             reach = lambda g, x, low, high: jnp.clip(g, x - high, x - low)  # This loses no digit of a small g.
             return jax.tree.map(reach, grad, params, lower, upper)
         rate = long_rate(jnp, _trees.largest(params), _trees.largest(grad))
-        there = self.nearest(given, descended(params, grad, rate), rate)
+        there = self.nearest(given, trials.descended(params, grad, rate), rate)
         return jax.tree.map(lambda x, new: (x - new) / rate.astype(jnp.finfo(x.dtype).dtype), params, there)
 
     def within(self, given: Given, params: PyTree) -> Within:
@@ -108,19 +108,9 @@ class Region(NamedTuple):
         """Tell which entries are at a bound that the descent would leave."""
 
         def leaf(x: jax.Array, g: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-            return ((x <= low) & (g > 0)) | ((x >= high) & (g < 0)) | (low >= high)
+            return boxed.leads_out(x, g, low, high) | (low >= high)
 
         return jax.tree.map(leaf, params, grad, *_bounds(given))
-
-
-def descended(params: PyTree, grad: PyTree, rate: jax.Array) -> PyTree:
-    """Return x - rate * g."""
-
-    def leaf(x: jax.Array, g: jax.Array) -> jax.Array:
-        wide = jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype
-        return (x - rate.astype(wide) * g).astype(x.dtype)
-
-    return jax.tree.map(leaf, params, grad)
 
 
 def _bounds(given: Given) -> tuple[PyTree, PyTree]:

@@ -41,11 +41,16 @@ def clipped(tree: PyTree, box: Box) -> PyTree:
     return jax.tree.map(jnp.clip, tree, box.lower, box.upper)
 
 
+def leads_out(x: jax.Array, g: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """Tell which entries are at a bound that descent would cross."""
+    return ((x <= low) & (g > 0)) | ((x >= high) & (g < 0))
+
+
 def reduced(grad: PyTree, x: PyTree, box: Box) -> PyTree:
     """Return the gradient without the entries that lead out of the bounds: they stay where they are."""
 
     def leaf(g: jax.Array, x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        return jnp.where(((x <= low) & (g > 0)) | ((x >= high) & (g < 0)), 0, g)
+        return jnp.where(leads_out(x, g, low, high), 0, g)
 
     return jax.tree.map(leaf, grad, x, box.lower, box.upper)
 
@@ -77,7 +82,7 @@ def direction(model: Model, grad: PyTree, least: PyTree, most: PyTree) -> PyTree
     limits, is taken.
     """
 
-    def leads_out(g: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    def first(g: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         return jnp.where((g > 0) & (high <= 0), 1, jnp.where((g < 0) & (low >= 0), -1, 0))
 
     def moved(at: jax.Array, w: jax.Array, push: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -95,7 +100,7 @@ def direction(model: Model, grad: PyTree, least: PyTree, most: PyTree) -> PyTree
         better = value < lowest  # NaN is not.
         return number + 1, new, _trees.select(better, way, best), jnp.where(better, value, lowest), same
 
-    at = jax.tree.map(leads_out, grad, least, most)
+    at = jax.tree.map(first, grad, least, most)
     zero = jnp.zeros((), _trees.norm_dtype(grad))
     begin = jnp.int32(0), at, jax.tree.map(jnp.zeros_like, grad), zero, jnp.asarray(False)
     return lax.while_loop(lambda search: (search[0] < _ROUNDS) & ~search[-1], attempt, begin)[2]

@@ -12,6 +12,7 @@ import optax
 from gdopt import _trees
 from gdopt._checks import number
 from gdopt._errors import InputError
+from gdopt._optimizers.optax_state import states_of
 from gdopt._optimizers.spectral import check_learning_rate
 from gdopt._settings import own_promotion
 from gdopt._types import PyTree, Scalar, Schedule
@@ -208,16 +209,11 @@ def _in_units(size: jax.Array, grad: PyTree) -> tuple[jax.Array, PyTree]:
 
 def distance_in(state: PyTree) -> jax.Array | None:
     """Return the largest distance in an optimizer's state; None if it estimates none."""
-    found = _states_in(state)
+    found = states_of(state, DistanceState)
     return jnp.max(found[0].distance) if len(found) == 1 else None
 
 
 def steps_of_distance(state: PyTree) -> jax.Array | None:
     """Return the updates in which an optimizer's state has estimated its distance; None if it estimates none."""
-    found = _states_in(state)
+    found = states_of(state, DistanceState)
     return found[0].steps if len(found) == 1 else None
-
-
-def _states_in(state: PyTree) -> list[DistanceState]:
-    is_one = lambda node: isinstance(node, DistanceState)
-    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]

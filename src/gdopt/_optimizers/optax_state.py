@@ -57,7 +57,7 @@ def extra_arguments(
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
     """Return the optimizer's answer: the params, or the average that schedule-free methods keep."""
-    for averaged in _states_of(state, ScheduleFreeState):
+    for averaged in states_of(state, ScheduleFreeState):
 
         def evaluate(z: Any, y: Any, averaged: Any = averaged) -> Any:
             if isinstance(z, optax.MaskedNode):  # This leaf is left to another optimizer.
@@ -78,7 +78,7 @@ def owned_rate(state: PyTree) -> jax.Array:
 def inject(state: PyTree, rate: jax.Array) -> PyTree:
     """Put this rate into a state of ``optax.inject_hyperparams``, which would otherwise keep using its first rate."""
     kept = [
-        part for part in _states_of(state, optax.InjectStatefulHyperparamsState) if "learning_rate" in part.hyperparams
+        part for part in states_of(state, optax.InjectStatefulHyperparamsState) if "learning_rate" in part.hyperparams
     ]
     if len(kept) != 1:
         return state
@@ -97,7 +97,7 @@ def steps_per_update(optimizer: Any, params: PyTree) -> int:
 
     Its state does not hold the number, so its counter is run until it begins again, on gradients of zero.
     """
-    if not _states_of(jax.eval_shape(optimizer.init, params), optax.MultiStepsState):
+    if not states_of(jax.eval_shape(optimizer.init, params), optax.MultiStepsState):
         return 1
 
     def counted() -> jax.Array:
@@ -108,7 +108,7 @@ def steps_per_update(optimizer: Any, params: PyTree) -> int:
         def step(count: jax.Array) -> jax.Array:
             # XLA drops all of the update but its counter, so this takes no memory for the params.
             _, state = apply(optimizer, zeros, _at_mini_step(start, count), zeros, **extras)
-            following = _states_of(state, optax.MultiStepsState)[0].mini_step
+            following = states_of(state, optax.MultiStepsState)[0].mini_step
             return jnp.where(following == 0, -count - 1, count + 1)
 
         return -lax.while_loop(lambda count: (count >= 0) & (count < _MOST_STEPS), step, jnp.int32(0))
@@ -124,7 +124,7 @@ def _at_mini_step(state: PyTree, count: jax.Array) -> PyTree:
 
 def trials_in(state: PyTree) -> Trials | None:
     """Return the trials in the state of an optimizer that takes bad points back; None for other optimizers."""
-    return next(iter(_states_of(state, Trials)), None)
+    return next(iter(states_of(state, Trials)), None)
 
 
 def may_skip(state: PyTree) -> bool:
@@ -132,8 +132,8 @@ def may_skip(state: PyTree) -> bool:
 
     ``optax.MultiSteps`` has a state for that only if it was given a function which decides.
     """
-    counts = [part for part in _states_of(state, optax.MultiStepsState) if jax.tree.leaves(part.skip_state)]
-    return bool(counts or _states_of(state, optax.ApplyIfFiniteState))
+    counts = [part for part in states_of(state, optax.MultiStepsState) if jax.tree.leaves(part.skip_state)]
+    return bool(counts or states_of(state, optax.ApplyIfFiniteState))
 
 
 def took_care(new: PyTree, old: PyTree) -> Any:
@@ -142,9 +142,9 @@ def took_care(new: PyTree, old: PyTree) -> Any:
     ``optax.apply_if_finite`` lets it through once it gives up. Within ``optax.MultiSteps`` it sees sums of gradients,
     and not each of them. ``optax.MultiSteps`` itself adds a gradient to its sum unless it skips it.
     """
-    if _states_of(new, optax.ApplyIfFiniteState):
+    if states_of(new, optax.ApplyIfFiniteState):
         return True
-    pairs = zip(_states_of(new, optax.MultiStepsState), _states_of(old, optax.MultiStepsState), strict=True)
+    pairs = zip(states_of(new, optax.MultiStepsState), states_of(old, optax.MultiStepsState), strict=True)
     still = [(a.mini_step == b.mini_step) & (a.gradient_step == b.gradient_step) for a, b in pairs]
     return functools.reduce(jnp.logical_or, still)
 
@@ -190,10 +190,10 @@ def _parts_of(state: PyTree) -> str:
 
 def learns_scales(state: PyTree) -> bool:
     """Tell whether the optimizer learns a scale for each entry of the params, as `quasi_newton` does."""
-    return bool(_states_of(state, QuasiNewtonState))
+    return bool(states_of(state, QuasiNewtonState))
 
 
-def _states_of(state: PyTree, kind: type) -> list[Any]:
+def states_of(state: PyTree, kind: type) -> list[Any]:
     """Return the states of this kind within an optimizer's state."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]

@@ -186,9 +186,7 @@ def _confined(
     """
 
     def ahead() -> PyTree:
-        wide = lambda x: rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
-        down = jax.tree.map(lambda x, g: (x - wide(x) * g).astype(x.dtype), point.point, point.grad)
-        there = trials.pack(within.nearest(down.tree(), rate))
+        there = trials.pack(within.nearest(trials.descended(point.point, point.grad, rate).tree(), rate))
         return jax.tree.map(jnp.subtract, there, point.point)
 
     def back() -> PyTree:

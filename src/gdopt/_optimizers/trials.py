@@ -130,8 +130,7 @@ def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any
     finite = jnp.isfinite(value) & jnp.isfinite(grad_size)
     leads_on = (grad_size > 0) | (value <= last.value)  # A plateau below the average would end the search.
     accepted = first | (moves & finite & leads_on & (value <= bound))
-    rejected = jnp.where(accepted, 0, jnp.where(moves, last.rejected + 1, MAX_REJECTED))
-    return Verdict(first, accepted, step, change, slope, rejected, rejected == MAX_REJECTED)
+    return Verdict(first, accepted, step, change, slope, *_counted(last, accepted, moves))
 
 
 def majorised(last: Trials, verdict: Verdict, value: jax.Array, rate: jax.Array) -> Verdict:
@@ -145,8 +144,14 @@ def majorised(last: Trials, verdict: Verdict, value: jax.Array, rate: jax.Array)
     bound = last.value + verdict.slope + bend + _ROUNDING * eps * jnp.abs(last.value)
     moves = _trees.vdot(verdict.step[0], verdict.step[0]) > 0
     accepted = verdict.first | (moves & jnp.isfinite(value) & (value <= bound))
+    rejected, gave_up = _counted(last, accepted, moves)
+    return verdict._replace(accepted=accepted, rejected=rejected, gave_up=gave_up)
+
+
+def _counted(last: Trials, accepted: jax.Array, moves: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the number of rejected trials in a row, and whether the search gives up: at once if nothing moves."""
     rejected = jnp.where(accepted, 0, jnp.where(moves, last.rejected + 1, MAX_REJECTED))
-    return verdict._replace(accepted=accepted, rejected=rejected, gave_up=rejected == MAX_REJECTED)
+    return rejected, rejected == MAX_REJECTED
 
 
 def follow(last: Trials, verdict: Verdict, params: Packed, grad: Packed, value: jax.Array, memory: float) -> Trials:
@@ -204,6 +209,16 @@ def updates(verdict: Verdict, here: Packed, new: Trials, leaf_update: Callable, 
     back = lambda: jax.tree.map(jnp.subtract, new.point, here)
     onward = lambda: jax.tree.map(leaf_update, here, new.point, *trees)
     return lax.cond(verdict.gave_up, back, onward).tree()
+
+
+def descended(params: PyTree, grad: PyTree, rate: jax.Array) -> PyTree:
+    """Return x - rate * g."""
+
+    def leaf(x: jax.Array, g: jax.Array) -> jax.Array:
+        wide = jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype
+        return (x - rate.astype(wide) * g).astype(x.dtype)
+
+    return jax.tree.map(leaf, params, grad)
 
 
 def farthest(params: PyTree) -> jax.Array:

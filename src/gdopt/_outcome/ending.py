@@ -233,8 +233,7 @@ def _at_bounds(problem: Problem, inputs: Inputs, params: PyTree) -> PyTree:
         return None
     rest = problem.objective.rest
     at = jax.tree.map(lambda x, low, high: (x <= low) | (x >= high), params, *inputs.constraint.bounds)
-    leaves = rest.treedef.flatten_up_to(at)
-    return rest.treedef.unflatten(leaf if kept else False for leaf, kept in zip(leaves, rest.kept, strict=True))
+    return rest.only(rest.treedef.flatten_up_to(at), other=False)
 
 
 @as_own_work

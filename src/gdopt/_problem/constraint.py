@@ -26,7 +26,7 @@ _PAIR = "Pass a pair (lower, upper) of trees like params, or of prefixes of para
 
 
 class Constraint(NamedTuple):
-    """What confines the params that are optimised: one of three kinds."""
+    """A constraint on the params that are optimised, of one of three kinds."""
 
     bounds: tuple[PyTree, PyTree] | None = None  # lower and upper, arrays that broadcast to the params
     project: Callable[[PyTree], PyTree] | None = None
@@ -127,10 +127,8 @@ def _spread(name: str, bound: Any, sign: int, objective: Objective) -> PyTree:
     is_none = lambda node: node is None
     whole = objective.whole(objective.params)
     try:
-        if jax.tree.structure(bound, is_leaf=is_none) == jax.tree.structure(whole, is_leaf=is_none):
-            own = True  # Each bound names its leaf.
-        else:
-            own = False
+        # Whether each bound names its leaf.
+        own = jax.tree.structure(bound, is_leaf=is_none) == jax.tree.structure(whole, is_leaf=is_none)
         filled = jax.tree.map(lambda leaf: sign * math.inf if leaf is None else leaf, bound, is_leaf=is_none)
         leaves = _trees.spread(filled, whole)
     except (ValueError, TypeError) as error:
@@ -142,8 +140,7 @@ def _spread(name: str, bound: Any, sign: int, objective: Objective) -> PyTree:
                 f"{_trees.path_name(path, name)} is a bound for {_trees.path_name(path)}, which is not optimised. Pass "
                 "None there."
             )
-    chosen = [entry if kept else None for entry, kept in zip(leaves, objective.rest.kept, strict=True)]
-    tree = objective.rest.treedef.unflatten(chosen)
+    tree = objective.rest.only(leaves)
     return jax.tree_util.tree_map_with_path(lambda path, leaf, b: _bound(path, name, leaf, b), objective.params, tree)
 
 
@@ -159,8 +156,7 @@ def _bound(path: tuple, name: str, leaf: jax.Array, bound: Any) -> Any:
     if not _trees.is_array(bound) or _trees.is_key(bound) or jnp.result_type(bound).kind in "bc":
         raise InputError(f"{name} is {bound!r}. Pass a real number, an array of them, or None for no bound.")
     try:
-        np.broadcast_shapes(np.shape(bound), leaf.shape)
-        fits = np.ndim(bound) <= leaf.ndim and np.broadcast_shapes(np.shape(bound), leaf.shape) == leaf.shape
+        fits = np.broadcast_shapes(np.shape(bound), leaf.shape) == leaf.shape
     except ValueError:
         fits = False
     if not fits:
@@ -182,14 +178,9 @@ def _paths(params: PyTree, *trees: PyTree) -> list[tuple]:
     return [(path, leaf, *rest) for (path, leaf), rest in zip(paths, others, strict=True)]
 
 
-def _known(*arrays: Any) -> bool:
-    """Tell whether this process holds the values of all arrays."""
-    return not any(_jax.is_tracer(array) or not getattr(array, "is_fully_addressable", True) for array in arrays)
-
-
 def _check_order(path: tuple, leaf: jax.Array, lower: Any, upper: Any) -> None:
     """Raise InputError for bounds with no number between them."""
-    if not _known(lower, upper):
+    if not _trees.have_values(lower, upper):
         return
     low, high = (np.broadcast_to(_trees.on_host(bound), leaf.shape) for bound in (lower, upper))
     for name, bound, missing in zip(_NAMES, (low, high), (np.inf, -np.inf), strict=True):
@@ -218,7 +209,7 @@ def _within(params: PyTree, bounds: tuple[PyTree, PyTree]) -> PyTree:
     moved = []
 
     def clip(path: tuple, leaf: jax.Array, lower: Any, upper: Any) -> jax.Array:
-        if not _known(leaf, lower, upper):
+        if not _trees.have_values(leaf, lower, upper):
             return jnp.clip(leaf, lower, upper)
         here = _trees.on_host(leaf)
         there = np.clip(here, _trees.on_host(lower), _trees.on_host(upper))
@@ -255,8 +246,8 @@ def _whole(objective: Objective, function: Callable, name: str) -> Callable[...,
                 f"{name} returned {_trees.summary(out)} for params={_trees.summary(whole)}. Return the same structure. "
                 f"({error})"
             ) from error
-        some = rest.treedef.unflatten(leaf if kept else None for leaf, kept in zip(leaves, rest.kept, strict=True))
-        return jax.tree_util.tree_map_with_path(lambda path, x, new: _same_kind(path, name, x, new), params, some)
+        same = lambda path, x, new: _same_kind(path, name, x, new)
+        return jax.tree_util.tree_map_with_path(same, params, rest.only(leaves))
 
     return step
 
@@ -312,10 +303,10 @@ def _penalty(objective: Objective, prox: Callable) -> Callable[[PyTree], Any] | 
 def _where_finite(objective: Objective, step: Callable, penalty: Callable | None) -> Objective:
     """Return the objective; if the penalty is infinite at its start, as outside of a set, begin at the prox of it."""
     params = objective.params
-    if penalty is None or not _known(*jax.tree.leaves(params)):
+    if penalty is None or not _trees.have_values(*jax.tree.leaves(params)):
         return objective
     value = penalty(params)
-    if not _known(value) or not np.isposinf(_trees.on_host(value)):
+    if not _trees.have_values(value) or not np.isposinf(_trees.on_host(value)):
         return objective
     warn("the penalty of prox= is infinite at the start. The run begins at the point that prox returns for it.")
     return objective._replace(params=_run(step, params, _rate(params)))
@@ -326,13 +317,15 @@ def _projected(problem: Problem, step: Callable) -> Problem:
     start = problem.objective.params
     there = _run(step, start)
     problem = problem._replace(objective=problem.objective._replace(params=there), constraint=Constraint(project=step))
-    if not _known(*jax.tree.leaves(start)):
+    if not _trees.have_values(*jax.tree.leaves(start)):
         return problem
     for path, leaf in jax.tree_util.tree_leaves_with_path(there):
-        if _known(leaf) and not np.isfinite(_trees.on_host(leaf)).all():
-            bad = _trees.on_host(leaf)[~np.isfinite(_trees.on_host(leaf))].flat[0]
+        if not _trees.have_values(leaf):
+            continue
+        bad = (values := _trees.on_host(leaf))[~np.isfinite(values)]
+        if bad.size:
             raise InputError(
-                f"project returned {bad} for {_trees.path_name(path)} at the start. Start where it is finite."
+                f"project returned {bad[0]} for {_trees.path_name(path)} at the start. Start where it is finite."
             )
     _check_idempotent(step, there)
     for path, leaf, new in _paths(start, there):
@@ -364,7 +357,7 @@ def _shaken(leaf: jax.Array) -> jax.Array:
 
 def _differs(leaf: jax.Array, new: jax.Array) -> bool:
     """Tell whether two leaves differ by more than rounding."""
-    if not _known(leaf, new):
+    if not _trees.have_values(leaf, new):
         return False
     a, b = _trees.on_host(leaf), _trees.on_host(new)
     size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))

@@ -62,8 +62,7 @@ def _given(objective: Objective, scale: PyTree) -> PyTree:
             f"scale={_trees.summary(scale)} does not fit params. Pass a positive number for each leaf or subtree of "
             f"params, an array (not a list) of the shape of a leaf, or 'curvature'. ({error})"
         ) from error
-    optimised = [size if kept else None for size, kept in zip(sizes, objective.rest.kept, strict=True)]
-    return jax.tree_util.tree_map_with_path(_checked, objective.params, objective.rest.treedef.unflatten(optimised))
+    return jax.tree_util.tree_map_with_path(_checked, objective.params, objective.rest.only(sizes))
 
 
 def _checked(path: tuple, leaf: jax.Array, size: Any) -> jax.Array:
@@ -87,7 +86,7 @@ def _checked(path: tuple, leaf: jax.Array, size: Any) -> jax.Array:
     else:  # On the host, a conversion compiles nothing before it is checked.
         with np.errstate(over="ignore"):
             array = _trees.on_device(np.asarray(size).astype(dtype))
-    if not _jax.is_tracer(array) and array.is_fully_addressable:
+    if _trees.have_values(array):
         bad = ~(np.isfinite(array) & (np.asarray(array) >= least))
         if bad.any():
             raise InputError(
@@ -125,7 +124,7 @@ def _kept_in_range(size: Any, leaf: jax.Array, start: jax.Array) -> Any:
 
 def _check_digits(path: tuple, leaf: jax.Array, size: Any, start: jax.Array) -> None:
     """Raise InputError for a start that loses digits by the division: it would begin elsewhere."""
-    if any(map(_jax.is_tracer, (leaf, size, start))) or not (leaf.is_fully_addressable and start.is_fully_addressable):
+    if not _trees.have_values(leaf, size, start):
         return
     lost = np.flatnonzero(np.asarray(times(start, size)) != np.asarray(leaf))
     if lost.size:
