@@ -24,8 +24,9 @@ from gdopt._loop.state import Rows, State
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._outcome import nan_search
 from gdopt._problem import model_state
+from gdopt._problem.alike import refuse_other_lengths, shapes
 from gdopt._problem.problem import Problem
-from gdopt._problem.validation import Judgement, Validation, metrics_in, refuse_other_axes, shapes
+from gdopt._problem.validation import Judgement, Validation, metrics_in, refuse_other_axes
 from gdopt._result import History
 from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._types import PyTree
@@ -215,8 +216,12 @@ class _Program:
         if stream is None:
             return _trees.on_host(self._mean((params, model), self._problem.data, self._rows))
         means, rows = [], []
-        for batch in stream.one_pass():  # It is fetched while the one before is computed.
-            means.append(self._mean((params, model), batch, None))
+        for count, batch in enumerate(stream.one_pass()):  # It is fetched while the one before is computed.
+            try:
+                means.append(self._mean((params, model), batch, None))
+            except Exception as error:
+                refuse_other_lengths(batch, stream.example, stream.name_of(count), error)
+                raise
             rows.append(_rows_of(batch))
         found = [_trees.on_host(mean).astype(float) for mean in means]
         return found[0] if len(found) == 1 else np.average(found, axis=0, weights=rows)
