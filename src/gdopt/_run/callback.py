@@ -112,7 +112,24 @@ class Watcher:
             return False
         except Exception as error:  # The run ends as if the callback had stopped it, and then raises this.
             self.failure = error
+            if isinstance(error, KeyError):
+                self._note_metrics(error)
             return True
+
+    def _note_metrics(self, error: KeyError) -> None:
+        """Note which metrics there are, if the callback may have looked up one that is not there."""
+        found, name = self.validator.latest(), error.args[0] if error.args else None
+        known = list({**found.get("metrics", {}), **found.get("validation_metrics", {})})
+        if name in known:
+            return
+        what = f"hold {', '.join(map(repr, known))}."
+        if not self.validator.is_given:
+            what = "are empty without validation=, because only a run with one records the aux of each step."
+        elif not found:
+            what = 'are empty before the end of the first epoch. Pass callback_every="epoch".'
+        elif not known:
+            what = "are empty, because the loss returns no scalars in an aux: see has_aux=True."
+        error.add_note(f"gdopt: report.metrics and report.validation_metrics {what}")
 
     @as_own_work
     def _report(self, state: State, step: int, ended: bool) -> Report:
