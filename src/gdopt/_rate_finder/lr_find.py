@@ -361,8 +361,8 @@ class _Climb(NamedTuple):
         """Return the step before which a chunk has to end: any will do."""
         return LAST_STEP
 
-    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
-        return carry, Status.STOPPED if self.is_over(rows, carry[0].tree()) else None
+    def __call__(self, step: int, carry: Carry, state: State, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+        return carry, Status.STOPPED if self.is_over(rows, state) else None
 
 
 class Cut(Interrupted):

@@ -66,12 +66,11 @@ class Watcher:
             lengths.append(self._every)
         return min([(step // length + 1) * length for length in lengths], default=LAST_STEP)
 
-    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+    def __call__(self, step: int, carry: Carry, state: State, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
         """Return what is to end the run, if anything is, and the carry with which it continues."""
         self._advance(step, rows.loss[-1])
         self._note(rows)
         self.validator.note(rows)
-        state = carry[0].tree()
         runs, ended = is_running(state), self._source.ends_epoch(step)
         if runs and ended:
             self.validator.validate(state)
@@ -92,6 +91,8 @@ class Watcher:
         return carry, Status.STOPPED if self._asks(state, step, ended) else over
 
     def _note(self, rows: Rows) -> None:
+        if self._callback is None:
+            return
         known = rows.learning_rate[~np.isnan(rows.learning_rate)]
         self._rate = float(known[-1]) if known.size else self._rate
 
