@@ -302,9 +302,9 @@ def test_the_range_test_of_auto_keeps_to_its_share(
     """Inputs in natural units want rates far from the usual ones, which sections beyond these would look for."""
     spent, climb = [], lr_finder._Climb.__call__
 
-    def counted(self: Any, step: int, carry: Any, rows: Any, look: Any) -> Any:
+    def counted(self: Any, step: int, carry: Any, state: Any, rows: Any, look: Any) -> Any:
         spent.append(len(rows.loss))
-        return climb(self, step, carry, rows, look)
+        return climb(self, step, carry, state, rows, look)
 
     monkeypatch.setattr(lr_finder._Climb, "__call__", counted)
     squares = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
