@@ -65,8 +65,9 @@ class Trial:
         self._start += [(normal(hidden, CLASSES) / hidden**0.5, np.zeros(CLASSES, np.float32))]
         self._evaluation, self._epoch = jax.jit(loss), jax.jit(self._updates)
         self._epoch(self._start, self._data)
-        for _ in range(2):
-            plain, validated = self.run(False), self.run(True)
+        *_, plain, validated = [self.run(given) for given in (False, True, False, True)]
+        assert plain.history is not None
+        assert validated.history is not None
         if plain.history.loss.tobytes() != validated.history.loss.tobytes():
             raise RuntimeError("The validation changed the run.")
         expected = float(self._evaluation(validated.params, self._held_out))

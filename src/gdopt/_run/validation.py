@@ -248,8 +248,8 @@ class _Program:
         params, model = point
         given = params, data, self._problem.args, self._key, model
         if not self._stays:
-            named = dict(zip(("params", _NAME, "args", "key", "state"), given, strict=True))
-            placed, layout = on_one_mesh(named)
+            names = "params", _NAME, "args", "key", "state"
+            placed, layout = on_one_mesh({str(name): tree for name, tree in zip(names, given, strict=True)})
             given, self._stays = tuple(placed.values()), layout is None and self._problem.stream is None
         kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
         if kinds not in self._shared:
