@@ -97,7 +97,8 @@ def minimize(
             other libraries (torch tensors, pandas objects) become arrays of JAX.
         data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream. A
             stream is an iterable of batches (a torch ``DataLoader``, a grain loader), read once per epoch, or a
-            function that returns one. Batches are pytrees of NumPy or JAX arrays, torch tensors or pandas objects. They
+            function that returns one. Batches are pytrees of NumPy or JAX arrays, torch tensors or pandas objects. All
+            have the containers, the axes and the kinds of numbers of the first; the lengths of axes may differ. They
             move to the device while the step before is computed. Each makes one update, also a last one with fewer
             rows. The point after the last update is evaluated on the last batch once more (with arrays, on the next
             one). The loss takes a batch as one argument: write ``X, y = batch`` in it.

@@ -30,7 +30,6 @@ from gdopt._rate_finder import lr_find as lr_finder
 from gdopt._rate_finder import rules
 from gdopt._result import RangeTest
 from gdopt._settings import own_work
-from gdopt._status import Status
 from gdopt._types import PyTree, Schedule
 from gdopt.schedules import constant, one_cycle, triangular2
 
@@ -126,7 +125,7 @@ def _tested(problem: Problem, optimizer: Any, total: int, updates: rules.Updates
     # One section more, at one of the ends, is within the share, too.
     ladder = lr_finder.Ladder(start, lr_finder.END_LR, count, "exponential", extensions=1, most=int(rates))
     test = lr_finder.range_test(problem, optimizer, ladder, updates=updates)
-    if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
+    if not len(test.loss):  # not even the loss of the start
         raise InputError(
             f"learning_rate='auto' found no rate: {test.message} With a learning_rate there is a result, and "
             "gdopt.diagnose(result) finds the cause."
