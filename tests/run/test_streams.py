@@ -262,9 +262,9 @@ def test_exactly_one_batch_is_fetched_ahead():
     def callback(report):
         assert len(pulled) <= report.step + 3  # the last one used is that of the next step
 
-    result = run(logged, logging_loss, max_steps=15, callback=callback)
+    result = run(logged, logging_loss, max_steps=15, callback=callback, callback_every=5)
     assert result.steps == len(pulled) == 15
-    assert len(done) == 17  # The report at the end of the pass evaluates its point, too.
+    assert len(done) == 15 + 3 + 1  # Each report evaluates its point, and so does the end.
     # As a batch is fetched, the step two before it may be computed still, and the one between them waits.
     assert max(behind) <= 3
 

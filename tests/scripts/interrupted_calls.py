@@ -66,9 +66,9 @@ def is_locked(path: Path) -> bool:
 
 
 def press(until: float, chance: random.Random) -> None:
-    """Send signals while calls run: half of them twice in a row."""
+    """Send signals while calls run: half of them twice in a row. A fifth of the pauses are long enough for a call."""
     while time.monotonic() < until:
-        time.sleep(chance.uniform(0.001, 0.02))
+        time.sleep(chance.uniform(0.001, 0.02) * (10 if chance.random() < 0.2 else 1))
         twice = chance.random() < 0.5
         if inside.is_set():
             os.kill(os.getpid(), signal.SIGINT)
