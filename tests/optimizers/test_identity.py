@@ -1,7 +1,7 @@
 """Identities of ready transformations: equal only for those that compute the same, and read anew at each call."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ READY = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "half precision": lambda: optax.adam(0.1, mu_dtype=jnp.bfloat16),
     "schedule": lambda: optax.adam(optax.cosine_decay_schedule(0.1, 30)),
-    "NumPy's number": lambda: optax.adam(np.float32(0.1)),
+    "NumPy's number": lambda: optax.adam(cast(Any, np.float32(0.1))),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-3)),
     "line search": lambda: optax.lbfgs(),
     "wrapper": lambda: optax.apply_if_finite(optax.adam(0.1), 3),
