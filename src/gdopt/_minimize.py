@@ -364,7 +364,7 @@ def tried(call: Call, began: float, before: Saves | NoSaves | None = None) -> Re
     with saves_at(call.checkpoint, before) as saves:
         saves.compare(problem, steps, call.validation, keep_best=call.keep_best)
         try:
-            method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
+            method, range_test = choose(problem, call.optimizer, call.learning_rate, steps, saves)
         except Cut as cut:
             return _result_of_start(cut, problem, began)
         compiled, inputs = call.compile(method, problem.data)
@@ -403,7 +403,13 @@ def carried_out(ready: Ready, saves: Saves | NoSaves) -> tuple[Ended, Watcher, t
     return ended, watcher, (compiled_at, ended_at)
 
 
-def _chosen(
+def needs_rates(problem: Problem, optimizer: Any, learning_rate: Any) -> bool:
+    """Tell whether gdopt is to find rates that it then keeps, by a range test or by the number of steps."""
+    finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
+    return is_auto(learning_rate) and not finds_steps
+
+
+def choose(
     problem: Problem, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
@@ -412,9 +418,8 @@ def _chosen(
         # would end elsewhere than at the minimum within a set that is no box.
         adapts = is_auto(learning_rate) and saves.range_test is None and not problem.moves
         optimizer = distance_adamw if adapts else gd
-    finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
-    if is_auto(learning_rate) and not finds_steps:
+    if needs_rates(problem, optimizer, learning_rate):
         method, test = rates_found(problem, optimizer, steps, saves)
         for _ in saves.failed:
             method = method.lower() if method.lower is not None else method

@@ -111,6 +111,11 @@ def on_device(leaf: Any) -> jax.Array:
         return jax.device_put(leaf) if type(leaf) is np.ndarray else jnp.asarray(leaf)
 
 
+def owned(leaf: Any) -> Any:
+    """Return the leaf; a copy if it is an array of NumPy, with which an array of JAX may share its memory."""
+    return np.array(leaf, copy=True, subok=True) if isinstance(leaf, np.ndarray) else leaf
+
+
 def to_device(tree: PyTree) -> PyTree:
     """Return the tree with arrays of JAX in place of NumPy's, such as those that `Packed.tree` made; copy no other."""
     leaves, treedef = jax.tree.flatten(tree)
