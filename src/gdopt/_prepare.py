@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,14 +17,18 @@ from gdopt._devices.processes import joined, peers
 from gdopt._devices.sharding import explicit_mesh
 from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._loop.state import Compiled
+from gdopt._loop.state import Carry, Compiled, Inputs
+from gdopt._loop.step import loss_arguments
 from gdopt._minimize import Call, Ready, carried_out, check_call, choose, needs_rates, tried
 from gdopt._optimizers.method import Method, check_rate
+from gdopt._outcome.diagnose import recorded
 from gdopt._outcome.messages import explain
 from gdopt._problem.lints import warn_of_no_gradient
+from gdopt._problem.problem import Problem
 from gdopt._problem.template import Template, template_of
 from gdopt._result import Result
 from gdopt._run import host_loop
+from gdopt._settings import own_work
 from gdopt._signals import check, interruptible
 from gdopt._types import Loss, Optimizer, PyTree, Scalar, Schedule
 
@@ -94,8 +99,9 @@ class Prepared:
         method = self._ready.method
         if learning_rate is None:
             return method
-        rate = check_rate(method.optimizer, learning_rate)
-        if not isinstance(rate, float) or not isinstance(method.rate, float):
+        fixed = isinstance(method.rate, float)
+        rate = check_rate(method.optimizer, learning_rate) if fixed else None
+        if not isinstance(rate, float):
             prepared = "a schedule" if method.schedule else repr(self._ready.call.learning_rate)
             raise InputError(
                 f"learning_rate={learning_rate!r} was given, but the call was prepared with {prepared}. Only a number "
@@ -183,9 +189,9 @@ def prepare(
     method, _ = choose(template.problem, optimizer, learning_rate, call.steps, NoSaves())
     frozen = template._replace(problem=loop.frozen(template.problem))
     try:
-        made = _compiled(call, frozen, method)
+        made = _compiled(call, frozen, method, template.problem)
     except jax.errors.UnexpectedTracerError:  # A derivative rule closes over what only the loss itself computes.
-        made = _compiled(call, template, method)
+        made = _compiled(call, template, method, template.problem)
     if call.problem.constraint is None:
         warn_of_no_gradient(template.problem)
     check()
@@ -228,12 +234,23 @@ def _check_supported(call: Call) -> None:
         raise InputError("prepare was called on a mesh with Explicit axes. Use Auto axes, as gdopt.shard does.")
 
 
-def _compiled(call: Call, template: Template, method: Method) -> Prepared:
+def _compiled(call: Call, template: Template, method: Method, live: Problem) -> Prepared:
     """Compile everything that a run may need."""
-    call = call._replace(problem=template.problem)
-    compiled, inputs = call.compile(method, call.problem.data)
+    problem = template.problem
+    call = call._replace(problem=problem)
+    compiled, inputs = call.compile(method, problem.data)
     assert isinstance(compiled, Compiled)
     carry = host_loop.begin(compiled, inputs)
     if compiled.ready is not None:
         compiled.ready(carry, inputs)
+    template = template._replace(problem=problem._replace(record=_record(live, carry, inputs)))
     return Prepared(template, Ready(call, method, compiled, inputs), loop.layout_of(inputs))
+
+
+def _record(problem: Problem, carry: Carry, inputs: Inputs) -> Any:
+    """Return a trace of the loss for `diagnose`; None if it cannot be traced once more."""
+    state = carry[0].tree()
+    with own_work(), contextlib.suppress(Exception):
+        given = loss_arguments(inputs, state, problem.batches, with_key=problem.with_key)
+        return recorded(problem, state.params, given)
+    return None

@@ -411,6 +411,8 @@ def frozen(constraint: Constraint | None, start: PyTree) -> tuple[Constraint | N
     with own_work(), own_promotion():
         made = {name: _as_it_is(function, *given[name]) for name, function in functions.items()}
         shared = {name: program.share(function, *given[name]) for name, function in made.items()}
+        for name, ready in shared.items():
+            ready.call(*given[name])  # This compiles it.
     return constraint._replace(**made), Entrance()._replace(**shared)
 
 

@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     constraint: Any = None  # what confines the params: see `constraint`
     explicit: Mesh | None = None  # the mesh whose axes are Explicit in the loss, as in the arrays that were given
     traced: program.Traced | None = None  # `value` as it was traced before, in place of the loss as it is now
+    record: Any = None  # a trace of then for `diagnose`: see `diagnose.recorded`
 
     @property
     def key(self) -> jax.Array:

@@ -171,6 +171,5 @@ def _differs(name: str, new: Any, old: Any) -> str:
 
 def _named(leaf: Any) -> str:
     if not hasattr(leaf, "dtype"):
-        return f"of Python's type {type(leaf).__name__}"
-    weak = " and weakly typed" if getattr(leaf, "weak_type", False) else ""
-    return f"of dtype {leaf.dtype}{weak}"
+        return f"a Python {type(leaf).__name__}"
+    return f"a{' weakly typed' if getattr(leaf, 'weak_type', False) else 'n'} array of {leaf.dtype}"

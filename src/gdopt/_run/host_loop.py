@@ -27,6 +27,7 @@ from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._status import FAILURES, RUNNING, Status
 
 _FIRST_CHUNK = 1  # steps of a chunk before their time is known
+_FIRST_SECONDS = 1e-3  # the time of the first chunk if they are as fast as in the last run
 _CHUNK_SECONDS = 0.05  # the time of a chunk, for which Ctrl-C and the progress bar wait
 _GROWTH = 4  # the most steps of a chunk over those that the run has made: later ones may take longer
 _LONGEST = 0.4  # the seconds that a chunk may take if the time of its steps was seen in one step alone
@@ -145,7 +146,8 @@ class _Sizes:
     """The sizes of a run's chunks. They are chosen by time, so that Ctrl-C and the progress bar wait for none long.
 
     A step may take longer than all before: another run of the same program had other data, and a loss may loop more
-    often the farther it gets. So a run begins with one step, and looks only as far ahead as it has looked back.
+    often the farther it gets. So a run begins with one step, or with what took a millisecond in the last run, and looks
+    only as far ahead as it has looked back.
     """
 
     def __init__(self, pace: list[float]):
@@ -153,13 +155,13 @@ class _Sizes:
         self._made = 0
         self._seconds = 0.0  # of a step in the chunk before
         self._slowest = 0.0  # of a step in any chunk but the first, of which the host takes the larger part
-        self._estimate = 0.0  # of a step in the next chunk
-        self._most = _FIRST_CHUNK
+        self._estimate = self._known  # of a step in the next chunk
+        self._most = max(_FIRST_CHUNK, int(_FIRST_SECONDS / self._known)) if pace else _FIRST_CHUNK
 
     def next(self) -> int:
         """Return the number of steps of the next chunk."""
         size, seconds = self._most, _CHUNK_SECONDS * (_PATIENCE if peers().several else 1)
-        if self._made:
+        if self._estimate:
             size = min(size, int(seconds / self._estimate))
         return min(max(size, 1), while_loops.CAPACITY)
 
