@@ -188,10 +188,11 @@ def prepare(
     template = template_of(call.problem, params, args, data, state, optimizer_state, bounds)
     method, _ = choose(template.problem, optimizer, learning_rate, call.steps, NoSaves())
     frozen = template._replace(problem=loop.frozen(template.problem))
-    try:
-        made = _compiled(call, frozen, method, template.problem)
-    except jax.errors.UnexpectedTracerError:  # A derivative rule closes over what only the loss itself computes.
-        made = _compiled(call, template, method, template.problem)
+    live = template.problem
+    # A derivative rule may close over a value that the loss computes. Then only the loss itself can be differentiated.
+    made = _compiled(call, frozen, method, live) or _compiled(call, template, method, live)
+    if made is None:
+        raise InputError("prepare was called inside jit, vmap or grad. Prepare outside of these.")
     if call.problem.constraint is None:
         warn_of_no_gradient(template.problem)
     check()
@@ -234,12 +235,16 @@ def _check_supported(call: Call) -> None:
         raise InputError("prepare was called on a mesh with Explicit axes. Use Auto axes, as gdopt.shard does.")
 
 
-def _compiled(call: Call, template: Template, method: Method, live: Problem) -> Prepared:
-    """Compile everything that a run may need."""
+def _compiled(call: Call, template: Template, method: Method, live: Problem) -> Prepared | None:
+    """Compile everything that a run may need; return None if something is traced."""
     problem = template.problem
     call = call._replace(problem=problem)
-    compiled, inputs = call.compile(method, problem.data)
-    assert isinstance(compiled, Compiled)
+    try:
+        compiled, inputs = call.compile(method, problem.data)
+    except jax.errors.UnexpectedTracerError:
+        return None
+    if not isinstance(compiled, Compiled):
+        return None
     carry = host_loop.begin(compiled, inputs)
     if compiled.ready is not None:
         compiled.ready(carry, inputs)
