@@ -187,10 +187,11 @@ def prepare(
     _check_supported(call)
     template = template_of(call.problem, params, args, data, state, optimizer_state, bounds)
     method, _ = choose(template.problem, optimizer, learning_rate, call.steps, NoSaves())
-    frozen = template._replace(problem=loop.frozen(template.problem))
-    live = template.problem
-    # A derivative rule may close over a value that the loss computes. Then only the loss itself can be differentiated.
-    made = _compiled(call, frozen, method, live) or _compiled(call, template, method, live)
+    live, made = template.problem, None
+    with contextlib.suppress(jax.errors.UnexpectedTracerError):
+        made = _compiled(call, template._replace(problem=loop.frozen(live)), method, live)
+    if made is None:  # A derivative rule closes over a value of the loss, so only the loss itself has a gradient.
+        made = _compiled(call, template, method, live)
     if made is None:
         raise InputError("prepare was called inside jit, vmap or grad. Prepare outside of these.")
     if call.problem.constraint is None:
@@ -239,10 +240,7 @@ def _compiled(call: Call, template: Template, method: Method, live: Problem) -> 
     """Compile everything that a run may need; return None if something is traced."""
     problem = template.problem
     call = call._replace(problem=problem)
-    try:
-        compiled, inputs = call.compile(method, problem.data)
-    except jax.errors.UnexpectedTracerError:
-        return None
+    compiled, inputs = call.compile(method, problem.data)
     if not isinstance(compiled, Compiled):
         return None
     carry = host_loop.begin(compiled, inputs)
