@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from gdopt import _trees
 from gdopt._checkpoint.folder import Checkpoint
 from gdopt._checkpoint.resume import NoSaves, Saves, saves_at
 from gdopt._checks import check_flags
@@ -293,6 +294,7 @@ class Ready(NamedTuple):
     compiled: Compiled
     inputs: Inputs
     range_test: RangeTest | None = None
+    to_device: Callable[[PyTree], PyTree] = _trees.to_device
 
 
 def check_call(
@@ -389,7 +391,7 @@ def tried(call: Call, began: float, before: Saves | NoSaves | None = None) -> Re
 
 def carried_out(ready: Ready, saves: Saves | NoSaves) -> tuple[Ended, Watcher, tuple[float, float]]:
     """Run to the end. Return the times at which all was compiled, and at which the run ended, too."""
-    call, method, compiled, inputs, range_test = ready
+    call, method, compiled, inputs, range_test, to_device = ready
     problem, steps = call.problem, call.steps
     pause = call.callback is not None or call.validation is not None
     source = source_of(problem, compiled, functools.partial(call.compile, method), steps, pause=pause)
@@ -399,7 +401,8 @@ def carried_out(ready: Ready, saves: Saves | NoSaves) -> tuple[Ended, Watcher, t
         compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
     ended_at = time.perf_counter()
     last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
-    ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
+    facts = problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known
+    ended = Ended(*facts, to_device=to_device)
     return ended, watcher, (compiled_at, ended_at)
 
 

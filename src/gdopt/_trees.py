@@ -122,14 +122,14 @@ def owned(leaf: Any) -> Any:
     return np.array(leaf, copy=True, subok=True) if isinstance(leaf, np.ndarray) else leaf
 
 
-def to_device(tree: PyTree) -> PyTree:
+def to_device(tree: PyTree, convert: Callable[[list[Any]], Sequence[jax.Array]] = jax.device_put) -> PyTree:
     """Return the tree with arrays of JAX in place of NumPy's, such as those that `Packed.tree` made; copy no other."""
     leaves, treedef = jax.tree.flatten(tree)
     places = [place for place, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
     if not places:
         return tree
     with own_work():
-        for place, array in zip(places, jax.device_put([leaves[place] for place in places]), strict=True):
+        for place, array in zip(places, convert([leaves[place] for place in places]), strict=True):
             leaves[place] = array
     return treedef.unflatten(leaves)
 
@@ -138,6 +138,11 @@ def on_host(leaf: Any) -> np.ndarray:
     """Return the leaf as an array of NumPy, in spite of any guard: `jax.device_get` takes three times the time."""
     with own_work():
         return np.asarray(leaf)
+
+
+def all_on_host(tree: PyTree) -> PyTree:
+    """Return the tree with arrays of NumPy; those that are on the host already take no time."""
+    return jax.device_get(tree) if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)) else tree
 
 
 def strong(tree: PyTree) -> PyTree:

@@ -27,7 +27,7 @@ from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._status import FAILURES, RUNNING, Status
 
 _FIRST_CHUNK = 1  # steps of a chunk before their time is known
-_FIRST_SECONDS = 1e-3  # the time of the first chunk if they are as fast as in the last run
+_FIRST_SECONDS = 2e-3  # the time of the first chunk if they are as fast as in the last run
 _CHUNK_SECONDS = 0.05  # the time of a chunk, for which Ctrl-C and the progress bar wait
 _GROWTH = 4  # the most steps of a chunk over those that the run has made: later ones may take longer
 _LONGEST = 0.4  # the seconds that a chunk may take if the time of its steps was seen in one step alone
@@ -146,8 +146,8 @@ class _Sizes:
     """The sizes of a run's chunks. They are chosen by time, so that Ctrl-C and the progress bar wait for none long.
 
     A step may take longer than all before: another run of the same program had other data, and a loss may loop more
-    often the farther it gets. So a run begins with one step, or with what took a millisecond in the last run, and looks
-    only as far ahead as it has looked back.
+    often the farther it gets. So a run begins with one step, or with what took two milliseconds in the last run, and
+    looks only as far ahead as it has looked back.
     """
 
     def __init__(self, pace: list[float]):
