@@ -302,6 +302,25 @@ def test_arrays_are_not_consumed_and_results_stay(solve: Any) -> None:
     equal(solve(first.params, args=(a,)), gdopt.minimize(bowl, first.params, args=(a,)))
 
 
+def test_arrays_that_were_deleted_since_then_are_named() -> None:
+    start, a = jnp.zeros(3) + 0, X + 1
+    solve = gdopt.prepare(bowl, start, args=(a,), learning_rate=0.004, max_steps=3)
+    a.delete()
+    assert solve(args=(X,)).steps == 3
+    with pytest.raises(InputError, match=r"args\[0\] is an array of dtype float32 and shape \(3,\) that was deleted"):
+        solve()
+
+
+def test_leaves_that_are_not_optimised_are_not_traced() -> None:
+    start = {"w": jnp.zeros(2), "c": jnp.ones(2)}
+    loss = lambda params: jnp.sum((params["w"] - params["c"]) ** 2)
+    solve = gdopt.prepare(loss, start, trainable={"w": True, "c": False}, learning_rate=0.1)
+    fit = jax.jit(lambda w, c: solve({"w": w, "c": c}).params["w"])
+    with pytest.raises(InputError, match=r"params\['c'\] is not optimised, and differs"):
+        fit(start["w"], start["c"])
+    np.testing.assert_allclose(jax.jit(lambda w: solve({**start, "w": w}).params["w"])(start["w"]), 1, atol=0.02)
+
+
 def test_it_may_be_called_in_several_threads(solve: Any) -> None:
     shifts = [jnp.float32(k) + X for k in range(6)]
     expected = [solve(args=(a,)) for a in shifts]

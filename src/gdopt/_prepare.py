@@ -150,7 +150,8 @@ def prepare(
 
     ``solve = prepare(loss, params, ...)`` takes the arguments of `minimize`. Then ``solve(params, args=..., data=...,
     learning_rate=...)`` returns the result that `minimize` would return for these, bit for bit, and neither calls the
-    loss nor traces anything. Use it for many small fits, where `minimize` spends most of its time on tracing.
+    loss nor traces anything. Use it for many small fits, of which `minimize` traces each. Two ends are examined by a
+    program that is traced then: that of a run which became NaN, and that of a noisy run which did not fall.
 
     The loss is what it was when it was prepared, with everything that it closes over: a global, a closure or an array
     that changes later does not count. So it is with ``project``, ``prox``, ``bounds``, ``scale`` (for ``"curvature"``

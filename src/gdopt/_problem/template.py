@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _trees
-from gdopt._checks import fault, flatten, refuse_result
+from gdopt import _jax, _trees
+from gdopt._checks import fault, flatten, refuse_no_arrays, refuse_result
 from gdopt._errors import InputError
 from gdopt._problem import constraint
 from gdopt._problem.constraint import Entrance
@@ -32,12 +32,18 @@ class Template(NamedTuple):
     def renewed(self, params: PyTree, args: Any, data: PyTree) -> Problem:
         """Return the problem with other numbers; None leaves those of the preparation."""
         problem = self.problem
-        if params is not None:
+        if params is None:
+            refuse_no_arrays("params", problem.objective.params)  # They may have been deleted since then.
+        else:
             start = self._start(params)
             problem = problem._replace(objective=problem.objective._replace(params=start))
-        if args is not None:
+        if args is None:
+            refuse_no_arrays("args", problem.args)
+        else:
             problem = problem._replace(args=self._args(args))
-        if data is not None:
+        if data is None:
+            refuse_no_arrays("data", problem.data)
+        else:
             problem = problem._replace(data=self._data(data))
         return problem
 
@@ -49,9 +55,8 @@ class Template(NamedTuple):
         leaves, treedef = flatten("params", params)
         if treedef != rest.treedef:
             raise InputError(f"params is {treedef}, prepared with {rest.treedef}. {_CURE}")
-        if not (
-            all(map(_fits, _chosen(leaves, rest.kept), old)) and _trees.same(_others(leaves, rest.kept), rest.leaves())
-        ):
+        others = _others(leaves, rest.kept)
+        if not (all(map(_fits, _chosen(leaves, rest.kept), old)) and all(map(_same, others, rest.leaves()))):
             self._explain(params)
         start = _trees.strong(rest.only(leaves))
         check_start(start)
@@ -67,7 +72,7 @@ class Template(NamedTuple):
             name = _trees.path_name(path)
             if kept and not _fits(new, old):
                 raise InputError(_differs(name, new, old))
-            if not kept and not _trees.same(new, old):
+            if not kept and not _same(new, old):
                 raise InputError(
                     f"{name} is not optimised, and differs from that of the preparation. Pass it in args=, or call "
                     "gdopt.prepare again."
@@ -132,6 +137,10 @@ def _chosen(leaves: list[Any], kept: tuple[bool, ...]) -> list[Any]:
 
 def _others(leaves: list[Any], kept: tuple[bool, ...]) -> list[Any]:
     return [None if keep else leaf for leaf, keep in zip(leaves, kept, strict=True)]
+
+
+def _same(new: Any, old: Any) -> bool:
+    return new is old or not (_jax.is_tracer(new) or not _trees.same(new, old))
 
 
 def _fits(new: Any, old: jax.Array) -> bool:
