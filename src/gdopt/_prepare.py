@@ -15,7 +15,7 @@ from gdopt._checkpoint.resume import NoSaves
 from gdopt._compile import program
 from gdopt._devices.current import callers_mesh, on_auto_axes
 from gdopt._devices.processes import joined, peers
-from gdopt._devices.sharding import explicit_mesh
+from gdopt._devices.sharding import Layout, explicit_mesh
 from gdopt._errors import InputError
 from gdopt._loop import loop
 from gdopt._loop.state import Carry, Compiled, Inputs
@@ -61,8 +61,11 @@ class Prepared:
         [1.0, 2.0, 3.0]
     """
 
-    def __init__(self, template: Template, ready: Ready, layout: Any):
-        self._template, self._ready, self._layout = template, ready, layout
+    def __init__(self, template: Any, ready: Any, layout: Any):
+        """Keep what `prepare` made."""
+        self._template: Template = template
+        self._ready: Ready = ready
+        self._layout: Layout | None = layout
         self._settings = _jax.settings()
 
     @interruptible
