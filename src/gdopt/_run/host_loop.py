@@ -38,8 +38,9 @@ _HOST_SECONDS = 2e-4  # the overhead of the host per chunk
 def begin(compiled: Compiled, inputs: Inputs) -> Carry:
     """Return the state before the first step, with everything compiled, if necessary by a chunk of no steps."""
     carry = compiled.start(inputs)
-    if not compiled.pace:
-        carry, _ = compiled.chunk(carry, np.int32(0), np.int32(0), inputs)
+    if compiled.pace:  # All is compiled, so the first chunk may follow at once.
+        return carry
+    carry, _ = compiled.chunk(carry, np.int32(0), np.int32(0), inputs)
     return jax.block_until_ready(carry)
 
 
@@ -76,18 +77,24 @@ def advance(
     *,
     saves: Saves | NoSaves,
     until: int = LAST_STEP,
+    fresh: bool = False,
 ) -> tuple[Carry, Rows, Status | None]:
     """Run chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
 
     Chunks are sized by time, and their sizes change no bit of the result. After a stop, the last point of the state is
-    still evaluated. Return what stopped the run from outside, if anything did.
+    still evaluated. Return what stopped the run from outside, if anything did. Before a ``fresh`` run there is nothing
+    to read in its state, for which the host would wait.
     """
     limits, cause = inputs.limits, None
     carry, records = saves.restored(carry, limits)
-    state = carry[0].tree()
-    step, running = int(state.step), is_running(state)
-    source.resume(step + (not running), saves)  # A run that ended by itself evaluated one more batch.
-    stop = between.begin(saves, state, records)
+    step, running, stop = 0, True, None
+    if fresh:
+        source.resume(0, saves)
+    else:
+        state = carry[0].tree()
+        step, running = int(state.step), is_running(state)
+        source.resume(step + (not running), saves)  # A run that ended by itself evaluated one more batch.
+        stop = between.begin(saves, state, records)
     if not running:  # The saved run is complete.
         return carry, joined_rows(records), None
     source.begin()
@@ -103,7 +110,7 @@ def advance(
         saves.hears([note["saves"] for note in notes])
         last = bool(stop or leave or source.ended)
         if records:
-            saves.update(state, records, limits, last=last)
+            saves.update(carry[0].tree(), records, limits, last=last)
         if last:
             cause = _cause(stop, leave, source.why)
             here = limits._replace(max_steps=step)
@@ -123,11 +130,9 @@ def advance(
             sizes.measure(count, seconds)
             step = reached
             if cause not in (Status.STOPPED, Status.INTERRUPTED):
-                before = carry
                 carry, stop = between(step, carry, records[-1], look)
-                state = state if carry is before else carry[0].tree()
     if not running:
-        saves.finish(state, records, limits)
+        saves.finish(carry[0].tree(), records, limits)
     return carry, joined_rows(records), cause
 
 
@@ -202,7 +207,8 @@ def run(
     with _error_notes.memory(params=inputs.start, state=compiled.carry, data=inputs.data, args=inputs.args):
         carry = begin(compiled, inputs)
         compiled_at = time.perf_counter()
-        carry, rows, cause = advance(compiled, source, carry, inputs, watcher, saves=saves)
+        fresh = isinstance(saves, NoSaves) and not watcher.validator.is_given
+        carry, rows, cause = advance(compiled, source, carry, inputs, watcher, saves=saves, fresh=fresh)
         state, validator = carry[0].tree(), watcher.validator
         code = Status(int(state.code))
         status = cause if cause and code is Status.MAX_STEPS else code
