@@ -270,16 +270,10 @@ def test_a_setting_that_changed_is_an_error(solve: Any) -> None:
             wide(jnp.zeros(3, jnp.float32))
 
 
-def test_inside_a_transformation_it_is_a_call_of_minimize(solve: Any) -> None:
-    start, others = jnp.full(3, 0.5), jnp.stack([X, X + 1])
+def test_inside_jit_it_is_a_call_of_minimize(solve: Any) -> None:
+    start = jnp.full(3, 0.5)
     inside = jax.jit(lambda a: solve(start, args=(a,)))(X)
-    expected = jax.jit(lambda a: gdopt.minimize(bowl, start, args=(a,)))(X)
-    assert inside == expected
-    many = jax.vmap(lambda a: solve(args=(a,)).params)(others)
-    np.testing.assert_allclose(many, others, atol=1e-3)
-    slope = jax.grad(lambda a: jnp.sum(solve(args=(a,)).params))(X)
-    np.testing.assert_allclose(slope, np.ones(3), rtol=1e-3)
-    assert jax.jit(lambda: solve().params)().shape == (3,)  # Everything is traced, though nothing is given.
+    assert inside == jax.jit(lambda a: gdopt.minimize(bowl, start, args=(a,)))(X)
 
     @jax.jit
     def prepared_inside(a: Any) -> Any:
@@ -287,6 +281,18 @@ def test_inside_a_transformation_it_is_a_call_of_minimize(solve: Any) -> None:
 
     with pytest.raises(InputError, match="prepare was called inside jit"):
         prepared_inside(X)
+
+
+@pytest.mark.slow
+def test_inside_other_transformations_it_is_one_too(solve: Any) -> None:
+    others, rates = jnp.stack([X, X + 1]), jnp.array([0.001, 0.004])
+    np.testing.assert_allclose(jax.vmap(lambda a: solve(args=(a,)).params)(others), others, atol=1e-3)
+    slope = jax.grad(lambda a: jnp.sum(solve(args=(a,)).params))(X)
+    np.testing.assert_allclose(slope, np.ones(3), rtol=1e-3)
+    fixed = gdopt.prepare(bowl, jnp.zeros(3), args=(X,), learning_rate=0.01)
+    swept = jax.vmap(lambda rate: fixed(learning_rate=rate))(rates)
+    assert swept == jax.vmap(lambda rate: gdopt.minimize(bowl, jnp.zeros(3), args=(X,), learning_rate=rate))(rates)
+    assert jax.jit(lambda: solve().params)().shape == (3,)  # Everything is traced, though nothing is given.
 
 
 def test_arrays_are_not_consumed_and_results_stay(solve: Any) -> None:

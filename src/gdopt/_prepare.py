@@ -21,7 +21,7 @@ from gdopt._loop import loop
 from gdopt._loop.state import Carry, Compiled, Inputs
 from gdopt._loop.step import loss_arguments
 from gdopt._minimize import Call, Ready, carried_out, check_call, choose, needs_rates, tried
-from gdopt._optimizers.method import Method, check_rate
+from gdopt._optimizers.method import Method, check_rate, is_auto
 from gdopt._outcome.diagnose import recorded
 from gdopt._outcome.ending import arrays_of
 from gdopt._outcome.messages import explain
@@ -88,7 +88,7 @@ class Prepared:
         problem = self._template.renewed(params, args, data)
         method, call = self._method(learning_rate), self._ready.call._replace(problem=problem)
         start = problem.objective.params
-        if program.is_traced(start, problem.args, problem.data):
+        if program.is_traced(start, problem.args, problem.data, method.rate):
             rate = call.learning_rate if learning_rate is None else method.rate
             return tried(call._replace(learning_rate=rate), began)
         rate = self._ready.inputs.rate if learning_rate is None else method.rate
@@ -106,7 +106,7 @@ class Prepared:
             return method
         fixed = isinstance(method.rate, float)
         rate = check_rate(method.optimizer, learning_rate) if fixed else None
-        if not isinstance(rate, float):
+        if rate is None or callable(rate) or is_auto(rate):
             prepared = "a schedule" if method.schedule else repr(self._ready.call.learning_rate)
             raise InputError(
                 f"learning_rate={learning_rate!r} was given, but the call was prepared with {prepared}. Only a number "
