@@ -212,7 +212,9 @@ def _refuse(**others: Any) -> None:
         if name not in _OF_LONG_RUNS:
             raise TypeError(f"prepare() got an unexpected keyword argument {name!r}")
         cure = "Call .raise_for_status() of its results." if name == "throw" else "Call gdopt.minimize."
-        raise InputError(f"{name}={others[name]!r} was given to prepare, whose runs do not support it. {cure}")
+        raise InputError(
+            f"{name}={_trees.summary(others[name])} was given to prepare, whose runs do not support it. {cure}"
+        )
 
 
 _OF_LONG_RUNS = (
