@@ -23,6 +23,7 @@ END = "<!-- What the script prints ends here. -->"
 PICTURES = {
     "loop_overhead": "docs/loop_overhead.png",
     "streams": None,
+    "validation": None,
     "first_call": "docs/first_call.png",
     "memory": "docs/memory.png",
     "failures": None,

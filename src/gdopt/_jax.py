@@ -160,9 +160,13 @@ _MISPLACED = {
 def misplaced(error: Exception) -> str:
     """Say what to do about JAX's error that arrays cannot be used together where they are; "" for any other error.
 
-    JAX has no class for these errors, but for one that is not public.
+    JAX has no class for these errors, but for one that is not public. Those that it has a class for show programs, in
+    which any of the words may stand.
     """
-    if not isinstance(error, TypeError | ValueError) and type(error).__name__ != "ShardingTypeError":
+    is_sharding = type(error).__name__ == "ShardingTypeError"
+    if not is_sharding and (
+        not isinstance(error, TypeError | ValueError) or isinstance(error, jax.errors.JAXTypeError)
+    ):
         return ""
     text = f"{type(error).__name__}: {error}"
     return next((cure for pattern, cure in _MISPLACED.items() if re.search(pattern, text)), "")

@@ -19,7 +19,7 @@ from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
 from gdopt._loop.state import Compiled, Inputs, Whole
-from gdopt._optimizers.distance import distance_adamw
+from gdopt._optimizers.distance import distance_adamw, distance_gd
 from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method, check_rate, is_auto, make_method
 from gdopt._optimizers.spectral import gd
@@ -99,7 +99,8 @@ def minimize(
             other libraries (torch tensors, pandas objects) become arrays of JAX.
         data: a pytree of arrays with a shared leading axis, such as ``(X, y)``, kept on the device; or a stream. A
             stream is an iterable of batches (a torch ``DataLoader``, a grain loader), read once per epoch, or a
-            function that returns one. Batches are pytrees of NumPy or JAX arrays, torch tensors or pandas objects. They
+            function that returns one. Batches are pytrees of NumPy or JAX arrays, torch tensors or pandas objects. All
+            have the containers, the axes and the kinds of numbers of the first; the lengths of axes may differ. They
             move to the device while the step before is computed. Each makes one update, also a last one with fewer
             rows. The point after the last update is evaluated on the last batch once more (with arrays, on the next
             one). The loss takes a batch as one argument: write ``X, y = batch`` in it.
@@ -149,9 +150,9 @@ def minimize(
             None: no bounds.
         project: a function params -> params that returns the nearest point of a convex set, such as
             ``optax.projections.projection_simplex``. It is applied to the start and after each update. By default
-            `spectral` finds the rates: see there. On mini-batches plain gradient descent with a range test is the
-            default, because Adam and its like scale each entry by itself, and then end elsewhere than at the minimum
-            within a set that is no box.
+            `spectral` finds the rates: see there. On mini-batches the default is gradient descent with momentum at one
+            rate for all entries, which follows an estimated distance as that of `distance_adamw` does. Adam and its
+            like scale each entry by itself, and then end elsewhere than at the minimum within a set that is no box.
         prox: a function ``(params, rate) -> params``, the proximal step of a convex penalty that the loss leaves out,
             such as ``gdopt.prox.l1(0.1)``. It is applied after each update, at its rate. If it has a method ``value``,
             as those of `gdopt.prox` have, then the penalty ``prox.value(params)`` is added to each loss that is
@@ -419,8 +420,8 @@ def choose(
     if optimizer is None and (problem.noisy or problem.moves or not is_auto(learning_rate)):
         # A run of gdopt 0.1 that resumes has a range test, and goes on by it. Steps that scale each entry by itself
         # would end elsewhere than at the minimum within a set that is no box.
-        adapts = is_auto(learning_rate) and saves.range_test is None and not problem.moves
-        optimizer = distance_adamw if adapts else gd
+        adapts = is_auto(learning_rate) and saves.range_test is None and problem.noisy
+        optimizer = gd if not adapts else distance_gd if problem.moves else distance_adamw
     test = None
     if needs_rates(problem, optimizer, learning_rate):
         method, test = rates_found(problem, optimizer, steps, saves)

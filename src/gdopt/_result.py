@@ -86,7 +86,8 @@ class Report(NamedTuple):
 
     ``epoch`` is the number of whole epochs so far (steps, for a full batch), and ``epoch_ended`` tells whether one has
     just ended. ``learning_rate`` is the last rate used. ``validation_loss``, ``metrics`` and ``validation_metrics`` are
-    those of the last epoch that ended: see `History`. They are NaN and empty before, and without ``validation``.
+    those of the last epoch that ended: see `History`. They are NaN and empty before, and without ``validation``: only a
+    run with one records the aux of each step.
 
     Example:
         >>> import gdopt

@@ -103,11 +103,11 @@ class Ending(NamedTuple):
 
     left: Any  # the gain that is left, in units of the loss; NaN if unknown
     verified: Any  # NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS or UP_TO_NOISE
-    flaw: Any  # the sign that it is no minimum: NONE_SEEN, SADDLE, SATURATED or DROWNED
+    flaw: Any  # the sign that it is no minimum: NONE_SEEN, SADDLE, SATURATED, DROWNED or OUTSIDE
 
 
 NOT_VERIFIED, BY_CURVATURE, BY_NEIGHBOURS, UP_TO_NOISE = range(4)
-NONE_SEEN, SADDLE, SATURATED, DROWNED = range(4)  # a saddle may be a maximum; a loss drowns in its rounding
+NONE_SEEN, SADDLE, SATURATED, DROWNED, OUTSIDE = range(5)  # a saddle may be a maximum; a loss drowns in its rounding
 
 
 def first_ending(dtype: Any) -> Ending:

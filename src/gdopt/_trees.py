@@ -218,9 +218,12 @@ class Packed:
             traced, begin = _jax.is_tracer(vector), 0
             numbers = vector if traced else on_host(vector)
             for place, shape in places:
+                if not (shape or traced):  # Most leaves are single numbers, and read at each chunk.
+                    leaves[place], begin = numbers[begin], begin + 1
+                    continue
                 end = begin + math.prod(shape)
                 part = lax.slice_in_dim(numbers, begin, end) if traced else numbers[begin:end]
-                leaves[place] = part.reshape(shape) if shape or traced else part[0]
+                leaves[place] = part.reshape(shape)
                 begin = end
         return self.treedef.unflatten(leaves)
 

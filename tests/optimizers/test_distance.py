@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import gdopt
-from gdopt._optimizers.distance import following
+from gdopt._optimizers.distance import distance_gd, following
 from gdopt._optimizers.response import response
 
 
@@ -138,6 +138,21 @@ def test_each_leaf_has_its_own_distance() -> None:
     assert squared(result.params, data) < 1.1 * least(*data)
     assert float(jnp.abs(result.params["w"]).max()) > 1e5
     assert float(result.params["b"]) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_one_rate_for_all_entries_at_every_scale(size: float) -> None:
+    """The update is along the gradient, as long as its shape and distance say, whatever the gradient's units."""
+    grad: Any = {"a": np.float32(size) * jnp.array([3.0, -4.0]), "b": jnp.zeros(())}
+    params = jax.tree.map(jnp.zeros_like, grad)
+    optimizer: Any = distance_gd(0.5)
+    updates, state = optimizer.update(grad, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["a"][1] / updates["a"][0], -4 / 3, rtol=1e-6)
+    assert updates["b"] == 0
+    # After one gradient its averages, without their bias, are that gradient: the step is 0.5 * 0.03 for each entry.
+    first = 0.5 * 0.03
+    np.testing.assert_allclose(jnp.linalg.norm(updates["a"]), first * np.sqrt(3), rtol=1e-5)
+    assert np.isfinite(state.inner.size)
 
 
 def test_bad_arguments() -> None:

@@ -175,6 +175,23 @@ def test_keeps_within_on_batches() -> None:
         seen.clear()
 
 
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("name", ["simplex", "l1_ball", "l2_ball", "prox"])
+def test_batches_end_near_the_minimum_without_a_rate(name: str, unit: float) -> None:
+    """Five epochs of ten steps, with inputs in natural units: a range test of 15 % of them finds nothing."""
+    rows = unit * np.random.default_rng(8).normal(size=(200, 6)).astype(np.float32)
+    at = np.array([0.5, 0.3, 0, 0.2, 0, 0], np.float32)
+    data = rows, rows @ at + 0.1 * unit * np.random.default_rng(9).normal(size=200).astype(np.float32)
+    given: dict[str, Any] = {"prox": gdopt.prox.l1(0.05 * unit**2)} if name == "prox" else STEPS[name]
+    loss = lambda x, batch: jnp.mean((batch[0] @ x - batch[1]) ** 2)
+    start = jnp.full(6, 1 / 6 if name == "simplex" else 0.0)
+    total = lambda x: float(loss(x, data)) + (float(given["prox"].value(x)) if name == "prox" else 0)
+    result = gdopt.minimize(loss, start, data=data, batch_size=20, epochs=5, **quiet(given))
+    exact = gdopt.minimize(loss, start, args=(data,), tol=1e-7, **given)
+    assert result.success, result.message
+    assert total(result.params) - total(exact.params) <= 0.01 * (total(start) - total(exact.params))
+
+
 def test_optax_projections_on_a_masked_tree() -> None:
     """A leaf on the simplex, and another one free."""
     start = {"weights": jnp.full(4, 0.25), "offset": jnp.zeros(())}
@@ -392,3 +409,112 @@ def test_a_degenerate_bound_has_no_derivative() -> None:
     run = lambda c: gdopt.minimize(lambda x: jnp.sum((x - c) ** 2), jnp.ones(2), bounds=(0.0, None)).params
     assert np.isnan(jax.jacobian(run)(jnp.array([0.0, 1.0]))).any()
     np.testing.assert_allclose(jax.jacobian(run)(jnp.array([-1.0, 1.0])), [[0, 0], [0, 1]], atol=1e-4)
+
+
+# --- what cannot be checked before a run ---
+
+
+def test_traced_bounds_that_cross_are_no_success() -> None:
+    run = jax.jit(lambda high: gdopt.minimize(lambda x: jnp.sum((x - 3) ** 2), jnp.zeros(2), bounds=(1.0, high)))
+    crossed = run(0.0)
+    assert not crossed.success
+    assert np.isnan(crossed.params).all()
+    assert run(2.0).success
+    np.testing.assert_array_equal(run(2.0).params, [2, 2])
+
+
+@pytest.mark.parametrize("name", ["simplex", "l2_ball", "prox"])
+def test_a_start_with_values_inside_jit(name: str) -> None:
+    start = jnp.full(8, 0.125)
+    inside = jax.jit(lambda right: gdopt.minimize(least_squares, start, args=(right,), **STEPS[name]))(RIGHT)
+    assert inside.success
+    np.testing.assert_allclose(inside.params, reference(STEPS[name]), atol=2e-2)
+
+
+def test_a_set_that_is_not_convex_is_no_success() -> None:
+    loss = lambda x: jnp.sum((x - jnp.array([3.0, -2.0, 0.5])) ** 2)
+    start = jnp.full(3, 0.4)
+    result = gdopt.minimize(loss, start, **quiet({"project": jnp.round}))
+    assert result.status is Status.STALLED
+    assert "project moves this point" in result.message
+    assert not jax.jit(lambda: gdopt.minimize(loss, start, project=jnp.round))().success
+
+
+def test_a_projection_may_not_mix_params_with_leaves_that_are_held() -> None:
+    target = jnp.array([3.0, -2.0, 0.5])
+    loss = lambda p: jnp.sum((p["k"] - target) ** 2) + p["m"]
+    start = {"k": jnp.full(3, 1 / 3), "m": jnp.float32(2)}
+    options: Any = {"trainable": {"k": True, "m": False}}
+    with pytest.raises(gdopt.InputError, match=r"project moves params\['m'\] together with the params"):
+        gdopt.minimize(loss, start, project=P.projection_simplex, **options)
+    # What treats each leaf by itself may move them, because the run drops that part.
+    start["m"] = jnp.float32(-2)
+    alone = gdopt.minimize(loss, start, project=P.projection_non_negative, **options)
+    np.testing.assert_allclose(alone.params["k"], [3, 0, 0.5], atol=1e-2)
+    assert alone.params["m"] == -2
+    assert gdopt.minimize(loss, start, prox=gdopt.prox.l1(0.5), **options).success
+
+
+# --- kinks ---
+
+LABELS = np.sign(ROWS[:, :3] @ np.array([3.0, -2.0, 0.1], np.float32))
+KINKS: dict[str, tuple[Any, dict[str, Any], float]] = {
+    # The last number is the least loss with the penalty, by linear programs.
+    "distance, l1": (lambda x: jnp.abs(x - jnp.array([3.0, -2.0, 0.5])).sum(), {"prox": gdopt.prox.l1(0.5)}, 2.75),
+    "largest, ball": (
+        lambda x: jnp.abs(x - jnp.array([3.0, -2.0, 0.5])).max(),
+        {"project": P.projection_l2_ball},
+        2.0,
+    ),
+    "hinge, box": (
+        lambda x: jnp.mean(jax.nn.relu(1 - LABELS * (ROWS[:, :3] @ x))),
+        {"prox": gdopt.prox.box(-0.5, 0.5)},
+        np.nan,
+    ),
+    "hinge, simplex": (
+        lambda x: jnp.mean(jax.nn.relu(1 - LABELS * (ROWS[:, :3] @ x))),
+        {"project": P.projection_simplex},
+        np.nan,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_a_minimum_at_a_kink_within_a_set_is_a_success(name: str) -> None:
+    loss, given, least = KINKS[name]
+    start = jnp.full(3, 1 / 3) if "simplex" in name else jnp.zeros(3)
+    result = gdopt.minimize(loss, start, **given)
+    assert result.success, result.message
+    least = least if np.isfinite(least) else least_hinge(0.5 if "box" in name else None)
+    assert float(result.loss) - least <= max(float(result.left), 1e-5)
+    assert float(result.left) <= 1e-2 * (float(loss(start)) - least)
+
+
+def least_hinge(size: float | None) -> float:
+    """Return the least mean hinge loss in a box, or on the simplex, by a linear program."""
+    count = len(LABELS)
+    rows = np.hstack([-LABELS[:, None] * ROWS[:, :3], -np.eye(count)])
+    slack = [(0, None)] * count
+    bounds = [(0, None)] * 3 if size is None else [(-size, size)] * 3
+    equal = {} if size else {"A_eq": np.r_[np.ones(3), np.zeros(count)][None], "b_eq": [1.0]}
+    cost = np.r_[np.zeros(3), np.full(count, 1 / count)]
+    return scipy.optimize.linprog(cost, rows, -np.ones(count), bounds=[*bounds, *slack], **equal).fun
+
+
+# --- what is told to be left ---
+
+
+def test_what_is_left_is_told_on_ill_conditioned_rows() -> None:
+    """The columns are correlated, so the steps gain ever less long before the minimum."""
+    random = np.random.default_rng(11)
+    common = random.normal(size=(60, 1))
+    rows = (common + 0.03 * random.normal(size=(60, 25))) * 10.0 ** random.uniform(-1, 1, 25)
+    right = rows @ random.normal(size=25) + 0.1 * random.normal(size=60)
+    weight = 1e-3 * np.abs(rows.T @ right).max() / 60
+    loss = lambda x: jnp.mean((rows @ x - right) ** 2) / 2
+    with jax.enable_x64(True):
+        options: Any = {"prox": gdopt.prox.l1(weight)}
+        result = gdopt.minimize(loss, jnp.zeros(25), **options)
+        exact = gdopt.minimize(loss, result.params, tol=1e-13, max_steps=100_000, **options)
+    assert result.success, result.message
+    assert float(result.loss) - float(exact.loss) <= 10 * float(result.left)

@@ -26,7 +26,7 @@ import scipy.sparse
 from helpers import count_compilations
 
 import gdopt
-from gdopt import Status
+from gdopt import Status, _jax
 from gdopt._compile.self_check import is_reliable
 from gdopt._optimizers.factory import check_optimizer
 from gdopt._optimizers.optax_state import apply, extra_arguments
@@ -1067,3 +1067,11 @@ def test_unintended_broadcasting_to_all_pairs_gets_a_warning(loss):
 def test_intended_broadcasting_to_all_pairs_gets_no_warning(loss):
     with jax.numpy_rank_promotion("allow"):
         gdopt.minimize(loss, np.ones(2, np.float32), learning_rate=0.001, max_steps=1)
+
+
+def test_the_text_of_a_program_in_an_error_is_no_matter_of_meshes() -> None:
+    """JAX shows the operation that traced the value, and some have a parameter ``out_sharding``."""
+    inner = jax.jit(lambda x: jnp.sum(x**2))
+    with pytest.raises(jax.errors.TracerArrayConversionError, match="out_sharding") as caught:
+        jax.jit(lambda: np.asarray(inner(np.ones(2, np.float32))))()
+    assert _jax.misplaced(caught.value) == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -301,9 +302,9 @@ def test_the_range_test_of_auto_keeps_to_its_share(
     """Inputs in natural units want rates far from the usual ones, which sections beyond these would look for."""
     spent, climb = [], lr_finder._Climb.__call__
 
-    def counted(self: Any, step: int, carry: Any, rows: Any, look: Any) -> Any:
+    def counted(self: Any, step: int, carry: Any, state: Any, rows: Any, look: Any) -> Any:
         spent.append(len(rows.loss))
-        return climb(self, step, carry, rows, look)
+        return climb(self, step, carry, state, rows, look)
 
     monkeypatch.setattr(lr_finder._Climb, "__call__", counted)
     squares = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
@@ -448,6 +449,39 @@ def test_a_warning_says_why_the_range_test_found_no_rate() -> None:
     ):
         result = gdopt.minimize(flat, 1.0, data=np.ones(600, np.float32), batch_size=2, epochs=1, optimizer=gdopt.gd)
     assert np.nanmax(result.history.learning_rate) <= 0.01
+
+
+HOT: dict[str, tuple[Callable, float]] = {
+    "inputs": (lambda w, x: jnp.mean((x @ w - 1) ** 2), 1e15),
+    "an exponential": (lambda w, x: jnp.mean(jnp.exp(x @ w)), 10.0),
+}
+
+
+@pytest.mark.parametrize("optimizer", [gdopt.gd, functools.partial(optax.sgd, momentum=0.9)], ids=["gd", "momentum"])
+@pytest.mark.parametrize(("hot", "size"), HOT.values(), ids=HOT)
+def test_a_loss_that_is_finite_only_at_the_start_gets_a_warning_and_a_result(
+    hot: Callable, size: float, optimizer: Any
+) -> None:
+    rows = size * np.random.default_rng(0).normal(size=(640, 3)).astype(np.float32)
+    cause = (
+        r"takes 0\.01: tried 1 rate, .*not finite after .* The inputs or the targets may have large or very different"
+    )
+    with pytest.warns(UserWarning, match=cause):
+        result = gdopt.minimize(hot, np.ones(3, np.float32), data=rows, batch_size=32, epochs=4, optimizer=optimizer)
+    assert result.status is gdopt.Status.NON_FINITE
+    assert np.isfinite(result.history.loss[0])
+    assert result.loss == result.history.loss[0]
+    assert (result.params == 1).all()
+
+
+def test_a_batch_after_the_first_that_holds_nan_gets_a_warning_that_names_it() -> None:
+    rows = np.ones((100, 8, 2), np.float32)
+    rows[1] = np.nan
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    with pytest.warns(UserWarning, match=r"takes 0\.01: tried 1 rate, .*not finite after"):
+        result = gdopt.minimize(loss, np.ones(2, np.float32), data=lambda: rows, max_steps=100, optimizer=gdopt.gd)
+    assert (result.status, result.steps) == (gdopt.Status.NON_FINITE, 1)
+    assert "data holds NaN" in result.message
 
 
 def test_a_start_that_is_not_finite_is_named() -> None:

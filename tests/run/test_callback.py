@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,34 @@ def test_an_error_of_the_callback_is_no_success() -> None:
         minimize(**NOISY, callback=fails, callback_every=5)
     result: Any = caught.value
     assert (result.result.status, result.result.success, result.result.steps) == (Status.STOPPED, False, 5)
+
+
+AUX: dict[str, Any] = {"loss": lambda w, batch: (loss(w, batch), {"largest": jnp.max(w)}), "has_aux": True}
+LACKING: dict[str, tuple[dict[str, Any], str]] = {
+    "no validation": (AUX, r"are empty without validation=, because only .* records the aux of each step"),
+    "no epoch": (
+        AUX | {"validation": (X, Y), "callback_every": 1},
+        r'empty before the end of the first epoch.*="epoch"',
+    ),
+    "no aux": ({"validation": (X, Y), "callback_every": "epoch"}, r"are empty, because .* has_aux=True"),
+    "another name": (AUX | {"validation": (X, Y), "callback_every": "epoch"}, r"hold 'largest'\."),
+}
+
+
+@pytest.mark.parametrize(("options", "note"), LACKING.values(), ids=LACKING)
+@pytest.mark.parametrize("field", ["metrics", "validation_metrics"])
+def test_a_callback_that_looks_up_a_metric_that_is_not_there_is_told_why(
+    options: dict[str, Any], note: str, field: str
+) -> None:
+    with pytest.raises(KeyError) as caught:
+        minimize(**NOISY, **options, callback=lambda report: getattr(report, field)["accuracy"] > 2)
+    assert re.search(rf"gdopt: report\.metrics .*{note}", "\n".join(caught.value.__notes__))
+
+
+def test_another_error_of_the_callback_gets_no_note_on_metrics() -> None:
+    with pytest.raises(KeyError) as caught:
+        minimize(**NOISY, **AUX, validation=(X, Y), callback_every="epoch", callback=lambda r: {}["largest"])
+    assert "report.metrics" not in "\n".join(caught.value.__notes__)
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest

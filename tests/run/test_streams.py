@@ -518,15 +518,65 @@ def test_invalid_streams_are_refused_before_anything_compiles(stream, what):
     assert counter.count == 0
 
 
-def test_a_batch_of_another_structure_is_named_with_both():
-    x, y = next(batches())
-    both = r"the structure PyTreeDef\(\{'x': \*, 'y': \*\}\), but the first had PyTreeDef\(\(\*, \*\)\)"
-    with pytest.raises(gdopt.InputError, match=f"batch 2 of data has {both}"):
-        run(Again((x, y), (x, y), {"x": x, "y": y}), epochs=1)
-    with pytest.raises(gdopt.InputError, match="batch 1 of data has the structure PyTreeDef"):
-        run(Again((x, y), None, (x, y)), epochs=1)
-    with pytest.raises(gdopt.InputError, match=r"a batch of data\[0\] is a str"):
-        run(Again((x, y), ("no", y)), epochs=1)
+ROW = IMAGES[:SIZE], LABELS[:SIZE]
+FIRST = r"\(float32\[64, 64\], int32\[64\]\)"
+UNLIKE: dict[str, tuple[Any, str]] = {
+    "a dict": ({"x": ROW[0], "y": ROW[1]}, rf" is \{{'x': float32.* but the first was {FIRST}\. .* same containers"),
+    "a list": (list(ROW), r" is \[float32.* but the first was .* \(a list is no tuple\)"),
+    "None": (None, rf" is None, but the first was {FIRST}\."),
+    "None inside": ((ROW[0], None), r" is \(float32\[64, 64\], None\), but the first was"),
+    "nothing": ((), r" is \(\), but the first was"),
+    "a number": (3.0, r" is float64\[\], but the first was"),
+    "a number inside": ((ROW[0], 1), r" is \(.*, int64\[\]\), but the first was .* arrays with as many axes"),
+    "a single row": ((ROW[0][0], ROW[1][0]), r" is \(float32\[64\], int32\[\]\), but the first was .* as many axes"),
+    "a column of labels": ((ROW[0], ROW[1][:, None]), r" is \(.*, int32\[64, 1\]\), but .* as many axes"),
+    "floats as labels": ((ROW[0], ROW[1] + 0.5), r" is \(.*, float64\[64\]\), but .* numbers of one kind"),
+    "ints as images": (((16 * ROW[0]).astype(int), ROW[1]), r" is \(int64\[64, 64\], .* numbers of one kind"),
+    "bools as images": ((ROW[0] > 0, ROW[1]), r" is \(bool\[64, 64\], .* numbers of one kind"),
+    "other columns": ((ROW[0][:, :3], ROW[1]), rf" is \(float32\[64, 3\], .* but the first was {FIRST}, and the loss"),
+    "fewer labels": ((ROW[0], ROW[1][:5]), r" is \(.*, int32\[5\]\), but the first was .* but for the number of rows"),
+    "no rows": ((ROW[0][:0], ROW[1][:0]), r" has zero rows\. Leave it out"),
+    "a text": ((ROW[0], "digits"), r"\[1\] is a str, not an array of numbers"),
+    "columns on a device": (jax.device_put((ROW[0][:, :3], ROW[1])), r" is \(float32\[64, 3\], .* and the loss"),
+}
+
+
+@pytest.mark.parametrize("where", ["data", "validation"])
+@pytest.mark.parametrize(("batch", "what"), UNLIKE.values(), ids=UNLIKE)
+def test_a_batch_that_is_unlike_the_first_is_named_with_both(batch, what, where):
+    unlike = Again(ROW, ROW, batch, ROW)
+    streams = {"stream": unlike} if where == "data" else {"stream": Again(ROW), "validation": unlike}
+    with pytest.raises(gdopt.InputError, match=f"^batch 2 of {where}{what}"):
+        run(**streams, epochs=1)
+
+
+def test_a_range_test_names_a_batch_that_is_unlike_the_first():
+    with pytest.raises(
+        gdopt.InputError, match=r"^batch 1 of data is \(float32\[64, 3\], int32\[64\]\), but the first was"
+    ):
+        gdopt.lr_find(loss, START, data=Again(ROW, (ROW[0][:, :3], ROW[1])), num_steps=60)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, jnp.bfloat16])
+def test_batches_may_be_wider_or_narrower_numbers_of_a_kind(dtype):
+    result = run(Again(ROW, (ROW[0].astype(dtype), ROW[1].astype(np.int8))), epochs=1)
+    np.testing.assert_allclose(result.params, by_hand([ROW, ROW])[0], rtol=0.02, atol=1e-3)
+
+
+def test_batches_may_be_longer_if_the_loss_takes_them():
+    lengths = [np.ones((4, length), np.float32) for length in (7, 9)]
+    result = run(Again(*lengths), lambda w, x: jnp.mean((w - x) ** 2), np.float32(0), epochs=1)
+    assert (result.status, result.steps) == (Status.MAX_STEPS, 2)
+
+
+def test_an_error_on_other_rows_stays_what_it_is_with_a_note():
+    fixed = lambda w, batch: loss(w, (batch[0].reshape(SIZE, 64), batch[1]))
+    with pytest.raises(TypeError, match="cannot reshape") as caught:
+        run(batches, fixed, epochs=1)
+    noted = (
+        f"gdopt: batch {PER_EPOCH - 1} of data is (float32[44, 64], int32[44]), but the first was (float32[64, 64], "
+    )
+    assert any(note.startswith(noted) for note in caught.value.__notes__)
 
 
 def test_an_aux_like_the_batch_is_an_error_if_batches_differ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import math
@@ -17,8 +18,9 @@ import pytest
 from helpers import count_compilations
 
 import gdopt
-from gdopt import Status
+from gdopt import Status, _trees
 from gdopt._problem.validation import metrics_in
+from gdopt._run import host_loop, sources, validation
 
 RNG = np.random.default_rng(0)
 TRUTH = np.arange(1.0, 5.0)
@@ -327,6 +329,47 @@ def test_fresh_losses_and_data_of_the_same_shape_compile_nothing() -> None:
     with count_compilations() as counter:
         run(1.1)
     assert counter.names == []
+
+
+def test_an_epoch_places_nothing_and_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: collections.Counter[str] = collections.Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def counts_of(epochs: int) -> collections.Counter[str]:
+        counts.clear()
+        minimize(epochs=epochs, keep_best=False)
+        return counts.copy()
+
+    monkeypatch.setattr(host_loop._Sizes, "next", lambda sizes: PER_EPOCH)  # whatever the clock says
+    for owner, name in ((_trees.Packed, "tree"), (validation, "on_one_mesh"), (validation._Program, "__call__")):
+        counted(owner, name)
+    counts_of(1)  # This one may trace the programs.
+    more, fewer = counts_of(9), counts_of(4)
+    assert more - fewer == {"tree": 5, "__call__": 5}
+
+
+def test_the_numbers_of_a_run_are_moved_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    advance = sources.InMemory.advance
+
+    def recorded(self: Any, carry: Any, inputs: Any, *steps: int) -> Any:
+        seen.append(inputs)
+        return advance(self, carry, inputs, *steps)
+
+    monkeypatch.setattr(sources.InMemory, "advance", recorded)
+    minimize()
+    *chunks, _ = seen  # the last one has another limit, which lets it only evaluate
+    assert len(chunks) >= EPOCHS
+    assert len({id(inputs) for inputs in chunks}) == 1
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(chunks[0]))
 
 
 def test_a_run_without_validation_has_the_program_that_it_had() -> None:

@@ -15,7 +15,7 @@ from gdopt._errors import CheckpointError
 from gdopt._loop.state import Rows
 from gdopt._problem.limits import LAST_STEP
 from gdopt._status import RUNNING, Status
-from gdopt._stopping import DROWNED, NONE_SEEN, NOT_VERIFIED, UP_TO_NOISE, Limits
+from gdopt._stopping import NONE_SEEN, NOT_VERIFIED, OUTSIDE, UP_TO_NOISE, Limits
 
 TEST_ARRAYS = ("learning_rate", "loss", "smoothed_loss", "losses", "smoothed_losses")
 VALIDATION_ARRAYS = ("steps", "records", "means")
@@ -109,7 +109,7 @@ def _state(saved: Saved) -> Iterator[tuple[str, Field]]:
     yield "state.code", (code, reached, "the code of a run without a target")
     kept = _need(arrays, "state.kept.step")
     yield "state.kept.step", (kept, _is_count(0, int(step)), whole(0, int(step)))
-    for name, most in (("verified", UP_TO_NOISE), ("flaw", DROWNED)):
+    for name, most in (("verified", UP_TO_NOISE), ("flaw", OUTSIDE)):
         full, least = f"state.ending.{name}", NOT_VERIFIED if name == "verified" else NONE_SEEN
         yield full, (arrays.get(full, np.int32(0)), _is_count(least, most), whole(least, most))
     for name in arrays:

@@ -25,9 +25,12 @@ from gdopt._settings import as_own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
 from gdopt._verify.claim import Claim, settle
-from gdopt._verify.composite import Move
+from gdopt._verify.composite import Advance, Move, Walk, advanced
+from gdopt._verify.counterexamples import Point
 from gdopt._verify.hindsight import Hindsight, look_back
 from gdopt._verify.places import InTrace, OnHost, Probe
+
+_WALK, _AT_ONCE = "walk", 64  # the name of its program, and the steps of one call of it
 
 
 class Verifier(NamedTuple):
@@ -49,12 +52,7 @@ class Verifier(NamedTuple):
         def verify(state: State) -> State:
             params = returned_params(state)
             tree, exact = self._tree(params), True
-
-            def at(xs: list) -> tuple[Any, list]:
-                grad, loss = self._gradient(inputs, tree(xs))
-                return loss, grad
-
-            probe = Probe(at, lambda xs, ways: self._probe(tree(xs), tree(ways), inputs)[2])
+            probe = self._probe_of(tree, inputs)
             differences = lambda xs, ways: self._probe_by_differences(tree(xs), tree(ways), inputs)[2]
             try:
                 jax.eval_shape(self._probe, *(_trees.as_real(params)[0],) * 2, inputs)
@@ -104,9 +102,42 @@ class Verifier(NamedTuple):
             return list(map(_trees.on_host, there)), _trees.on_host(penalty)[()]
 
         with np.errstate(all="ignore"):
-            probe, move = Probe(at, times), moved if self.moves else None
-            state = self._settled(OnHost, probe, differences, free, state, inputs, exact=exact, move=move)
+            confined: dict[str, Any] = {"move": moved, "advance": self._walker(inputs)} if self.moves else {}
+            state = self._settled(OnHost, Probe(at, times), differences, free, state, inputs, exact=exact, **confined)
         return _trees.pack(state), carry[1]
+
+    def _walker(self, inputs: Inputs) -> Advance:
+        """Return a walk of compiled steps, between which Ctrl-C is seen."""
+
+        def advance(walk: Walk, here: Point, most: Any) -> Walk:
+            own, shared = self.known.maps
+            if _WALK not in self.known:
+                made = program.share(self._traced(inputs)._walk, walk, here, most, inputs)
+                (shared if made.closed else own)[_WALK] = made
+            number, ends = 0, False
+            while not ends:
+                _signals.check()
+                number += _AT_ONCE
+                walk = self.known[_WALK].call(walk, here, np.minimum(most, np.int32(number)), inputs)
+                walk = jax.tree.map(lambda leaf: _trees.on_host(leaf)[()], walk)
+                ends = walk.number < number or number >= most
+            return walk
+
+        return advance
+
+    def _walk(self, walk: Walk, here: Point, most: Any, inputs: Inputs) -> Walk:
+        tree = self._tree(inputs.start)
+        move = lambda xs, rate: self._moved(tree(xs), rate, inputs)
+        return advanced(InTrace, self._probe_of(tree, inputs), move, here, walk, most)
+
+    def _probe_of(self, tree: Callable[[list], PyTree], inputs: Inputs) -> Probe:
+        """Return the probe in a trace; ``tree`` makes trees of blocks."""
+
+        def at(xs: list) -> tuple[Any, list]:
+            grad, loss = self._gradient(inputs, tree(xs))
+            return loss, grad
+
+        return Probe(at, lambda xs, ways: self._probe(tree(xs), tree(ways), inputs)[2])
 
     @as_own_work
     def look_back(self, state: State, inputs: Inputs, rate: float | None) -> Hindsight:
@@ -161,10 +192,7 @@ class Verifier(NamedTuple):
         return self.known[exact]
 
     def _programs(self, state: State, inputs: Inputs, *, exact: bool) -> Programs:
-        problem = self.problem
-        batch = problem._replace(data=inputs.data).batch
-        loss, _ = program.with_gradient(self.value, problem.value, inputs.start, batch, inputs.args, None, None)
-        traced = self._replace(loss=loss)
+        traced = self._traced(inputs)
         if self.settings.layout is not None:
             whole = lambda packed, inputs: _trees.pack(traced.in_trace(packed.tree(), inputs))
             made = program.share(whole, _trees.pack(state), inputs)
@@ -181,6 +209,12 @@ class Verifier(NamedTuple):
         move = program.share(traced._moved, real, rate, inputs) if exact and self.moves else None
         parts = [part for part in (made, free, move) if part]
         return Programs(made, free, move, all(part.closed for part in parts))
+
+    def _traced(self, inputs: Inputs) -> Verifier:
+        """Return the verification with the trace of the loss and its gradient."""
+        batch = self.problem._replace(data=inputs.data).batch
+        given = inputs.start, batch, inputs.args, None, None
+        return self._replace(loss=program.with_gradient(self.value, self.problem.value, *given)[0])
 
     def _moved(self, xs: PyTree, rate: Any, inputs: Inputs) -> tuple[list, jax.Array]:
         """Return the step of the projection or the prox from real leaves, and the penalty at its end."""
@@ -314,6 +348,7 @@ class Verifier(NamedTuple):
         *,
         exact: bool,
         move: Move | None = None,
+        advance: Advance | None = None,
     ) -> State:
         kept, np = state.kept, place.np
         params = jax.tree.map(np.asarray, returned_params(state))
@@ -329,7 +364,7 @@ class Verifier(NamedTuple):
             state.watch,
             free,
         )
-        options: Any = {"exact": exact, "searches": searches, "move": move}
+        options: Any = {"exact": exact, "searches": searches, "move": move, "advance": advance}
         new = settle(place, probe, differences, claim, inputs.limits, self.eps, **options)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
         if not searches:

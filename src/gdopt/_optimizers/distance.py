@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gdopt import _trees
@@ -90,6 +91,45 @@ def distance_adamw(learning_rate: Scalar | Schedule, weight_decay: Scalar = _DEC
 def _nadam(learning_rate: Any) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(b1=_B1, b2=_B2, eps=_EPS, nesterov=True)
     return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
+
+
+def distance_gd(learning_rate: Scalar | Schedule) -> optax.GradientTransformation:
+    """Return gradient descent with Nesterov's momentum whose rate follows the distance that the params have to go.
+
+    It is `distance_adamw` with one rate for all entries: it divides a gradient by an average norm of the gradients.
+    With a rate for each entry, projected or proximal steps end elsewhere than at the minimum.
+    """
+    return following(_normalised, check_learning_rate(learning_rate))
+
+
+class NormalisedState(NamedTuple):
+    """The state of an optimizer that divides gradients by their average size."""
+
+    steps: jax.Array
+    mean: PyTree  # the average of the gradients
+    norm: jax.Array  # that of their norms, over the root of the number of entries
+    size: jax.Array  # by which the last gradient was divided
+
+
+def _normalised(learning_rate: Any) -> optax.GradientTransformation:
+    def init(params: PyTree) -> NormalisedState:
+        zero = jnp.zeros((), _trees.norm_dtype(params))
+        return NormalisedState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params), zero, zero + 1)
+
+    def update(grad: PyTree, state: NormalisedState, params: PyTree = None) -> tuple[PyTree, NormalisedState]:
+        steps = state.steps + 1
+        blend = lambda old, new: jax.tree.map(lambda m, g: (_B1 * m + (1 - _B1) * g).astype(m.dtype), old, new)
+        root = float(np.sqrt(sum(leaf.size for leaf in jax.tree.leaves(grad))))
+        with own_promotion():
+            norm = _B2 * state.norm + (1 - _B2) * _trees.norm(grad) / root
+            size = norm / (1 - _B2 ** steps.astype(norm.dtype))
+            size = jnp.where(size > 0, size, 1)
+            mean = blend(state.mean, grad)
+            factor = -_rate(learning_rate, state.steps) / size / (1 - _B1 ** (steps + 1).astype(norm.dtype))
+            updates = jax.tree.map(lambda g: _times(g, factor), blend(mean, grad))
+        return updates, NormalisedState(steps, mean, norm, size)
+
+    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
 
 
 def following(
@@ -205,6 +245,14 @@ def _in_units(size: jax.Array, grad: PyTree) -> tuple[jax.Array, PyTree]:
     scale = jnp.where(size > 0, size, 1)
     divide = lambda g: (g / scale.astype(jnp.finfo(g.dtype).dtype)).astype(g.dtype)
     return size, jax.tree.map(divide, grad)
+
+
+def rate_of_distance(state: PyTree, rate: Any) -> Any:
+    """Return the rate of the last update whose shape is ``rate``; that itself if the state estimates no distance."""
+    distance, normalised = distance_in(state), states_of(state, NormalisedState)
+    if distance is None:
+        return rate
+    return rate * distance if len(normalised) != 1 else rate * distance / normalised[0].size
 
 
 def distance_in(state: PyTree) -> jax.Array | None:

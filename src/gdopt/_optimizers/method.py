@@ -14,7 +14,7 @@ import optax
 
 from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
-from gdopt._optimizers.distance import distance_in
+from gdopt._optimizers.distance import rate_of_distance
 from gdopt._optimizers.factory import function_identity, is_transformation
 from gdopt._optimizers.identity import identity_of
 from gdopt._optimizers.optax_state import apply, check_fits, extra_arguments, owned_rate, restarted, trials_in
@@ -63,8 +63,7 @@ class Method(NamedTuple):
         """Return the rate of the last update, which was ``rate`` if the optimizer does not own it."""
         if self.owns_rate:
             return owned_rate(state)
-        distance = distance_in(state)
-        return rate if distance is None else rate * distance
+        return rate_of_distance(state, rate)
 
     def with_rate(self, rate: Any) -> Any:
         """Build the transformation for a rate inside the trace, so that no rate is ever compiled in."""

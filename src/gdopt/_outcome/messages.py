@@ -11,7 +11,7 @@ from gdopt._optimizers.method import Rates
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._outcome.ending import FAR, Ended
 from gdopt._status import FAILURES, Status
-from gdopt._stopping import BY_NEIGHBOURS, DROWNED, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE
+from gdopt._stopping import BY_NEIGHBOURS, DROWNED, OUTSIDE, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE
 from gdopt._verify.counterexamples import TRIED
 
 _RATE_OF_ZERO = "the learning rate was 0 at each step. With one above 0 the loss can fall."
@@ -374,6 +374,12 @@ def _decayed(ended: Ended, words: _Words, more: str) -> str | None:
 def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
     """Say why the point is no minimum, if that was seen."""
     grad_norms, after, last = ended.history.grad_norm, words.after, words.last
+    if ended.ending.flaw == OUTSIDE:
+        name = "project" if ended.problem.constraint.prox is None else "prox"
+        return (
+            f"stalled {after} at a loss of {last}: {name} moves this point, so it is not in the set. Steps between two "
+            "points of a set leave it if it is not convex. Pass the nearest point of a convex set."
+        )
     if ended.ending.flaw == SATURATED:
         return (
             f"stalled {after} at a loss of {last}: unlike at the start, the loss does not depend on some of the "

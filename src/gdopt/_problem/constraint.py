@@ -66,9 +66,11 @@ def constrained(problem: Problem, bounds: Any, project: Any, prox: Any) -> Probl
         if prox is None:
             step = _whole(objective, project, name)
             _check_step(objective.params, step, name)
+            _check_rest(objective, project, name)
             return _projected(problem, step)
         step = _whole(objective, prox, name)
         _check_step(objective.params, step, name, _rate(objective.params))
+        _check_rest(objective, prox, name, _rate(objective.params))
         penalty = _penalty(objective, prox)
         problem = problem._replace(objective=_where_finite(objective, step, penalty))
         return problem._replace(constraint=Constraint(prox=step, penalty=penalty))
@@ -89,7 +91,7 @@ def _checked_bounds(bounds: Any, objective: Objective) -> tuple[PyTree, PyTree]:
     both = [_spread(name, bound, sign, objective) for name, bound, sign in zip(_NAMES, pair, (-1, 1), strict=True)]
     for path, leaf, lower, upper in _paths(objective.params, *both):
         _check_order(path, leaf, lower, upper)
-    return both[0], both[1]
+    return jax.tree.map(_nan_if_crossed, *both), both[1]
 
 
 _NAMES = ("bounds[0]", "bounds[1]")  # the roots of the paths of both
@@ -199,6 +201,11 @@ def _check_order(path: tuple, leaf: jax.Array, lower: Any, upper: Any) -> None:
         )
 
 
+def _nan_if_crossed(lower: Any, upper: Any) -> Any:
+    """Return lower bounds; NaN where traced ones, which cannot raise, have no number between them."""
+    return lower if _trees.have_values(lower, upper) else jnp.where(lower <= upper, lower, jnp.nan)
+
+
 def _at(index: Any) -> str:
     at = tuple(map(int, index))
     return f" at index {at}" if at else ""
@@ -285,6 +292,34 @@ def _check_step(params: PyTree, step: Callable, name: str, *rate: Any) -> None:
         raise InputError(f"{name}= cannot be called as {_TAKES[name]}. ({error})") from error
 
 
+def _check_rest(objective: Objective, function: Callable, name: str, *rate: Any) -> None:
+    """Raise InputError if the step of the params depends on a leaf that it moves, but that is not optimised.
+
+    The run drops what the function returns for such leaves. That is right if it treats each leaf by itself.
+    """
+    rest = objective.rest
+    given = {number: leaf for number, leaf in enumerate(rest.leaves()) if _trees.is_array(leaf)}
+
+    def both(params: PyTree, *rate: Any) -> tuple[PyTree, PyTree, dict[int, Any]]:
+        """Return the step; the same with these leaves moved; and the leaves that may be moved."""
+        whole = rest.combine(params)
+        leaves = rest.treedef.flatten_up_to(function(whole, *rate))
+        moved = {number: leaves[number] for number, leaf in given.items() if leaves[number] is not leaf}
+        mixed = [moved.get(number, leaf) for number, leaf in enumerate(rest.treedef.flatten_up_to(whole))]
+        again = rest.treedef.flatten_up_to(function(rest.treedef.unflatten(mixed), *rate))
+        return rest.only(leaves), rest.only(again), moved
+
+    if not given or not jax.eval_shape(both, objective.params, *rate)[2]:
+        return
+    step, again, moved = _run(both, objective.params, *rate)
+    if any(_differs(one, other) for _, one, other in _paths(step, again)):
+        paths = jax.tree_util.tree_leaves_with_path(rest.combine(objective.params))
+        raise InputError(
+            f"{name} moves {_trees.path_name(paths[min(moved)][0])} together with the params, but it is not optimised. "
+            f"Leave it out of {name}, or let trainable= include it."
+        )
+
+
 def _penalty(objective: Objective, prox: Callable) -> Callable[[PyTree], Any] | None:
     """Return the penalty of a prox, if it has one."""
     value = getattr(prox, "value", None)
@@ -320,8 +355,8 @@ def _projected(problem: Problem, step: Callable) -> Problem:
     start = problem.objective.params
     there = _run(step, start)
     problem = problem._replace(objective=problem.objective._replace(params=there), constraint=Constraint(project=step))
-    if not _trees.have_values(*jax.tree.leaves(start)):
-        return problem
+    if not _trees.have_values(*jax.tree.leaves((start, there))):
+        return problem  # Within jit, what project returns for a known start is traced, too.
     _check_projected(there)
     _check_idempotent(step, there)
     _warn_if_moved(start, there)
@@ -331,8 +366,6 @@ def _projected(problem: Problem, step: Callable) -> Problem:
 def _check_projected(there: PyTree) -> None:
     """Raise InputError for a projection that is not finite at the start."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(there):
-        if not _trees.have_values(leaf):
-            continue
         bad = (values := _trees.on_host(leaf))[~np.isfinite(values)]
         if bad.size:
             raise InputError(
@@ -391,12 +424,14 @@ class Entrance(NamedTuple):
         with own_work(), own_promotion():
             if self.project is not None:
                 there = self.project.call(params)
-                _check_projected(there)
-                _warn_if_moved(params, there)
+                if _trees.have_values(*jax.tree.leaves((params, there))):
+                    _check_projected(there)
+                    _warn_if_moved(params, there)
                 return there
-            if self.prox is None or self.penalty is None:
+            if self.prox is None or self.penalty is None or not _trees.have_values(*jax.tree.leaves(params)):
                 return params
-            if not np.isposinf(_trees.on_host(self.penalty.call(params))):
+            value = self.penalty.call(params)
+            if not _trees.have_values(value) or not np.isposinf(_trees.on_host(value)):
                 return params
             warn(_INFINITE)
             return self.prox.call(params, _rate(params))

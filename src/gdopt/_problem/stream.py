@@ -16,6 +16,7 @@ from gdopt import _trees
 from gdopt._checks import TO_NUMBERS, fault, refuse_no_arrays
 from gdopt._devices.current import callers_code
 from gdopt._errors import InputError
+from gdopt._problem.alike import check_like, refuse_other_lengths
 from gdopt._types import PyTree
 
 _END: Any = object()  # the end of an iterator
@@ -63,7 +64,7 @@ class Stream:
             )
         refuse_no_arrays(f"a batch of {name}", first)  # `_arrays` refuses what is not an array either.
         self._opened: Iterator | None = iterator
-        self.example = self.arrays(first)
+        self.example = _arrays(first, f"a batch of {name}")
         if not jax.tree.leaves(self.example):
             raise InputError(f"a batch of {name} is {first!r}, which holds no arrays. Pass batches of arrays.")
 
@@ -75,19 +76,24 @@ class Stream:
         except TypeError:  # A loader may define a length that its own source lacks.
             return None
 
-    def arrays(self, batch: Any) -> PyTree:
-        """Copy a batch into new arrays, because loaders may reuse their memory."""
-        return _arrays(batch, f"a batch of {self._name}")
+    def checked(self, batch: Any, number: int) -> PyTree:
+        """Copy a batch into new arrays, because loaders may reuse their memory, and compare it with the first."""
+        name = self.name_of(number)
+        data = _arrays(batch, name)
+        check_like(data, self.example, name)
+        return data
+
+    def name_of(self, number: int) -> str:
+        """Return the name of a batch, for errors."""
+        return f"batch {number} of {self._name}"
 
     def one_pass(self) -> Iterator[PyTree]:
-        """Yield the batches of one more pass, and check their structure."""
+        """Yield the batches of one more pass, checked."""
         opened, self._opened = self._opened, None  # The first pass continues what was opened to look at a batch.
         iterator = self.open() if opened is None else itertools.chain([self.example], opened)
-        structure, count = jax.tree.structure(self.example), 0
+        count = 0
         while (batch := _pull(iterator)) is not _END:
-            data = self.arrays(batch)
-            _check_structure(data, structure, f"batch {count} of {self._name}")
-            yield data
+            yield self.checked(batch, count)
             count += 1
         if not count:
             raise InputError(
@@ -157,6 +163,10 @@ class Feed:
         if steps_per_epoch is not None and steps_per_epoch <= made:  # Otherwise it was known only by looking ahead.
             self.steps_per_epoch = steps_per_epoch
 
+    def refuse(self, batch: Batch, error: Exception) -> None:
+        """Raise InputError for an error of the loss on a batch that is unlike the first."""
+        refuse_other_lengths(batch.data, self._stream.example, self._stream.name_of(batch.number), error)
+
     @property
     def pulled(self) -> bool:
         """Tell whether any batch was pulled."""
@@ -186,7 +196,6 @@ class Feed:
 
     def _batches(self) -> Iterator[tuple[PyTree, bool]]:
         """Yield each batch, and whether a pass begins with it."""
-        structure = jax.tree.structure(self._stream.example)
         at, waiting, iterator = self._stream.begin(self._at)
         self.first, self._begun, self._steps = at.number, at.passes + (at.steps > 0), at.steps
         count, steps, most = at.number, at.steps, max(self._most, self._made)
@@ -202,9 +211,7 @@ class Feed:
                     self._places.append(Position(count, passes, steps, state))
                 elif count > 0:  # An iterator that reports no position is not asked again.
                     self._keeps = False
-                data = self._stream.arrays(batch)
-                _check_structure(data, structure, f"batch {count} of data")
-                yield data, steps == 0
+                yield self._stream.checked(batch, count), steps == 0
                 steps, count = steps + 1, count + 1
             if count == limit:
                 self._cut = True
@@ -257,14 +264,6 @@ def _state(iterator: Any) -> bytes | str | None:
         return text if json.loads(text) == state else None  # JSON changes tuples, and keys that are numbers.
     except Exception:  # Neither JSON nor the iterator may end a run only because of its checkpoints.
         return None
-
-
-def _check_structure(data: PyTree, structure: Any, name: str) -> None:
-    if jax.tree.structure(data) != structure:
-        raise InputError(
-            f"{name} has the structure {jax.tree.structure(data)}, but the first had {structure}. Give all batches the "
-            "same structure."
-        )
 
 
 def _arrays(batch: Any, name: str) -> PyTree:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gdopt import _trees
 from gdopt._checks import whole_number
 from gdopt._errors import InputError
+from gdopt._problem.alike import shapes
 from gdopt._problem.data import check_data
 from gdopt._problem.problem import Problem
 from gdopt._problem.stream import Stream
@@ -108,11 +109,6 @@ def refuse_other_axes(validation: Validation, batch: PyTree, error: Exception) -
             f"validation={shapes(validation.data)} has other axes than a batch of data, {shapes(batch)}, and the "
             f"loss cannot take it. Pass arrays of the same shape, but for the number of rows. ({error})"
         ) from error
-
-
-def shapes(tree: PyTree) -> str:
-    """Show a tree by its dtypes and shapes."""
-    return _trees.summary(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree))
 
 
 def metrics_in(aux: PyTree) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import warn
 from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._optimizers.distance import FIRST, DistanceState, distance_adamw, following, steps_of_distance
+from gdopt._optimizers.distance import (
+    FIRST,
+    DistanceState,
+    distance_adamw,
+    distance_gd,
+    following,
+    steps_of_distance,
+)
 from gdopt._optimizers.method import Method
 from gdopt._optimizers.response import Response, response
 from gdopt._problem.limits import Steps
@@ -23,7 +30,6 @@ from gdopt._rate_finder import lr_find as lr_finder
 from gdopt._rate_finder import rules
 from gdopt._result import RangeTest
 from gdopt._settings import own_work
-from gdopt._status import Status
 from gdopt._types import PyTree, Schedule
 from gdopt.schedules import constant, one_cycle, triangular2
 
@@ -53,8 +59,8 @@ def rates_found(
             "learning_rate='auto' plans its schedule over all steps. Pass max_steps as well, or a learning_rate."
         )
     made, shape = saves.range_test, one_cycle(1.0, total) if total > _SHORT else constant(1.0)
-    if optimizer is distance_adamw:
-        return _in_one_cycle(distance_adamw, shape, problem.optimizer_state), None
+    if optimizer in (distance_adamw, distance_gd):
+        return _in_one_cycle(optimizer, shape, problem.optimizer_state), None
     kind = response(optimizer, problem.objective.params, lambda: _check(problem, optimizer))
     if kind is not None and kind.is_scale_free and made is None:
         first = FIRST * float(np.clip(_NOISE_OF_ADAM / kind.of_noise, _FEWER, _MORE))
@@ -119,7 +125,7 @@ def _tested(problem: Problem, optimizer: Any, total: int, updates: rules.Updates
     # One section more, at one of the ends, is within the share, too.
     ladder = lr_finder.Ladder(start, lr_finder.END_LR, count, "exponential", extensions=1, most=int(rates))
     test = lr_finder.range_test(problem, optimizer, ladder, updates=updates)
-    if test.suggestion is None and test.status is Status.NON_FINITE and len(test.loss) <= 1:
+    if not len(test.loss):  # not even the loss of the start
         raise InputError(
             f"learning_rate='auto' found no rate: {test.message} With a learning_rate there is a result, and "
             "gdopt.diagnose(result) finds the cause."

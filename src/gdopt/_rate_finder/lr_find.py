@@ -361,8 +361,8 @@ class _Climb(NamedTuple):
         """Return the step before which a chunk has to end: any will do."""
         return LAST_STEP
 
-    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
-        return carry, Status.STOPPED if self.is_over(rows, carry[0].tree()) else None
+    def __call__(self, step: int, carry: Carry, state: State, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+        return carry, Status.STOPPED if self.is_over(rows, state) else None
 
 
 class Cut(Interrupted):
@@ -411,7 +411,9 @@ def _result(
         status = Status.DIVERGED if np.isfinite(ended).all() else Status.NON_FINITE
         at = f"the rate {curve.rates[max(curve.end - 1, 0)]:.2g}"
         why = f": the loss blew up at {at}" if status is Status.DIVERGED else f": the loss was not finite after {at}"
-    tried = f"tried {max(curve.end, 1)} rates from {curve.rates[0]:.2g} to {curve.rates[max(curve.end - 1, 0)]:.2g}"
+    tried = f"tried 1 rate, {curve.rates[0]:.2g}"
+    if curve.end > 1:
+        tried = f"tried {curve.end} rates from {curve.rates[0]:.2g} to {curve.rates[curve.end - 1]:.2g}"
     found = f"Suggestion: {suggestion:.3g}." if suggestion is not None else f"No suggestion. {verdict.reason}"
     pad = np.full(count - curve.end, np.nan)
     return RangeTest(

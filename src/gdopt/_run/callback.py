@@ -68,12 +68,11 @@ class Watcher:
             lengths.append(1)  # It is called after the first step.
         return min([(step // length + 1) * length for length in lengths], default=LAST_STEP)
 
-    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+    def __call__(self, step: int, carry: Carry, state: State, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
         """Return what is to end the run, if anything is, and the carry with which it continues."""
         self._advance(step, rows.loss[-1])
         self._note(rows)
         self.validator.note(rows)
-        state = carry[0].tree()
         runs, ended = is_running(state), self._source.ends_epoch(step)
         if runs and ended:
             self.validator.validate(state)
@@ -94,6 +93,8 @@ class Watcher:
         return carry, Status.STOPPED if self._asks(state, step, ended) else over
 
     def _note(self, rows: Rows) -> None:
+        if self._callback is None:
+            return
         known = rows.learning_rate[~np.isnan(rows.learning_rate)]
         self._rate = float(known[-1]) if known.size else self._rate
 
@@ -114,7 +115,24 @@ class Watcher:
             return False
         except Exception as error:  # The run ends as if the callback had stopped it, and then raises this.
             self.failure = error
+            if isinstance(error, KeyError):
+                self._note_metrics(error)
             return True
+
+    def _note_metrics(self, error: KeyError) -> None:
+        """Note which metrics there are, if the callback may have looked up one that is not there."""
+        found, name = self.validator.latest(), error.args[0] if error.args else None
+        known = list({**found.get("metrics", {}), **found.get("validation_metrics", {})})
+        if name in known:
+            return
+        what = f"hold {', '.join(map(repr, known))}."
+        if not self.validator.is_given:
+            what = "are empty without validation=, because only a run with one records the aux of each step."
+        elif not found:
+            what = 'are empty before the end of the first epoch. Pass callback_every="epoch".'
+        elif not known:
+            what = "are empty, because the loss returns no scalars in an aux: see has_aux=True."
+        error.add_note(f"gdopt: report.metrics and report.validation_metrics {what}")
 
     @as_own_work
     def _report(self, state: State, step: int, ended: bool) -> Report:

@@ -63,8 +63,11 @@ class Between(Protocol):
         """Return the step before which a chunk has to end that begins at this one."""
         ...
 
-    def __call__(self, step: int, carry: Carry, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
-        """Return what is to end the run after so many steps, if anything is, and the carry to continue with."""
+    def __call__(self, step: int, carry: Carry, state: State, rows: Rows, look: Look) -> tuple[Carry, Status | None]:
+        """Return what is to end the run after so many steps, if anything is, and the carry to continue with.
+
+        The ``state`` is that of the carry.
+        """
         ...
 
 
@@ -98,8 +101,8 @@ def advance(
     if not running:  # The saved run is complete.
         return carry, joined_rows(records), None
     source.begin()
-    sizes = _Sizes(compiled.pace)
-    look = functools.partial(_look, source, inputs)
+    sizes, ready = _Sizes(compiled.pace), _ready(inputs)
+    look = functools.partial(_look, source, ready)
     while running and step != until:
         limit = min(step + sizes.next(), between.end(step), until)
         limit = saves.limited(step, limit, limits)
@@ -114,9 +117,9 @@ def advance(
         if last:
             cause = _cause(stop, leave, source.why)
             here = limits._replace(max_steps=step)
-            inputs = inputs._replace(limits=here)  # With this limit, the loop evaluates once more and ends.
+            ready = inputs = inputs._replace(limits=here)  # With this limit, the loop evaluates once more and ends.
         began = time.perf_counter()
-        way = (carry, inputs, step)
+        way = (carry, ready, step)
         carry = source.evaluate(*way) if last else source.advance(*way, limit)
         state = carry[0].tree()  # This waits for the chunk.
         seconds = time.perf_counter() - began
@@ -130,10 +133,18 @@ def advance(
             sizes.measure(count, seconds)
             step = reached
             if cause not in (Status.STOPPED, Status.INTERRUPTED):
-                carry, stop = between(step, carry, records[-1], look)
+                carry, stop = between(step, carry, state, records[-1], look)
     if not running:
         saves.finish(carry[0].tree(), records, limits)
     return carry, joined_rows(records), cause
+
+
+def _ready(inputs: Inputs) -> Inputs:
+    """Put the numbers of the inputs on the device once, as each call of a program would do. Meshes copy them."""
+    leaves, treedef = jax.tree.flatten(inputs)
+    if any(isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1 for leaf in leaves):
+        return inputs
+    return treedef.unflatten(map(_trees.on_device, leaves))
 
 
 def _verified(
@@ -194,7 +205,8 @@ def _cause(stop: Status | None, leave: bool, why: str) -> Status | None:
 def _rows(carry: Carry, count: int) -> Rows:
     """Return the first rows that the carry holds."""
     rows = _trees.on_host(carry[1])[:count]
-    return Rows(*np.array(np.moveaxis(rows[..., :3], -1, 0)), metrics=np.array(rows[..., 3:]))
+    columns = rows.transpose(-1, *range(rows.ndim - 1))[:3]
+    return Rows(*np.array(columns), metrics=np.array(rows[..., 3:]))
 
 
 def run(
@@ -205,11 +217,13 @@ def run(
     If an optimizer keeps an average of the params, the average is evaluated last; with a validation, the best point is.
     """
     with _error_notes.memory(params=inputs.start, state=compiled.carry, data=inputs.data, args=inputs.args):
+        validator = watcher.validator
         carry = begin(compiled, inputs)
+        validator.prepare(carry)
         compiled_at = time.perf_counter()
-        fresh = isinstance(saves, NoSaves) and not watcher.validator.is_given
+        fresh = isinstance(saves, NoSaves) and not validator.is_given
         carry, rows, cause = advance(compiled, source, carry, inputs, watcher, saves=saves, fresh=fresh)
-        state, validator = carry[0].tree(), watcher.validator
+        state = carry[0].tree()
         code = Status(int(state.code))
         status = cause if cause and code is Status.MAX_STEPS else code
         if status not in FAILURES:

@@ -171,7 +171,7 @@ class Streamed:
 
     def _step(self, carry: Carry, inputs: Inputs, first: int, step: int, batch: Batch) -> tuple[Carry, jax.Array]:
         data = self._placed(batch.data, inputs)
-        compiled, constants = self._program(data)
+        compiled, constants = self._program(data, batch)
         epoch = Epoch(batch.begins, batch.ends, batch.steps)
         given = inputs._replace(data=data, constants=constants, epoch=epoch)
         return compiled.chunk(carry, np.int32(first), np.int32(step + 1), given)
@@ -187,7 +187,7 @@ class Streamed:
         self._anchor = self._anchor or anchor({"an earlier batch of data": placed})
         return placed
 
-    def _program(self, data: PyTree) -> tuple[Compiled, list]:
+    def _program(self, data: PyTree, batch: Batch) -> tuple[Compiled, list]:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
         if shapes not in self._programs:
             if len(self._programs) == _SHAPES:
@@ -195,7 +195,11 @@ class Streamed:
                     f"the batches of data have more than {_SHAPES} shapes, now {list(shapes)}, and the step is "
                     "recompiled for each. Pad them, or leave out those that are not full."
                 )
-            compiled, inputs = self._compile_for(data)
+            try:
+                compiled, inputs = self._compile_for(data)
+            except Exception as error:
+                self._feed.refuse(batch, error)
+                raise
             for other, _ in self._programs.values():
                 if jax.tree.map(_kind, compiled.carry) != jax.tree.map(_kind, other.carry):
                     raise InputError(

@@ -20,12 +20,13 @@ from gdopt._devices.current import callers_mesh
 from gdopt._devices.sharding import CLOSED_OVER, explicit_mesh, on_one_mesh
 from gdopt._errors import InputError
 from gdopt._loop import loop
-from gdopt._loop.state import Rows, State
+from gdopt._loop.state import Carry, Rows, State
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._outcome import nan_search
 from gdopt._problem import model_state
+from gdopt._problem.alike import refuse_other_lengths, shapes
 from gdopt._problem.problem import Problem
-from gdopt._problem.validation import Judgement, Validation, metrics_in, refuse_other_axes, shapes
+from gdopt._problem.validation import Judgement, Validation, metrics_in, refuse_other_axes
 from gdopt._result import History
 from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._types import PyTree
@@ -70,7 +71,7 @@ class NoValidation:
     def nothing(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
-    resume = note = validate = nothing
+    prepare = resume = note = validate = nothing
 
     def latest(self) -> dict[str, Any]:
         """Return nothing for a report."""
@@ -111,11 +112,15 @@ class Validator:
         loss = float(self._records[self._lowest][0])
         return Judgement(self._steps[self._lowest], loss, self.best is not None, self._patience)
 
+    def prepare(self, carry: Carry) -> None:
+        """Trace the loss on these data. If it raises on them, it does so at once."""
+        state = carry[0].tree()
+        self._program.prepare(state.params, state.model)
+
     def resume(self, saves: Saves | NoSaves, state: State, records: list[Rows]) -> None:
         """Continue the validation of the checkpoint, if there is one, and let the others have this one."""
         self._training = list(metrics_in(state.kept.aux))
         saves.validated = self.saved
-        self._program.prepare(state.params, state.model)  # If the loss raises on these data, it does so at once.
         if not records:
             return
         found = saves.restored_validation((state.params, state.model))
@@ -140,7 +145,8 @@ class Validator:
 
     def note(self, rows: Rows) -> None:
         """Note the evaluations of a chunk."""
-        self._rows.append(rows.metrics)
+        if self._training:
+            self._rows.append(rows.metrics)
 
     @as_own_work
     def validate(self, state: State) -> None:
@@ -167,6 +173,8 @@ class Validator:
 
     def _epoch_mean(self, step: int) -> np.ndarray:
         """Return the means of the metrics over the evaluations of an epoch, and forget these."""
+        if not self._training:
+            return np.zeros(0)
         rows, before = np.concatenate(self._rows), self._steps[-2] if len(self._steps) > 1 else 0
         count = step - before
         self._rows = [rows[count:]]
@@ -205,6 +213,7 @@ class _Program:
         self._problem, self._rows = validation.problem(problem), validation.rows
         self._shared: dict[Any, program.Shared] = {}
         self._key: jax.Array | None = None
+        self._stays = False  # whether all is where it has to be, and will be in each epoch
         if problem.with_key:
             with own_work():
                 self._key = jax.random.fold_in(problem.key, _KEY)
@@ -215,8 +224,12 @@ class _Program:
         if stream is None:
             return _trees.on_host(self._mean((params, model), self._problem.data, self._rows))
         means, rows = [], []
-        for batch in stream.one_pass():  # It is fetched while the one before is computed.
-            means.append(self._mean((params, model), batch, None))
+        for count, batch in enumerate(stream.one_pass()):  # It is fetched while the one before is computed.
+            try:
+                means.append(self._mean((params, model), batch, None))
+            except Exception as error:
+                refuse_other_lengths(batch, stream.example, stream.name_of(count), error)
+                raise
             rows.append(_rows_of(batch))
         found = [_trees.on_host(mean).astype(float) for mean in means]
         return found[0] if len(found) == 1 else np.average(found, axis=0, weights=rows)
@@ -233,8 +246,11 @@ class _Program:
     def _ready(self, point: tuple[PyTree, PyTree], data: PyTree, most: int | None) -> tuple[program.Shared, tuple]:
         """Return the program for such data, and its arguments."""
         params, model = point
-        given = {"params": params, _NAME: data, "args": self._problem.args, "key": self._key, "state": model}
-        given = tuple(on_one_mesh(given)[0].values())
+        given = params, data, self._problem.args, self._key, model
+        if not self._stays:
+            names = "params", _NAME, "args", "key", "state"
+            placed, layout = on_one_mesh({str(name): tree for name, tree in zip(names, given, strict=True)})
+            given, self._stays = tuple(placed.values()), layout is None and self._problem.stream is None
         kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(data))
         if kinds not in self._shared:
             self._shared[kinds] = self._compiled(given, most)

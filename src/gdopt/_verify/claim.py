@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from gdopt import _stopping, _trees
 from gdopt._status import RUNNING, Status
 from gdopt._stopping import Ending, Limits, Watch
-from gdopt._verify.composite import Move, look
+from gdopt._verify.composite import Advance, Found, Move, bordered, look
 from gdopt._verify.counterexamples import TRIED, Point, directions, lowest, wanted_kinds
 from gdopt._verify.kinks import Below, look_below
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
@@ -47,6 +47,7 @@ class Check(NamedTuple):
     saturated: Any  # whether the loss depended on an entry at the start, but does not here
     point: Blocks  # the lowest point found
     steepest: Any  # the largest entry of the gradient at the given point
+    outside: Any  # whether the point is outside of the set of a projection or a prox
 
 
 class Claim(NamedTuple):
@@ -84,11 +85,13 @@ def settle(
     exact: bool,
     searches: bool,
     move: Move | None = None,
+    advance: Advance | None = None,
 ) -> Settled:
     """Verify a claim, or withdraw it: then the run continues, at a lower point if its optimizer ``searches``.
 
     Another optimizer keeps its own way, and if it has come to its end, the run has stalled. Products of the Hessian are
-    ``exact``, or ``differences`` of gradients if it is not finite. ``move`` makes the steps of a projection or a prox.
+    ``exact``, or ``differences`` of gradients if it is not finite. ``move`` makes the steps of a projection or a prox,
+    and ``advance`` walks by them: see `composite.look`.
     """
     np, loss, watch = place.np, claim.loss, claim.watch
     grad = probe.at(claim.params)[1]
@@ -104,7 +107,8 @@ def settle(
     if move is None:
         seen = check(place, probe, here, start, exact=exact, limited=limited)
     else:
-        seen = check_within(place, probe, move, here)
+        found = look(place, probe, move, here, claim.step, advance if advance is not None and exact else None)
+        seen = check_within(place, probe, move, here, found, limited=limited)
 
     nothing = np.where(searches & ~limited, _stopping.NOTHING, limits.tol * limits.tol)
     all_left = _stopping.is_all(seen.left, loss, watch, nothing) & (claim.step > 0)
@@ -114,6 +118,7 @@ def settle(
     holds = (little | kink) & ~seen.saturated & ~drowned
     if limits.grad_tol is not None:
         holds = holds | (seen.steepest <= limits.grad_tol)
+    holds = holds & ~seen.outside
     hides = ~drowned & (noise > own) & (noise > seen.left)  # whether rounding hides what is left
     left = np.where(drowned | hides, noise, np.where(np.isfinite(seen.left), seen.left, np.nan))
     soon = claim.step < watch.patience  # Claims without steps in between would never end.
@@ -131,6 +136,7 @@ def settle(
     left = np.where(kink, np.maximum(rounding, seen.slope), left).astype(loss.dtype)
     saddle = np.where(seen.negative, _stopping.SADDLE, _stopping.NONE_SEEN)
     flaw = np.where(seen.saturated, _stopping.SATURATED, np.where(drowned, _stopping.DROWNED, saddle))
+    flaw = np.where(seen.outside, _stopping.OUTSIDE, flaw)
     return Settled(
         code=code.astype(np.int32),
         ending=Ending(left, how.astype(np.int32), flaw.astype(np.int32)),
@@ -240,18 +246,40 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
         saturated=_is_saturated(place, probe, here, found, start),
         point=below.point,
         steepest=largest(np, here.grad),
+        outside=loss != loss,
     )
 
 
-def check_within(place: Place, probe: Probe, move: Move, here: Point) -> Check:
-    """Find what is left to gain at a point of a convex set, or with a penalty."""
-    found = look(place, probe, move, here)
+def check_within(place: Place, probe: Probe, move: Move, here: Point, found: Found, *, limited: Any) -> Check:
+    """Judge what was found at a point of a convex set, or with a penalty.
+
+    If the run is ``limited``, look for a way down from a kink.
+    """
     np, no = place.np, here.loss != here.loss
     known = np.isfinite(found.left)
     little = known & (found.left <= here.allowed)
-    below = (found.loss < here.loss - here.rounding) & ~little
-    nothing = np.zeros((), here.loss.dtype)
-    return Check(found.left, known, no, found.lower, below, no, nothing, no, found.point, found.steepest)
+    nothing = np.zeros((), _trees.norm_dtype(here.params))
+    flat = Below(found.loss, found.point, nothing, nothing > 0)
+    hidden = limited & ~little & ~(found.loss < here.loss - here.rounding)
+
+    def down() -> Below:
+        below = look_below(place, bordered(probe, move, here, np), found.point, found.loss, here.typical)
+        return below._replace(point=move(below.point, nothing)[0])
+
+    below = place.when(hidden, down, lambda: flat)
+    return Check(
+        left=found.left,
+        curved=known,
+        negative=no,
+        lower=found.lower | (below.loss < here.loss - np.maximum(here.allowed, here.rounding)),
+        below=(below.loss < here.loss - here.rounding) & ~little,
+        kink=hidden & below.tells & (below.slope < np.inf),
+        slope=below.slope,
+        saturated=no,
+        point=below.point,
+        steepest=found.steepest,
+        outside=found.outside,
+    )
 
 
 def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectrum, Blocks, Any, Any]:

@@ -13,13 +13,17 @@ from gdopt import _trees
 from gdopt._verify.counterexamples import Point
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, dot, largest, loss_at, neighbour, shifted
 
-_STEPS = 60  # the most steps on the parabola, each with a product of the Hessian
-_ENOUGH = 0.01  # the gain of a step, over that of all, below which the steps end
-_TAIL = 10  # the gain that is expected of all further steps, over that of the last one
+_STEPS, _MOST = 60, 1000  # the steps on the parabola, each with a product of the Hessian, besides those of the run
+_ENOUGH = 0.01  # the gain of the second half of the steps, over that of all, below which they end
+_LEAST = 0.01  # the gain of interest, over what may be left
 _LONGER = 10  # the rate over the last one along a direction without curvature
 _LEAPS = 3  # the sets of entries that creep
 _TRIED = 24  # the neighbours that are tried
 _BESIDE = 0.5  # the first point's distance from the given one, as a power of eps
+_OUTSIDE = 1e3  # the move of a step of rate 0, in eps of the largest entry, that shows a point outside of the set
+_SHORT = 0.6  # the rate at which the gradient of a penalty is read, over one as long as the params, as a power of eps
+_STEEP = 4  # the slope of the border of a set, and the most of a penalty, over the gradient of the loss
+_ROUNDED = 10  # the distance from a set that may be rounding, in eps of the largest entry
 
 # (params, rate) -> (the nearest or the proximal point, the penalty there; NaN if it is not known)
 Move = Callable[[Blocks, Any], tuple[Blocks, Any]]
@@ -33,9 +37,10 @@ class Found(NamedTuple):
     loss: Any
     point: Blocks
     steepest: Any  # the largest entry of the projected gradient
+    outside: Any  # whether the given point is outside of the set, as it may be if that is not convex
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
     """A walk down the parabola q(y) = g'(y - x) + (y - x)'H(y - x) / 2 with the penalty."""
 
     number: Any
@@ -44,18 +49,27 @@ class _Walk(NamedTuple):
     penalty: Any
     rate: Any
     gain: Any  # since the given point
-    last: Any  # the gain of the last step
-    before: Any  # and of the one before
+    older: Any  # the gain after between a quarter and half of the steps
+    recent: Any  # the same after half of them or more
+    doubles: Any  # the step at which they are renewed
 
 
-def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
-    """Return what is left to gain at a point, and the lowest point that was seen."""
+# (walk, the given point, the most steps) -> the walk at its end
+Advance = Callable[[Walk, Point, Any], Walk]
+
+
+def look(place: Place, probe: Probe, move: Move, here: Point, steps: Any, advance: Advance | None = None) -> Found:
+    """Return what is left to gain at a point to which a run made so many steps, and the lowest point that was seen.
+
+    ``advance`` walks in place of `advanced`.
+    """
     np, dtype = place.np, _trees.norm_dtype(here.params)
-    rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
-    walk = _walked(place, probe, move, here, rate)
+    most = np.minimum(_STEPS + steps, _MOST).astype(np.int32)
+    walk = _begun(place, probe, move, here)
+    walk = advanced(place, probe, move, here, walk, most) if advance is None else advance(walk, here, most)
+    since = np.maximum(walk.gain - walk.older, 0)  # Further steps gain about as much.
     walk = place.fold(_LEAPS, lambda _, walk: _leapt(place, probe, move, here, walk), walk)
-    more = _TAIL * np.maximum(walk.last, 0)
-    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + more, np.inf)
+    left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + since, np.inf)
     # Without the penalty, a lower loss says nothing.
     knows = np.isfinite(walk.penalty)
     best, point = place.when(
@@ -63,9 +77,40 @@ def look(place: Place, probe: Probe, move: Move, here: Point) -> Found:
     )
     visible = np.maximum(here.allowed, here.rounding)
     left = np.maximum(left.astype(here.loss.dtype), here.loss - best)
-    return Found(
-        left, best < here.loss - visible, best, point, largest(np, _residual(np, move, here.params, here.grad))
-    )
+    steepest = largest(np, _residual(np, move, here.params, here.grad))
+    still, _ = move(here.params, np.zeros((), dtype))
+    moved = largest(np, [x - new for x, new in zip(here.params, still, strict=True)])
+    outside = moved > _OUTSIDE * coarsest(here.params) * largest(np, here.params)
+    return Found(left, best < here.loss - visible, best, point, steepest, outside)
+
+
+def bordered(probe: Probe, move: Move, here: Point, np: Any) -> Probe:
+    """Return the probe of all that is minimised, also outside of the set.
+
+    A point has the loss and the gradient of the nearest point y of the set. A gradient of the penalty is added to that,
+    (y - p) / t with the proximal point p at a small rate t; and a border outside that holds the loss back.
+    """
+    dtype, eps = _trees.norm_dtype(here.params), coarsest(here.params)
+    rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
+    rate, zero = (rate * eps**_SHORT).astype(dtype), np.zeros((), dtype)
+    away = lambda a, b: [x - y for x, y in zip(a, b, strict=True)]
+
+    def at(params: Blocks) -> tuple[Any, Blocks]:
+        inside = move(params, zero)[0]
+        loss, grad = probe.at(inside)
+        most = _STEEP * largest(np, grad)
+
+        def pull(way: Blocks, length: Any, share: Any) -> Blocks:
+            factor = np.where(length > 0, share / np.where(length > 0, length, 1), 0)
+            return [factor.astype(w.dtype) * w for w in way]
+
+        out, back = away(params, inside), away(inside, move(inside, rate)[0])
+        far, long = largest(np, out), largest(np, back)
+        border = pull(out, np.where(far > _ROUNDED * eps * largest(np, params), far, 0), most)
+        penalty = pull(back, long, np.minimum(long / rate, most))
+        return loss, [(g + b + p).astype(g.dtype) for g, b, p in zip(grad, border, penalty, strict=True)]
+
+    return probe._replace(at=at)
 
 
 def _residual(np: Any, move: Move, params: Blocks, grad: Blocks) -> Blocks:
@@ -75,9 +120,11 @@ def _residual(np: Any, move: Move, params: Blocks, grad: Blocks) -> Blocks:
     return [(x - new) / rate.astype(x.dtype) for x, new in zip(params, there, strict=True)]
 
 
-def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _Walk:
+def _begun(place: Place, probe: Probe, move: Move, here: Point) -> Walk:
+    """Return the walk before its first step."""
     np, dtype = place.np, _trees.norm_dtype(here.params)
-    zero = np.zeros((), dtype)
+    rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
+    zero, number = np.zeros((), dtype), np.zeros((), np.int32)
     _, penalty = move(here.params, zero)
     # It begins beside the point, from where a walk leads down a saddle, too.
     share = np.where(np.isfinite(penalty), coarsest(here.params) ** _BESIDE, 0)
@@ -88,32 +135,38 @@ def _walked(place: Place, probe: Probe, move: Move, here: Point, rate: Any) -> _
     fall = dot(place, here.grad, step, dtype) + dot(place, step, bent, dtype) / 2
     grad = [g + b for g, b in zip(here.grad, bent, strict=True)]
     rise = np.where(np.isfinite(near - penalty), near - penalty, 0).astype(dtype)
-    start = _Walk(np.zeros((), np.int32), begin, grad, near, rate, -(fall + rise), zero + np.inf, zero + np.inf)
+    unknown = zero - np.inf
+    return Walk(number, begin, grad, near, rate, (-(fall + rise)).astype(dtype), unknown, unknown, number + np.int32(2))
 
-    def goes_on(walk: _Walk) -> Any:
-        little = np.maximum(abs(walk.last), abs(walk.before)) <= _ENOUGH * np.maximum(
-            abs(walk.gain), _ENOUGH * here.allowed.astype(dtype)
-        )
-        return (walk.number < _STEPS) & ~little & np.isfinite(walk.gain)
 
-    def stepped(walk: _Walk) -> _Walk:
+def advanced(place: Place, probe: Probe, move: Move, here: Point, walk: Walk, most: Any) -> Walk:
+    """Return the walk at its end, or after so many steps in all."""
+    np, dtype = place.np, _trees.norm_dtype(here.params)
+
+    def goes_on(walk: Walk) -> Any:
+        least = _ENOUGH * np.maximum(abs(walk.gain), _LEAST * here.allowed.astype(dtype))
+        return (walk.number < most) & ~(walk.gain - walk.older <= least) & np.isfinite(walk.gain)
+
+    def stepped(walk: Walk) -> Walk:
         there, penalty = move(_descended(walk.point, walk.grad, walk.rate), walk.rate)
         way = _way(place, probe, here, walk, there, penalty, walk.rate)
         curved = way.curve > 0
         share = np.where(curved, way.share, 1).astype(dtype)
-        gain = way.gain(share)
         rate = np.where(curved, way.square / np.where(curved, way.curve, 1), _LONGER * walk.rate)
         rate = np.where(np.isfinite(rate) & (rate > 0), rate, walk.rate).astype(dtype)
         number = (walk.number + 1).astype(np.int32)
-        return way.gone(share)._replace(number=number, rate=rate, gain=walk.gain + gain, last=gain, before=walk.last)
+        gain = (walk.gain + way.gain(share)).astype(dtype)
+        new = way.gone(share)._replace(number=number, rate=rate, gain=gain)
+        renewed = new._replace(older=walk.recent, recent=gain, doubles=(2 * walk.doubles).astype(np.int32))
+        return place.select(number == walk.doubles, renewed, new)
 
-    return place.loop(goes_on, stepped, start)
+    return place.loop(goes_on, stepped, walk)
 
 
 class _Way(NamedTuple):
     """The straight way from the point of a walk to another point of the set."""
 
-    walk: _Walk
+    walk: Walk
     step: Blocks
     bent: Blocks  # the Hessian times the step
     penalty: Any  # at its end
@@ -126,7 +179,7 @@ class _Way(NamedTuple):
         """Return the gain of a part. A penalty is convex, so there it is at most the mean of both ends."""
         return -(share * self.slope + share * share * self.curve / 2)
 
-    def gone(self, share: Any) -> _Walk:
+    def gone(self, share: Any) -> Walk:
         """Return the walk after a part."""
         walk, add = self.walk, lambda x, y: (x + share.astype(x.dtype) * y).astype(x.dtype)
         return walk._replace(
@@ -136,7 +189,7 @@ class _Way(NamedTuple):
         )
 
 
-def _way(place: Place, probe: Probe, here: Point, walk: _Walk, there: Blocks, penalty: Any, rate: Any) -> _Way:
+def _way(place: Place, probe: Probe, here: Point, walk: Walk, there: Blocks, penalty: Any, rate: Any) -> _Way:
     """Return the way to a point to which a step at a rate leads."""
     np, dtype = place.np, _trees.norm_dtype(here.params)
     step = [new - y for new, y in zip(there, walk.point, strict=True)]
@@ -148,7 +201,7 @@ def _way(place: Place, probe: Probe, here: Point, walk: _Walk, there: Blocks, pe
     return _Way(walk, step, bent, penalty, square, curve, slope, share)
 
 
-def _leapt(place: Place, probe: Probe, move: Move, here: Point, walk: _Walk) -> _Walk:
+def _leapt(place: Place, probe: Probe, move: Move, here: Point, walk: Walk) -> Walk:
     """Move the entries that creep as far as they go: those that the penalty or a slope pulls without curvature.
 
     The others end the walk. A step as long as the params does not turn the residual of an entry that creeps.
