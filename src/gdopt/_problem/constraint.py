@@ -391,12 +391,14 @@ class Entrance(NamedTuple):
         with own_work(), own_promotion():
             if self.project is not None:
                 there = self.project.call(params)
-                _check_projected(there)
-                _warn_if_moved(params, there)
+                if _trees.have_values(*jax.tree.leaves((params, there))):
+                    _check_projected(there)
+                    _warn_if_moved(params, there)
                 return there
-            if self.prox is None or self.penalty is None:
+            if self.prox is None or self.penalty is None or not _trees.have_values(*jax.tree.leaves(params)):
                 return params
-            if not np.isposinf(_trees.on_host(self.penalty.call(params))):
+            value = self.penalty.call(params)
+            if not _trees.have_values(value) or not np.isposinf(_trees.on_host(value)):
                 return params
             warn(_INFINITE)
             return self.prox.call(params, _rate(params))
