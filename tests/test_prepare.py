@@ -284,6 +284,16 @@ def test_inside_jit_it_is_a_call_of_minimize(solve: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["prox", "project", "bounds", "scale"])
+def test_inside_jit_a_start_may_be_traced_that_is_moved(name: str) -> None:
+    options = CALLS[name]
+    solve = called(options, gdopt.prepare)
+    start = jnp.full(3, 0.25)
+    inside = jax.jit(solve)(start)
+    np.testing.assert_allclose(inside.params, called(options, params=start).params, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_inside_other_transformations_it_is_one_too(solve: Any) -> None:
     others, rates = jnp.stack([X, X + 1]), jnp.array([0.001, 0.004])
     np.testing.assert_allclose(jax.vmap(lambda a: solve(args=(a,)).params)(others), others, atol=1e-3)
