@@ -204,6 +204,14 @@ def test_a_python_number_stays_one() -> None:
     equal(solve(1.0, args=(2.0,)), solve(np.float32(1.0), args=(2.0,)))
 
 
+def test_weak_types_of_arrays_do_not_count() -> None:
+    loss = lambda x, a: jnp.sum((x - a) ** 2)
+    for first in (jnp.full(3, 1.0), jnp.ones(3)):
+        solve = gdopt.prepare(loss, jnp.zeros(3), args=(first,))
+        for other in (jnp.full(3, 2.0), jnp.ones(3) * 2, np.full(3, 2.0)):
+            equal(solve(jnp.full(3, 0.5), args=(other,)), gdopt.minimize(loss, jnp.full(3, 0.5), args=(other,)))
+
+
 def test_functions_in_args_and_leaves_that_are_not_optimised_stay() -> None:
     loss = lambda params, f: jnp.sum((f(params["w"]) - params["c"]) ** 2)
     start = {"w": jnp.ones(2), "c": jnp.array([2.0, 3.0])}

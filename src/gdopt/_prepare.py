@@ -159,6 +159,7 @@ def prepare(
     The loss is what it was when it was prepared, with everything that it closes over: a global, a closure or an array
     that changes later does not count. So it is with ``project``, ``prox``, ``bounds``, ``scale`` (for ``"curvature"``
     the sizes at the start of the preparation), ``key``, ``state`` and all other arguments. Arrays of NumPy are copied.
+    Weak types of arrays (that of ``jnp.full(3, 1.0)``) are dropped.
 
     Args:
         loss, params, args, data, batch_size, optimizer, learning_rate, max_steps, epochs, tol, grad_tol, target,

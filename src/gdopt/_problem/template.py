@@ -85,6 +85,7 @@ class Template(NamedTuple):
             raise InputError(f"args is {rest.treedef}, prepared with {known.treedef}. {_CURE}")
         if not _trees.same([rest.arrays, rest.others], [known.arrays, known.others]):
             raise InputError(f"args holds other functions or texts than those of the preparation. {_CURE}")
+        arrays = _firm(arrays)
         _check_alike("args", arrays, self.problem.args)
         return arrays
 
@@ -99,6 +100,7 @@ class Template(NamedTuple):
             raise InputError(
                 f"data is {jax.tree.structure(arrays)}, prepared with {jax.tree.structure(self.problem.data)}. {_CURE}"
             )
+        arrays = _firm(arrays)
         _check_alike("data", arrays, self.problem.data)
         return arrays
 
@@ -117,9 +119,14 @@ def template_of(problem: Problem, *given: PyTree) -> Template:
     problem = problem._replace(
         objective=objective._replace(params=own(objective.params)),
         constraint=confined if confined is None else confined._replace(bounds=own(confined.bounds)),
-        **{name: own(getattr(problem, name)) for name in names},
+        **{name: _firm(own(getattr(problem, name))) for name in names},
     )
     return Template(problem, entrance._replace(bounds=own(entrance.bounds)))
+
+
+def _firm(tree: PyTree) -> PyTree:
+    """Remove the weak types of arrays, which ``jnp.full(3, 1.0)`` has, so that these are like any other array."""
+    return jax.tree.map(lambda leaf: _trees.strong(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def _owned(leaf: Any) -> Any:
@@ -165,8 +172,8 @@ def _check_alike(name: str, new: PyTree, old: PyTree) -> None:
 def _kind(leaf: Any) -> Any:
     """Return everything about an array or a number that a program depends on."""
     if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
-    return ((), jnp.result_type(leaf), False) if isinstance(leaf, np.generic) else type(leaf)
+        return leaf.shape, leaf.dtype
+    return ((), jnp.result_type(leaf)) if isinstance(leaf, np.generic) else type(leaf)
 
 
 def _differs(name: str, new: Any, old: Any) -> str:
@@ -179,6 +186,4 @@ def _differs(name: str, new: Any, old: Any) -> str:
 
 
 def _named(leaf: Any) -> str:
-    if not hasattr(leaf, "dtype"):
-        return f"a Python {type(leaf).__name__}"
-    return f"a{' weakly typed' if getattr(leaf, 'weak_type', False) else 'n'} array of {leaf.dtype}"
+    return f"an array of {leaf.dtype}" if hasattr(leaf, "dtype") else f"a Python {type(leaf).__name__}"
