@@ -4,7 +4,8 @@
     python benchmarks/many_fits.py                  # about 2 minutes; --quick: under 1, a hundred fits
 
 The fits are logistic regressions of 40 rows by 4 columns with a small penalty, each on other data, from zeros. In a
-loop each library is called once per fit, as a user would, with its own stopping defaults. These run all at once:
+loop each library is called once per fit, as a user would, with its own stopping defaults; gdopt also by a call that
+``gdopt.prepare`` made before, which traces nothing. These run all at once:
 ``gdopt.minimize`` under ``jax.vmap`` (which leaves a converged fit alone), a hand-written ``while_loop`` around
 ``gdopt.spectral()``, optimistix under ``jax.vmap``, and one call of ``gdopt.minimize`` on the sum of all losses, which
 it sees as one problem. The worst gap is the largest distance of a final loss from the best that any of them found for
@@ -95,6 +96,7 @@ def fits(features: jax.Array, labels: jax.Array) -> dict[str, Callable[[], Any]]
             found.append(x)
         return found
 
+    solve = gdopt.prepare(loss, start, args=(each[0],))
     at_once_minimize = jax.jit(jax.vmap(lambda data: gdopt.minimize(loss, start, args=(data,)).params))
     at_once, at_once_bfgs = jax.jit(jax.vmap(spectral_fit)), jax.jit(jax.vmap(bfgs_fit))
     return {
@@ -105,6 +107,7 @@ def fits(features: jax.Array, labels: jax.Array) -> dict[str, Callable[[], Any]]
             gdopt.minimize(functools.partial(lambda data, params: loss(params, data), data), start).params
             for data in each
         ],
+        "a loop of a call that `gdopt.prepare` made": lambda: [solve(args=(data,)).params for data in each],
         "one `gdopt.minimize` of the sum": lambda: (
             gdopt.minimize(sum_of_all, jnp.zeros((len(each), COLUMNS)), args=(all_data,), tol=1e-6).params
         ),

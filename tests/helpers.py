@@ -60,6 +60,35 @@ def count_compilations() -> Generator[Compilations]:
         _counters[:] = [other for other in _counters if other is not counter]
 
 
+_traces: list[list[str]] = []
+
+
+def _listen_to_traces(event: str, duration_secs: float, **metadata: object) -> None:
+    if event == "/jax/core/compile/jaxpr_trace_duration":
+        for names in _traces:
+            names.append(str(metadata.get("fun_name", "?")))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen_to_traces)
+
+
+@contextmanager
+def count_traces() -> Generator[list[str]]:
+    """List the functions that JAX traces inside the block.
+
+    >>> with count_traces() as names:
+    ...     _ = jax.make_jaxpr(lambda x: 2 * x)(1.0)
+    >>> names
+    ['<lambda>']
+    """
+    names: list[str] = []
+    _traces.append(names)
+    try:
+        yield names
+    finally:
+        _traces[:] = [other for other in _traces if other is not names]
+
+
 def evaluate(loss: Callable, *args: Any) -> tuple:
     """Return loss and gradient, traced, differentiated, replayed and shared as in ``minimize``, without its loop."""
     value = program.trace(loss, *args, rules=True)

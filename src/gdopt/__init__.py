@@ -13,6 +13,7 @@ from gdopt._optimizers.distance import distance_adamw
 from gdopt._optimizers.quasi_newton import quasi_newton
 from gdopt._optimizers.spectral import gd, spectral
 from gdopt._outcome.diagnose import Diagnosis, diagnose
+from gdopt._prepare import Prepared, prepare
 from gdopt._rate_finder.lr_find import lr_find
 from gdopt._result import History, RangeTest, Refinement, Report, Result
 from gdopt._status import Status
@@ -27,6 +28,7 @@ __all__ = [
     "History",
     "InputError",
     "NotConvergedError",
+    "Prepared",
     "RangeTest",
     "Refinement",
     "Report",
@@ -41,6 +43,7 @@ __all__ = [
     "lr_find",
     "minimize",
     "plot",
+    "prepare",
     "prox",
     "quasi_newton",
     "schedules",

@@ -63,6 +63,15 @@ def is_tracer(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def is_tracing() -> bool:
+    """Tell whether jit, vmap or grad traces the code that runs now. It may do so without tracing each new array."""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:  # It has no answer within a trace.
+        return True
+    return False
+
+
 def level(tracer: Any) -> int:
     """Return a number that the tracers of one trace share, and that no other trace has while one of them is alive."""
     return id(getattr(tracer, "_trace", None))
@@ -171,3 +180,10 @@ def _setting_names() -> tuple[str, ...]:
 def settings() -> tuple[Any, ...]:
     """Return all settings as this thread sees them, because only JAX knows on which of them a trace depends."""
     return *(getattr(jax.config, name) for name in _setting_names()), jax.sharding.get_abstract_mesh()
+
+
+def changed(before: tuple[Any, ...]) -> list[str]:
+    """Return the names of the settings that differ from what `settings` returned before."""
+    names = *_setting_names(), "the mesh of jax.set_mesh"
+    now = settings()
+    return [] if now == before else [name for name, a, b in zip(names, before, now, strict=True) if a != b]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from gdopt import _trees
 from gdopt._checkpoint.folder import Checkpoint
 from gdopt._checkpoint.resume import NoSaves, Saves, saves_at
 from gdopt._checks import check_flags
@@ -16,7 +18,7 @@ from gdopt._compile import program
 from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
 from gdopt._loop import loop
-from gdopt._loop.state import Inputs, Whole
+from gdopt._loop.state import Compiled, Inputs, Whole
 from gdopt._optimizers.distance import distance_adamw, distance_gd
 from gdopt._optimizers.factory import check_optimizer, is_transformation
 from gdopt._optimizers.method import Method, check_rate, is_auto, make_method
@@ -255,7 +257,82 @@ def minimize(
         >>> result.status.name, round(float(result.params["slope"]), 2)
         ('CONVERGED', 3.0)
     """
+    given = locals()
     began = time.perf_counter()
+    result = tried(check_call(**given), began)
+    return result.raise_for_status() if throw else result
+
+
+class Call(NamedTuple):
+    """The checked arguments of a call."""
+
+    problem: Problem
+    optimizer: Any
+    learning_rate: Any
+    steps: Steps
+    limits: Limits
+    has_steps: bool  # whether the caller gave max_steps or epochs
+    keep_best: bool
+    validation: Validation | None
+    callback: Callable[[Report], Any] | None
+    callback_every: int | str | None
+    progress: bool
+    checkpoint: str | os.PathLike[str] | Checkpoint | None
+    refused: dict[str, Any]  # the arguments that a run inside a transformation does not support
+
+    def compile(self, method: Method, data: PyTree) -> tuple[Any, Inputs]:
+        """Return the compiled loop for data of these shapes, with its inputs."""
+        key, some = self.problem.key if self.problem.noisy else None, self.problem._replace(data=data)
+        metrics = self.problem.objective.has_aux and self.validation is not None
+        return loop.compile(some, method, self.limits, key, keep_best=self.keep_best, metrics=metrics)
+
+
+class Ready(NamedTuple):
+    """A call that is compiled."""
+
+    call: Call
+    method: Method
+    compiled: Compiled
+    inputs: Inputs
+    range_test: RangeTest | None = None
+    to_device: Callable[[PyTree], PyTree] = _trees.to_device
+
+
+def check_call(
+    loss: Any,
+    params: Any,
+    *,
+    args: Any,
+    data: Any,
+    batch_size: Any,
+    optimizer: Any,
+    learning_rate: Any,
+    max_steps: Any,
+    epochs: Any,
+    tol: Any,
+    grad_tol: Any,
+    target: Any,
+    has_aux: Any,
+    with_key: Any,
+    key: Any,
+    trainable: Any,
+    bounds: Any,
+    project: Any,
+    prox: Any,
+    scale: Any,
+    state: Any,
+    optimizer_state: Any,
+    keep_best: Any,
+    validation: Any = None,
+    validation_loss: Any = None,
+    patience: Any = None,
+    callback: Any = None,
+    callback_every: Any = None,
+    progress: Any = False,
+    checkpoint: Any = None,
+    throw: Any = False,
+) -> Call:
+    """Check all arguments; raise InputError, before anything is compiled, for those that cannot be used."""
     check_optimizer(optimizer, searched=is_auto(learning_rate))
     every = check_callback(callback, callback_every, data)
     check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
@@ -279,75 +356,64 @@ def minimize(
         refuse_host_visits(checkpoint=checkpoint)
     has_steps = max_steps is not None or epochs is not None
     chosen = optimizer, learning_rate
-    call = _Call(
-        problem, *chosen, steps, limits, has_steps, keep_best, validated, callback, every, progress, checkpoint
-    )
     refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
-    result = _tried(call, refused, began)
-    return result.raise_for_status() if throw else result
+    watched = validated, callback, every, progress, checkpoint
+    return Call(problem, *chosen, steps, limits, has_steps, keep_best, *watched, refused)
 
 
-class _Call(NamedTuple):
-    """The checked arguments of a call."""
-
-    problem: Problem
-    optimizer: Any
-    learning_rate: Any
-    steps: Steps
-    limits: Limits
-    has_steps: bool  # whether the caller gave max_steps or epochs
-    keep_best: bool
-    validation: Validation | None
-    callback: Callable[[Report], Any] | None
-    callback_every: int | str | None
-    progress: bool
-    checkpoint: str | os.PathLike[str] | Checkpoint | None
-
-
-def _tried(call: _Call, refused: dict[str, Any], began: float, before: Saves | NoSaves | None = None) -> Result:
+def tried(call: Call, began: float, before: Saves | NoSaves | None = None) -> Result:
     """Return the result of a run, or that of another try at lower rates if gdopt chose the rates and they failed."""
-    problem, steps, limits = call.problem, call.steps, call.limits
+    problem, steps = call.problem, call.steps
     with saves_at(call.checkpoint, before) as saves:
         saves.compare(problem, steps, call.validation, keep_best=call.keep_best)
         try:
-            method, range_test = _chosen(problem, call.optimizer, call.learning_rate, steps, saves)
+            method, range_test = choose(problem, call.optimizer, call.learning_rate, steps, saves)
         except Cut as cut:
             return _result_of_start(cut, problem, began)
-
-        def compile(data: PyTree) -> tuple[Any, Inputs]:
-            key, some = problem.key if problem.noisy else None, problem._replace(data=data)
-            metrics = problem.objective.has_aux and call.validation is not None
-            return loop.compile(some, method, limits, key, keep_best=call.keep_best, metrics=metrics)
-
-        compiled, inputs = compile(problem.data)
+        compiled, inputs = call.compile(method, problem.data)
         if isinstance(compiled, Whole):
-            refuse_host_visits(**refused)
+            refuse_host_visits(**call.refused)
             check()
             result = result_inside(compiled, inputs, problem)
             check()  # A vmap without a jit runs all steps there, where nothing can be interrupted.
             return result
         check_joined(inputs)
-        pause = call.callback is not None or call.validation is not None
-        source = source_of(problem, compiled, compile, steps, pause=pause)
-        validator = validator_of(call.validation, problem, keep_best=call.keep_best)
-        with progress_bar(call.progress, steps.expected) as advance:
-            watcher = Watcher(call.callback, call.callback_every, validator, problem, source, advance)
-            compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
-        ended_at = time.perf_counter()
-        if history.grad_norm[0] == 0 and problem.constraint is None:
+        ended, watcher, times = carried_out(Ready(call, method, compiled, inputs, range_test), saves)
+        if ended.history.grad_norm[0] == 0 and problem.constraint is None:
             warn_of_no_gradient(problem)
-    last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
-    ended = Ended(problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known)
     if method.lower is not None and ended.wants_lower_rates:
         saves.failed = *saves.failed, failure(ended)
-        return _tried(call, refused, began, saves)
+        return tried(call, began, saves)
     message = explain(ended) + "".join(f" {sentence}" for sentence in saves.failed) + saves.told
-    result = ended.result(message, compile_seconds=compiled_at - began, run_seconds=ended_at - compiled_at)
+    result = ended.result(message, compile_seconds=times[0] - began, run_seconds=times[1] - times[0])
     watcher.raise_failure(result)
     return result
 
 
-def _chosen(
+def carried_out(ready: Ready, saves: Saves | NoSaves) -> tuple[Ended, Watcher, tuple[float, float]]:
+    """Run to the end. Return the times at which all was compiled, and at which the run ended, too."""
+    call, method, compiled, inputs, range_test, to_device = ready
+    problem, steps = call.problem, call.steps
+    pause = call.callback is not None or call.validation is not None
+    source = source_of(problem, compiled, functools.partial(call.compile, method), steps, pause=pause)
+    validator = validator_of(call.validation, problem, keep_best=call.keep_best)
+    with progress_bar(call.progress, steps.expected) as advance:
+        watcher = Watcher(call.callback, call.callback_every, validator, problem, source, advance)
+        compiled_at, end, history, status = host_loop.run(compiled, source, inputs, watcher, saves)
+    ended_at = time.perf_counter()
+    last, known = source.last_inputs(inputs), (source.steps_per_epoch, source.why, validator.judgement)
+    facts = problem, method, compiled, last, end, history, status, call.has_steps, range_test, *known
+    ended = Ended(*facts, to_device=to_device)
+    return ended, watcher, (compiled_at, ended_at)
+
+
+def needs_rates(problem: Problem, optimizer: Any, learning_rate: Any) -> bool:
+    """Tell whether gdopt is to find rates that it then keeps, by a range test or by the number of steps."""
+    finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
+    return is_auto(learning_rate) and not finds_steps
+
+
+def choose(
     problem: Problem, optimizer: Any, learning_rate: Any, steps: Steps, saves: Saves | NoSaves
 ) -> tuple[Method, RangeTest | None]:
     """Choose the optimizer and the rates that the caller left open, by a range test if they need one."""
@@ -356,9 +422,8 @@ def _chosen(
         # would end elsewhere than at the minimum within a set that is no box.
         adapts = is_auto(learning_rate) and saves.range_test is None and problem.noisy
         optimizer = gd if not adapts else distance_gd if problem.moves else distance_adamw
-    finds_steps = is_transformation(optimizer) or (not problem.noisy and (optimizer is None or optimizer is gd))
     test = None
-    if is_auto(learning_rate) and not finds_steps:
+    if needs_rates(problem, optimizer, learning_rate):
         method, test = rates_found(problem, optimizer, steps, saves)
         for _ in saves.failed:
             method = method.lower() if method.lower is not None else method

@@ -17,7 +17,7 @@ from jax import lax
 
 from gdopt import _jax
 from gdopt._errors import GdoptError
-from gdopt._settings import own_work
+from gdopt._settings import own_promotion, own_work
 from gdopt._types import PyTree
 
 _TYPES = [
@@ -92,7 +92,13 @@ def _wide(leaf: jax.Array, dtype: Any) -> jax.Array:
 
 def norm_dtype(tree: PyTree) -> Any:
     """Return the real dtype in which norms of this tree are computed."""
-    return jnp.result_type(jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(tree)))
+    return _norm_dtype(*(leaf.dtype for leaf in jax.tree.leaves(tree)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _norm_dtype(*dtypes: Any) -> Any:
+    with own_promotion():
+        return jnp.result_type(jnp.float32, *(jnp.finfo(dtype).dtype for dtype in dtypes))
 
 
 def select(condition: jax.Array, if_true: PyTree, if_false: PyTree) -> PyTree:
@@ -111,12 +117,19 @@ def on_device(leaf: Any) -> jax.Array:
         return jax.device_put(leaf) if type(leaf) is np.ndarray else jnp.asarray(leaf)
 
 
-def to_device(tree: PyTree) -> PyTree:
+def owned(leaf: Any) -> Any:
+    """Return the leaf; a copy if it is an array of NumPy, with which an array of JAX may share its memory."""
+    return np.array(leaf, copy=True, subok=True) if isinstance(leaf, np.ndarray) else leaf
+
+
+def to_device(tree: PyTree, convert: Callable[[list[Any]], Sequence[jax.Array]] = jax.device_put) -> PyTree:
     """Return the tree with arrays of JAX in place of NumPy's, such as those that `Packed.tree` made; copy no other."""
     leaves, treedef = jax.tree.flatten(tree)
     places = [place for place, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)]
+    if not places:
+        return tree
     with own_work():
-        for place, array in zip(places, jax.device_put([leaves[place] for place in places]), strict=True):
+        for place, array in zip(places, convert([leaves[place] for place in places]), strict=True):
             leaves[place] = array
     return treedef.unflatten(leaves)
 
@@ -125,6 +138,11 @@ def on_host(leaf: Any) -> np.ndarray:
     """Return the leaf as an array of NumPy, in spite of any guard: `jax.device_get` takes three times the time."""
     with own_work():
         return np.asarray(leaf)
+
+
+def all_on_host(tree: PyTree) -> PyTree:
+    """Return the tree with arrays of NumPy; those that are on the host already take no time."""
+    return jax.device_get(tree) if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree)) else tree
 
 
 def strong(tree: PyTree) -> PyTree:
@@ -186,6 +204,15 @@ class Packed:
 
     def tree(self) -> PyTree:
         """Unpack the tree; outside a trace, its small leaves become arrays of NumPy."""
+        known = self.__dict__.get("_on_host")  # The host reads it several times.
+        if known is not None:
+            return known
+        tree = self._unpacked()
+        if not any(map(_jax.is_tracer, (*self.vectors, *self.others))):
+            self.__dict__["_on_host"] = tree
+        return tree
+
+    def _unpacked(self) -> PyTree:
         leaves = list(self.others)
         for vector, places in zip(self.vectors, self.places, strict=True):
             traced, begin = _jax.is_tracer(vector), 0

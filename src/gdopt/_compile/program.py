@@ -39,7 +39,7 @@ class Traced(NamedTuple):
     level: int = 0  # of the tracers with which the function was called, which have expired
 
 
-def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False) -> Traced:
+def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = False, owned: bool = False) -> Traced:
     """Trace a function once.
 
     With ``lift``, the numbers written into it become constants like its arrays. The compiler then knows nothing about
@@ -47,6 +47,8 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
 
     With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace with such
     rules has no identity: JAX calls them when it differentiates, and what they read may have changed by then.
+
+    With ``owned``, arrays of NumPy are copied, because they may change before the trace is used.
     """
     if not is_reliable():
         made, out, constants = _converted(function, *args)
@@ -71,7 +73,8 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
         pairs = zip(found, jax.tree.leaves(out), strict=True)
         return treedef.unflatten(x if isinstance(x, jax.Array) else jnp.asarray(x, of.dtype) for x, of in pairs)
 
-    constants = list(map(_trees.on_device, (*_jax.consts(closed), *kept.arrays)))
+    held = *_jax.consts(closed), *kept.arrays
+    constants = list(map(_trees.on_device, map(_trees.owned, held) if owned else held))
     numbers = list(map(replays.number, replays.numbers(jaxpr))) if lift else []
     identity = None if kept.effects else fingerprints.fingerprint(jaxpr, lifted=lift, rules=rules)
     identity = (identity, count, len(numbers), treedef) if identity and _trees.is_plain(treedef) else None
@@ -168,10 +171,13 @@ def share(function: Callable, *args: PyTree, donate_first: bool = False) -> Shar
 
 def is_traced(*trees: PyTree) -> bool:
     """Tell whether jit, vmap or grad traces one of these values or, as jit does, everything."""
+    if any(map(_jax.is_tracer, jax.tree.leaves(trees))):
+        return True
+    if not _jax.is_tracing():  # Asking this first spares the array.
+        return False
     with own_work():
         probe = jax.device_put(np.float32(0))  # `jnp.asarray` would compile a program.
-    leaves = *jax.tree.leaves(trees), probe
-    return any(map(_jax.is_tracer, leaves))
+    return _jax.is_tracer(probe)
 
 
 def place_for(identity: Hashable | None, *args: PyTree, passing: bool = False) -> list:

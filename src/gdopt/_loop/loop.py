@@ -82,9 +82,7 @@ def _compile(
     and the number of steps end it. Without ``keep_best`` there is no point to fall back on.
     """
     noisy = problem.noisy or trial
-    # The inputs are placed before the trace, so that the loss is traced for the devices on which it will run.
-    trees = {"params": problem.objective.params, "data": problem.data, "args": problem.args, "state": problem.state}
-    start, data, args, state = on_one_mesh(trees)[0].values()
+    start, data, args, state = _placed(problem)
     batch = problem._replace(data=data).batch
     one_key = jax.ShapeDtypeStruct((), key.dtype) if key is not None and problem.with_key else None
     given = batch, args, one_key, state
@@ -122,6 +120,37 @@ def _compile(
             kept.append(made)
         seen.append(kept[0])
     return _finished(problem, method, value, schedule, settings, seen[0], region), inputs
+
+
+def _placed(problem: Problem) -> list[PyTree]:
+    """Return params, data, args and state on the devices on which the loss, which is traced for these, will run."""
+    trees = {"params": problem.objective.params, "data": problem.data, "args": problem.args, "state": problem.state}
+    return list(on_one_mesh(trees)[0].values())
+
+
+def frozen(problem: Problem) -> Problem:
+    """Trace the loss, and return the problem with that trace in place of it: changes from here on do not count."""
+    start, data, args, state = _placed(problem)
+    batch = problem._replace(data=data).batch
+    key = jax.ShapeDtypeStruct((), problem.key.dtype) if problem.with_key else None
+    traced = program.trace(problem.value, start, batch, args, key, state, rules=True, owned=True)
+    return problem._replace(traced=traced)
+
+
+def layout_of(inputs: Inputs) -> Layout | None:
+    """Return the placement of inputs on many devices."""
+    return _inputs_on_one_mesh(inputs, constants_stay=False)[1]
+
+
+def renewed(inputs: Inputs, layout: Layout | None, **changes: Any) -> Inputs:
+    """Return inputs with other values in some fields, in their places; raise InputError if these are other places."""
+    placed, found = _inputs_on_one_mesh(inputs._replace(**changes), constants_stay=False)
+    if found != layout:
+        raise InputError(
+            "the arrays of a prepared call are split over the devices in another way than at its preparation. Place "
+            "them alike (for example with gdopt.shard), or call gdopt.prepare again."
+        )
+    return placed
 
 
 def _check_mapped(params: PyTree, value: program.Traced) -> None:
@@ -163,7 +192,7 @@ def _finished(
         return made
     known = ChainMap({}, made.probes)
     verifier = Verifier(problem, method, None, schedule, settings, made.eps, value, known, region)
-    return made._replace(verify=verifier.on_host, look_back=verifier.look_back)
+    return made._replace(verify=verifier.on_host, look_back=verifier.look_back, ready=verifier.make_ready)
 
 
 def is_inside(problem: Problem) -> bool:

@@ -116,6 +116,8 @@ class Compiled(NamedTuple):
     verify: Callable[[Carry, Inputs], Carry] | None = None
     # The examination of the loss there; its last argument is the rate of plain gradient descent.
     look_back: Callable[[State, Inputs, float | None], Hindsight] | None = None
+    # The compilation of both, which otherwise comes with the first claim.
+    ready: Callable[[Carry, Inputs], None] | None = None
 
 
 class Whole(NamedTuple):
@@ -186,14 +188,13 @@ def returned_model(state: State) -> PyTree:
     return state.model if state.kept.params is None else state.kept.model
 
 
-def params_to_return(state: State) -> PyTree:
-    """Return the params whose loss is in ``state.kept``, on the devices of the params."""
+def params_to_return(state: State, arrays: PyTree = None) -> PyTree:
+    """Return the params whose loss is in ``state.kept``, on the devices of the params; ``arrays`` are these of JAX."""
+    params = returned_params(state)
+    arrays = _trees.to_device(params) if arrays is None else arrays
 
-    def put(leaf: Any, like: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array):
-            return leaf
-        array = jax.device_put(leaf)
-        shared = isinstance(like, jax.Array) and array.sharding != like.sharding
+    def put(leaf: Any, array: jax.Array, like: Any) -> jax.Array:
+        shared = leaf is not array and isinstance(like, jax.Array) and array.sharding != like.sharding
         return jax.device_put(leaf, like.sharding) if shared else array
 
-    return jax.tree.map(put, returned_params(state), state.params)
+    return jax.tree.map(put, params, arrays, state.params)

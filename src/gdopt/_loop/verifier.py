@@ -163,6 +163,23 @@ class Verifier(NamedTuple):
             return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
         return Hindsight()
 
+    @as_own_work
+    def make_ready(self, carry: Carry, inputs: Inputs) -> None:
+        """Compile the programs, by a call of each at the point of a carry."""
+        state = carry[0].tree()
+        compiled = self.programs(state, inputs)
+        if self.settings.layout is not None:
+            compiled.probe.call(carry[0], inputs)
+            return
+        params = returned_params(state)
+        tree, blocks = self._tree(params), self._blocks(params)
+        first = compiled if compiled.probe is not None else self.programs(state, inputs, exact=False)
+        first.probe.call(tree(blocks), tree(blocks), inputs)
+        if compiled.free is not None:
+            compiled.free.call(state, inputs)
+        if compiled.move is not None:
+            compiled.move.call(tree(blocks), np.ones((), _trees.norm_dtype(blocks)), inputs)
+
     def programs(self, state: State, inputs: Inputs, *, exact: bool = True) -> Programs:
         """Return the programs of earlier calls or of this one, which are made on demand.
 

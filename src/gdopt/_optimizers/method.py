@@ -16,6 +16,7 @@ from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
 from gdopt._optimizers.distance import rate_of_distance
 from gdopt._optimizers.factory import function_identity, is_transformation
+from gdopt._optimizers.identity import identity_of
 from gdopt._optimizers.optax_state import apply, check_fits, extra_arguments, owned_rate, restarted, trials_in
 from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
@@ -170,14 +171,15 @@ class Method(NamedTuple):
     @property
     def may_project(self) -> bool:
         """Tell whether the optimizer may hold params at a bound, as a composed or an unknown one may."""
-        return function_identity(self.optimizer) is None and self.identity is None
+        parts = (self.optimizer.init, self.optimizer.update) if self.owns_rate else (self.optimizer,)
+        return None in map(function_identity, parts)
 
     @property
     def identity(self) -> Hashable | None:
         """An identity, equal only for optimizers that make the same updates; None if only their traces show that."""
         if not self.owns_rate:
             return function_identity(self.optimizer)
-        both = function_identity(self.optimizer.init), function_identity(self.optimizer.update)
+        both = identity_of(self.optimizer.init), identity_of(self.optimizer.update)
         return None if None in both else both
 
 

@@ -142,16 +142,9 @@ def make_evidence(problem: Problem, params: PyTree, given: tuple, step: int, rat
     Return None if that step cannot be computed again: the result matters more than its explanation.
     """
     try:
-        objective = problem.objective
-        rest, params = objective.rest, objective.natural(params)
-        problem = problem._replace(objective=objective._replace(params=objective.natural(objective.params), sizes=None))
-
-        def value(params: PyTree, held: tuple, *given: Any) -> Any:
-            objective = problem.objective._replace(rest=dataclasses.replace(rest, arrays=held))
-            return problem._replace(objective=objective).value(params, *given)
-
-        # The loss is traced anew, because the trace of the loop has lost the lines of its source.
-        trace, out = replays.trace(value_and_grad(value), params, rest.arrays, *given)
+        rest = problem.objective.rest
+        trace, out = problem.record or recorded(problem, params, given)
+        params = problem.objective.natural(params)
         named, whole = _named(params=params), _named(params=rest.combine(params))
         count = len(named)
         named += [(name, held) for (name, _), held in zip(whole, rest.arrays, strict=True) if held is not None]
@@ -180,6 +173,23 @@ def make_evidence(problem: Problem, params: PyTree, given: tuple, step: int, rat
         return Evidence(step, rate, trace, arguments, names, outputs, bad(here), bad(gradient), bad_inputs)
     except Exception:
         return None
+
+
+def recorded(problem: Problem, params: PyTree, given: tuple) -> tuple[Any, PyTree]:
+    """Trace ((loss, aux), gradient) anew, because the trace of the loop has lost the lines of its source.
+
+    Return the shapes of the outputs, too. Its arguments are params, the arrays that are carried along with them, and
+    those ``given``.
+    """
+    objective = problem.objective
+    rest, params = objective.rest, objective.natural(params)
+    problem = problem._replace(objective=objective._replace(params=objective.natural(objective.params), sizes=None))
+
+    def value(params: PyTree, held: tuple, *given: Any) -> Any:
+        objective = problem.objective._replace(rest=dataclasses.replace(rest, arrays=held))
+        return problem._replace(objective=objective).value(params, *given)
+
+    return replays.trace(value_and_grad(value), params, rest.arrays, *given)
 
 
 @as_own_work

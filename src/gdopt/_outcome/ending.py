@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,15 @@ from gdopt import _trees
 from gdopt._devices.current import for_caller
 from gdopt._devices.processes import peers
 from gdopt._errors import InputError
-from gdopt._loop.state import Compiled, Inputs, State, Whole, params_to_return, returned_model
+from gdopt._loop.state import (
+    Compiled,
+    Inputs,
+    State,
+    Whole,
+    params_to_return,
+    returned_model,
+    returned_params,
+)
 from gdopt._loop.step import loss_arguments
 from gdopt._optimizers.method import Method, Rates
 from gdopt._optimizers.optax_state import learns_scales
@@ -52,9 +61,11 @@ class Ended:
     steps_per_epoch: int | None
     why_exhausted: str
     judgement: Judgement | None = None  # by validation
+    to_device: Callable[[PyTree], PyTree] = _trees.to_device  # how the small arrays of the state become JAX's
 
     def result(self, message: str, *, compile_seconds: float, run_seconds: float) -> Result:
         kept = self.state.kept
+        _, model, optimizer = self.arrays
         return Result(
             params=for_caller(self.problem.objective.whole(self.params)),
             loss=float(kept.loss),
@@ -71,8 +82,8 @@ class Ended:
             aux=for_caller(jax.tree.map(jax.device_put, kept.aux)),
             compile_seconds=compile_seconds,
             run_seconds=run_seconds,
-            state=for_caller(self.problem.whole_state(_trees.to_device(returned_model(self.state)))),
-            optimizer_state=for_caller(_trees.to_device(self.state.optimizer)),
+            state=for_caller(self.problem.whole_state(model)),
+            optimizer_state=for_caller(optimizer),
             at_bounds=for_caller(self.at_bounds),
             _evidence=self.evidence,
         )
@@ -80,7 +91,12 @@ class Ended:
     @functools.cached_property
     def params(self) -> PyTree:
         """The params to return."""
-        return params_to_return(self.state)
+        return params_to_return(self.state, self.arrays[0])
+
+    @functools.cached_property
+    def arrays(self) -> tuple[PyTree, PyTree, PyTree]:
+        """The params, the model's state and the optimizer's, as arrays of JAX."""
+        return arrays_of(self.state, self.to_device)
 
     @functools.cached_property
     def at_bounds(self) -> PyTree:
@@ -89,11 +105,11 @@ class Ended:
 
     @functools.cached_property
     def ending(self) -> Ending:
-        return jax.device_get(self.state.ending)
+        return _trees.all_on_host(self.state.ending)
 
     @functools.cached_property
     def watch(self) -> Watch:
-        return jax.device_get(self.state.watch)
+        return _trees.all_on_host(self.state.watch)
 
     @functools.cached_property
     def rates(self) -> Rates:
@@ -210,6 +226,11 @@ class Ended:
         leaves = jax.tree.leaves(self.problem.objective.natural(self.params))
         leaves = [leaf for leaf in leaves if getattr(leaf, "is_fully_addressable", True)]
         return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
+
+
+def arrays_of(state: State, to_device: Callable[[PyTree], PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+    """Return the params, the model's state and the optimizer's to return, as arrays of JAX."""
+    return to_device((returned_params(state), returned_model(state), state.optimizer))
 
 
 def _standard_error(losses: np.ndarray) -> float:

@@ -335,6 +335,9 @@ def _penalty(objective: Objective, prox: Callable) -> Callable[[PyTree], Any] | 
     return penalty
 
 
+_INFINITE = "the penalty of prox= is infinite at the start. The run begins at the point that prox returns for it."
+
+
 def _where_finite(objective: Objective, step: Callable, penalty: Callable | None) -> Objective:
     """Return the objective; if the penalty is infinite at its start, as outside of a set, begin at the prox of it."""
     params = objective.params
@@ -343,7 +346,7 @@ def _where_finite(objective: Objective, step: Callable, penalty: Callable | None
     value = penalty(params)
     if not _trees.have_values(value) or not np.isposinf(_trees.on_host(value)):
         return objective
-    warn("the penalty of prox= is infinite at the start. The run begins at the point that prox returns for it.")
+    warn(_INFINITE)
     return objective._replace(params=_run(step, params, _rate(params)))
 
 
@@ -354,13 +357,23 @@ def _projected(problem: Problem, step: Callable) -> Problem:
     problem = problem._replace(objective=problem.objective._replace(params=there), constraint=Constraint(project=step))
     if not _trees.have_values(*jax.tree.leaves((start, there))):
         return problem  # Within jit, what project returns for a known start is traced, too.
+    _check_projected(there)
+    _check_idempotent(step, there)
+    _warn_if_moved(start, there)
+    return problem
+
+
+def _check_projected(there: PyTree) -> None:
+    """Raise InputError for a projection that is not finite at the start."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(there):
         bad = (values := _trees.on_host(leaf))[~np.isfinite(values)]
         if bad.size:
             raise InputError(
                 f"project returned {bad[0]} for {_trees.path_name(path)} at the start. Start where it is finite."
             )
-    _check_idempotent(step, there)
+
+
+def _warn_if_moved(start: PyTree, there: PyTree) -> None:
     for path, leaf, new in _paths(start, there):
         if _differs(leaf, new):
             warn(
@@ -368,7 +381,6 @@ def _projected(problem: Problem, step: Callable) -> Problem:
                 "project returns for it."
             )
             break
-    return problem
 
 
 def _check_idempotent(step: Callable, there: PyTree) -> None:
@@ -395,3 +407,51 @@ def _differs(leaf: jax.Array, new: jax.Array) -> bool:
     a, b = _trees.on_host(leaf), _trees.on_host(new)
     size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))
     return bool(np.max(np.abs(a - b), initial=0) > _MOVES * float(jnp.finfo(leaf.dtype).eps) * size)
+
+
+class Entrance(NamedTuple):
+    """The way of a start into the set, compiled once for many starts."""
+
+    bounds: tuple[PyTree, PyTree] | None = None  # in the units in which params are given
+    project: program.Shared | None = None
+    prox: program.Shared | None = None
+    penalty: program.Shared | None = None
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return the start that `constrained` would make of these params, with its warnings."""
+        if self.bounds is not None:
+            return _within(params, self.bounds)
+        with own_work(), own_promotion():
+            if self.project is not None:
+                there = self.project.call(params)
+                if _trees.have_values(*jax.tree.leaves((params, there))):
+                    _check_projected(there)
+                    _warn_if_moved(params, there)
+                return there
+            if self.prox is None or self.penalty is None or not _trees.have_values(*jax.tree.leaves(params)):
+                return params
+            value = self.penalty.call(params)
+            if not _trees.have_values(value) or not np.isposinf(_trees.on_host(value)):
+                return params
+            warn(_INFINITE)
+            return self.prox.call(params, _rate(params))
+
+
+def frozen(constraint: Constraint | None, start: PyTree) -> tuple[Constraint | None, Entrance]:
+    """Return a constraint with its functions as they are now, and the way of other starts into its set."""
+    if constraint is None or constraint.bounds is not None:
+        return constraint, Entrance(None if constraint is None else constraint.bounds)
+    given = {"project": (start,), "prox": (start, _rate(start)), "penalty": (start,)}
+    functions = {name: function for name in given if (function := getattr(constraint, name)) is not None}
+    with own_work(), own_promotion():
+        made = {name: _as_it_is(function, *given[name]) for name, function in functions.items()}
+        shared = {name: program.share(function, *given[name]) for name, function in made.items()}
+        for name, ready in shared.items():
+            ready.call(*given[name])  # This compiles it.
+    return constraint._replace(**made), Entrance()._replace(**shared)
+
+
+def _as_it_is(function: Callable, *args: PyTree) -> Callable[..., PyTree]:
+    """Return the function as its trace of now."""
+    traced = program.trace(function, *args, rules=True, owned=True)
+    return lambda *args: traced.replay(traced.constants, *args)

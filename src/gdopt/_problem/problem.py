@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gdopt import _trees
 from gdopt._checks import fault, is_foreign, refuse_misread, refuse_no_arrays, refuse_result
+from gdopt._compile import program
 from gdopt._devices.sharding import check_batch_size, explicitly
 from gdopt._errors import InputError
 from gdopt._problem import model_state
@@ -38,6 +39,8 @@ class Problem(NamedTuple):
     optimizer_state: PyTree = None  # the optimizer's state before the first step; None for a fresh one
     constraint: Any = None  # what confines the params: see `constraint`
     explicit: Mesh | None = None  # the mesh whose axes are Explicit in the loss, as in the arrays that were given
+    traced: program.Traced | None = None  # `value` as it was traced before, in place of the loss as it is now
+    record: Any = None  # a trace of then for `diagnose`: see `diagnose.recorded`
 
     @property
     def key(self) -> jax.Array:
@@ -84,6 +87,8 @@ class Problem(NamedTuple):
 
         The loss gets the key and the state only if it takes one.
         """
+        if self.traced is not None:
+            return self.traced.replay(self.traced.constants, params, data, args, key, state)
         if self.explicit is not None:
             given = self.objective.params, self.data, self.args, self.key if self.with_key else None, self.state
             inside = self._replace(explicit=None).value

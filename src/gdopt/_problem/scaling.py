@@ -45,12 +45,24 @@ def scaled(problem: Problem, scale: PyTree) -> Problem:
         if isinstance(scale, str):
             sizes = jax.tree.map(_kept_in_range, sizes, objective.params, start)
             start = jax.tree.map(jnp.divide, objective.params, sizes)
-    check_start(start, "params / scale")
-    jax.tree_util.tree_map_with_path(_check_digits, objective.params, sizes, start)
+    _check_scaled(objective.params, sizes, start)
     if problem.constraint is not None:
         with own_work(), own_promotion():
             problem = problem._replace(constraint=problem.constraint.scaled(sizes))
     return problem._replace(objective=objective._replace(params=start, sizes=sizes))
+
+
+def divided(params: PyTree, sizes: PyTree) -> PyTree:
+    """Return params divided by the sizes of an earlier problem; raise InputError if they lose digits."""
+    with own_work(), own_promotion():
+        start = jax.tree.map(jnp.divide, params, sizes)
+    _check_scaled(params, sizes, start)
+    return start
+
+
+def _check_scaled(params: PyTree, sizes: PyTree, start: PyTree) -> None:
+    check_start(start, "params / scale")
+    jax.tree_util.tree_map_with_path(_check_digits, params, sizes, start)
 
 
 def _given(objective: Objective, scale: PyTree) -> PyTree:

@@ -64,6 +64,8 @@ class Watcher:
             lengths.append(self._source.steps_per_epoch or 1)
         if asks and isinstance(self._every, int):
             lengths.append(self._every)
+        if asks and step == 0:
+            lengths.append(1)  # It is called after the first step.
         return min([(step // length + 1) * length for length in lengths], default=LAST_STEP)
 
     def __call__(self, step: int, carry: Carry, state: State, rows: Rows, look: Look) -> tuple[Carry, Status | None]:

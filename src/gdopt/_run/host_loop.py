@@ -27,6 +27,7 @@ from gdopt._settings import as_own_work, own_promotion, own_work
 from gdopt._status import FAILURES, RUNNING, Status
 
 _FIRST_CHUNK = 1  # steps of a chunk before their time is known
+_FIRST_SECONDS = 2e-3  # the time of the first chunk if they are as fast as in the last run
 _CHUNK_SECONDS = 0.05  # the time of a chunk, for which Ctrl-C and the progress bar wait
 _GROWTH = 4  # the most steps of a chunk over those that the run has made: later ones may take longer
 _LONGEST = 0.4  # the seconds that a chunk may take if the time of its steps was seen in one step alone
@@ -37,8 +38,9 @@ _HOST_SECONDS = 2e-4  # the overhead of the host per chunk
 def begin(compiled: Compiled, inputs: Inputs) -> Carry:
     """Return the state before the first step, with everything compiled, if necessary by a chunk of no steps."""
     carry = compiled.start(inputs)
-    if not compiled.pace:
-        carry, _ = compiled.chunk(carry, np.int32(0), np.int32(0), inputs)
+    if compiled.pace:  # All is compiled, so the first chunk may follow at once.
+        return carry
+    carry, _ = compiled.chunk(carry, np.int32(0), np.int32(0), inputs)
     return jax.block_until_ready(carry)
 
 
@@ -78,18 +80,24 @@ def advance(
     *,
     saves: Saves | NoSaves,
     until: int = LAST_STEP,
+    fresh: bool = False,
 ) -> tuple[Carry, Rows, Status | None]:
     """Run chunk after chunk to the end, or to the step ``until``, or until ``between`` says stop, or Ctrl-C.
 
     Chunks are sized by time, and their sizes change no bit of the result. After a stop, the last point of the state is
-    still evaluated. Return what stopped the run from outside, if anything did.
+    still evaluated. Return what stopped the run from outside, if anything did. Before a ``fresh`` run there is nothing
+    to read in its state, for which the host would wait.
     """
     limits, cause = inputs.limits, None
     carry, records = saves.restored(carry, limits)
-    state = carry[0].tree()
-    step, running = int(state.step), is_running(state)
-    source.resume(step + (not running), saves)  # A run that ended by itself evaluated one more batch.
-    stop = between.begin(saves, state, records)
+    step, running, stop = 0, True, None
+    if fresh:
+        source.resume(0, saves)
+    else:
+        state = carry[0].tree()
+        step, running = int(state.step), is_running(state)
+        source.resume(step + (not running), saves)  # A run that ended by itself evaluated one more batch.
+        stop = between.begin(saves, state, records)
     if not running:  # The saved run is complete.
         return carry, joined_rows(records), None
     source.begin()
@@ -105,7 +113,7 @@ def advance(
         saves.hears([note["saves"] for note in notes])
         last = bool(stop or leave or source.ended)
         if records:
-            saves.update(state, records, limits, last=last)
+            saves.update(carry[0].tree(), records, limits, last=last)
         if last:
             cause = _cause(stop, leave, source.why)
             here = limits._replace(max_steps=step)
@@ -125,11 +133,9 @@ def advance(
             sizes.measure(count, seconds)
             step = reached
             if cause not in (Status.STOPPED, Status.INTERRUPTED):
-                before = carry
                 carry, stop = between(step, carry, state, records[-1], look)
-                state = state if carry is before else carry[0].tree()
     if not running:
-        saves.finish(state, records, limits)
+        saves.finish(carry[0].tree(), records, limits)
     return carry, joined_rows(records), cause
 
 
@@ -156,7 +162,8 @@ class _Sizes:
     """The sizes of a run's chunks. They are chosen by time, so that Ctrl-C and the progress bar wait for none long.
 
     A step may take longer than all before: another run of the same program had other data, and a loss may loop more
-    often the farther it gets. So a run begins with one step, and looks only as far ahead as it has looked back.
+    often the farther it gets. So a run begins with one step, or with what took two milliseconds in the last run, and
+    looks only as far ahead as it has looked back.
     """
 
     def __init__(self, pace: list[float]):
@@ -164,13 +171,13 @@ class _Sizes:
         self._made = 0
         self._seconds = 0.0  # of a step in the chunk before
         self._slowest = 0.0  # of a step in any chunk but the first, of which the host takes the larger part
-        self._estimate = 0.0  # of a step in the next chunk
-        self._most = _FIRST_CHUNK
+        self._estimate = self._known  # of a step in the next chunk
+        self._most = max(_FIRST_CHUNK, int(_FIRST_SECONDS / self._known)) if pace else _FIRST_CHUNK
 
     def next(self) -> int:
         """Return the number of steps of the next chunk."""
         size, seconds = self._most, _CHUNK_SECONDS * (_PATIENCE if peers().several else 1)
-        if self._made:
+        if self._estimate:
             size = min(size, int(seconds / self._estimate))
         return min(max(size, 1), while_loops.CAPACITY)
 
@@ -214,7 +221,8 @@ def run(
         carry = begin(compiled, inputs)
         validator.prepare(carry)
         compiled_at = time.perf_counter()
-        carry, rows, cause = advance(compiled, source, carry, inputs, watcher, saves=saves)
+        fresh = isinstance(saves, NoSaves) and not validator.is_given
+        carry, rows, cause = advance(compiled, source, carry, inputs, watcher, saves=saves, fresh=fresh)
         state = carry[0].tree()
         code = Status(int(state.code))
         status = cause if cause and code is Status.MAX_STEPS else code
