@@ -471,7 +471,7 @@ def test_a_projection_may_round_by_the_largest_entry(name: str) -> None:
     )
     parts = lambda x: {"a": x[:1], "b": x[1:]}
     loss = lambda p: sum(jnp.sum((p[k] / u - 1) ** 2) for k, u in parts(units).items())
-    options = quiet({"project": lambda p: P.projection_l1_ball(p, size)})
+    options: Any = quiet({"project": lambda p: P.projection_l1_ball(p, size)})
     result = gdopt.minimize(loss, parts(start), max_steps=100, **options)
     total = sum(float(jnp.sum(jnp.abs(leaf))) for leaf in jax.tree.leaves(result.params))
     assert result.loss < loss(parts(start))
