@@ -113,6 +113,19 @@ def test_it_works_in_any_dtype(dtype: Any) -> None:
         np.testing.assert_allclose(np.asarray(result.params - target, complex), 0, atol=0.05)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-3])
+def test_float16_with_a_feature_that_says_little(factor: float) -> None:
+    """Adam's eps of 1e-8 is 0 in float16, as the square of a small gradient is, so its update would be 0 / 0."""
+    x, y = rows(256, 4, 0.1, 5)
+    x[:, 3] *= factor
+    loss = lambda w, batch: jnp.mean((batch[0] @ w.astype(jnp.float32) - batch[1]) ** 2)
+    result = gdopt.minimize(loss, jnp.zeros(4, jnp.float16), data=(x, y), batch_size=32, epochs=50)
+    assert result.success, result.message
+    assert result.params.dtype == jnp.float16
+    best = np.linalg.lstsq(x[:, :3], y, rcond=None)[0]
+    assert loss(result.params, (x, y)) <= 1.1 * np.mean((x[:, :3] @ best - y) ** 2)
+
+
 def test_it_runs_inside_jit_and_vmap() -> None:
     data = rows(64, 3, 0.1, 3)
 

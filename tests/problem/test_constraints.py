@@ -447,12 +447,36 @@ def test_a_projection_may_not_mix_params_with_leaves_that_are_held() -> None:
     options: Any = {"trainable": {"k": True, "m": False}}
     with pytest.raises(gdopt.InputError, match=r"project moves params\['m'\] together with the params"):
         gdopt.minimize(loss, start, project=P.projection_simplex, **options)
+    # At a start within the set nothing moves yet.
+    inside = {"k": jnp.full(3, 0.1), "m": jnp.float32(0.1)}
+    for name, disc in (("project", P.projection_l2_ball), ("prox", lambda p, rate: P.projection_l2_ball(p))):
+        with pytest.raises(gdopt.InputError, match=rf"{name} moves params\['m'\] together with the params"):
+            gdopt.minimize(loss, inside, **{name: disc}, **options)
     # What treats each leaf by itself may move them, because the run drops that part.
     start["m"] = jnp.float32(-2)
     alone = gdopt.minimize(loss, start, project=P.projection_non_negative, **options)
     np.testing.assert_allclose(alone.params["k"], [3, 0, 0.5], atol=1e-2)
     assert alone.params["m"] == -2
     assert gdopt.minimize(loss, start, prox=gdopt.prox.l1(0.5), **options).success
+
+
+@pytest.mark.parametrize("name", ["small", "among large ones", "from afar"])
+def test_a_projection_may_round_by_the_largest_entry(name: str) -> None:
+    size = 1e3 if name == "among large ones" else 1e-6
+    units = np.array([1e3, 1e-3, 1e-3] if name == "among large ones" else [1e-6] * 3, np.float32)
+    start = (
+        jnp.asarray(np.float32(1e3) * units)
+        if name == "from afar"
+        else jnp.asarray(units * np.float32([0.6, 0.1, 0.2]))
+    )
+    parts = lambda x: {"a": x[:1], "b": x[1:]}
+    loss = lambda p: sum(jnp.sum((p[k] / u - 1) ** 2) for k, u in parts(units).items())
+    options: Any = quiet({"project": lambda p: P.projection_l1_ball(p, size)})
+    result = gdopt.minimize(loss, parts(start), max_steps=100, **options)
+    total = float(np.abs(np.concatenate(jax.tree.leaves(result.params))).sum())
+    assert result.loss < loss(parts(start))
+    assert total <= size * (1 + 1e-3)
+    assert result.success or name == "among large ones"
 
 
 # --- kinks ---

@@ -152,7 +152,7 @@ def following(
         steps, distance = jnp.int32(0), jnp.full(leaves, first, dtype)
         zero, zeros = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params)
         rate = _rate(learning_rate, steps) * (1 if by_leaf else first)
-        inner = factory(rate).init(params)
+        inner = factory(rate).init(_wide(params) if by_leaf else params)
         return DistanceState(distance, zero, _trees.copy(params), 0 * distance, zeros, steps, inner)
 
     def update(
@@ -167,14 +167,22 @@ def following(
             state = _begun(state, unit_grad, extras["value"])
         state = _estimated(state, unit_grad, params, shape, skips=not by_leaf)
         optimizer = optax.with_extra_args_support(factory(shape if by_leaf else shape * state.distance[0]))
-        updates, inner = optimizer.update(unit_grad if by_leaf else grad, state.inner, params, **extras)
         if by_leaf:
+            updates, inner = optimizer.update(_wide(unit_grad), state.inner, _wide(params), **extras)
             updates = _each(_times, updates, state.distance)
+            updates = jax.tree.map(lambda u, x: u.astype(x.dtype), updates, params)
+        else:
+            updates, inner = optimizer.update(grad, state.inner, params, **extras)
         if decay:
             updates = jax.tree.map(lambda u, x: u - _times(x, shape * decay).astype(u.dtype), updates, params)
         return updates, state._replace(inner=inner)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """Return the leaves of float16 as float32: Adam's eps and the squares of small gradients would be zero."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float16 else leaf, tree)
 
 
 def _rate(learning_rate: Any, steps: jax.Array) -> jax.Array:

@@ -311,13 +311,14 @@ def _check_rest(objective: Objective, function: Callable, name: str, *rate: Any)
 
     if not given or not jax.eval_shape(both, objective.params, *rate)[2]:
         return
-    step, again, moved = _run(both, objective.params, *rate)
-    if any(_differs(one, other) for _, one, other in _paths(step, again)):
-        paths = jax.tree_util.tree_leaves_with_path(rest.combine(objective.params))
-        raise InputError(
-            f"{name} moves {_trees.path_name(paths[min(moved)][0])} together with the params, but it is not optimised. "
-            f"Leave it out of {name}, or let trainable= include it."
-        )
+    for point in _beside(objective.params):  # A start within the set moves nothing.
+        step, again, moved = _run(both, point, *rate)
+        if any(_differs(one, other) for _, one, other in _paths(step, again)):
+            paths = jax.tree_util.tree_leaves_with_path(rest.combine(objective.params))
+            raise InputError(
+                f"{name} moves {_trees.path_name(paths[min(moved)][0])} together with the params, but it is not "
+                f"optimised. Leave it out of {name}, or let trainable= include it."
+            )
 
 
 def _penalty(objective: Objective, prox: Callable) -> Callable[[PyTree], Any] | None:
@@ -358,7 +359,7 @@ def _projected(problem: Problem, step: Callable) -> Problem:
     if not _trees.have_values(*jax.tree.leaves((start, there))):
         return problem  # Within jit, what project returns for a known start is traced, too.
     _check_projected(there)
-    _check_idempotent(step, there)
+    _check_idempotent(step, start)
     _warn_if_moved(start, there)
     return problem
 
@@ -374,6 +375,7 @@ def _check_projected(there: PyTree) -> None:
 
 
 def _warn_if_moved(start: PyTree, there: PyTree) -> None:
+    """Warn if the projection has moved the start."""
     for path, leaf, new in _paths(start, there):
         if _differs(leaf, new):
             warn(
@@ -383,16 +385,26 @@ def _warn_if_moved(start: PyTree, there: PyTree) -> None:
             break
 
 
-def _check_idempotent(step: Callable, there: PyTree) -> None:
-    """Raise InputError if the projection of a point of the set, or of one nearby, is another point."""
-    beside = _run(step, jax.tree.map(_shaken, there))
-    for point in (there, beside):
-        for path, leaf, new in _paths(point, _run(step, point)):
-            if _differs(leaf, new):
+def _check_idempotent(step: Callable, start: PyTree) -> None:
+    """Raise InputError if the projection of the start, or of a point beside it, is moved by another one.
+
+    A projection rounds by the largest entry that it was given, also where the set is far smaller.
+    """
+    for point in _beside(start):
+        size = max(float(np.max(np.abs(_trees.on_host(leaf)), initial=0)) for leaf in jax.tree.leaves(point))
+        there = _run(step, point)
+        for path, leaf, new in _paths(there, _run(step, there)):
+            if _differs(leaf, new, size):
                 raise InputError(
                     f"project moves its own result: {_trees.path_name(path)} changes if it is projected twice. Pass a "
                     "projection, that is, the nearest point of a convex set."
                 )
+
+
+def _beside(params: PyTree) -> list[PyTree]:
+    """Return params, and a point beside them if they are known."""
+    known = _trees.have_values(*jax.tree.leaves(params))
+    return [params, jax.tree.map(_shaken, params)] if known else [params]
 
 
 def _shaken(leaf: jax.Array) -> jax.Array:
@@ -400,12 +412,12 @@ def _shaken(leaf: jax.Array) -> jax.Array:
     return leaf + (chance * np.maximum(np.max(np.abs(_trees.on_host(leaf)), initial=0), 1)).astype(leaf.dtype)
 
 
-def _differs(leaf: jax.Array, new: jax.Array) -> bool:
-    """Tell whether two leaves differ by more than rounding."""
+def _differs(leaf: jax.Array, new: jax.Array, size: float = 0.0) -> bool:
+    """Tell whether two leaves differ by more than rounding; entries as large as ``size`` may have rounded, too."""
     if not _trees.have_values(leaf, new):
         return False
     a, b = _trees.on_host(leaf), _trees.on_host(new)
-    size = max(np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))
+    size = max(size, np.max(np.abs(a), initial=0), np.max(np.abs(b), initial=0))
     return bool(np.max(np.abs(a - b), initial=0) > _MOVES * float(jnp.finfo(leaf.dtype).eps) * size)
 
 
