@@ -467,9 +467,9 @@ def test_a_projection_may_round_by_the_largest_entry(name: str) -> None:
     start = (
         jnp.asarray(np.float32(1e3) * units)
         if name == "from afar"
-        else jnp.asarray(units * np.float32([0.6, 0.1, 0.2]))
+        else jnp.asarray(units * np.array([0.6, 0.1, 0.2], np.float32))
     )
-    parts = lambda x: {"a": x[:1], "b": x[1:]}
+    parts: Any = lambda x: {"a": x[:1], "b": x[1:]}
     loss = lambda p: sum(jnp.sum((p[k] / u - 1) ** 2) for k, u in parts(units).items())
     options: Any = quiet({"project": lambda p: P.projection_l1_ball(p, size)})
     result = gdopt.minimize(loss, parts(start), max_steps=100, **options)

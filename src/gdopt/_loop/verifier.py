@@ -109,26 +109,26 @@ class Verifier(NamedTuple):
     def _walker(self, inputs: Inputs) -> Advance:
         """Return a walk of compiled steps, between which Ctrl-C is seen."""
 
-        def advance(walk: Walk, here: Point, most: Any) -> Walk:
+        def advance(walk: Walk, here: Point) -> Walk:
             own, shared = self.known.maps
             if _WALK not in self.known:
-                made = program.share(self._traced(inputs)._walk, walk, here, most, inputs)
+                made = program.share(self._traced(inputs)._walk, walk, here, walk.most, inputs)
                 (shared if made.closed else own)[_WALK] = made
             number, ends = 0, False
             while not ends:
                 _signals.check()
                 number += _AT_ONCE
-                walk = self.known[_WALK].call(walk, here, np.minimum(most, np.int32(number)), inputs)
+                walk = self.known[_WALK].call(walk, here, np.int32(number), inputs)
                 walk = jax.tree.map(lambda leaf: _trees.on_host(leaf)[()], walk)
-                ends = walk.number < number or number >= most
+                ends = walk.number < number
             return walk
 
         return advance
 
-    def _walk(self, walk: Walk, here: Point, most: Any, inputs: Inputs) -> Walk:
+    def _walk(self, walk: Walk, here: Point, limit: Any, inputs: Inputs) -> Walk:
         tree = self._tree(inputs.start)
         move = lambda xs, rate: self._moved(tree(xs), rate, inputs)
-        return advanced(InTrace, self._probe_of(tree, inputs), move, here, walk, most)
+        return advanced(InTrace, self._probe_of(tree, inputs), move, here, walk, limit)
 
     def _probe_of(self, tree: Callable[[list], PyTree], inputs: Inputs) -> Probe:
         """Return the probe in a trace; ``tree`` makes trees of blocks."""

@@ -52,10 +52,11 @@ class Walk(NamedTuple):
     older: Any  # the gain after between a quarter and half of the steps
     recent: Any  # the same after half of them or more
     doubles: Any  # the step at which they are renewed
+    most: Any  # the most steps
 
 
-# (walk, the given point, the most steps) -> the walk at its end
-Advance = Callable[[Walk, Point, Any], Walk]
+# (walk, the given point) -> the walk at its end
+Advance = Callable[[Walk, Point], Walk]
 
 
 def look(place: Place, probe: Probe, move: Move, here: Point, steps: Any, advance: Advance | None = None) -> Found:
@@ -64,9 +65,8 @@ def look(place: Place, probe: Probe, move: Move, here: Point, steps: Any, advanc
     ``advance`` walks in place of `advanced`.
     """
     np, dtype = place.np, _trees.norm_dtype(here.params)
-    most = np.minimum(_STEPS + steps, _MOST).astype(np.int32)
-    walk = _begun(place, probe, move, here)
-    walk = advanced(place, probe, move, here, walk, most) if advance is None else advance(walk, here, most)
+    walk = _begun(place, probe, move, here)._replace(most=np.minimum(_STEPS + steps, _MOST).astype(np.int32))
+    walk = advanced(place, probe, move, here, walk, walk.most) if advance is None else advance(walk, here)
     since = np.maximum(walk.gain - walk.older, 0)  # Further steps gain about as much.
     walk = place.fold(_LEAPS, lambda _, walk: _leapt(place, probe, move, here, walk), walk)
     left = np.where(np.isfinite(walk.gain), np.maximum(walk.gain, 0) + since, np.inf)
@@ -136,16 +136,21 @@ def _begun(place: Place, probe: Probe, move: Move, here: Point) -> Walk:
     grad = [g + b for g, b in zip(here.grad, bent, strict=True)]
     rise = np.where(np.isfinite(near - penalty), near - penalty, 0).astype(dtype)
     unknown = zero - np.inf
-    return Walk(number, begin, grad, near, rate, (-(fall + rise)).astype(dtype), unknown, unknown, number + np.int32(2))
+    gain = (-(fall + rise)).astype(dtype)
+    return Walk(number, begin, grad, near, rate, gain, unknown, unknown, number + np.int32(2), number)
 
 
-def advanced(place: Place, probe: Probe, move: Move, here: Point, walk: Walk, most: Any) -> Walk:
-    """Return the walk at its end, or after so many steps in all."""
+def advanced(place: Place, probe: Probe, move: Move, here: Point, walk: Walk, limit: Any) -> Walk:
+    """Return the walk at its end, or after so many steps in all.
+
+    A claim is refuted once more was gained than may be left. Then a part of the steps is enough.
+    """
     np, dtype = place.np, _trees.norm_dtype(here.params)
 
     def goes_on(walk: Walk) -> Any:
         least = _ENOUGH * np.maximum(abs(walk.gain), _LEAST * here.allowed.astype(dtype))
-        return (walk.number < most) & ~(walk.gain - walk.older <= least) & np.isfinite(walk.gain)
+        room = walk.number < np.minimum(np.where(walk.gain > here.allowed, _STEPS + walk.most // 4, walk.most), limit)
+        return room & ~(walk.gain - walk.older <= least) & np.isfinite(walk.gain)
 
     def stepped(walk: Walk) -> Walk:
         there, penalty = move(_descended(walk.point, walk.grad, walk.rate), walk.rate)
