@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from typing import Any
 
@@ -363,19 +361,6 @@ def test_it_may_be_called_in_several_threads(solve: Any) -> None:
     assert len(found) == 16
     for key, result in found.items():
         equal(result, expected[key % 6])
-
-
-def test_ctrl_c_ends_a_run_with_its_result() -> None:
-    slow = lambda x: jnp.sum(jax.lax.fori_loop(0, 2000, lambda k, y: y - 1e-9 * jnp.sin(k * y), jnp.cos(x)))
-    solve = gdopt.prepare(slow, jnp.ones(3), learning_rate=1e-7, tol=0, max_steps=10**8)
-    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    try:
-        result = solve()
-    finally:
-        timer.join()
-    assert result.status is Status.INTERRUPTED
-    assert 0 < result.steps < 10**8
 
 
 @pytest.mark.parametrize("kind", [jax.custom_jvp, pytest.param(jax.custom_vjp, marks=pytest.mark.slow)])

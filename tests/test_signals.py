@@ -770,3 +770,16 @@ def test_another_thread_installs_no_handlers_and_all_else_is_the_same(tmp_path: 
     assert here[0] is gdopt.Status.STOPPED
     assert pressed == [True]  # the main thread's, which this run is not in
     assert all(each == {signal.SIGINT: own, signal.SIGTERM: signal.SIG_DFL} for each in seen)
+
+
+def test_ctrl_c_ends_a_prepared_run_with_its_result() -> None:
+    slow = lambda x: jnp.sum(jax.lax.fori_loop(0, 2000, lambda k, y: y - 1e-9 * jnp.sin(k * y), jnp.cos(x)))
+    solve = gdopt.prepare(slow, jnp.ones(3), learning_rate=1e-7, tol=0, max_steps=10**6)
+    timer = threading.Timer(0.5, press)
+    timer.start()
+    try:
+        result = solve()
+    finally:
+        timer.join()
+    assert result.status is gdopt.Status.INTERRUPTED
+    assert 0 < result.steps < 10**6

@@ -349,11 +349,11 @@ def test_an_epoch_places_nothing_and_reads_the_device_once(monkeypatch: pytest.M
         return counts.copy()
 
     monkeypatch.setattr(host_loop._Sizes, "next", lambda sizes: PER_EPOCH)  # whatever the clock says
-    for owner, name in ((_trees.Packed, "tree"), (validation, "on_one_mesh"), (validation._Program, "__call__")):
+    for owner, name in ((_trees.Packed, "_unpacked"), (validation, "on_one_mesh"), (validation._Program, "__call__")):
         counted(owner, name)
     counts_of(1)  # This one may trace the programs.
     more, fewer = counts_of(9), counts_of(4)
-    assert more - fewer == {"tree": 5, "__call__": 5}
+    assert more - fewer == {"_unpacked": 5, "__call__": 5}
 
 
 def test_the_numbers_of_a_run_are_moved_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
