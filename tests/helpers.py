@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
@@ -136,3 +137,18 @@ def walk_on(machine: type[RuleBasedStateMachine], seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         walk(machine, 50, 4)
+
+
+def rule_of_a_computed_value(kind: Any) -> Any:
+    """Return a loss with a derivative rule that closes over a value which the loss computes."""
+
+    def loss(x: Any, data: Any) -> Any:
+        size = 2 * jnp.mean(data)
+        function = kind(lambda y: size * y**2)
+        if kind is jax.custom_jvp:
+            function.defjvp(lambda primals, tangents: (function(*primals), 2 * size * primals[0] * tangents[0]))
+        else:
+            function.defvjp(lambda y: (size * y**2, y), lambda y, g: (2 * size * y * g,))
+        return jnp.sum(function(x - 1))
+
+    return loss

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations, count_traces, some_of
+from helpers import count_compilations, count_traces, rule_of_a_computed_value, some_of
 
 import gdopt
 from gdopt import InputError, Status
@@ -365,15 +365,7 @@ def test_it_may_be_called_in_several_threads(solve: Any) -> None:
 
 @pytest.mark.parametrize("kind", [jax.custom_jvp, pytest.param(jax.custom_vjp, marks=pytest.mark.slow)])
 def test_rules_may_close_over_what_the_loss_computes(kind: Any) -> None:
-    def loss(x: Any, data: Any) -> Any:
-        size = 2 * jnp.mean(data)
-        function = kind(lambda y: size * y**2)
-        if kind is jax.custom_jvp:
-            function.defjvp(lambda primals, tangents: (function(*primals), 2 * size * primals[0] * tangents[0]))
-        else:
-            function.defvjp(lambda y: (size * y**2, y), lambda y, g: (2 * size * y * g,))
-        return jnp.sum(function(x - 1))
-
+    loss = rule_of_a_computed_value(kind)
     options = {"loss": loss, "params": jnp.zeros(3), "args": (jnp.array([0.25, 0.75]),), "learning_rate": 0.1}
     solve = called(options, gdopt.prepare)
     equal(solve(), called(options))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations, some_of
+from helpers import count_compilations, rule_of_a_computed_value, some_of
 from jax.experimental.ode import odeint
 from sklearn.datasets import load_diabetes
 
@@ -328,21 +328,6 @@ def test_constants_of_the_loss_are_not_differentiated() -> None:
     scaled.defvjp(lambda x: (scale * x, None), lambda _, g: (scale * g,))
     minimum = lambda c: gdopt.minimize(lambda x: jnp.sum((scaled(x) - c) ** 2), jnp.zeros(2), tol=1e-6).params
     np.testing.assert_allclose(jax.jacrev(minimum)(jnp.ones(2)), np.diag([1, 0.5]), atol=1e-3)
-
-
-def rule_of_a_computed_value(kind: Any) -> Any:
-    """Return a loss with a derivative rule that closes over a value which the loss computes."""
-
-    def loss(x: Any, data: Any) -> Any:
-        size = 2 * jnp.mean(data)
-        function = kind(lambda y: size * y**2)
-        if kind is jax.custom_jvp:
-            function.defjvp(lambda primals, tangents: (function(*primals), 2 * size * primals[0] * tangents[0]))
-        else:
-            function.defvjp(lambda y: (size * y**2, y), lambda y, g: (2 * size * y * g,))
-        return jnp.sum(function(x - 1))
-
-    return loss
 
 
 @pytest.mark.parametrize("kind", [jax.custom_jvp, jax.custom_vjp], ids=["jvp", "vjp"])

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the loop records, on the host: one entry per evaluation, as in a `History`."""
+    """The records of the loop, on the host: one entry per evaluation, as in a `History`."""
 
     loss: np.ndarray
     grad_norm: np.ndarray

@@ -110,15 +110,12 @@ class Verifier(NamedTuple):
         """Return a walk of compiled steps, between which Ctrl-C is seen."""
 
         def advance(walk: Walk, here: Point) -> Walk:
-            own, shared = self.known.maps
-            if _WALK not in self.known:
-                made = program.share(self._traced(inputs)._walk, walk, here, walk.most, inputs)
-                (shared if made.closed else own)[_WALK] = made
-            number, ends = 0, False
+            made = lambda: program.share(self._traced(inputs)._walk, walk, here, walk.most, inputs)
+            compiled, number, ends = self._remembered(_WALK, made), 0, False
             while not ends:
                 _signals.check()
                 number += _AT_ONCE
-                walk = self.known[_WALK].call(walk, here, np.int32(number), inputs)
+                walk = compiled.call(walk, here, np.int32(number), inputs)
                 walk = jax.tree.map(lambda leaf: _trees.on_host(leaf)[()], walk)
                 ends = walk.number < number
             return walk
@@ -185,11 +182,15 @@ class Verifier(NamedTuple):
 
         Products of the Hessian are ``exact``, or differences of gradients.
         """
+        return self._remembered(exact, lambda: self._programs(state, inputs, exact=exact))
+
+    def _remembered(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what was made under this key, in an earlier call if it depends on nothing of that; made on demand."""
         own, shared = self.known.maps
-        if exact not in self.known:
-            made = self._programs(state, inputs, exact=exact)
-            (shared if made.closed else own)[exact] = made
-        return self.known[exact]
+        if key not in self.known:
+            made = make()
+            (shared if made.closed else own)[key] = made
+        return self.known[key]
 
     def _programs(self, state: State, inputs: Inputs, *, exact: bool) -> Programs:
         traced = self._traced(inputs)

@@ -32,7 +32,7 @@ class Response(NamedTuple):
 
     @property
     def has_momentum(self) -> bool:
-        """Whether the updates of one gradient add up to more than twice the gradient times the rate."""
+        """Tell whether the updates of one gradient add up to more than twice the gradient times the rate."""
         return self.of_constant > _MOMENTUM
 
 

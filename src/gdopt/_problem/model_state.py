@@ -13,7 +13,7 @@ from gdopt._types import PyTree
 
 
 class Stateful(NamedTuple):
-    """What a loss with state returns beside its value."""
+    """The part that a loss with state returns beside its value."""
 
     state: PyTree  # the arrays alone
     aux: PyTree

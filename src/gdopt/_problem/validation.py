@@ -41,7 +41,7 @@ class Validation(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What the message of a run says about its validation."""
+    """The facts about a validation that the message of a run tells."""
 
     step: int | None  # of the lowest validation loss; None if none was finite
     loss: float

@@ -81,7 +81,7 @@ class Verdict(NamedTuple):
 
 
 class Updates(NamedTuple):
-    """What the updates of an optimizer make of a curve."""
+    """The effect of an optimizer's updates on a curve."""
 
     times: float  # the suggestion over the middle of the basin: a training is longer than a range test
     show_edge: bool  # whether the growth of the loss tells the edge of stability

@@ -53,7 +53,7 @@ def at_start(compiled: Compiled, source: InMemory | Streamed, inputs: Inputs) ->
 
 
 class Between(Protocol):
-    """What happens between two chunks of a run."""
+    """The events between two chunks of a run."""
 
     def begin(self, saves: Saves | NoSaves, state: State, records: list[Rows]) -> Status | None:
         """Take up a run, with its rows so far; return what is to end it at once, if anything is."""

@@ -65,7 +65,8 @@ def look(place: Place, probe: Probe, move: Move, here: Point, steps: Any, advanc
     ``advance`` walks in place of `advanced`.
     """
     np, dtype = place.np, _trees.norm_dtype(here.params)
-    walk = _begun(place, probe, move, here)._replace(most=np.minimum(_STEPS + steps, _MOST).astype(np.int32))
+    still, penalty = move(here.params, np.zeros((), dtype))
+    walk = _begun(place, probe, move, here, penalty)._replace(most=np.minimum(_STEPS + steps, _MOST).astype(np.int32))
     walk = advanced(place, probe, move, here, walk, walk.most) if advance is None else advance(walk, here)
     since = np.maximum(walk.gain - walk.older, 0)  # Further steps gain about as much.
     walk = place.fold(_LEAPS, lambda _, walk: _leapt(place, probe, move, here, walk), walk)
@@ -78,7 +79,6 @@ def look(place: Place, probe: Probe, move: Move, here: Point, steps: Any, advanc
     visible = np.maximum(here.allowed, here.rounding)
     left = np.maximum(left.astype(here.loss.dtype), here.loss - best)
     steepest = largest(np, _residual(np, move, here.params, here.grad))
-    still, _ = move(here.params, np.zeros((), dtype))
     moved = largest(np, [x - new for x, new in zip(here.params, still, strict=True)])
     outside = moved > _OUTSIDE * coarsest(here.params) * largest(np, here.params)
     return Found(left, best < here.loss - visible, best, point, steepest, outside)
@@ -120,12 +120,11 @@ def _residual(np: Any, move: Move, params: Blocks, grad: Blocks) -> Blocks:
     return [(x - new) / rate.astype(x.dtype) for x, new in zip(params, there, strict=True)]
 
 
-def _begun(place: Place, probe: Probe, move: Move, here: Point) -> Walk:
-    """Return the walk before its first step."""
+def _begun(place: Place, probe: Probe, move: Move, here: Point, penalty: Any) -> Walk:
+    """Return the walk before its first step, from a point with this penalty."""
     np, dtype = place.np, _trees.norm_dtype(here.params)
     rate = long_rate(np, largest(np, here.params), largest(np, here.grad)).astype(dtype)
     zero, number = np.zeros((), dtype), np.zeros((), np.int32)
-    _, penalty = move(here.params, zero)
     # It begins beside the point, from where a walk leads down a saddle, too.
     share = np.where(np.isfinite(penalty), coarsest(here.params) ** _BESIDE, 0)
     away = [(share * t).astype(t.dtype) * w for t, w in zip(here.typical, chance(place, here.params, 1), strict=True)]
