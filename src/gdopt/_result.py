@@ -53,10 +53,17 @@ class History(NamedTuple):
     ``validation_metrics`` holds the scalars of the aux there by name, such as "accuracy", and ``metrics`` the mean over
     the batches of the epoch before. A nested aux has names such as "top/accuracy". Arrays in the aux are left out.
 
+    With ``record_params=True`` the field ``params`` holds the params of all points: a tree of NumPy arrays like params,
+    in their own units and dtypes, with a leading axis. Entry k belongs to ``loss[k]``. It is a point that the optimizer
+    tried, which need not be the best one, nor an average that is returned. None stands for a leaf that is not
+    optimised. Without it the field is None.
+
     Example:
         >>> import gdopt
         >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25, max_steps=2).history.loss
         array([1.    , 0.25  , 0.0625], dtype=float32)
+        >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25, max_steps=2, record_params=True).history.params
+        array([1.  , 0.5 , 0.25], dtype=float32)
     """
 
     loss: np.ndarray
@@ -66,6 +73,7 @@ class History(NamedTuple):
     metrics: dict[str, np.ndarray] = {}  # noqa: RUF012
     validation_metrics: dict[str, np.ndarray] = {}  # noqa: RUF012
     validation_steps: np.ndarray = _NONE
+    params: PyTree = None
 
     def __eq__(self, other: object) -> bool:
         return _equal(self, other)
