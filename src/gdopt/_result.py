@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gdopt import _jax, _trees
+from gdopt import _html, _jax, _trees
 from gdopt._errors import GdoptError, NotConvergedError
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import Status
@@ -206,12 +206,18 @@ class RangeTest:
 
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
-    def __repr__(self) -> str:
+    def _rows(self) -> dict[str, str]:
         rates = {"suggestion": self.suggestion, **self.suggestions}
         told = {name: "none" if rate is None else _number(rate, ".3g") for name, rate in rates.items()}
         rows = {"status": ends(self.status), "message": self.message, "suggestion": told.pop("suggestion")}
         rows["by rule"] = ", ".join(f"{name} {rate}" for name, rate in told.items())
-        return table("gdopt.RangeTest", rows)
+        return rows
+
+    def __repr__(self) -> str:
+        return table("gdopt.RangeTest", self._rows())
+
+    def _repr_html_(self) -> str:
+        return _html.table("gdopt.RangeTest", self._rows(), self.smoothed_loss, "smoothed loss by rate")
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -377,7 +383,7 @@ class Result:
         message = f"{failed.size} of {np.size(success)} runs ended without success: {ends(failed)}."
         raise NotConvergedError(message, self)
 
-    def __repr__(self) -> str:
+    def _titled_rows(self) -> tuple[str, dict[str, str]]:
         shape = np.shape(self.status)
         rows = {
             "status": ends(self.status),
@@ -390,7 +396,14 @@ class Result:
         if self.aux is not None:
             rows["aux"] = _trees.summary(self.aux)
         many = f" of {' x '.join(map(str, shape))} runs" if shape else ""
-        return table(f"gdopt.Result{many}", rows)
+        return f"gdopt.Result{many}", rows
+
+    def __repr__(self) -> str:
+        return table(*self._titled_rows())
+
+    def _repr_html_(self) -> str:
+        losses = getattr(self.history, "loss", None)
+        return _html.table(*self._titled_rows(), losses, "loss by step")
 
 
 _LOST = "lost in jit, vmap, grad or tree.map, which keep only numbers"
