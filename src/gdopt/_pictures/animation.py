@@ -17,7 +17,7 @@ from gdopt._pictures.landscape import track_of
 from gdopt._pictures.path import draw_contours, map_of
 from gdopt._pictures.valley import draw_curve, scene_of
 from gdopt._result import Result
-from gdopt._types import Loss
+from gdopt._types import Loss, PyTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +36,8 @@ def animate(
     result: Result,
     path: str | os.PathLike[str],
     *,
-    args: tuple = (),
-    directions: tuple | None = None,
+    args: tuple[Any, ...] = (),
+    directions: tuple[PyTree, PyTree] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Write a run as a moving picture: a ball that rolls in the valley of one weight, or across the contours of more.
