@@ -156,11 +156,11 @@ def _write_gif(file: Path, frames: list[Any]) -> None:
 
 
 def _with_few_colors(frames: list[Any]) -> list[Any]:
-    """Return the frames with one palette for all, so that nothing flickers; the colors of the ball are in it."""
+    """Return the frames with one palette for all, so that nothing flickers. It has white and the colors of the ball."""
     from matplotlib.colors import to_rgb
     from PIL import Image
 
-    own = [round(255 * part) for name in (_TRAIL, _BALL) for part in to_rgb(name)]
+    own = [round(255 * part) for name in (_TRAIL, _BALL, "white") for part in to_rgb(name)]
     last = frames[-1].quantize(_COLORS - len(own) // 3)
     palette = Image.new("P", (1, 1))
     palette.putpalette([*(last.getpalette() or []), *own])
