@@ -200,7 +200,8 @@ def minimize(
         patience: the epochs without a new low of the validation loss after which the run stops, with success
             (EARLY_STOPPED). Default None: it does not stop for that.
         callback: called with a `Report` between two compiled chunks. It returns True to stop the run, and None or False
-            to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
+            to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``. In a notebook
+            `gdopt.plot.live` draws the loss.
         callback_every: the steps after which the callback is called, in each run the same, or "epoch" for the end of
             each epoch; and at the end of the run. Each such report costs one evaluation of the loss and its gradient,
             two if the optimizer keeps an average. By default (None) it is called after the first step, then about every
