@@ -41,8 +41,8 @@ result = gdopt.minimize(loss, start, args=(X, y.astype(np.float32)))
 print(result.message)
 
 # %%
-# CONVERGED means that a Newton step from here would gain at most ``tol`` (1e-4) of what the run has gained. For the
-# last digits of the weights pass a smaller ``tol``.
+# ``result.status`` is CONVERGED, which means that a Newton step from here would gain at most ``tol`` (1e-4) of what the
+# run has gained. For the last digits of the weights pass a smaller ``tol``.
 
 model = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(X, y)
 logits = X_test @ np.asarray(result.params["weights"]) + float(result.params["offset"])

@@ -19,9 +19,9 @@ import gdopt
 # The yearly flow at Aswan from 1871 to 1970 in 10^8 m³, after Cobb, "The problem of the Nile", *Biometrika*, 1978.
 
 flow = """1120 1160 963 1210 1160 1160 813 1230 1370 1140 995 935 1110 994 1020 960 1180 799 958 1140 1100 1210 1150
-1250 1260 1220 1030 1100 774 840 874 694 940 833 701 916 692 1020 1050 969 831 726 456 824 702 1120 1100 832 764 821 768 845
-864 862 698 845 744 796 1040 759 781 865 845 944 984 897 822 1010 771 676 649 846 812 742 801 1040 860 874 848 890 744
-749 838 1050 918 986 797 923 975 815 1020 906 901 1170 912 746 919 718 714 740"""
+1250 1260 1220 1030 1100 774 840 874 694 940 833 701 916 692 1020 1050 969 831 726 456 824 702 1120 1100 832 764 821
+768 845 864 862 698 845 744 796 1040 759 781 865 845 944 984 897 822 1010 771 676 649 846 812 742 801 1040 860 874
+848 890 744 749 838 1050 918 986 797 923 975 815 1020 906 901 1170 912 746 919 718 714 740"""
 flow = np.array(flow.split(), float)
 year = 1871.0 + np.arange(len(flow))
 mean, spread = flow.mean(), flow.std()
@@ -48,8 +48,8 @@ with jax.enable_x64(True):
 print(result)
 
 # %%
-# scikit-learn optimises the same function by L-BFGS-B. A marginal likelihood may have several minima, and CONVERGED
-# promises a minimum near the path, not the lowest one. Try other starts if that matters.
+# scikit-learn optimises the same function by L-BFGS-B. A marginal likelihood may have several minima, and the
+# ``result.status`` CONVERGED promises a minimum near the path, not the lowest one. Try other starts if that matters.
 
 kernel = ConstantKernel(1.0) * RBF(1.0) + WhiteKernel(1.0)
 model = GaussianProcessRegressor(kernel).fit(year[:, None], (flow - mean) / spread)
