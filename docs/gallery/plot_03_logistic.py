@@ -42,7 +42,7 @@ print(result.message)
 
 # %%
 # ``result.status`` is CONVERGED, which means that a Newton step from here would gain at most ``tol`` (1e-4) of what the
-# run has gained. For the last digits of the weights pass a smaller ``tol``.
+# second half of the run has gained. For the last digits of the weights pass a smaller ``tol``.
 
 model = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(X, y)
 logits = X_test @ np.asarray(result.params["weights"]) + float(result.params["offset"])
