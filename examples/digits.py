@@ -1,6 +1,7 @@
 """Reads handwritten digits: a small network, trained on shuffled mini-batches with a cyclical learning rate."""
 
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,27 @@ batch_size = 64
 steps_per_epoch = len(X) // batch_size
 rate = gdopt.schedules.triangular2(0.25, 1.0, step_size_up=4 * steps_per_epoch)
 
-result = gdopt.minimize(loss, params, data=(X, y), batch_size=batch_size, epochs=24, learning_rate=rate, progress=True)
+result = gdopt.minimize(
+    loss,
+    params,
+    data=(X, y),
+    batch_size=batch_size,
+    epochs=24,
+    learning_rate=rate,
+    progress=True,
+    record_params=True,
+)
 print(result.message)
 
 accuracy = jnp.mean(predict(result.params, X_test).argmax(axis=1) == y_test)
 print(f"It reads {accuracy:.1%} of the {len(y_test)} held-out digits correctly.")
 
-gdopt.plot.descent(result).savefig("digits.png", dpi=150)
-print("digits.png shows its descent.")
+picture, animation = Path("digits.png").resolve(), Path("digits.gif").resolve()
+gdopt.plot.descent(result).savefig(picture, dpi=150)
+print(f"{picture} shows its descent.")
+# The contours are those of the loss of a few hundred digits, in the plane in which the params moved most.
+gdopt.plot.animate(loss, result, animation, args=((X[:300], y[:300]),))
+print(f"{animation} shows the way of its params.")
 
 if accuracy < 0.95:
     sys.exit("Error: 95 % should be within reach; something is wrong.")

@@ -41,6 +41,20 @@ def triangles():
     return gdopt.minimize(rows_loss, jnp.zeros(3), data=rows(), batch_size=8, epochs=10, learning_rate=schedule)
 
 
+@functools.cache
+def recorded(rate):
+    return gdopt.minimize(square, 1.0, learning_rate=rate, record_params=True)
+
+
+def bowl(x):
+    return jnp.sum(jnp.array([1.0, 10.0]) * (x - 1) ** 2)
+
+
+@functools.cache
+def in_a_bowl(rate=0.09):
+    return gdopt.minimize(bowl, jnp.array([3.0, 2.0]), learning_rate=rate, record_params=True)
+
+
 def after_a_while(rate):
     return lambda step: jnp.where(step < 3, 0.1, rate)
 
@@ -190,6 +204,7 @@ def test_steps_are_whole_numbers():
         assert (ticks == np.round(ticks)).all()
 
 
+MOVED = ("steep", "minimum")  # their marks stand where the curve is steepest and lowest
 TESTS: dict[str, Callable[[], gdopt.RangeTest]] = {
     "blown up": lambda: gdopt.lr_find(rows_loss, jnp.zeros(3), data=rows(), batch_size=8, repeats=3),
     "no suggestion": lambda: gdopt.lr_find(lambda x: 0 * x + 2, 1.0, num_steps=20),
@@ -209,8 +224,11 @@ def test_a_range_test_is_drawn(name):
         np.testing.assert_array_equal(line.get_ydata(), values)
         np.testing.assert_array_equal(line.get_xdata(), test.learning_rate)
     np.testing.assert_array_equal(rate.lines[0].get_ydata(), test.learning_rate)
-    found = [rate for rate in [*test.suggestions.values(), test.suggestion] if rate is not None]
-    assert [float(np.ravel(mark.get_xdata())[0]) for mark in marks] == found
+    found = {name: rate for name, rate in test.suggestions.items() if rate is not None and name not in MOVED}
+    at = {str(mark.get_label()).split(":")[0]: float(np.ravel(mark.get_xdata())[0]) for mark in marks}
+    assert {name: rate for name, rate in at.items() if name not in MOVED} == found | (
+        {} if test.suggestion is None else {"suggestion": test.suggestion}
+    )
     figure.savefig(file := io.BytesIO())
     assert file.getvalue().startswith(b"\x89PNG")
 
@@ -222,6 +240,31 @@ def test_the_blow_up_is_outside_of_the_picture():
     assert low < best
     assert start < high < start + (start - best)
     assert high < np.nanmax(test.losses)
+
+
+def marks_of(test):
+    axes = gdopt.plot.lr_find(test).axes[0]
+    return {str(line.get_label()).split(":")[0]: line for line in axes.lines if line.get_marker() == "o"}
+
+
+@pytest.mark.parametrize("spike", [False, True], ids=["as it is", "a spike in the blow-up"])
+def test_marks_stand_where_the_curve_is_steepest_and_lowest(spike):
+    test = range_test("blown up")
+    rates, smoothed = test.learning_rate, test.smoothed_loss.copy()
+    if spike:  # The blow-up falls back steeply from a spike, where fastai's rule finds its steepest point.
+        smoothed[-6] = smoothed[-7] * 1000
+        wrong = rates[-6]
+        test = dataclasses.replace(test, smoothed_loss=smoothed, suggestions={**test.suggestions, "steep": wrong})
+    marks = marks_of(test)
+    bottom, first = int(np.nanargmin(smoothed)), len(rates) // 10
+    slopes = np.diff(smoothed[: bottom + 1]) / np.diff(np.log(rates[: bottom + 1]))
+    steepest = first + int(np.argmin(slopes[first:]))
+    for name, at in {"steep": steepest, "minimum": bottom}.items():
+        assert np.ravel(marks[name].get_xdata())[0] == rates[at]
+        assert np.ravel(marks[name].get_ydata())[0] == pytest.approx(smoothed[at])
+    assert str(marks["minimum"].get_label()).endswith(f", suggests {test.suggestions['minimum']:.2g}")
+    assert ("suggests" in str(marks["steep"].get_label())) == (test.suggestions["steep"] != rates[steepest])
+    assert spike <= ("suggests" in str(marks["steep"].get_label()))
 
 
 def test_a_schedule_is_drawn_step_by_step():
@@ -242,6 +285,9 @@ def test_a_schedule_is_drawn_step_by_step():
     [
         lambda ax: gdopt.plot.lr_find(range_test("no suggestion"), ax=ax),
         lambda ax: gdopt.plot.schedule(lambda k: 0.1, 9, ax=ax),
+        lambda ax: gdopt.plot.descent(run("converged"), ax=ax),
+        lambda ax: gdopt.plot.valley(square, recorded(0.1), ax=ax),
+        lambda ax: gdopt.plot.path(bowl, in_a_bowl(), ax=ax),
     ],
 )
 def test_it_draws_into_given_axes(draw):
@@ -255,9 +301,10 @@ def test_it_draws_into_given_axes(draw):
     assert not axes[1].lines
 
 
-def test_it_needs_no_pyplot(monkeypatch):
+def test_it_needs_no_pyplot(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert picture(run("converged"))
+    gdopt.plot.animate(square, recorded(0.1), tmp_path / "ball.gif")
 
 
 def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch):
@@ -275,3 +322,120 @@ def test_a_result_that_went_through_a_jit_is_drawn_as_before() -> None:
     titles = [figure.axes[0].get_title() for figure in figures]
     assert titles[0] == titles[1]
     assert titles[0].startswith("CONVERGED after ")
+
+
+# ----------------------------------------------------------------------------------------------- rejected trials
+
+
+def rosenbrock(x):
+    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+def powers(x):
+    return jnp.sum(jnp.array([1.0, 100.0, 1e4]) * (x - 1) ** 2) + jnp.sum(x**4)
+
+
+def steep_walls(x):
+    return jnp.sum(jnp.cosh(3 * x)) - jnp.sum(jnp.log(x + 1.5))
+
+
+SEARCHES = [
+    (optimizer, loss, start)
+    for optimizer in (gdopt.quasi_newton(), gdopt.quasi_newton(memory=0), gdopt.spectral())
+    for loss, start in [(rosenbrock, [-1.2, 1.0]), (powers, [3.0, -2.0, 5.0]), (steep_walls, [-1.0, 1.0])]
+]
+
+
+@pytest.mark.parametrize(("optimizer", "loss", "start"), SEARCHES)
+def test_rings_mark_the_trials_that_the_optimizer_took_back(optimizer, loss, start):
+    result = gdopt.minimize(loss, jnp.array(start), optimizer=optimizer, max_steps=60)
+    axes = gdopt.plot.descent(result).axes[0]
+    rings = [line for line in axes.lines if line.get_label() == "rejected trial"]
+    marked = [int(step) for line in rings for step in np.asarray(line.get_xdata())]
+
+    x, state, truth = jnp.array(start), optimizer.init(jnp.array(start)), []
+    step = jax.jit(
+        lambda x, state: (lambda value, grad: (value, *optimizer.update(grad, state, x, value=value)))(
+            *jax.value_and_grad(loss)(x)
+        )
+    )
+    for k in range(result.steps):
+        value, updates, state = step(x, state)
+        if not np.isclose(value, result.history.loss[k], rtol=1e-3):  # Rounding has led elsewhere.
+            break
+        if state.rejected > 0 and np.isfinite(value):
+            truth.append(k)
+        x = optax.apply_updates(x, updates)
+    assert k > 5
+    assert truth == [step for step in marked if step < k]
+
+
+def test_some_trials_are_rejected_and_marked():
+    result = gdopt.minimize(rosenbrock, jnp.array([-1.2, 1.0]))
+    axes = gdopt.plot.descent(result).axes[0]
+    (ring,) = [line for line in axes.lines if line.get_label() == "rejected trial"]
+    steps = np.asarray(ring.get_xdata())
+    assert len(steps) > 3
+    np.testing.assert_array_equal(ring.get_ydata(), result.history.loss[steps])
+
+
+def test_optimizers_that_accept_every_point_have_no_rings():
+    figure = gdopt.plot.descent({"high": recorded(0.9), "diverged": recorded(1.1)})
+    assert [line for line in figure.axes[0].lines if line.get_marker() == "o"] == []
+
+
+def test_a_run_whose_rates_are_not_known_has_no_crosses_beside_one_with_rates():
+    figure = gdopt.plot.descent([run("unknown rate"), run("converged")])
+    assert len(figure.axes) == 3
+    assert [line for axes in figure.axes for line in axes.lines if line.get_marker() == "x"] == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_descent_draws_into_as_many_panels_as_there_are_axes(count):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    rows: Any = figure.subplots(1, count, squeeze=False)[0]
+    assert gdopt.plot.descent(run("converged"), ax=rows if count > 1 else rows[0]) is figure
+    assert [axes.get_ylabel() for axes in rows] == PANELS[:count]
+    assert [axes.get_xlabel() for axes in rows][-1] == "step"
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [
+        (
+            "converged",
+            4,
+            "ax holds 4 axes, but the picture has 3 panels: loss, gradient norm, learning rate. Pass 1",
+        ),
+        ("unknown rate", 3, r"has 2 panels: loss, gradient norm \(the learning rate is not known\). Pass 1 to 2 axes"),
+        ("converged", 0, "ax holds 0 axes"),
+    ],
+)
+def test_too_many_axes_are_an_error(name, count, message):
+    from matplotlib.figure import Figure
+
+    axes = [Figure().subplots() for _ in range(count)]
+    with pytest.raises(gdopt.InputError, match=message):
+        gdopt.plot.descent(run(name), ax=axes)
+
+
+@pytest.mark.parametrize("ax", ["axes", [1.0]])
+def test_what_is_no_axes_is_an_error(ax):
+    with pytest.raises(gdopt.InputError, match="is no Axes of matplotlib"):
+        gdopt.plot.descent(run("converged"), ax=cast(Any, ax))
+    if isinstance(ax, str):
+        with pytest.raises(gdopt.InputError, match="ax='axes' is no Axes"):
+            gdopt.plot.schedule(lambda k: 0.1, 3, ax=cast(Any, ax))
+
+
+# ------------------------------------------------------------------------------------------------------- notebooks
+
+
+def test_a_figure_can_be_pickled_with_its_picture():
+    import pickle
+
+    figure = gdopt.plot.schedule(lambda k: 0.1, 9)
+    again = pickle.loads(pickle.dumps(figure))
+    assert again._repr_png_().startswith(b"\x89PNG")

@@ -17,7 +17,7 @@ from gdopt._checks import check_flags
 from gdopt._compile import program
 from gdopt._devices.current import on_auto_axes
 from gdopt._devices.processes import check_joined, joined
-from gdopt._loop import loop
+from gdopt._loop import loop, recorded
 from gdopt._loop.state import Compiled, Inputs, Whole
 from gdopt._optimizers.distance import distance_adamw, distance_gd
 from gdopt._optimizers.factory import check_optimizer, is_transformation
@@ -74,6 +74,7 @@ def minimize(
     state: PyTree = None,
     optimizer_state: PyTree = None,
     keep_best: bool = True,
+    record_params: bool = False,
     validation: PyTree = None,
     validation_loss: Loss | None = None,
     patience: int | None = None,
@@ -183,6 +184,9 @@ def minimize(
             it. With False the last point is returned, be it good or not, and the run needs less memory: one copy of
             params less, and on a CPU another that XLA makes for its sake. Not if the rate is found at each step,
             because the last point is then a trial.
+        record_params: keep the params of every step: see ``History.params``. It is for small params, which
+            `gdopt.plot` draws: more than 1 GiB for all steps is an error. The run is the same to the last bit. Not
+            inside ``jit``, ``vmap`` or ``grad``, and not with a checkpoint, which does not hold them.
         validation: data that the run does not learn from, of the structure of a batch: arrays with any number of rows,
             or a stream that can be read again. At the end of each epoch one compiled program evaluates their mean loss,
             without a gradient, in parts of at most 1024 rows (or ``batch_size``, if that is more). The losses are in
@@ -273,6 +277,7 @@ class Call(NamedTuple):
     limits: Limits
     has_steps: bool  # whether the caller gave max_steps or epochs
     keep_best: bool
+    record_params: bool
     validation: Validation | None
     callback: Callable[[Report], Any] | None
     callback_every: int | str | None
@@ -284,7 +289,8 @@ class Call(NamedTuple):
         """Return the compiled loop for data of these shapes, with its inputs."""
         key, some = self.problem.key if self.problem.noisy else None, self.problem._replace(data=data)
         metrics = self.problem.objective.has_aux and self.validation is not None
-        return loop.compile(some, method, self.limits, key, keep_best=self.keep_best, metrics=metrics)
+        record = {"metrics": metrics, "params": self.record_params}
+        return loop.compile(some, method, self.limits, key, keep_best=self.keep_best, **record)
 
 
 class Ready(NamedTuple):
@@ -323,6 +329,7 @@ def check_call(
     state: Any,
     optimizer_state: Any,
     keep_best: Any,
+    record_params: Any,
     validation: Any = None,
     validation_loss: Any = None,
     patience: Any = None,
@@ -335,7 +342,8 @@ def check_call(
     """Check all arguments; raise InputError, before anything is compiled, for those that cannot be used."""
     check_optimizer(optimizer, searched=is_auto(learning_rate))
     every = check_callback(callback, callback_every, data)
-    check_flags(has_aux=has_aux, with_key=with_key, keep_best=keep_best, progress=progress, throw=throw)
+    flags = {"keep_best": keep_best, "record_params": record_params, "progress": progress, "throw": throw}
+    check_flags(has_aux=has_aux, with_key=with_key, **flags)
     objective = make_objective(loss, params, has_aux=has_aux, trainable=trainable)
     batches = {"data": data, "batch_size": batch_size}
     states = {"state": state, "optimizer_state": optimizer_state}
@@ -343,6 +351,8 @@ def check_call(
     steps = check_steps(max_steps, epochs, problem)
     noisy = problem.noisy
     limits = Limits(steps.most, check_tol(tol, noisy), check_grad_tol(grad_tol, noisy), check_target(target))
+    if record_params:
+        recorded.check(objective.params, steps, checkpoint)
     check_rate(optimizer, learning_rate)
     validated = check_validation(validation, validation_loss, patience, problem)
     check_loss(validated, problem)
@@ -351,14 +361,15 @@ def check_call(
     asked = {"learning_rate": learning_rate, "optimizer": optimizer, "limits": (*steps, *limits)}
     asked |= {"patience": patience, "callback_every": every}
     given = {name: value is not None for name, value in options.items()}
-    loop.check_alike(problem, **asked, **given, keep_best=keep_best)
+    loop.check_alike(problem, **asked, **given, keep_best=keep_best, record_params=record_params)
     if checkpoint is not None and loop.is_inside(problem):
         refuse_host_visits(checkpoint=checkpoint)
     has_steps = max_steps is not None or epochs is not None
     chosen = optimizer, learning_rate
-    refused = {**options, "progress": progress, "throw": throw, "data": None if problem.stream is None else data}
+    refused = {**options, "record_params": record_params, "progress": progress, "throw": throw}
+    refused |= {"data": None if problem.stream is None else data}
     watched = validated, callback, every, progress, checkpoint
-    return Call(problem, *chosen, steps, limits, has_steps, keep_best, *watched, refused)
+    return Call(problem, *chosen, steps, limits, has_steps, keep_best, bool(record_params), *watched, refused)
 
 
 def tried(call: Call, began: float, before: Saves | NoSaves | None = None) -> Result:

@@ -147,6 +147,7 @@ def prepare(
     state: PyTree = None,
     optimizer_state: PyTree = None,
     keep_best: bool = True,
+    record_params: bool = False,
     **others: Any,
 ) -> Prepared:
     """Check, trace and compile a call of `minimize` once, for many runs with other numbers.
@@ -163,10 +164,10 @@ def prepare(
 
     Args:
         loss, params, args, data, batch_size, optimizer, learning_rate, max_steps, epochs, tol, grad_tol, target,
-            has_aux, with_key, key, trainable, bounds, project, prox, scale, state, optimizer_state, keep_best: as for
-            `minimize`, with the same defaults. Shapes and dtypes are fixed here, numbers may change in each run. Data
-            have to be arrays. Mini-batches, keys and states need a learning_rate or a ready optimizer
-            (``optax.adam(1e-3)``), because "auto" would look for rates anew in each run.
+            has_aux, with_key, key, trainable, bounds, project, prox, scale, state, optimizer_state, keep_best,
+            record_params: as for `minimize`, with the same defaults. Shapes and dtypes are fixed here, numbers may
+            change in each run. Data have to be arrays. Mini-batches, keys and states need a learning_rate or a ready
+            optimizer (``optax.adam(1e-3)``), because "auto" would look for rates anew in each run.
         others: none. The remaining arguments of `minimize` are for long runs: a callback, a progress bar, a checkpoint,
             validation. Call `minimize` for these. In place of ``throw=True`` call `Result.raise_for_status`.
 

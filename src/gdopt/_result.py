@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gdopt import _jax, _trees
+from gdopt import _html, _jax, _trees
 from gdopt._errors import GdoptError, NotConvergedError
 from gdopt._settings import as_own_work, own_work
 from gdopt._status import Status
@@ -53,10 +53,17 @@ class History(NamedTuple):
     ``validation_metrics`` holds the scalars of the aux there by name, such as "accuracy", and ``metrics`` the mean over
     the batches of the epoch before. A nested aux has names such as "top/accuracy". Arrays in the aux are left out.
 
+    With ``record_params=True`` the field ``params`` holds the params of all points: a tree of NumPy arrays like params,
+    in their own units and dtypes, with a leading axis. Entry k belongs to ``loss[k]``. It is a point that the optimizer
+    tried, which need not be the best one, nor an average that is returned. None stands for a leaf that is not
+    optimised. Without it the field is None.
+
     Example:
         >>> import gdopt
         >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25, max_steps=2).history.loss
         array([1.    , 0.25  , 0.0625], dtype=float32)
+        >>> gdopt.minimize(lambda x: x**2, 1.0, learning_rate=0.25, max_steps=2, record_params=True).history.params
+        array([1.  , 0.5 , 0.25], dtype=float32)
     """
 
     loss: np.ndarray
@@ -66,6 +73,7 @@ class History(NamedTuple):
     metrics: dict[str, np.ndarray] = {}  # noqa: RUF012
     validation_metrics: dict[str, np.ndarray] = {}  # noqa: RUF012
     validation_steps: np.ndarray = _NONE
+    params: PyTree = None
 
     def __eq__(self, other: object) -> bool:
         return _equal(self, other)
@@ -198,12 +206,18 @@ class RangeTest:
 
     __array_ufunc__ = None  # Otherwise NumPy would compare each entry of an array with it.
 
-    def __repr__(self) -> str:
+    def _rows(self) -> dict[str, str]:
         rates = {"suggestion": self.suggestion, **self.suggestions}
         told = {name: "none" if rate is None else _number(rate, ".3g") for name, rate in rates.items()}
         rows = {"status": ends(self.status), "message": self.message, "suggestion": told.pop("suggestion")}
         rows["by rule"] = ", ".join(f"{name} {rate}" for name, rate in told.items())
-        return table("gdopt.RangeTest", rows)
+        return rows
+
+    def __repr__(self) -> str:
+        return table("gdopt.RangeTest", self._rows())
+
+    def _repr_html_(self) -> str:
+        return _html.table("gdopt.RangeTest", self._rows(), self.smoothed_loss, "smoothed loss by rate")
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -369,7 +383,7 @@ class Result:
         message = f"{failed.size} of {np.size(success)} runs ended without success: {ends(failed)}."
         raise NotConvergedError(message, self)
 
-    def __repr__(self) -> str:
+    def _titled_rows(self) -> tuple[str, dict[str, str]]:
         shape = np.shape(self.status)
         rows = {
             "status": ends(self.status),
@@ -382,7 +396,14 @@ class Result:
         if self.aux is not None:
             rows["aux"] = _trees.summary(self.aux)
         many = f" of {' x '.join(map(str, shape))} runs" if shape else ""
-        return table(f"gdopt.Result{many}", rows)
+        return f"gdopt.Result{many}", rows
+
+    def __repr__(self) -> str:
+        return table(*self._titled_rows())
+
+    def _repr_html_(self) -> str:
+        losses = getattr(self.history, "loss", None)
+        return _html.table(*self._titled_rows(), losses, "loss by step")
 
 
 _LOST = "lost in jit, vmap, grad or tree.map, which keep only numbers"

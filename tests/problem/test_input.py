@@ -87,6 +87,19 @@ class Once:
 
 
 BAD = {
+    "record_params no bool": ({"record_params": "yes"}, "record_params='yes' is not a bool"),
+    "record too large": (
+        {"params": np.zeros(100_000, np.float32), "max_steps": None, "record_params": True},
+        r"record_params=True would take 3.73 GiB for 10000 steps of 100000 numbers.*Lower max_steps",
+    ),
+    "record with a checkpoint": (
+        {"record_params": True, "checkpoint": "run"},
+        "checkpoint='run' was given with record_params=True.*Leave one of them out",
+    ),
+    "record of unknown length": (
+        {**BATCHES, "data": lambda: iter([(X, y)]), "max_steps": None, "epochs": 2, "record_params": True},
+        "record_params=True was given for a stream of unknown length.*Pass max_steps=",
+    ),
     "loss no function": ({"loss": 3}, "loss=3 is not a function"),
     "no loss": ({"loss": None}, "loss=None is not a function. Pass one that is called as loss"),
     "integer leaf": (

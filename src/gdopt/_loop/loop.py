@@ -20,6 +20,7 @@ from gdopt._devices.current import callers_mesh
 from gdopt._devices.processes import Alone, comparable, peers
 from gdopt._devices.sharding import CLOSED_OVER, Layout, anywhere, explicit_mesh, mapped_mesh, on_one_mesh
 from gdopt._errors import InputError
+from gdopt._loop import recorded
 from gdopt._loop.implicit import differentiable
 from gdopt._loop.region import Region, region_of
 from gdopt._loop.state import Compiled, Inputs, Settings, Whole
@@ -72,8 +73,9 @@ def _compile(
     trial: bool = False,
     keep_best: bool = True,
     metrics: bool = False,
+    params: bool = False,
 ) -> tuple[Compiled | Whole, Inputs]:
-    """Compile the loop of a problem; with ``metrics`` it records the scalars of the aux.
+    """Compile the loop of a problem; with ``metrics`` it records the scalars of the aux, with ``params`` these.
 
     If jit, vmap or grad traces any of the inputs, it traces all of the loop.
 
@@ -102,7 +104,7 @@ def _compile(
     if inside:
         _check_mapped(inputs.start, value)
     tests_gradient = limits.grad_tol is not None
-    flags = problem.with_key, keep_best, tests_gradient, metrics, inside
+    flags = problem.with_key, keep_best, tests_gradient, metrics, params, inside
     settings = Settings(noisy, problem.batches, *flags, None if inside else layout)
     options = method.identity, schedule.identity if schedule else (), settings, inside and limits.has_target
     options = options if region is None else (*options, *region.identities)
@@ -280,13 +282,20 @@ def _make(
         many_runs = inputs.key is not None and inputs.key.ndim
         start, steps = side_by_side(step.start, step) if many_runs else (step.start, step)
         everywhere = settings.layout.everywhere if settings.layout else lambda tree: tree
-        first = program.share(first_carry(start, everywhere, metrics=settings.metrics), inputs)
+        first = program.share(first_carry(start, everywhere, metrics=settings.metrics, params=settings.params), inputs)
         many = program.share(
-            chunk_loop(steps, everywhere), first.out, np.int32(0), np.int32(0), inputs, donate_first=True
+            chunk_loop(steps, everywhere, params=settings.params),
+            first.out,
+            np.int32(0),
+            np.int32(0),
+            inputs,
+            donate_first=True,
         )
         if not program.is_traced(first.constants, many.constants):
             closed = first.closed and many.closed and not step.asks_again
-            return Compiled(as_own_work(first.call), as_own_work(many.call), first.out, eps, [], {}), closed
+            width = recorded.width(inputs.start) if settings.params else 0
+            calls = as_own_work(first.call), as_own_work(many.call)
+            return Compiled(*calls, first.out, eps, width, [], {}), closed
         if many_runs:
             raise InputError(_TRIAL_INSIDE)
         settings = settings._replace(inside=True)  # An optimizer closes over traced values.

@@ -49,6 +49,7 @@ class Rows(NamedTuple):
     grad_norm: np.ndarray
     learning_rate: np.ndarray
     metrics: np.ndarray  # a column for each scalar of the aux, if they are recorded; otherwise none
+    params: np.ndarray = np.zeros(0)  # a column for each number of the params, if they are recorded
 
 
 class Kept(NamedTuple):
@@ -110,6 +111,7 @@ class Compiled(NamedTuple):
     chunk: Callable[[Carry, Any, Any, Inputs], tuple[Carry, jax.Array]]
     carry: PyTree  # the shapes of the carry
     eps: float  # of the dtype in which the loss is computed
+    width: int  # the numbers of the params in each row of the history; 0 if they are not recorded
     pace: list[float]  # the seconds of a step in the last run, if there was one
     probes: dict[bool, Programs]  # the programs that verify a claim, once there was one: see `Verifier.programs`
     # The check of a claim at the end of a run; None for a noisy loss.
@@ -136,6 +138,7 @@ class Settings(NamedTuple):
     keep_best: bool
     tests_gradient: bool  # whether the largest entry of the gradient is tested
     metrics: bool  # whether the scalars of the aux are recorded
+    params: bool  # whether the params of each step are recorded
     inside: bool  # whether the run is inside jit, vmap or grad
     layout: Layout | None = None  # the placement on many devices
 

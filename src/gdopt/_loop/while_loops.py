@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gdopt import _stopping, _trees
+from gdopt._loop import recorded
 from gdopt._loop.state import Carry, Inputs, Outcome, Settings, State, returned_model, returned_params
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
@@ -19,17 +20,24 @@ from gdopt._status import RUNNING
 from gdopt._trees import Packed
 
 CAPACITY = 4096  # the rows of the history for which a carry has room
+_MOST = 2**20  # the most numbers in these rows, if they hold the params
 _COLUMNS = 3  # the loss, the norm of its gradient, and the rate
 
 
-def first_carry(start: Callable[[Inputs], State], everywhere: Callable, *, metrics: bool) -> Callable[[Inputs], Carry]:
+def first_carry(
+    start: Callable[[Inputs], State], everywhere: Callable, *, metrics: bool, params: bool
+) -> Callable[[Inputs], Carry]:
     """Give ``start`` room for the first rows of the history; what the host reads is copied ``everywhere``."""
 
     def first(inputs: Inputs) -> Carry:
         state = start(inputs)
         dtype = jnp.result_type(state.kept.loss, state.kept.grad_norm, float)
         columns = _COLUMNS + (len(metrics_in(state.kept.aux)) if metrics else 0)
-        records = jnp.zeros((CAPACITY, *state.code.shape, columns), dtype)
+        rows = CAPACITY
+        if params:
+            columns += recorded.width(state.params)
+            rows = max(min(rows, _MOST // columns), 1)
+        records = jnp.zeros((rows, *state.code.shape, columns), dtype)
         return _read_by_host((_trees.pack(state), records), everywhere)
 
     return first
@@ -39,15 +47,17 @@ def _read_by_host(carry: Carry, everywhere: Callable) -> Carry:
     return dataclasses.replace(carry[0], vectors=everywhere(carry[0].vectors)), everywhere(carry[1])
 
 
-def chunk_loop(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere: Callable) -> Callable:
-    """Make one ``while_loop`` of many steps, up to a limit or the end."""
+def chunk_loop(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere: Callable, *, params: bool) -> Callable:
+    """Make one ``while_loop`` of many steps, up to a limit or the end; with ``params`` the rows hold these, too."""
 
     def chunk(carry: Carry, first: jax.Array, limit: jax.Array, inputs: Inputs) -> tuple[Carry, jax.Array]:
         def body(carry: Carry) -> Carry:
             state, records = carry[0].tree(), carry[1]
             at = state.step - first
-            state, record = step(state, inputs)
+            before, (state, record) = state, step(state, inputs)
             row = jnp.stack([entry.astype(records.dtype) for entry in record], axis=-1)
+            if params:
+                row = jnp.concatenate([row, recorded.row(before.params, records.dtype)])
             return _trees.pack(state), lax.dynamic_update_index_in_dim(records, row, at, 0)
 
         def goes_on(carry: Carry) -> jax.Array:

@@ -49,6 +49,9 @@ class QuasiNewtonState(NamedTuple):
 
     name, next = "quasi_newton", lambda *given: _next(*given)
     params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
+    average = property(
+        lambda state: _AVERAGE if state.pairs else 0.0, doc="The weight of the past in the average of accepted losses."
+    )
 
 
 def quasi_newton(memory: int = PAIRS) -> optax.GradientTransformationExtraArgs:
@@ -158,7 +161,7 @@ def _next(
 ) -> tuple[PyTree, QuasiNewtonState]:
     box = _box_of(within)
     last = state.trials
-    point = trials.follow(last, verdict, here, grad, value, _AVERAGE if state.pairs else 0)
+    point = trials.follow(last, verdict, here, grad, value, state.average)
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
     new = _keep_pairs(_learn(state, pair), state, learns, pair)

@@ -80,6 +80,7 @@ class SpectralState(NamedTuple):
 
     name, next = "spectral", lambda *given: _next(*given)
     params, grad, value, rejected = PARAMS, GRAD, VALUE, REJECTED
+    average = property(lambda _: _MEMORY, doc="The weight of the past in the average of accepted losses.")
 
 
 _MEMORY = 0.95  # Zhang and Hager's eta: 0 compares with the last loss, 1 with the mean of all

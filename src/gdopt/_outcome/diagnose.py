@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdopt import _error_notes, _jax, _trees
+from gdopt import _error_notes, _html, _jax, _trees
 from gdopt._compile import replays
 from gdopt._compile.program import value_and_grad
 from gdopt._devices.current import on_auto_axes
@@ -65,11 +65,17 @@ class Diagnosis:
     def __hash__(self) -> int:
         return hash((self.step, self.leaves, self.primitive, self.place))  # The rate may be NaN.
 
-    def __repr__(self) -> str:
+    def _rows(self) -> dict[str, str]:
         rate = "none" if self.learning_rate is None else f"{self.learning_rate:.3g}"
         rows = {"step": f"{self.step}", "learning_rate": rate, "leaves": ", ".join(self.leaves) or "none"}
         rows |= {"primitive": self.primitive or "none", "place": self.place or "none", "message": self.message}
-        return table("gdopt.Diagnosis", rows)
+        return rows
+
+    def __repr__(self) -> str:
+        return table("gdopt.Diagnosis", self._rows())
+
+    def _repr_html_(self) -> str:
+        return _html.table("gdopt.Diagnosis", self._rows())
 
 
 class Evidence(NamedTuple):

@@ -15,11 +15,12 @@ from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._checks import number
 from gdopt._devices.current import callers_code, for_caller
 from gdopt._errors import InputError
+from gdopt._loop import recorded
 from gdopt._loop.state import Carry, Rows, State, is_running, params_to_return
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
 from gdopt._problem.problem import Problem
-from gdopt._result import Report, Result
+from gdopt._result import History, Report, Result
 from gdopt._run.sources import InMemory, Streamed
 from gdopt._run.validation import NoValidation, Validator
 from gdopt._settings import as_own_work, own_promotion, own_work
@@ -97,6 +98,11 @@ class Watcher:
             return
         known = rows.learning_rate[~np.isnan(rows.learning_rate)]
         self._rate = float(known[-1]) if known.size else self._rate
+
+    def history(self, rows: Rows, width: int) -> History:
+        """Return the history of a run; with a ``width`` its rows hold the params."""
+        history = self.validator.history(rows)
+        return history._replace(params=recorded.params_of(rows.params, self._task.objective)) if width else history
 
     def _is_due(self, step: int, ended: bool) -> bool:
         if self._every is None:

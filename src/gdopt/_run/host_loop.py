@@ -15,7 +15,6 @@ from gdopt import _error_notes, _signals, _trees
 from gdopt._checkpoint.resume import NoSaves, Saves
 from gdopt._devices.processes import peers
 from gdopt._devices.sharding import put_like
-from gdopt._loop import while_loops
 from gdopt._loop.state import Carry, Compiled, Inputs, Rows, State, is_running, joined_rows
 from gdopt._optimizers.optax_state import evaluation_params
 from gdopt._problem.limits import LAST_STEP
@@ -49,7 +48,7 @@ def at_start(compiled: Compiled, source: InMemory | Streamed, inputs: Inputs) ->
     inputs = inputs._replace(limits=inputs.limits._replace(max_steps=0))
     carry = source.evaluate(begin(compiled, inputs), inputs, 0)
     state = carry[0].tree()
-    return source.last_inputs(inputs), state, History(*_rows(carry, 1)[:3]), Status(int(state.code))
+    return source.last_inputs(inputs), state, History(*_rows(carry, 1, compiled.width)[:3]), Status(int(state.code))
 
 
 class Between(Protocol):
@@ -101,7 +100,7 @@ def advance(
     if not running:  # The saved run is complete.
         return carry, joined_rows(records), None
     source.begin()
-    sizes, ready = _Sizes(compiled.pace), _ready(inputs)
+    sizes, ready = _Sizes(compiled.pace, compiled.carry[1].shape[0]), _ready(inputs)
     look = functools.partial(_look, source, ready)
     while running and step != until:
         limit = min(step + sizes.next(), between.end(step), until)
@@ -128,7 +127,7 @@ def advance(
             state = carry[0].tree()
         running, reached = is_running(state), int(state.step)
         count = reached - step + (not running)
-        records.append(_rows(carry, count))
+        records.append(_rows(carry, count, compiled.width))
         if count:
             sizes.measure(count, seconds)
             step = reached
@@ -166,7 +165,8 @@ class _Sizes:
     looks only as far ahead as it has looked back.
     """
 
-    def __init__(self, pace: list[float]):
+    def __init__(self, pace: list[float], capacity: int):
+        self._capacity = capacity  # the rows for which a carry has room
         self._pace, self._known = pace, pace[0] if pace else 0.0  # the seconds of a step in the last run
         self._made = 0
         self._seconds = 0.0  # of a step in the chunk before
@@ -179,7 +179,7 @@ class _Sizes:
         size, seconds = self._most, _CHUNK_SECONDS * (_PATIENCE if peers().several else 1)
         if self._estimate:
             size = min(size, int(seconds / self._estimate))
-        return min(max(size, 1), while_loops.CAPACITY)
+        return min(max(size, 1), self._capacity)
 
     def measure(self, count: int, seconds: float) -> None:
         """Take in how long a chunk took."""
@@ -202,11 +202,13 @@ def _cause(stop: Status | None, leave: bool, why: str) -> Status | None:
     return stop or (Status.DATA_EXHAUSTED if why else None)
 
 
-def _rows(carry: Carry, count: int) -> Rows:
-    """Return the first rows that the carry holds."""
+def _rows(carry: Carry, count: int, width: int) -> Rows:
+    """Return the first rows that the carry holds; the last ``width`` numbers of each are params."""
     rows = _trees.on_host(carry[1])[:count]
     columns = rows.transpose(-1, *range(rows.ndim - 1))[:3]
-    return Rows(*np.array(columns), metrics=np.array(rows[..., 3:]))
+    if not width:
+        return Rows(*np.array(columns), metrics=np.array(rows[..., 3:]))
+    return Rows(*np.array(columns), metrics=np.array(rows[:, 3:-width]), params=np.array(rows[:, -width:]))
 
 
 def run(
@@ -233,7 +235,7 @@ def run(
         best, state = validator.best, carry[0].tree()
         if best is not None:
             state = _at_best(source, inputs, carry, best, rows, failed=status in FAILURES)
-    return compiled_at, state, validator.history(rows), status
+    return compiled_at, state, watcher.history(rows, compiled.width), status
 
 
 def _evaluated(source: InMemory | Streamed, inputs: Inputs, carry: Carry, **changes: Any) -> Carry:

@@ -51,6 +51,9 @@ class _Bar:
         with self._while_writable():
             if self._bar is not None:
                 self._bar.total = self._bar.n
+                widget = getattr(self._bar, "container", None)
+                if widget is not None:  # In a notebook, the bar is a widget with a length of its own.
+                    widget.children[1].max = max(self._bar.n, 1)
                 self._bar.refresh()
 
     def close(self) -> None:

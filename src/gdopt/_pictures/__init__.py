@@ -1,0 +1,1 @@
+"""The pictures of `gdopt.plot`, one module for each kind."""
