@@ -34,12 +34,12 @@ exclude_patterns = [
     "gallery",
     "jupyter_execute",
     "auto_gallery/**.ipynb",
+    "sg_execution_times.rst",
     "**/sg_execution_times.rst",
     "**.ipynb_checkpoints",
 ]
 templates_path = ["_templates"]
 nitpicky = True
-suppress_warnings = ["config.cache"]  # the settings of the gallery hold functions
 
 # Pages are Markdown. tests/test_docs.py runs their blocks, so the build shows them as they are; it executes notebooks.
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
@@ -79,6 +79,7 @@ sphinx_gallery_conf = {
     "min_reported_time": 5,
     "remove_config_comments": True,
     "show_memory": False,
+    "parallel": 2,
 }
 
 html_theme = "sphinx_book_theme"

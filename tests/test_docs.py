@@ -20,12 +20,15 @@ from typing import NamedTuple
 import jax
 import pytest
 
+import gdopt
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 FENCE = re.compile(
-    r"^(?P<indent>[ ]*)(?P<fence>`{3,})(?P<language>\w*)(?: needs=(?P<needs>\w+))?[^`\n]*\n(?P<body>.*?)^(?P=indent)(?P=fence)[ \t]*$",
+    r"^(?P<indent>[ ]*)(?P<fence>`{3,})(?P<language>\w*)(?: needs=(?P<needs>\w+))?[^`\n]*\n"
+    r"(?P<body>.*?)^(?P=indent)(?P=fence)[ \t]*$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -100,6 +103,16 @@ def test_example(example: Path, tmp_path: Path) -> None:
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG"), picture
         assert picture.stat().st_mtime >= started - 2, f"{picture} is an old one"  # some clocks are coarse
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    listed = re.findall(r"^   ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    modules = {
+        name: getattr(gdopt, name) for name in gdopt.__all__ if isinstance(getattr(gdopt, name), types.ModuleType)
+    }
+    public = {name for name in gdopt.__all__ if name not in modules}
+    public |= {f"{name}.{inner}" for name, module in modules.items() for inner in module.__all__}
+    assert sorted(listed) == sorted(public)
 
 
 PAGE = """
