@@ -30,6 +30,7 @@ pictures: $(VENV)/stamp-demo ## redraw the pictures of the README and of docs
 	cd docs && for name in digits valley finder walls; do ../$(VENV)/bin/python ../examples/$$name.py || exit; done
 
 docs: $(VENV)/stamp-docs ## build the documentation site in build/docs/html; warnings are errors
+	rm -rf build/docs docs/api
 	JAX_PLATFORMS=cpu MPLBACKEND=Agg $(RUN) sphinx -W --keep-going -q -d build/docs/doctrees docs build/docs/html
 	@echo "build/docs/html/index.html"
 

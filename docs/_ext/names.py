@@ -6,6 +6,7 @@ public signatures use are listed here.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -79,8 +80,18 @@ def skip_field(app: Sphinx, what: str, name: str, value: Any, skip: bool, option
     return True if type(value).__name__ == "_tuplegetter" else None
 
 
+def shorten(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None] | None:
+    """Leave private fields out of the signature of a class, and the whole of one that only gdopt makes."""
+    if name == "gdopt.Prepared":
+        return "", None
+    return signature and re.sub(r", _\w+: [^,)]+", "", signature), returned
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     keep_aliases()
     app.connect("missing-reference", elsewhere)
     app.connect("autodoc-skip-member", skip_field)
+    app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
