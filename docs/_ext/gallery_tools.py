@@ -1,0 +1,31 @@
+"""Helpers of the gallery: the pictures of gdopt.plot, and a fresh start for each example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+from sphinx_gallery.scrapers import figure_rst
+
+
+def figures(block: tuple, block_vars: dict[str, Any], gallery_conf: dict[str, Any]) -> str:
+    """Save the figures that a cell makes without pyplot, as gdopt.plot does: its variables, and its last expression."""
+    shown = block_vars.setdefault("shown_figures", [])
+    names = block_vars["example_globals"]
+    new: list[Figure] = []
+    for value in names.values():
+        has_manager = isinstance(value, Figure) and value.canvas.manager is not None
+        if isinstance(value, Figure) and not has_manager and not any(value is other for other in [*shown, *new]):
+            new.append(value)
+    shown.extend(new)
+    paths = []
+    for figure, path in zip(new, block_vars["image_path_iterator"], strict=False):
+        figure.savefig(path, dpi=100)
+        paths.append(path)
+    return figure_rst(paths, gallery_conf["src_dir"])
+
+
+def reset(gallery_conf: dict[str, Any], fname: str) -> None:
+    """Undo what an example may have set."""
+    jax.config.update("jax_enable_x64", False)
