@@ -2,8 +2,8 @@
 A mixture by maximum likelihood
 ===============================
 
-The petals of irises come in two lengths. Two normal distributions, fitted by the likelihood alone and without EM, find
-them.
+The petals of irises come in two lengths. Two normal distributions, fitted by the
+likelihood alone and without EM, find them.
 """
 
 import jax
@@ -21,8 +21,8 @@ import gdopt
 lengths = load_iris().data[:, 2].astype(np.float32)
 
 # %%
-# The params are free numbers: logits of the shares, means, and logarithms of the standard deviations. ``logsumexp``
-# adds the two densities without underflow.
+# The params are free numbers: logits of the shares, means, and logarithms of the
+# standard deviations. ``logsumexp`` adds the two densities without underflow.
 
 
 def log_densities(params, x):
@@ -36,26 +36,37 @@ def loss(params, x):
 
 
 # %%
-# The start is as naive as can be: two equal parts. That is a saddle, because the gradient is the same for both, so a
-# descent that follows it alone ends with one wide bump. gdopt checks each end by the curvature. It finds a direction
-# that leads further down, and goes on from there.
+# The start is as naive as can be: two equal parts. That is a saddle, because the
+# gradient is the same for both, so a descent that follows it alone ends with one wide
+# bump. gdopt checks each end by the curvature. It finds a direction that leads further
+# down, and goes on from there.
 
-start = {"logits": jnp.zeros(2), "means": jnp.full(2, np.mean(lengths)), "log_spreads": jnp.zeros(2)}
-plain = gdopt.minimize(loss, start, args=(lengths,), optimizer=gdopt.gd, learning_rate=0.3, max_steps=500)
+start = {
+    "logits": jnp.zeros(2),
+    "means": jnp.full(2, np.mean(lengths)),
+    "log_spreads": jnp.zeros(2),
+}
+plain = gdopt.minimize(
+    loss, start, args=(lengths,), optimizer=gdopt.gd, learning_rate=0.3, max_steps=500
+)
 print("A rate of one's own:", plain.message)
 result = gdopt.minimize(loss, start, args=(lengths,), tol=1e-6)
 print(result)
 
 # %%
-# ``result.status`` is CONVERGED, with the two parts apart. The run at a rate of its own stays on the saddle, and its
-# status is no success. EM, with a good start of scikit-learn's, finds the same.
+# ``result.status`` is CONVERGED, with the two parts apart. The run at a rate of its own
+# stays on the saddle, and its status is no success. EM, with a good start of
+# scikit-learn's, finds the same.
 
-model = GaussianMixture(2, random_state=0, tol=1e-8, max_iter=1000).fit(lengths[:, None])
+model = GaussianMixture(2, random_state=0, tol=1e-8, max_iter=1000).fit(
+    lengths[:, None]
+)
 means = np.sort(result.params["means"])
-print(f"log likelihood {-result.loss:.5f}, EM of scikit-learn {model.score(lengths[:, None]):.5f}")
+known = model.score(lengths[:, None])
+print(f"log likelihood {-result.loss:.5f}, EM of scikit-learn {known:.5f}")
 print("means", means, "EM", np.sort(model.means_[:, 0]))
 assert result.success
-assert abs(-result.loss - model.score(lengths[:, None])) < 1e-3
+assert abs(-result.loss - known) < 1e-3
 assert np.allclose(means, np.sort(model.means_[:, 0]), atol=0.02)
 
 # %%

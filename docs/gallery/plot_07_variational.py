@@ -2,8 +2,9 @@
 Variational inference
 =====================
 
-How sure is a regression of its line? A normal distribution over the weights is fitted to the posterior by the evidence
-lower bound. The loss draws random numbers, so it is another function at each step: ``with_key=True``, and no data.
+How sure is a regression of its line? A normal distribution over the weights is fitted
+to the posterior by the evidence lower bound. The loss draws random numbers, so it is
+another function at each step: ``with_key=True``, and no data.
 """
 
 import jax
@@ -14,8 +15,9 @@ import numpy as np
 import gdopt
 
 # %%
-# Twenty points around a line (seed 0), with a known noise of 0.5. The weights have a standard normal prior. So the
-# posterior is known exactly: a normal distribution, by the textbook formula. This checks the answer.
+# Twenty points around a line (seed 0), with a known noise of 0.5. The weights have a
+# standard normal prior. So the posterior is known exactly: a normal distribution, by
+# the textbook formula. This checks the answer.
 
 draws = np.random.default_rng(0)
 x = draws.uniform(0.0, 3.0, 20).astype(np.float32)
@@ -26,11 +28,15 @@ exact_mean = exact_covariance @ design.T @ y / 0.25
 
 
 # %%
-# The distribution has a mean and a triangular factor with a positive diagonal. Each step draws 64 weights from it.
+# The distribution has a mean and a triangular factor with a positive diagonal. Each
+# step draws 64 weights from it.
 
 
 def factor(params):
-    return jnp.diag(jnp.exp(params["log_diagonal"])) + jnp.array([[0.0, 0.0], [1.0, 0.0]]) * params["below"]
+    return (
+        jnp.diag(jnp.exp(params["log_diagonal"]))
+        + jnp.array([[0.0, 0.0], [1.0, 0.0]]) * params["below"]
+    )
 
 
 def loss(params, key):
@@ -42,16 +48,21 @@ def loss(params, key):
 
 
 start = {"mean": jnp.zeros(2), "log_diagonal": jnp.zeros(2), "below": 0.0}
-result = gdopt.minimize(loss, start, with_key=True, key=jax.random.key(1), max_steps=3000)
+result = gdopt.minimize(
+    loss, start, with_key=True, key=jax.random.key(1), max_steps=3000
+)
 print(result.message)
 
 # %%
-# ``result.status`` is MAX_STEPS. For a noisy loss that is a success: noise hides the minimum, so the run makes the
-# steps that were asked for. gdopt planned its learning rates over these 3000 steps.
+# ``result.status`` is MAX_STEPS. For a noisy loss that is a success: noise hides the
+# minimum, so the run makes the steps that were asked for. gdopt planned its learning
+# rates over these 3000 steps.
 
 found = np.asarray(factor(result.params) @ factor(result.params).T)
 print("mean      ", np.asarray(result.params["mean"]), "exact", exact_mean)
-print("covariance", found.round(4).tolist(), "exact", exact_covariance.round(4).tolist())
+print(
+    "covariance", found.round(4).tolist(), "exact", exact_covariance.round(4).tolist()
+)
 assert result.success
 assert np.abs(result.params["mean"] - exact_mean).max() < 0.05
 assert np.allclose(found, exact_covariance, atol=0.15 * exact_covariance.max())
@@ -63,7 +74,12 @@ angle = np.linspace(0, 2 * np.pi, 100)
 circle = np.stack([np.cos(angle), np.sin(angle)])
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 right.plot(result.history.loss, color="C0", linewidth=0.5)
-right.set(xlabel="step", ylabel="minus evidence lower bound", yscale="log", title=f"{result.steps} noisy steps")
+right.set(
+    xlabel="step",
+    ylabel="minus evidence lower bound",
+    yscale="log",
+    title=f"{result.steps} noisy steps",
+)
 for name, mean, covariance, style in (
     ("exact posterior", exact_mean, exact_covariance, "k-"),
     ("fitted", np.asarray(result.params["mean"]), found, "C1--"),

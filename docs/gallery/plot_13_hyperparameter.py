@@ -2,8 +2,9 @@
 Hyper-parameters by derivatives of solutions
 ============================================
 
-How strong should the two penalties of a regression be? Differentiate the loss of held-out rows by the penalties,
-through the fit, and descend. A grid search needs many more fits, and with each further penalty many times as many.
+How strong should the two penalties of a regression be? Differentiate the loss of
+held-out rows by the penalties, through the fit, and descend. A grid search needs many
+more fits, and with each further penalty many times as many.
 """
 
 import jax
@@ -18,8 +19,8 @@ from sklearn.preprocessing import PolynomialFeatures, scale
 import gdopt
 
 # %%
-# 442 patients with ten measurements each, and with the squares and products of these. The ten have one penalty, the 55
-# others have another. A third of the rows is held out.
+# 442 patients with ten measurements each, and with the squares and products of these.
+# The ten have one penalty, the 55 others have another. A third of the rows is held out.
 
 X, y = load_diabetes(return_X_y=True)
 X = scale(PolynomialFeatures(2, include_bias=False).fit_transform(X)).astype(np.float32)
@@ -38,23 +39,26 @@ def ridge(w, log_penalties, X, y):
 
 
 # %%
-# ``minimize`` works under ``jax.value_and_grad``. The derivative comes from the implicit function theorem: it costs one
-# linear solve, however many steps the fit made. It is as exact as the minimum, so ``tol`` is small.
+# ``minimize`` works under ``jax.value_and_grad``. The derivative comes from the
+# implicit function theorem: it costs one linear solve, however many steps the fit made.
+# It is as exact as the minimum, so ``tol`` is small.
 
 
 @jax.jit
 def outer(log_penalties):
     def held_out_error(log_penalties):
-        fit = gdopt.minimize(ridge, jnp.zeros(65), args=(log_penalties, *train), tol=1e-6)
+        fit = gdopt.minimize(
+            ridge, jnp.zeros(65), args=(log_penalties, *train), tol=1e-6
+        )
         return error(fit.params, *held_out), fit.status
 
     return jax.value_and_grad(held_out_error, has_aux=True)(log_penalties)
 
 
 # %%
-# SciPy makes the outer descent here: the derivative is a plain array, and any optimizer takes it. ``gdopt.minimize``
-# does it, too, but compiles for long, because it verifies the outer minimum by second derivatives through the inner
-# one.
+# SciPy makes the outer descent here: the derivative is a plain array, and any optimizer
+# takes it. ``gdopt.minimize`` does it, too, but compiles for long, because it verifies
+# the outer minimum by second derivatives through the inner one.
 
 path = []
 
@@ -66,24 +70,32 @@ def value_and_gradient(log_penalties):
 
 
 limits = np.log([(10**-3.5, 10.0)] * 2)
-minimize(value_and_gradient, np.log([0.05, 0.05]), jac=True, method="L-BFGS-B", bounds=limits, options={"ftol": 1e-5})
+minimize(
+    value_and_gradient,
+    np.log([0.05, 0.05]),
+    jac=True,
+    method="L-BFGS-B",
+    bounds=limits,
+    options={"ftol": 1e-5},
+)
 path = np.array(path)
 best = path[path[:, 2].argmin()]
 
 # %%
-# Inside ``jit`` a ``status`` is a number; ``gdopt.Status`` names it. If a fit fails, its derivative is NaN, so the
-# failure cannot go unseen.
+# Inside ``jit`` a ``status`` is a number; ``gdopt.Status`` names it. If a fit fails,
+# its derivative is NaN, so the failure cannot go unseen.
 
 print("the best fit:", gdopt.Status(int(best[3])).name)
 penalties = np.logspace(-3.5, 1, 19)
 grid = np.empty((19, 19))
 for (i, j), _ in np.ndenumerate(grid):
-    stretch = np.sqrt(penalties[[i, j]])[group]  # ridge with a penalty of 1 for stretched columns
+    stretch = np.sqrt(penalties[[i, j]])[
+        group
+    ]  # ridge with a penalty of 1 for stretched columns
     model = Ridge(len(train[1]), fit_intercept=False).fit(train[0] / stretch, train[1])
     grid[i, j] = np.mean((model.predict(held_out[0] / stretch) - held_out[1]) ** 2)
-print(
-    f"found {best[2]:.4f} at {best[:2]} by {len(path)} fits; grid of scikit-learn: {grid.min():.4f} by {grid.size} fits"
-)
+print(f"found {best[2]:.4f} at {best[:2]} by {len(path)} fits")
+print(f"grid of scikit-learn: {grid.min():.4f} by {grid.size} fits")
 assert best[3] in (gdopt.Status.CONVERGED, gdopt.Status.PRECISION_LIMIT)
 assert best[2] < grid.min() + 2e-3
 
@@ -91,11 +103,22 @@ assert best[2] < grid.min() + 2e-3
 # The descent on the map of the grid.
 
 figure, axes = plt.subplots(layout="constrained")
-contours = axes.contourf(penalties, penalties, grid.T, levels=np.linspace(0.49, 0.61, 13), cmap="Greys", extend="max")
+contours = axes.contourf(
+    penalties,
+    penalties,
+    grid.T,
+    levels=np.linspace(0.49, 0.61, 13),
+    cmap="Greys",
+    extend="max",
+)
 figure.colorbar(contours, label="error of held-out rows")
 axes.loglog(path[:, 0], path[:, 1], "o-", color="C0", markersize=4, label="descent")
 axes.plot(*best[:2], "*", color="C1", markersize=14, label="found")
-axes.set(xlabel="penalty of measurements", ylabel="penalty of products", title="Two penalties by their derivatives")
+axes.set(
+    xlabel="penalty of measurements",
+    ylabel="penalty of products",
+    title="Two penalties by their derivatives",
+)
 axes.set(xlim=penalties[[0, -1]], ylim=(penalties[0], 14))
 axes.legend()
 plt.show()

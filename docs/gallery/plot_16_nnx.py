@@ -2,8 +2,8 @@
 Read digits with Flax nnx
 =========================
 
-A network with batch normalisation and dropout, in Flax's nnx. The running statistics travel as ``state``, and a fresh
-random key comes at each step.
+A network with batch normalisation and dropout, in Flax's nnx. The running statistics
+travel as ``state``, and a fresh random key comes at each step.
 """
 
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ import gdopt
 
 images, labels = load_digits(return_X_y=True)
 images = (images / 16).astype(np.float32)
-x, x_test, y, y_test = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
+x, x_test, y, y_test = train_test_split(
+    images, labels, test_size=0.25, stratify=labels, random_state=0
+)
 
 
 class Network(nnx.Module):
@@ -35,8 +37,8 @@ class Network(nnx.Module):
 
 
 # %%
-# ``nnx.split`` parts what is optimised from the rest. The loss puts both together, and returns the new statistics
-# beside its value.
+# ``nnx.split`` parts what is optimised from the rest. The loss puts both together, and
+# returns the new statistics beside its value.
 
 graph, params, statistics = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
 
@@ -49,14 +51,21 @@ def loss(params, batch, state, key):
     return value, nnx.state(network, nnx.Not(nnx.Param))
 
 
-result = gdopt.minimize(loss, params, data=(x, y), batch_size=64, epochs=15, state=statistics, with_key=True)
+result = gdopt.minimize(
+    loss, params, data=(x, y), batch_size=64, epochs=15, state=statistics, with_key=True
+)
 print(result.message)
 
 # %%
-# ``result.status`` is MAX_STEPS, a success for mini-batches: all epochs are done, and their mean loss fell. The trained
-# network is made of ``result.params`` and the ``result.state`` that belongs to them.
+# ``result.status`` is MAX_STEPS, a success for mini-batches: all epochs are done, and
+# their mean loss fell. The trained network is made of ``result.params`` and the
+# ``result.state`` that belongs to them.
 
-network = nnx.view(nnx.merge(graph, result.params, result.state), deterministic=True, use_running_average=True)
+network = nnx.view(
+    nnx.merge(graph, result.params, result.state),
+    deterministic=True,
+    use_running_average=True,
+)
 guess = np.asarray(network(x_test)).argmax(axis=1)
 accuracy = np.mean(guess == y_test)
 print(f"held out: {accuracy:.1%} are right")
@@ -64,20 +73,39 @@ assert result.success
 assert accuracy > 0.95
 
 # %%
-# The statistics are those of the data: compare the running mean of one hidden layer with its mean over all pictures.
+# The statistics are those of the data: compare the running mean of one hidden layer
+# with its mean over all pictures.
 
 hidden = np.asarray(network.first(x)).mean(axis=0)
 running = np.asarray(network.norm.mean[...])
-print(f"running means differ from those of all pictures by at most {np.abs(running - hidden).max():.2f}")
-assert np.abs(running - hidden).max() < 0.5
+apart = np.abs(running - hidden).max()
+print(f"running means differ from those of all pictures by at most {apart:.2f}")
+assert apart < 0.5
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
 epochs = result.history.loss[:-1].reshape(-1, result.steps_per_epoch).mean(axis=1)
 left.semilogy(np.arange(1, 16), epochs, "o-")
-left.set(xlabel="epoch", ylabel="mean loss with dropout", title=f"{result.status.name} after {result.steps} steps")
+left.set(
+    xlabel="epoch",
+    ylabel="mean loss with dropout",
+    title=f"{result.status.name} after {result.steps} steps",
+)
 right.imshow(np.log1p(confusion_matrix(y_test, guess)), cmap="Blues")
 for (i, j), count in np.ndenumerate(confusion_matrix(y_test, guess)):
     if count:
-        right.text(j, i, count, ha="center", va="center", color="white" if count > 10 else "black")
-right.set(xlabel="read as", ylabel="digit", xticks=range(10), yticks=range(10), title=f"{accuracy:.1%} are right")
+        right.text(
+            j,
+            i,
+            count,
+            ha="center",
+            va="center",
+            color="white" if count > 10 else "black",
+        )
+right.set(
+    xlabel="read as",
+    ylabel="digit",
+    xticks=range(10),
+    yticks=range(10),
+    title=f"{accuracy:.1%} are right",
+)
 plt.show()

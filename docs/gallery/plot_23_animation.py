@@ -2,7 +2,8 @@
 A ball that rolls
 =================
 
-The same run as a moving picture: ``gdopt.plot.animate`` writes a GIF for a talk, or a page of HTML with a slider.
+The same run as a moving picture: ``gdopt.plot.animate`` writes a GIF for a talk, or a
+page of HTML with a slider.
 """
 
 import base64
@@ -16,8 +17,8 @@ import numpy as np
 import gdopt
 
 # %%
-# The banana valley of Rosenbrock: its floor is curved and nearly flat, and its walls are steep. The lowest point is (1,
-# 1).
+# The banana valley of Rosenbrock: its floor is curved and nearly flat, and its walls
+# are steep. The lowest point is (1, 1).
 
 
 def loss(w):
@@ -28,16 +29,19 @@ result = gdopt.minimize(loss, jnp.array([-1.2, 1.0]), record_params=True)
 print(result)
 
 # %%
-# ``result.status`` is CONVERGED, and the minimum is known. Loss and params of each step belong together: entry k of
-# ``history.params`` has the loss of entry k of ``history.loss``.
+# ``result.status`` is CONVERGED, and the minimum is known. Loss and params of each step
+# belong together: entry k of ``history.params`` has the loss of entry k of
+# ``history.loss``.
 
 assert result.success
 assert np.allclose(result.params, 1.0, atol=0.05)
-assert np.allclose([loss(w) for w in result.history.params], result.history.loss, rtol=1e-3, atol=1e-5)
+assert np.allclose(
+    [loss(w) for w in result.history.params], result.history.loss, rtol=1e-3, atol=1e-5
+)
 
 # %%
-# The ending of the file decides what is written. ``Moving`` shows the GIF on this page; in a notebook use
-# ``IPython.display.Image``.
+# The ending of the file decides what is written. ``Moving`` shows the GIF on this page;
+# in a notebook use ``IPython.display.Image``.
 
 
 class Moving:
@@ -45,7 +49,8 @@ class Moving:
         self.data = base64.b64encode(path.read_bytes()).decode()
 
     def _repr_html_(self):
-        return f'<img alt="A ball rolls through a curved valley" src="data:image/gif;base64,{self.data}">'
+        source = f"data:image/gif;base64,{self.data}"
+        return f'<img alt="A ball rolls through a curved valley" src="{source}">'
 
 
 with tempfile.TemporaryDirectory() as folder:
