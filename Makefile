@@ -23,7 +23,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits and draw the descent
+demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits; draw the descent, and write an animation
 	$(VENV)/bin/python examples/digits.py
 
 pictures: $(VENV)/stamp-demo ## redraw the pictures of the README and of docs

@@ -98,10 +98,12 @@ def test_example(example: Path, tmp_path: Path) -> None:
     started = time.time()
     run = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    pictures = [tmp_path / name for name in re.findall(r"\S+\.png\b", run.stdout)]
-    assert pictures or ".png" not in example.read_text(encoding="utf-8"), f"it names no picture:\n{run.stdout}"
+    pictures = [tmp_path / name for name in re.findall(r"\S+\.(?:png|gif)\b", run.stdout)]
+    for kind in {*re.findall(r"\.(?:png|gif)\b", example.read_text(encoding="utf-8"))}:
+        assert [picture for picture in pictures if picture.suffix == kind], f"it names no {kind}:\n{run.stdout}"
     for picture in pictures:
-        assert picture.read_bytes().startswith(b"\x89PNG"), picture
+        assert picture.read_bytes().startswith(b"\x89PNG" if picture.suffix == ".png" else b"GIF89a"), picture
+        assert picture.stat().st_size < 2e6, f"{picture} is too large for a page"
         assert picture.stat().st_mtime >= started - 2, f"{picture} is an old one"  # some clocks are coarse
 
 

@@ -304,6 +304,36 @@ def test_an_animation_leaves_the_figure_as_it_was(tmp_path: Any) -> None:
     assert figure.dpi == 123
 
 
+# -------------------------------------------------------------------------------------------------------- settings
+
+SETTINGS: dict[str, Any] = {
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "no transfers": lambda: jax.transfer_guard("disallow"),
+    "no NaN": lambda: jax.debug_nans(True),
+    "no jit": lambda: jax.disable_jit(True),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_pictures_are_the_same_under_strict_settings(setting: str, tmp_path: Any) -> None:
+    wall = lambda x: jnp.sum(x - jnp.log(x))  # NaN on a part of the grid
+    result = gdopt.minimize(wall, jnp.array([2.0, 0.01]), learning_rate=0.001, max_steps=20, record_params=True)
+    one = gdopt.minimize(square, 1.0, learning_rate=0.1, max_steps=5, record_params=True)
+
+    def drawn() -> list[Any]:
+        (over,) = gdopt.plot.path(wall, result).axes
+        (curve,) = gdopt.plot.valley(square, one).axes
+        gdopt.plot.animate(square, one, tmp_path / "ball.gif")
+        gdopt.plot.descent(one)
+        return [dots(over), contour_levels(over), dots(curve)]
+
+    expected = drawn()
+    with SETTINGS[setting]():
+        found = drawn()
+    for one_, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one_, other)
+
+
 # ---------------------------------------------------------------------------------------------------------- errors
 
 inside = lambda: jax.jit(lambda x: gdopt.minimize(square, x))(1.0)

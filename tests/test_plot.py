@@ -370,6 +370,13 @@ def test_rings_mark_the_trials_that_the_optimizer_took_back(optimizer, loss, sta
     assert truth == [step for step in marked if step < k]
 
 
+def test_losses_without_the_penalty_do_not_tell_which_trials_were_rejected():
+    shrink = lambda x, rate: jax.tree.map(lambda x: jnp.sign(x) * jnp.maximum(jnp.abs(x) - 3 * rate, 0), x)
+    result = gdopt.minimize(powers, jnp.array([0.0, 1.0, 1.0]), prox=shrink)
+    assert result.loss > result.history.loss.min()
+    assert [line for line in gdopt.plot.descent(result).axes[0].lines if line.get_marker() == "o"] == []
+
+
 def test_some_trials_are_rejected_and_marked():
     result = gdopt.minimize(rosenbrock, jnp.array([-1.2, 1.0]))
     axes = gdopt.plot.descent(result).axes[0]

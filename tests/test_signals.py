@@ -498,6 +498,14 @@ def test_a_signal_in_the_range_test_returns_the_start(number: int, options: dict
     assert handlers() == USUAL
 
 
+def test_a_signal_in_the_range_test_leaves_the_record_of_the_start():
+    loss = Calls(computed=20, number=signal.SIGINT)
+    options = {"optimizer": gdopt.gd, "learning_rate": "auto", "max_steps": 2000, "record_params": True}
+    result = minimize(loss=loss, **options)
+    assert result.status is gdopt.Status.INTERRUPTED
+    np.testing.assert_array_equal(result.history.params, np.zeros((1, 3), np.float32))
+
+
 def test_an_interrupted_range_test_raises_with_throw():
     with pytest.raises(gdopt.NotConvergedError, match="INTERRUPTED"):
         minimize(loss=Calls(computed=20), optimizer=gdopt.gd, learning_rate="auto", max_steps=2000, throw=True)

@@ -200,7 +200,8 @@ def minimize(
         patience: the epochs without a new low of the validation loss after which the run stops, with success
             (EARLY_STOPPED). Default None: it does not stop for that.
         callback: called with a `Report` between two compiled chunks. It returns True to stop the run, and None or False
-            to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``.
+            to continue. If it raises, the run ends, and the error has its `Result` as ``error.result``. In a notebook
+            `gdopt.plot.live` draws the loss.
         callback_every: the steps after which the callback is called, in each run the same, or "epoch" for the end of
             each epoch; and at the end of the run. Each such report costs one evaluation of the loss and its gradient,
             two if the optimizer keeps an average. By default (None) it is called after the first step, then about every
@@ -380,7 +381,7 @@ def tried(call: Call, began: float, before: Saves | NoSaves | None = None) -> Re
         try:
             method, range_test = choose(problem, call.optimizer, call.learning_rate, steps, saves)
         except Cut as cut:
-            return _result_of_start(cut, problem, began)
+            return _result_of_start(cut, call, began)
         compiled, inputs = call.compile(method, problem.data)
         if isinstance(compiled, Whole):
             refuse_host_visits(**call.refused)
@@ -445,10 +446,12 @@ def choose(
     return method, test
 
 
-def _result_of_start(cut: Cut, problem: Problem, began: float) -> Result:
+def _result_of_start(cut: Cut, call: Call, began: float) -> Result:
     """Return the result of a call that a signal ended in its range test."""
-    now = time.perf_counter()
+    now, problem = time.perf_counter(), call.problem
     inputs, state, history, code = host_loop.at_start(cut.compiled, cut.source, cut.inputs)
+    if call.record_params:
+        history = history._replace(params=recorded.of_start(problem.objective))
     status = Status.INTERRUPTED if code is Status.MAX_STEPS else code
     per_epoch = cut.source.steps_per_epoch
     ended = Ended(problem, cut.method, cut.compiled, inputs, state, history, status, True, None, per_epoch, "")

@@ -53,6 +53,13 @@ def row(params: PyTree, dtype: np.dtype) -> jax.Array:
     return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in jax.tree.leaves(real)])
 
 
+def of_start(objective: Objective) -> PyTree:
+    """Return the record of a run that evaluated nothing but its start."""
+    with own_work():
+        start = row(objective.params, _trees.norm_dtype(objective.params))
+    return params_of(_trees.on_host(start)[None], objective)
+
+
 def params_of(rows: np.ndarray, objective: Objective) -> PyTree:
     """Return the params of all rows in their own units, with a leading axis; None in place of other leaves."""
     leaves, treedef = jax.tree.flatten(objective.params)

@@ -17,7 +17,7 @@ from gdopt._pictures.landscape import track_of
 from gdopt._pictures.path import draw_contours, map_of
 from gdopt._pictures.valley import draw_curve, scene_of
 from gdopt._result import Result
-from gdopt._types import Loss
+from gdopt._types import Loss, PyTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +36,8 @@ def animate(
     result: Result,
     path: str | os.PathLike[str],
     *,
-    args: tuple = (),
-    directions: tuple | None = None,
+    args: tuple[Any, ...] = (),
+    directions: tuple[PyTree, PyTree] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Write a run as a moving picture: a ball that rolls in the valley of one weight, or across the contours of more.
@@ -156,11 +156,11 @@ def _write_gif(file: Path, frames: list[Any]) -> None:
 
 
 def _with_few_colors(frames: list[Any]) -> list[Any]:
-    """Return the frames with one palette for all, so that nothing flickers; the colors of the ball are in it."""
+    """Return the frames with one palette for all, so that nothing flickers. It has white and the colors of the ball."""
     from matplotlib.colors import to_rgb
     from PIL import Image
 
-    own = [round(255 * part) for name in (_TRAIL, _BALL) for part in to_rgb(name)]
+    own = [round(255 * part) for name in (_TRAIL, _BALL, "white") for part in to_rgb(name)]
     last = frames[-1].quantize(_COLORS - len(own) // 3)
     palette = Image.new("P", (1, 1))
     palette.putpalette([*(last.getpalette() or []), *own])

@@ -106,7 +106,7 @@ class Plane(NamedTuple):
     axes: np.ndarray  # (1, d) or (2, d)
 
 
-def losses(loss: Loss, track: Track, plane: Plane, coordinates: np.ndarray, args: tuple) -> np.ndarray:
+def losses(loss: Loss, track: Track, plane: Plane, coordinates: np.ndarray, args: tuple[Any, ...]) -> np.ndarray:
     """Evaluate a loss at points of a plane, one by one in a single program."""
     if not callable(loss):
         raise InputError(f"loss={loss!r} is not a function. Pass the loss of the run.")
@@ -136,7 +136,7 @@ def losses(loss: Loss, track: Track, plane: Plane, coordinates: np.ndarray, args
     leaves = [leaf for leaf in recorded if leaf is not None]
     origins, axes = _leaves(plane.origin[None], leaves), _leaves(plane.axes, leaves)
     rows = [coordinates.astype(leaf.dtype) for leaf in leaves]  # Recorded points stay exactly what they are.
-    with own_work():
+    with own_work(), jax.disable_jit(False):  # Thousands of points one by one would take minutes without a jit.
         given = jax.tree.map(jax.device_put, ([origin[0] for origin in origins], axes, rows))
         return np.asarray(jax.jit(values)(*given)).astype(float)
 

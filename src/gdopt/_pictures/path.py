@@ -24,7 +24,12 @@ _DECADES = 1e-6  # the lowest contour of a logarithmic scale, over the highest
 
 
 def path(
-    loss: Loss, result: Result, *, args: tuple = (), directions: tuple | None = None, ax: Axes | None = None
+    loss: Loss,
+    result: Result,
+    *,
+    args: tuple[Any, ...] = (),
+    directions: tuple[PyTree, PyTree] | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the contours of a loss of two weights and the path of a run; for more weights, in a plane through them.
 
@@ -85,7 +90,7 @@ class Map(NamedTuple):
     high: np.ndarray
 
 
-def map_of(loss: Loss, track: Track, args: tuple, directions: Any) -> Map:
+def map_of(loss: Loss, track: Track, args: tuple[Any, ...], directions: Any) -> Map:
     """Evaluate the loss in a plane around the path of a run."""
     count = track.points.shape[1]
     if count < 2:

@@ -19,12 +19,15 @@ def rejected(result: Result) -> np.ndarray:
 
     A search accepts a point if its loss is not above the average of the accepted ones (Zhang & Hager, 2004). The losses
     alone decide, up to a ten-thousandth of the fall that the slope promises. If rates are known, one that is rejected
-    is followed by at most half of it.
+    is followed by at most half of it. The losses of a run with ``prox=`` that has no value cannot tell.
     """
     average = _average(result.optimizer_state)
     if average is None or result.history is None:
         return np.zeros(0, int)
     loss, grad_norm, rate = (np.asarray(entries) for entries in result.history[:3])
+    with np.errstate(invalid="ignore"):
+        if (loss < result.loss).any():  # A penalty that the losses leave out decides as well, so they cannot tell.
+            return np.zeros(0, int)
     eps = float(np.finfo(loss.dtype).eps) if loss.dtype.kind == "f" else 0.0
     finite = np.isfinite(loss) & np.isfinite(grad_norm)
     shortened = np.append(True, ~(rate[1:] > _SHARE * rate[:-1]))  # NaN: not known

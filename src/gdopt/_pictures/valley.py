@@ -24,7 +24,11 @@ _OVERSHOOT = 0.01  # the least distance of both points from the minimum, over th
 
 
 def valley(
-    loss: Loss, results: Result | Sequence[Result] | Mapping[str, Result], *, args: tuple = (), ax: Axes | None = None
+    loss: Loss,
+    results: Result | Sequence[Result] | Mapping[str, Result],
+    *,
+    args: tuple[Any, ...] = (),
+    ax: Axes | None = None,
 ) -> Figure:
     """Draw the curve of a loss of one weight, and the steps of one or several runs on it.
 
@@ -82,7 +86,7 @@ class Scene(NamedTuple):
     high: np.ndarray
 
 
-def scene_of(loss: Loss, results: dict[str, Result], args: tuple) -> Scene:
+def scene_of(loss: Loss, results: dict[str, Result], args: tuple[Any, ...]) -> Scene:
     """Evaluate the loss around the points of runs, and choose what the picture shows."""
     tracks = {name: track_of(result, name) for name, result in results.items()}
     for name, track in tracks.items():
