@@ -22,7 +22,13 @@ def figures(block: tuple, block_vars: dict[str, Any], gallery_conf: dict[str, An
     for figure, path in zip(new, block_vars["image_path_iterator"], strict=False):
         figure.savefig(path, dpi=100)
         paths.append(path)
-    return figure_rst(paths, gallery_conf["src_dir"])
+    return figure_rst(paths, gallery_conf["src_dir"], "; ".join(map(described, new)))
+
+
+def described(figure: Figure) -> str:
+    """Return the alternative text of a figure: the titles of its panels and what they show."""
+    panels = [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes]
+    return ", ".join(title or f"{y or 'values'} over {x or 'steps'}" for title, y, x in panels)
 
 
 def reset(gallery_conf: dict[str, Any], fname: str) -> None:
