@@ -72,7 +72,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "capture_repr": ("_repr_html_", "__repr__"),
     "ignore_repr_types": r"matplotlib",
-    "image_scrapers": ("matplotlib", "gallery_tools.figures"),
+    "image_scrapers": ("gallery_tools.figures", "matplotlib"),  # the second one closes its figures
     "reset_modules": ("matplotlib", "gallery_tools.reset"),
     "show_signature": False,
     "within_subsection_order": "FileNameSortKey",
