@@ -2,9 +2,9 @@
 A thermistor, against certified values
 ======================================
 
-The resistance of a thermistor falls with the temperature. The fit is the hardest of the
-NIST reference problems: three params of sizes 0.006, 6000 and 300, which are strongly
-coupled. NIST publishes the answer to eleven digits.
+The resistance of a thermistor falls with the temperature. NIST counts this fit among
+its hard reference problems: the three params have sizes of 0.006, 6000 and 300, and are
+strongly coupled. NIST publishes the answer to eleven digits.
 """
 
 import jax

@@ -2,9 +2,9 @@
 Cyclical rates against one cycle
 ================================
 
-Which learning rate trains a small network best in 20 epochs: a constant one, one that
-cycles, one cycle, or none at all? Each draws its descent here, and reads the same
-held-out digits.
+A constant learning rate, one that cycles, or one cycle: which trains a small network
+best in 20 epochs? Each is tried at the rate that the finder suggests, and at a rate
+that is too high.
 """
 
 import jax
@@ -45,58 +45,69 @@ start = {
 }
 
 # %%
-# All four use plain gradient descent (the last one chooses its optimizer itself), the
-# same batches and as many steps. A schedule is a function of the step. Another one of
-# the same kind compiles nothing.
+# All runs are plain gradient descent with the same batches. A schedule is a function of
+# the step. The highest rate is the finder's suggestion, and then three times as much.
 
+suggestion = gdopt.lr_find(loss, start, data=(x, y), batch_size=64).suggestion
+assert suggestion is not None
 epoch = len(x) // 64
-schedules = {
-    "constant": gdopt.schedules.constant(0.1),
-    "triangular2": gdopt.schedules.triangular2(0.05, 0.6, step_size_up=2 * epoch),
-    "one cycle": gdopt.schedules.one_cycle(0.6, total_steps=20 * epoch),
-}
-options = {"data": (x, y), "batch_size": 64, "epochs": 20}
+
+
+def schedules(highest):
+    return {
+        "constant": gdopt.schedules.constant(highest),
+        "triangular2": gdopt.schedules.triangular2(highest / 10, highest, 2 * epoch),
+        "one cycle": gdopt.schedules.one_cycle(highest, total_steps=20 * epoch),
+    }
+
+
+def train(learning_rate):
+    options = {"data": (x, y), "batch_size": 64, "epochs": 20, "optimizer": gdopt.gd}
+    return gdopt.minimize(loss, start, learning_rate=learning_rate, **options)
+
+
 results = {
-    name: gdopt.minimize(loss, start, optimizer=gdopt.gd, learning_rate=rate, **options)
-    for name, rate in schedules.items()
+    highest: {name: train(rate) for name, rate in schedules(highest).items()}
+    for highest in (suggestion, 3 * suggestion)
 }
-results["none: gdopt's choice"] = gdopt.minimize(loss, start, **options)
 
 # %%
-# Each ``result.status`` is MAX_STEPS, a success for mini-batches: the epochs are done,
-# and the loss fell. To compare runs, look at what they are for, the held-out digits.
+# Each ``result.status`` is MAX_STEPS: the epochs are done. That is a success if the
+# loss is not above its start, so a network that only guesses still passes. Look at what
+# the runs are for, the held-out digits. A linear model of scikit-learn is the mark.
 
+
+def accuracy(params):
+    return np.mean(np.asarray(network(params, x_test)).argmax(axis=1) == y_test)
+
+
+for highest, runs in results.items():
+    for name, run in runs.items():
+        read = accuracy(run.params)
+        print(
+            f"up to {highest:.2g}, {name:12} {run.status.name} {run.success} {read:.1%}"
+        )
 linear = LogisticRegression(max_iter=200).fit(x, y).score(x_test, y_test)
-accuracies = {}
-for name, result in results.items():
-    accuracies[name] = np.mean(
-        np.asarray(network(result.params, x_test)).argmax(axis=1) == y_test
-    )
-    last = result.history.loss[-epoch:].mean()
-    print(f"{name:22} {result.status.name}, last loss {last:.4f}")
-    print(f"{'':22} held out {accuracies[name]:.1%}")
-    assert result.success
-    assert accuracies[name] > 0.92
-print(f"{'a linear model':22} held out {linear:.1%}")
-assert max(accuracies.values()) > linear - 0.01
+print(f"a linear model {linear:.1%}")
+for run in results[suggestion].values():
+    assert run.success
+    assert accuracy(run.params) > linear - 0.03
 
 # %%
-# The mean loss of each epoch, above the rates. High rates lead far in few steps. The
-# loss settles while the rate comes down.
+# At the suggestion all three do well here, and a constant rate is no worse than a
+# cycle. Their difference shows when the rate is too high: who stays there may lose the
+# network, and who only visits may come back.
 
-figure, (top, bottom) = plt.subplots(
-    2, 1, sharex=True, height_ratios=[2, 1], figsize=(7, 6), layout="constrained"
+figure, panels = plt.subplots(
+    2, 2, sharex=True, sharey="row", figsize=(9, 6), layout="constrained"
 )
-for name, result in results.items():
-    means = result.history.loss[:-1].reshape(-1, epoch).mean(axis=1)
-    top.semilogy(np.arange(20) + 0.5, means, label=f"{name}: {accuracies[name]:.1%}")
-    bottom.plot(
-        np.arange(result.steps) / epoch, result.history.learning_rate[: result.steps]
-    )
-top.set(
-    ylabel="mean loss of an epoch",
-    title="Four ways to choose the rate, and the held-out accuracy",
-)
-top.legend()
-bottom.set(xlabel="epoch", ylabel="learning rate")
+for (top, bottom), (highest, runs) in zip(panels.T, results.items(), strict=True):
+    for name, run in runs.items():
+        means = run.history.loss[:-1].reshape(-1, epoch).mean(axis=1)
+        label = f"{name}: {accuracy(run.params):.1%}"
+        top.semilogy(np.arange(20) + 0.5, means, label=label)
+        bottom.plot(np.arange(20 * epoch) / epoch, run.history.learning_rate[:-1])
+    top.set(ylabel="mean loss of an epoch", title=f"highest rate {highest:.2g}")
+    top.legend(title="held-out digits that are right")
+    bottom.set(xlabel="epoch", ylabel="learning rate")
 plt.show()
