@@ -18,7 +18,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures bench test test-slow test-newest test-floor coverage release lint types format surface constraints clean
+.PHONY: help demo pictures docs bench test test-slow test-newest test-floor coverage release lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ demo: $(VENV)/stamp-demo ## train a small classifier on handwritten digits; draw
 
 pictures: $(VENV)/stamp-demo ## redraw the pictures of the README and of docs
 	cd docs && for name in digits valley finder walls; do ../$(VENV)/bin/python ../examples/$$name.py || exit; done
+
+docs: $(VENV)/stamp-docs ## build the documentation site in build/docs/html; warnings are errors
+	rm -rf build/docs docs/api
+	JAX_PLATFORMS=cpu MPLBACKEND=Agg $(RUN) sphinx -W --keep-going -q -d build/docs/doctrees docs build/docs/html
+	@echo "build/docs/html/index.html"
 
 bench: $(VENV)/stamp-dev ## run the benchmarks and write benchmarks/RESULTS.md; QUICK=1 takes half an hour, SCRIPTS="memory scaling" runs some
 	$(VENV)/bin/python benchmarks/run_all.py $(if $(QUICK),--quick) $(SCRIPTS)
@@ -85,12 +90,13 @@ surface: $(VENV)/stamp-dev ## rewrite tests/public_surface.txt
 
 constraints: ## rewrite constraints.txt with the newest versions that fit together
 	$(PYTHON) -m venv --clear build/constraints
-	build/constraints/bin/python -m pip install --quiet --editable '.[dev,release]'
+	build/constraints/bin/python -m pip install --quiet --editable '.[dev,docs,release]'
 	(sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --exclude-editable) > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean: ## remove the environments, caches and builds
 	rm -rf $(VENV) .venv-newest .venv-floor build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf docs/api docs/auto_gallery docs/jupyter_execute
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps keep a second run from installing again.
@@ -104,6 +110,11 @@ $(VENV)/stamp:
 $(VENV)/stamp-demo: $(VENV)/stamp pyproject.toml constraints.txt
 	$(PIP) hatchling hatch-fancy-pypi-readme
 	$(PIP) --no-build-isolation --editable '.[examples]'
+	@touch $@
+
+$(VENV)/stamp-docs: $(VENV)/stamp pyproject.toml constraints.txt
+	$(PIP) hatchling hatch-fancy-pypi-readme
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 $(VENV)/stamp-dev: $(VENV)/stamp pyproject.toml constraints.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib.util
 import io
 import itertools
 import re
@@ -19,12 +20,15 @@ from typing import NamedTuple
 import jax
 import pytest
 
+import gdopt
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 FENCE = re.compile(
-    r"^(?P<indent>[ ]*)(?P<fence>`{3,})(?P<language>\w*)[^`\n]*\n(?P<body>.*?)^(?P=indent)(?P=fence)[ \t]*$",
+    r"^(?P<indent>[ ]*)(?P<fence>`{3,})(?P<language>\w*)(?: needs=(?P<needs>\w+))?[^`\n]*\n"
+    r"(?P<body>.*?)^(?P=indent)(?P=fence)[ \t]*$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -33,6 +37,7 @@ class Block(NamedTuple):
     code: str
     line: int  # of the first line of code, from 1
     output: str | None  # the ```text block that directly follows
+    needs: str | None  # the library that is compared with gdopt: ```python needs=jaxopt
 
 
 def python_blocks(text: str) -> Iterator[Block]:
@@ -43,7 +48,9 @@ def python_blocks(text: str) -> Iterator[Block]:
         output = None
         if following and following["language"] == "text" and not text[fence.end() : following.start()].strip():
             output = textwrap.dedent(following["body"])
-        yield Block(textwrap.dedent(fence["body"]), text.count("\n", 0, fence.start("body")) + 1, output)
+        yield Block(
+            textwrap.dedent(fence["body"]), text.count("\n", 0, fence.start("body")) + 1, output, fence["needs"]
+        )
 
 
 def same_output(want: str, got: str) -> bool:
@@ -54,6 +61,8 @@ def same_output(want: str, got: str) -> bool:
 
 def run_page(path: Path, namespace: dict[str, object]) -> None:
     for block in python_blocks(path.read_text(encoding="utf-8")):
+        if block.needs and not importlib.util.find_spec(block.needs):
+            continue
         # The empty lines in front give tracebacks the line numbers of the page.
         code = compile("\n" * (block.line - 1) + block.code, str(path), "exec")
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -98,6 +107,16 @@ def test_example(example: Path, tmp_path: Path) -> None:
         assert picture.stat().st_mtime >= started - 2, f"{picture} is an old one"  # some clocks are coarse
 
 
+def test_the_reference_lists_every_public_name() -> None:
+    listed = re.findall(r"^   ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    modules = {
+        name: getattr(gdopt, name) for name in gdopt.__all__ if isinstance(getattr(gdopt, name), types.ModuleType)
+    }
+    public = {name for name in gdopt.__all__ if name not in modules}
+    public |= {f"{name}.{inner}" for name, module in modules.items() for inner in module.__all__}
+    assert sorted(listed) == sorted(public)
+
+
 PAGE = """
 ```python
 x = [1, 2]
@@ -130,6 +149,17 @@ def test_blocks_are_found() -> None:
     blocks = list(python_blocks(PAGE))
     assert [block.line for block in blocks] == [3, 12, 20]
     assert [block.output for block in blocks] == ["1 2\n", "[1, 2] 0.125 ...\n", None]
+
+
+def test_a_block_that_needs_a_library_that_is_missing_does_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python needs=json\nx = 1\n```\n\n```python needs=no_such_library\nx = 2\n```\n\n```text\n3\n```\n"
+    )
+    namespace: dict[str, object] = {}
+    run_page(page, namespace)
+    assert namespace["x"] == 1
+    assert [block.needs for block in python_blocks(page.read_text())] == ["json", "no_such_library"]
 
 
 def test_a_page_without_code_has_no_blocks() -> None:

@@ -162,9 +162,9 @@ def minimize(
         scale: typical sizes of the params, which R's ``optim`` calls ``parscale``: a positive number for each leaf or
             subtree of params, or an array of the shape of a leaf. Each is rounded to a power of two, so that no digit
             is lost. The run is exactly that of ``loss(scale * z)`` from ``params / scale``, with any optimizer and
-            rate. ``"curvature"`` takes 1 / sqrt(|d|) with the diagonal d of the Hessian at the start. It computes one
-            product of the Hessian for each of up to 64 entries, and estimates d by ten for more. Params keep their own
-            units in the loss, in callbacks and in the result. Rates, ``grad_tol``, ``grad_norm`` and derivatives of
+            rate. ``"curvature"`` takes ``1 / sqrt(|d|)`` with the diagonal d of the Hessian at the start. It computes
+            one product of the Hessian for each of up to 64 entries, and estimates d by ten for more. Params keep their
+            own units in the loss, in callbacks and in the result. Rates, ``grad_tol``, ``grad_norm`` and derivatives of
             least norm are those of the scaled params. A checkpoint resumes only with the same sizes. Default None: not
             scaled. `quasi_newton` learns such sizes by itself, but starts sooner with them.
         state: what the model carries along beside its params, such as the running statistics of a batch norm or a count
@@ -245,7 +245,7 @@ def minimize(
         NotConvergedError: with ``throw=True``, if ``Result.success`` would be False; it carries the result.
 
     Source: the estimate g'H^-1 g / 2 of what is left is that of Minuit (James & Roos, "Minuit: a system for function
-    minimization and analysis of the parameter errors and correlations", 1975), the bound |g| |x - x*| is of Boyd &
+    minimization and analysis of the parameter errors and correlations", 1975), the bound ``|g| |x - x*|`` is of Boyd &
     Vandenberghe, "Convex Optimization", section 9.1.2. Bounds: Hintermüller, Ito & Kunisch, "The primal-dual active set
     strategy as a semismooth Newton method", 2003. Projections: Birgin, Martínez & Raydan, "Nonmonotone spectral
     projected gradient methods on convex sets", 2000. Proximal steps: Wright, Nowak & Figueiredo, "Sparse reconstruction

@@ -163,11 +163,12 @@ def prepare(
     Weak types of arrays (that of ``jnp.full(3, 1.0)``) are dropped.
 
     Args:
-        loss, params, args, data, batch_size, optimizer, learning_rate, max_steps, epochs, tol, grad_tol, target,
-            has_aux, with_key, key, trainable, bounds, project, prox, scale, state, optimizer_state, keep_best,
-            record_params: as for `minimize`, with the same defaults. Shapes and dtypes are fixed here, numbers may
-            change in each run. Data have to be arrays. Mini-batches, keys and states need a learning_rate or a ready
-            optimizer (``optax.adam(1e-3)``), because "auto" would look for rates anew in each run.
+        loss, params, args, data, batch_size, optimizer, learning_rate: as for `minimize`, with the same defaults.
+            Shapes and dtypes are fixed here, numbers may change in each run. Data have to be arrays. Mini-batches, keys
+            and states need a learning_rate or a ready optimizer (``optax.adam(1e-3)``), because "auto" would look for
+            rates anew in each run.
+        max_steps, epochs, tol, grad_tol, target, has_aux, with_key, key, trainable: as for `minimize`.
+        bounds, project, prox, scale, state, optimizer_state, keep_best, record_params: as for `minimize`.
         others: none. The remaining arguments of `minimize` are for long runs: a callback, a progress bar, a checkpoint,
             validation. Call `minimize` for these. In place of ``throw=True`` call `Result.raise_for_status`.
 

@@ -6,6 +6,7 @@ import collections
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,20 @@ def test_patience_ends_the_run_with_success(patience: int) -> None:
     best = int(np.argmin(losses[: end + 1]))
     assert result.params.tobytes() == points(epochs=best + 1)[best].tobytes()
     assert result.raise_for_status() is result
+
+
+@pytest.mark.parametrize(("optimizer", "planned"), [(None, "one cycle"), (gdopt.gd, "three cycles")])
+def test_patience_that_cuts_planned_rates_says_so(optimizer: Any, planned: str) -> None:
+    given = {"learning_rate": "auto", "optimizer": optimizer, "epochs": 40, "validation_loss": lambda w, batch: jnp.nan}
+    cut = minimize(**given, patience=2)
+    assert cut.status is Status.EARLY_STOPPED
+    (steps,) = re.findall(
+        rf"{planned}.* meant for (\d+) steps, and the low rates at the end were not reached", cut.message
+    )
+    whole = minimize(**given)
+    assert int(steps) == whole.steps
+    assert "meant for" not in whole.message
+    assert "meant for" not in minimize(epochs=40, patience=2, validation_loss=given["validation_loss"]).message
 
 
 def test_patience_counts_losses_that_are_not_finite() -> None:

@@ -85,15 +85,19 @@ def _automatic(ended: Ended) -> str:
     if not np.isfinite(rates).any():
         return ""
     highest = f"up to {np.nanmax(rates):.2g}"
+    most, short = ended.inputs.limits.max_steps, ""
+    if ended.status is Status.EARLY_STOPPED and ended.steps < most:  # A loss often falls most at the end of a cycle.
+        many = "It was" if test is None else "They were"
+        short = f" {many} meant for {most} steps, and the low rates at the end were not reached."
+        short += " Ask for fewer steps, or leave patience out."
     if test is None:
-        most, short = ended.inputs.limits.max_steps, ""
         if ended.status is Status.DATA_EXHAUSTED and not ended.has_steps and ended.steps < most:
             short = f" It was meant for {most} steps. Pass max_steps={ended.steps} for a whole one."
         return f" gdopt chose the learning rates: one cycle {highest}.{short}"
     suggested = "nothing" if test.suggestion is None else f"{test.suggestion:.3g}"
     return (
         f" The learning rates were chosen by a range test of {len(test.learning_rate)} rates, which suggested "
-        f"{suggested}: three cycles (triangular2) {highest}."
+        f"{suggested}: three cycles (triangular2) {highest}.{short}"
     )
 
 

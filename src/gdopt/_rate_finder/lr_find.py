@@ -88,8 +88,8 @@ def lr_find(
             `minimize`, that can be read more than once: no iterator.
         batch_size: rows per step, the same as for the training: the best rate grows with it. By default all rows.
         optimizer: the factory ``learning_rate -> transformation`` to find a rate for: ``gdopt.gd``, ``optax.adam``,
-            ``functools.partial(optax.sgd, momentum=0.9)``. `optax.MultiSteps` keeps each rate for all the steps that it
-            accumulates (of its first update, if their number is a schedule).
+            ``functools.partial(optax.sgd, momentum=0.9)``. ``optax.MultiSteps`` keeps each rate for all the steps that
+            it accumulates (of its first update, if their number is a schedule).
         start_lr: the rate of the first step, tried exactly; by default 1e-5.
         end_lr: the rate of step ``num_steps``, tried exactly unless the loss blows up before; by default 10. An
             exponential ladder that turns out too short at an end is prolonged there, up to twice: ``learning_rate`` of
