@@ -255,11 +255,11 @@ def _joined(parts: list[Any]) -> Any:
     single = last and all(part.size == 1 for part in parts) and any(map(_jax.is_tracer, parts))
     if not single or jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.concatenate(parts)
-    bits = np.dtype("uint8" if dtype == bool else f"uint{8 * dtype.itemsize}")
-    to_bits = lambda part: part.astype(bits) if dtype == bool else lax.bitcast_convert_type(part, bits)
+    is_bool, bits = dtype == np.dtype(bool), np.dtype(f"uint{8 * dtype.itemsize}")
+    to_bits = lambda part: part.astype(bits) if is_bool else lax.bitcast_convert_type(part, bits)
     lanes = [lax.pad(to_bits(part), bits.type(0), [(k, last - k, 0)]) for k, part in enumerate(parts)]
     vector = functools.reduce(lax.bitwise_or, lanes)
-    return vector.astype(bool) if dtype == bool else lax.bitcast_convert_type(vector, dtype)
+    return vector.astype(bool) if is_bool else lax.bitcast_convert_type(vector, dtype)
 
 
 def unpack(packed: Packed) -> PyTree:
