@@ -236,11 +236,30 @@ def pack(tree: PyTree, most: int = 1) -> Packed:
         if leaf.size <= most and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             groups.setdefault(leaf.dtype, []).append(place)
     parts = [[leaves[place].reshape(-1) for place in group] for group in groups.values()]
-    vectors = [(np if all(isinstance(x, np.ndarray) for x in p) else jnp).concatenate(p) for p in parts]
+    vectors = list(map(_joined, parts))
     places = tuple(tuple((place, leaves[place].shape) for place in group) for group in groups.values())
     for place in itertools.chain(*groups.values()):
         leaves[place] = None
     return Packed(vectors, leaves, treedef, places)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Join vectors of one dtype.
+
+    In a trace, single numbers are put into their places by their bits: XLA makes one kernel of all that, but one for
+    each number that it concatenates.
+    """
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts)
+    dtype, last = parts[0].dtype, len(parts) - 1
+    single = last and all(part.size == 1 for part in parts) and any(map(_jax.is_tracer, parts))
+    if not single or jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.concatenate(parts)
+    is_bool, bits = dtype == np.dtype(bool), np.dtype(f"uint{8 * dtype.itemsize}")
+    to_bits = lambda part: part.astype(bits) if is_bool else lax.bitcast_convert_type(part, bits)
+    lanes = [lax.pad(to_bits(part), bits.type(0), [(k, last - k, 0)]) for k, part in enumerate(parts)]
+    vector = functools.reduce(lax.bitwise_or, lanes)
+    return vector.astype(bool) if is_bool else lax.bitcast_convert_type(vector, dtype)
 
 
 def unpack(packed: Packed) -> PyTree:

@@ -32,6 +32,10 @@ _GROWTH = 4  # the most steps of a chunk over those that the run has made: later
 _LONGEST = 0.4  # the seconds that a chunk may take if the time of its steps was seen in one step alone
 _PATIENCE = 5  # the factor on _CHUNK_SECONDS if several processes have to agree on each chunk
 _HOST_SECONDS = 2e-4  # the overhead of the host per chunk
+# A chunk gets its memory from the system, and gives it back. If this is much, it costs more than a step. So a chunk
+# then has some more steps, though they take longer than others.
+_LARGE = 2**24  # the bytes of a state from which on this counts
+_STEPS, _SECONDS = 8, 1.0  # the steps of such a chunk, and the most seconds for them
 
 
 def begin(compiled: Compiled, inputs: Inputs) -> Carry:
@@ -100,7 +104,9 @@ def advance(
     if not running:  # The saved run is complete.
         return carry, joined_rows(records), None
     source.begin()
-    sizes, ready = _Sizes(compiled.pace, compiled.carry[1].shape[0]), _ready(inputs)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.carry[0]))
+    sizes = _Sizes(compiled.pace, compiled.carry[1].shape[0], large=size >= _LARGE)
+    ready = _ready(inputs)
     look = functools.partial(_look, source, ready)
     while running and step != until:
         limit = min(step + sizes.next(), between.end(step), until)
@@ -165,8 +171,9 @@ class _Sizes:
     looks only as far ahead as it has looked back.
     """
 
-    def __init__(self, pace: list[float], capacity: int):
+    def __init__(self, pace: list[float], capacity: int, *, large: bool = False):
         self._capacity = capacity  # the rows for which a carry has room
+        self._large = large
         self._pace, self._known = pace, pace[0] if pace else 0.0  # the seconds of a step in the last run
         self._made = 0
         self._seconds = 0.0  # of a step in the chunk before
@@ -178,7 +185,8 @@ class _Sizes:
         """Return the number of steps of the next chunk."""
         size, seconds = self._most, _CHUNK_SECONDS * (_PATIENCE if peers().several else 1)
         if self._estimate:
-            size = min(size, int(seconds / self._estimate))
+            many = min(_STEPS, int(_SECONDS / self._estimate)) if self._large else 1
+            size = min(size, max(int(seconds / self._estimate), many))
         return min(max(size, 1), self._capacity)
 
     def measure(self, count: int, seconds: float) -> None:
