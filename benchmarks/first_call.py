@@ -6,10 +6,14 @@
 The first table has whole calls, in fresh processes that take turns: 1000 steps at a fixed rate on a logistic regression
 of 1000 x 50 with the data in a closure. They are the first call, the same function again, a fresh lambda with fresh
 data of the same shapes, and the same at another rate. Each time has the number of programs compiled in that call. SciPy
-chooses its own steps, at most 100 iterations of L-BFGS-B over a jitted value and gradient.
+chooses its own steps, at most 100 iterations of L-BFGS-B over a jitted value and gradient. ``gdopt.minimize`` chooses
+its own steps in the row of its default.
 
-The second table has the cost of a warm call with almost no work: 5 steps on three numbers, with a fresh lambda. Beside
-it is JAX's own tracing of the loss. The third is the CPU time of the import, in fresh processes.
+The second table has first calls in fresh processes with JAX's compilation cache on the disk: without it, in the process
+that fills it, and in a later one.
+
+The third has the cost of a warm call with almost no work: 5 steps on three numbers, with a fresh lambda. Beside it is
+JAX's own tracing of the loss. The last is the CPU time of the import, in fresh processes.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +35,18 @@ import numpy as np
 import optax
 
 from loop_overhead import Loss, logistic_data, logistic_loss, scan_by_hand
-from tables import Row, alone, arguments, installed, interleaved, plain, print_heading, print_table, seconds
+from tables import (
+    Row,
+    alone,
+    arguments,
+    installed,
+    interleaved,
+    plain,
+    print_heading,
+    print_table,
+    seconds,
+    with_variables,
+)
 
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "jaxopt", "scipy", "numpy", "torch")
 STEPS, RATE, ROWS, COLUMNS = 1000, 0.05, 1000, 50
@@ -49,6 +65,13 @@ def by_gdopt(loss: Loss, params: jax.Array, rate: float) -> Any:
     import gdopt
 
     return gdopt.minimize(loss, params, learning_rate=rate, max_steps=STEPS, tol=0).params
+
+
+def by_default(loss: Loss, params: jax.Array, rate: float) -> Any:
+    """Choose every rate itself."""
+    import gdopt
+
+    return gdopt.minimize(loss, params, max_steps=STEPS).params
 
 
 def by_python_loop(loss: Loss, params: jax.Array, rate: float) -> Any:
@@ -98,7 +121,8 @@ def by_scipy(loss: Loss, params: jax.Array, rate: float) -> Any:
 _steps: dict[Any, Any] = {}  # what a user keeps from call to call
 CALLS: dict[str, Call] = {
     YARDSTICK: by_hand,
-    "`gdopt.minimize`": by_gdopt,
+    "`gdopt.minimize`, fixed rate": by_gdopt,
+    "`gdopt.minimize`, the default": by_default,
     "Python loop, jitted step": by_python_loop,
     "optimistix `GradientDescent`": by_optimistix,
     "jaxopt `GradientDescent`, `jit(run)`": by_jaxopt,
@@ -156,6 +180,30 @@ def call_table(processes: int) -> tuple[list[str], list[Row], dict[str, np.ndarr
         rows.append(Row(name, [*cells, f"{first:.2f}", f"{fresh:.2f}"]))
     header = ["ms (programs compiled)", *HOW, "first / scan's first", "fresh / same again"]
     return header, rows, times
+
+
+def first_seconds(name: str) -> float:
+    """The seconds of the first call in a process in which nothing ran yet."""
+    return seconds(lambda: CALLS[name](fresh_loss(0), jnp.zeros(COLUMNS, jnp.float32), RATE))
+
+
+def disk_table(rounds: int) -> tuple[list[str], list[Row]]:
+    """First calls without a cache on the disk, with an empty one, and with a filled one."""
+    rows = []
+    for name in (YARDSTICK, "`gdopt.minimize`, fixed rate", "`gdopt.minimize`, the default"):
+        times = []
+        for _ in range(rounds):
+            without = alone(first_seconds, name)
+            with tempfile.TemporaryDirectory() as folder, with_variables(JAX_COMPILATION_CACHE_DIR=folder, **CACHE):
+                times.append((without, alone(first_seconds, name), alone(first_seconds, name)))
+        median = np.median(times, axis=0) * 1e3
+        ratio = np.median([later / without for without, _, later in times])
+        rows.append(Row(name, [*(f"{ms:.3g}" for ms in median), f"{ratio:.2f}"]))
+    return ["ms of a first call", "no cache", "first process", "later process", "later / no cache"], rows
+
+
+# Without this JAX writes only programs that took a second to compile.
+CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def warm_table(rounds: int) -> tuple[list[str], list[Row]]:
@@ -237,6 +285,8 @@ def main() -> None:
     print_heading("first_call", options.flags, installed(PACKAGES), options.markdown)
     header, rows, times = call_table(2 if options.quick else 7)
     print_table(f"{STEPS} steps on {ROWS} x {COLUMNS}, the data closed over", header, rows, options.markdown)
+    header, rows = disk_table(2 if options.quick else 5)
+    print_table("With JAX's compilation cache on the disk", header, rows, options.markdown)
     title = "A warm call on three numbers: median (quartiles)"
     header, rows = alone(warm_table, 20 if options.quick else 100)
     print_table(title, header, rows, options.markdown)

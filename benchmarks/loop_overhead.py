@@ -1,13 +1,16 @@
 """What does a step of gdopt's loop cost, compared with the loop that you would write by hand?
 
     python -m pip install -e '.[benchmarks]'
-    python benchmarks/loop_overhead.py              # about 4 minutes; --quick: under 2; --markdown: for RESULTS.md
+    python benchmarks/loop_overhead.py              # about 7 minutes; --quick: 3; --markdown: for RESULTS.md
 
 Every loop does the same: gradient descent at one fixed rate, in float32, without an early stop, on logistic regressions
 whose steps take some 0.5, 10 and 200 us. The yardstick is a hand-written ``lax.scan`` that keeps the losses. Before
 anything is timed, each loop must reach the same loss in the same number of steps. The loops run in turn, round after
 round. A ratio is taken within its round, and the table gives the median over the rounds and the quartiles. Python loops
 make fewer steps, and are compared by the step.
+
+The second table has the two smaller problems in a process in which XLA makes one kernel of loops of up to 16 kB, which
+only a variable of the environment can tell it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,19 @@ import optimistix
 from jax import lax
 
 import gdopt
-from tables import Row, arguments, installed, interleaved, plain, print_heading, print_table, ratios, seconds
+from tables import (
+    Row,
+    alone,
+    arguments,
+    installed,
+    interleaved,
+    plain,
+    print_heading,
+    print_table,
+    ratios,
+    seconds,
+    with_variables,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # jaxopt is no longer maintained, and says so
@@ -37,6 +52,7 @@ AGREEMENT = 1e-3  # relative; optimistix counts its first evaluation as a step a
 PACKAGES = ("jax", "jaxlib", "optax", "gdopt", "optimistix", "jaxopt", "numpy", "torch")
 YARDSTICK = "hand-written `lax.scan` with loss history"
 STEP = "`gdopt.minimize`, loop"
+SMALL_LOOPS = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=16384"
 WATCHED = "the same with a progress bar and a callback"
 
 Loss = Callable[..., jax.Array]
@@ -246,6 +262,9 @@ def main() -> None:
     header, rows, medians = step_table(SIZES, options.quick)
     title = "Time per step, as a ratio to the hand-written loop: median (quartiles)"
     print_table(title, header, rows, options.markdown)
+    with with_variables(XLA_FLAGS=SMALL_LOOPS):
+        header, rows, _ = alone(step_table, SIZES[:2], options.quick)
+    print_table(f"The same with XLA_FLAGS={SMALL_LOOPS}", header, rows, options.markdown)
     if options.picture:
         draw(medians, options.picture)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -124,6 +125,18 @@ def alone(function: Callable[..., Any], *arguments: Any, x64: bool = False) -> A
     """Return what the function returns in a fresh process in which nothing ran yet."""
     with processes(1, x64) as pool:
         return pool.submit(function, *arguments).result()
+
+
+@contextlib.contextmanager
+def with_variables(**values: str) -> Iterator[None]:
+    """Set variables of the environment for the processes that start meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def draw_bars(values: Mapping[str, float], label: str, path: str, *, log: bool = False) -> None:
