@@ -154,8 +154,9 @@ def prepare(
 
     ``solve = prepare(loss, params, ...)`` takes the arguments of `minimize`. Then ``solve(params, args=..., data=...,
     learning_rate=...)`` returns the result that `minimize` would return for these, bit for bit, and neither calls the
-    loss nor traces anything. Use it for many small fits, of which `minimize` traces each. Two ends are examined by a
-    program that is traced then: that of a run which became NaN, and that of a noisy run which did not fall.
+    loss nor traces anything. Use it for many small fits, of which `minimize` traces each. Some ends are examined
+    by a program that is traced at the first of their kind: a run which became NaN, a noisy run which did not fall, and
+    with ``project`` or ``prox`` a claim to be at a minimum.
 
     The loss is what it was when it was prepared, with everything that it closes over: a global, a closure or an array
     that changes later does not count. So it is with ``project``, ``prox``, ``bounds``, ``scale`` (for ``"curvature"``

@@ -35,7 +35,7 @@ _HOST_SECONDS = 2e-4  # the overhead of the host per chunk
 # A chunk gets its memory from the system, and gives it back. If this is much, it costs more than a step. So a chunk
 # then has some more steps, though they take longer than others.
 _LARGE = 2**24  # the bytes of a state from which on this counts
-_STEPS, _SECONDS = 8, 1.0  # the steps of such a chunk, and the most seconds for them
+_STEPS, _SECONDS = 8, 2.0  # the steps of such a chunk, and the most seconds for them
 
 
 def begin(compiled: Compiled, inputs: Inputs) -> Carry:
