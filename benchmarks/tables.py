@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -128,7 +128,7 @@ def alone(function: Callable[..., Any], *arguments: Any, x64: bool = False) -> A
 
 
 @contextlib.contextmanager
-def with_variables(**values: str) -> Iterator[None]:
+def with_variables(**values: str) -> Generator[None]:
     """Set variables of the environment for the processes that start meanwhile."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
