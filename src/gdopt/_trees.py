@@ -37,7 +37,12 @@ def norm(tree: PyTree) -> jax.Array:
     overflows once an entry passes 1.8e19. It vanishes, which would read as "converged", if all are below 1e-19. The
     result is finite unless an entry is not, or the norm itself is out of range.
     """
-    quick = quick_norm(tree)
+    return norm_from(vdot(tree, tree), tree)
+
+
+def norm_from(square: jax.Array, tree: PyTree) -> jax.Array:
+    """Return the 2-norm of a tree whose plain sum of squares is known: see `norm`."""
+    quick = jnp.sqrt(square)
     limits = jnp.finfo(quick.dtype)
     # The squares that vanish sum up to less than size * tiny. Above this limit, that is less than rounding.
     least = (sum(leaf.size for leaf in jax.tree.leaves(tree)) * float(limits.tiny) / float(limits.eps)) ** 0.5
@@ -52,18 +57,41 @@ def norm(tree: PyTree) -> jax.Array:
 
 def unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
     """Divide a tree by the size of its largest entry, and return that size; 1 if the size is 0 or not finite."""
-    size = largest(tree)
+    return over(tree, largest(tree))
+
+
+def over(tree: PyTree, size: jax.Array) -> tuple[PyTree, jax.Array]:
+    """Divide a tree by the known size of its largest entry: see `unit`."""
     scale = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     return jax.tree.map(lambda leaf: leaf / scale, tree), scale
 
 
 def largest(tree: PyTree) -> jax.Array:
     """Return the largest absolute value of all entries; NaN if one is NaN."""
-    size = jnp.zeros((), norm_dtype(tree))
-    for leaf in jax.tree.leaves(tree):
-        if leaf.size:
-            size = jnp.maximum(size, jnp.max(jnp.abs(leaf)).astype(size.dtype))
-    return size
+    return each_largest(tree)[0]
+
+
+def each_largest(*trees: PyTree) -> list[jax.Array]:
+    """Return the largest absolute value of all entries of each of several trees of one structure."""
+    zero = jnp.zeros((), norm_dtype(trees[0]))
+    found = [zero] * len(trees)
+    for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+        if leaves[0].size:
+            sizes = _together([jnp.abs(leaf).astype(zero.dtype) for leaf in leaves], zero, lax.max, jnp.max)
+            found = list(map(jnp.maximum, found, sizes))
+    return found
+
+
+def _together(arrays: list[jax.Array], zero: jax.Array, combine: Callable, alone: Callable) -> list[jax.Array]:
+    """Reduce several small arrays of one shape by one operation.
+
+    XLA's CPU backend makes three kernels of each sum of more than 32 numbers, but one of several sums. Long sums stay
+    alone, because those are exact to more digits, and run on a library's vectors.
+    """
+    if arrays[0].size > SMALL:
+        return list(map(alone, arrays))
+    each = lambda one, other: list(map(combine, one, other))
+    return list(lax.reduce(arrays, [zero] * len(arrays), each, tuple(range(arrays[0].ndim))))
 
 
 @functools.partial(jax.jit, inline=True)
@@ -80,10 +108,37 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 def vdot(a: PyTree, b: PyTree) -> jax.Array:
     """Return the real part of the inner product over all entries of all leaves, in the dtype of norms."""
-    dtype = norm_dtype(a)
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    products = [jnp.vdot(_wide(x, dtype), _wide(y, dtype), precision="highest").real for x, y in pairs]
-    return sum(products, jnp.zeros((), dtype))
+    return vdots((a, b))[0]
+
+
+def vdots(*pairs: tuple[PyTree, PyTree]) -> list[jax.Array]:
+    """Return the real parts of several inner products of trees of one structure: see `vdot`."""
+    zero = jnp.zeros((), norm_dtype(pairs[0][0]))
+    found = [zero] * len(pairs)
+    trees = [tree for pair in pairs for tree in pair]
+    for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+        wide = [_wide(leaf, zero.dtype) for leaf in leaves]
+        each = list(zip(wide[::2], wide[1::2], strict=True))
+        if leaves[0].size > SMALL:
+            products = [jnp.vdot(x, y, precision="highest").real for x, y in each]
+        else:
+            products = _together([_real_product(x, y) for x, y in each], zero, lax.add, jnp.sum)
+        found = list(map(lax.add, found, products))
+    return found
+
+
+def sums(*trees: PyTree) -> list[jax.Array]:
+    """Return the sums over all entries of each of several real trees of one structure."""
+    zero = jnp.zeros((), norm_dtype(trees[0]))
+    found = [zero] * len(trees)
+    for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+        wide = [leaf.astype(zero.dtype) for leaf in leaves]
+        found = list(map(lax.add, found, _together(wide, zero, lax.add, jnp.sum)))
+    return found
+
+
+def _real_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
 
 def _wide(leaf: jax.Array, dtype: Any) -> jax.Array:

@@ -70,6 +70,8 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
         elif key == "policy" and name in ("checkpoint", "remat2"):  # No value depends on what a gradient stores.
             if rules:
                 yield key, None if value is None else _Itself(value)
+        elif key == "computation" and name == "reduce" and "jaxpr" in eqn.params:
+            continue  # It is the function that this trace was made of.
         elif key in ("ft_in", "ft_out") and name == "scan":
             yield key, scan_counts(eqn)
         else:

@@ -157,12 +157,12 @@ class Step:
     ) -> tuple[Evaluation, Packed]:
         """Measure a point; return the facts, and the point in few arrays."""
         compact = self._settings.compact
-        value, grad_norm = loss.astype(self._loss_dtype), _trees.norm(compact(grad))
-        here = compact(x)
+        value, grad, here = loss.astype(self._loss_dtype), compact(grad), compact(x)
         away = jax.tree.map(jnp.subtract, here, compact(inputs.start))
-        distance = _trees.quick_norm(away)
+        squares = _trees.vdots((grad, grad), (away, away))
+        grad_norm, distance = _trees.norm_from(squares[0], grad), jnp.sqrt(squares[1])
         finite = lax.cond(jnp.isfinite(distance), lambda: jnp.asarray(True), lambda: _trees.all_finite(here))
-        largest = _trees.largest(compact(grad)) if self._settings.tests_gradient else None
+        largest = _trees.largest(grad) if self._settings.tests_gradient else None
         return Evaluation(k, value, grad_norm, distance, finite, largest), here
 
     def _skipped(self, state: State, point: Evaluation, tried: tuple) -> jax.Array:

@@ -165,7 +165,7 @@ def _next(
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
     new = _keep_pairs(_learn(state, pair), state, learns, pair)
-    fresh = 1 / trials.first_rate(here, grad if box is None else boxed.reduced(grad, here, box), value)
+    fresh = 1 / _first_rate(verdict, here, grad, value, box)
     new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict.first, point, pair, box)
     along, again = _lengths(verdict, pair, learns, last, value, point, way, size)
 
@@ -182,6 +182,16 @@ def _next(
     return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
 
 
+def _first_rate(
+    verdict: trials.Verdict, here: Packed, grad: Packed, value: jax.Array, box: boxed.Box | None
+) -> jax.Array:
+    """Return the rate of the first step; in a box by the entries of the gradient that do not lead out of it."""
+    if box is None:
+        return trials.first_rate(verdict.sizes.params, verdict.sizes.grad, verdict.products.gg, value)
+    unit, size = _trees.unit(boxed.reduced(grad, here, box))
+    return trials.first_rate(verdict.sizes.params, size, _trees.vdot(unit, unit), value)
+
+
 def _box_of(within: trials.Within | None) -> boxed.Box | None:
     if within is not None and within.box is None:
         raise InputError(
@@ -194,7 +204,7 @@ def _box_of(within: trials.Within | None) -> boxed.Box | None:
 def _pair(verdict: trials.Verdict, here: Packed) -> _Pair:
     """Return the pair of the last trial, and whether it reveals a curvature."""
     step, change = verdict.step, verdict.change
-    ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
+    ss, sy, yy, _ = verdict.products
     tiny = float(jnp.finfo(_trees.norm_dtype(here)).eps) ** 2
     curved = jnp.isfinite(sy) & (sy > jnp.where(verdict.accepted, tiny, _TELLS) * jnp.sqrt(ss * yy))
     return _Pair(step, change, ss, sy, yy, ~verdict.first & curved)
@@ -260,9 +270,10 @@ def _lengths(
     ahead = jnp.where(pair.curved | verdict.first, 1, jnp.maximum(1, _FARTHER * before / length))
     back = jnp.minimum(1, _NEARER * before / length)
     factor = jnp.where(verdict.accepted, ahead, back)
-    share = trials.shorter(last, value, verdict.slope, trials.dot(pair.step, pair.change))
+    share = trials.shorter(last, value, verdict.slope, verdict.curvature)
     shorten = ~verdict.accepted & ~learns
-    most = trials.farthest(point.point) / (size * _trees.largest(way))
+    x_size = jnp.where(verdict.accepted, verdict.sizes.params, verdict.sizes.last_params)
+    most = trials.farthest(point.point, x_size) / (size * _trees.largest(way))
     along = jnp.where(shorten | verdict.gave_up, 0, -size * jnp.minimum(factor, most))
     along = jnp.where(size > 0, along, 0)
     return along, jnp.where(shorten & ~verdict.gave_up, pair.step[1] * share, 0)
@@ -283,8 +294,10 @@ def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
     """
     s, y, b, sy = pair.step[0], pair.change[0], state.diagonal, pair.sy
     square = lambda leaf: jnp.square(jnp.abs(leaf))
-    scale = _total(lambda y, b: square(y) / b, y, b) / sy
-    bent = _total(lambda s, b: square(s) * b, s, b)
+    scale, bent = _trees.sums(
+        jax.tree.map(lambda y, b: square(y) / b, y, b), jax.tree.map(lambda s, b: square(s) * b, s, b)
+    )
+    scale = scale / sy
 
     def entries(s: jax.Array, y: jax.Array, b: jax.Array) -> jax.Array:
         scaled, sy_, bent_ = (number.astype(b.dtype) for number in (scale, sy, bent))
@@ -296,13 +309,6 @@ def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
     new = jax.tree.map(lambda leaf: jnp.where(known, jnp.maximum(leaf / high.astype(leaf.dtype), _LEAST), 1), new)
     unit = pair.change[1] / pair.step[1]
     return state._replace(diagonal=new, largest=unit * jnp.where(known, high, pair.yy / sy))
-
-
-def _total(function: Any, *trees: PyTree) -> jax.Array:
-    dtype = _trees.norm_dtype(trees[0])
-    return sum(
-        (jnp.sum(leaf).astype(dtype) for leaf in jax.tree.leaves(jax.tree.map(function, *trees))), jnp.zeros((), dtype)
-    )
 
 
 def _keep_pairs(new: QuasiNewtonState, old: QuasiNewtonState, learns: jax.Array, pair: _Pair) -> QuasiNewtonState:

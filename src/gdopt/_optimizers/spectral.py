@@ -160,13 +160,15 @@ def _next(
     if within is not None and not within.known_value:
         verdict = trials.majorised(last, verdict, value, state.learning_rate)
     point = trials.follow(last, verdict, here, grad, value, _MEMORY)
-    new = _trees.select(verdict.accepted, _accept(state, here, grad, value, verdict), state)
-    share = trials.shorter(last, value, verdict.slope, trials.dot(verdict.step, verdict.change))
+    new = _trees.select(verdict.accepted, _accept(state, here, value, verdict), state)
+    share = trials.shorter(last, value, verdict.slope, verdict.curvature)
     shortened = jnp.where(verdict.gave_up, 0, state.learning_rate * share)
     rate = jnp.where(verdict.accepted, new.learning_rate, shortened)
     if within is not None:
         return _confined(new, verdict, here, point, rate, within)
-    point = point._replace(left=jnp.where(verdict.accepted, rate * trials.square(grad) / 2, last.left))
+    scale = _trees.over((), verdict.sizes.grad)[1]
+    square = scale * (scale * verdict.products.gg)
+    point = point._replace(left=jnp.where(verdict.accepted, rate * square / 2, last.left))
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, g: jax.Array) -> jax.Array:
         wide = rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
@@ -204,11 +206,12 @@ def _confined(
     return updates.tree(), new._replace(trials=point._replace(left=left), learning_rate=rate)
 
 
-def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array, verdict: Verdict) -> SpectralState:
+def _accept(state: SpectralState, params: Packed, value: jax.Array, verdict: Verdict) -> SpectralState:
     """Choose the rate of the step from an accepted trial, and update what decides on the next rate."""
     first, step, change, number = verdict.first, verdict.step, verdict.change, state.trials.accepted
     eps = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).eps
-    ss, sy, yy = (_trees.vdot(a[0], b[0]) for a, b in ((step, step), (step, change), (change, change)))
+    ss, sy, yy, gg = verdict.products
+    x_size, grad_size = verdict.sizes.params, verdict.sizes.grad
     ratio = step[1] / change[1]
     curved = ~first & (sy > eps**2 * jnp.sqrt(ss * yy))
     long, short = ratio * ss / sy, ratio * sy / yy
@@ -217,14 +220,13 @@ def _accept(state: SpectralState, params: Packed, grad: Packed, value: jax.Array
     alternate = jnp.where(number % 2 == 0, short, long)
     uncurved = jnp.where(yy > 0, ratio * jnp.sqrt(ss / yy), _UNCURVED * state.learning_rate)
     rate = jnp.where(curved, jnp.where(number // _TURN % 2 == 0, alternate, chosen), uncurved)
-    rate = jnp.where(first, trials.first_rate(params, grad, value), rate)
+    rate = jnp.where(first, trials.first_rate(x_size, grad_size, gg, value), rate)
     adapted = state.threshold * jnp.where(wants_short, 1 / _ADAPT, _ADAPT)
 
     # A step below the resolution of the params reveals nothing about the curvature.
-    x_size, grad_size = _trees.largest(params), _trees.largest(grad)
     least = _RESOLUTION * eps * x_size / grad_size
     rate = jnp.where(rate < least, jnp.maximum(least, jnp.where(curved, long, 0)), rate)
-    most = jnp.minimum(trials.farthest(params) / grad_size, jnp.finfo(x_size.dtype).max)
+    most = jnp.minimum(trials.farthest(params, x_size) / grad_size, jnp.finfo(x_size.dtype).max)
     rate = jnp.where(grad_size > 0, jnp.minimum(rate, most), 0)
 
     accepted = SpectralState(

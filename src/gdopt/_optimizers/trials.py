@@ -57,6 +57,24 @@ class Within(NamedTuple):
     known_value: bool  # whether the value holds all that is minimised
 
 
+class Sizes(NamedTuple):
+    """The largest absolute values of the entries at a trial, and at the accepted point before it."""
+
+    params: jax.Array
+    grad: jax.Array
+    last_params: jax.Array
+    last_grad: jax.Array
+
+
+class Products(NamedTuple):
+    """Inner products of trees over their sizes: the step s, the change y along it, and the gradient g at the trial."""
+
+    ss: jax.Array
+    sy: jax.Array
+    yy: jax.Array
+    gg: jax.Array
+
+
 class Verdict(NamedTuple):
     """The verdict on a trial."""
 
@@ -64,9 +82,16 @@ class Verdict(NamedTuple):
     accepted: jax.Array
     step: Unit  # from the accepted point to the trial
     change: Unit  # the change of the gradient along the step
+    sizes: Sizes
+    products: Products
     slope: jax.Array  # the slope of the loss along the step, at the accepted point
     rejected: jax.Array  # the number of rejected trials in a row, with this one
     gave_up: jax.Array
+
+    @property
+    def curvature(self) -> jax.Array:
+        """The inner product of the step with the change of the gradient."""
+        return self.step[1] * self.change[1] * self.products.sy
 
 
 def begin(params: PyTree) -> Trials:
@@ -120,17 +145,22 @@ _jitted_update = functools.partial(jax.jit, inline=True)(_update)
 def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any) -> Verdict:
     """Accept a trial whose loss is sufficiently below the average of the accepted ones (Zhang & Hager, 2004)."""
     # The step that was really made: an update back from a far x, x + (accepted - x), has the rounding of that x.
-    step = _trees.unit(jax.tree.map(jnp.subtract, params, last.point))
-    change = _trees.unit(jax.tree.map(jnp.subtract, grad, last.grad))
-    slope = dot(_trees.unit(last.grad), step)
-    moves = _trees.vdot(step[0], step[0]) > 0
+    step = jax.tree.map(jnp.subtract, params, last.point)
+    change = jax.tree.map(jnp.subtract, grad, last.grad)
+    step_size, change_size, *sizes = _trees.each_largest(step, change, params, grad, last.point, last.grad)
+    sizes = Sizes(*sizes)
+    step, change = _trees.over(step, step_size), _trees.over(change, change_size)
+    (s, _), (y, _), (g, _) = step, change, _trees.over(grad, sizes.grad)
+    last_grad, last_size = _trees.over(last.grad, sizes.last_grad)
+    *products, slope = _trees.vdots((s, s), (s, y), (y, y), (g, g), (last_grad, s))
+    products, slope = Products(*products), last_size * step[1] * slope
+    moves = products.ss > 0
     bound = last.reference + _SUFFICIENT * jnp.minimum(slope, 0) + _ROUNDING * eps * jnp.abs(last.reference)
     first = last.accepted == 0
-    grad_size = _trees.largest(grad)
-    finite = jnp.isfinite(value) & jnp.isfinite(grad_size)
-    leads_on = (grad_size > 0) | (value <= last.value)  # A plateau below the average would end the search.
+    finite = jnp.isfinite(value) & jnp.isfinite(sizes.grad)
+    leads_on = (sizes.grad > 0) | (value <= last.value)  # A plateau below the average would end the search.
     accepted = first | (moves & finite & leads_on & (value <= bound))
-    return Verdict(first, accepted, step, change, slope, *_counted(last, accepted, moves))
+    return Verdict(first, accepted, step, change, sizes, products, slope, *_counted(last, accepted, moves))
 
 
 def majorised(last: Trials, verdict: Verdict, value: jax.Array, rate: jax.Array) -> Verdict:
@@ -140,9 +170,9 @@ def majorised(last: Trials, verdict: Verdict, value: jax.Array, rate: jax.Array)
     lemma 2.3.
     """
     eps = jnp.finfo(value.dtype).eps
-    bend = dot(verdict.step, verdict.step) / jnp.where(rate > 0, rate, 1) / 2
+    bend = verdict.step[1] * verdict.step[1] * verdict.products.ss / jnp.where(rate > 0, rate, 1) / 2
     bound = last.value + verdict.slope + bend + _ROUNDING * eps * jnp.abs(last.value)
-    moves = _trees.vdot(verdict.step[0], verdict.step[0]) > 0
+    moves = verdict.products.ss > 0
     accepted = verdict.first | (moves & jnp.isfinite(value) & (value <= bound))
     rejected, gave_up = _counted(last, accepted, moves)
     return verdict._replace(accepted=accepted, rejected=rejected, gave_up=gave_up)
@@ -167,24 +197,21 @@ def follow(last: Trials, verdict: Verdict, params: Packed, grad: Packed, value: 
     return new._replace(accepted=jnp.where(verdict.gave_up, 0, new.accepted), rejected=verdict.rejected)
 
 
-def dot(a: Unit, b: Unit) -> jax.Array:
-    """Return the inner product."""
-    return a[1] * b[1] * _trees.vdot(a[0], b[0])
-
-
 def square(tree: PyTree) -> jax.Array:
     """Return the squared 2-norm; infinite or 0 if it is out of range."""
     unit, size = _trees.unit(tree)
     return size * (size * _trees.vdot(unit, unit))
 
 
-def first_rate(params: PyTree, grad: PyTree, value: jax.Array) -> jax.Array:
-    """Return CG_DESCENT's I0: a hundredth of the largest entry; at zero, a hundredth of the way to a loss of zero."""
-    unit_grad, grad_size = _trees.unit(grad)
-    x_size = _trees.largest(params)
+def first_rate(x_size: jax.Array, grad_size: jax.Array, gg: jax.Array, value: jax.Array) -> jax.Array:
+    """Return CG_DESCENT's I0: a hundredth of the largest entry; at zero, a hundredth of the way to a loss of zero.
+
+    ``gg`` is the square of the gradient over its size.
+    """
+    scale = _trees.over((), grad_size)[1]
     # XLA would turn (a / b) / b into a / b**2, which leaves the range of float32 early.
-    to_zero = lax.optimization_barrier(jnp.abs(value) / grad_size / _trees.vdot(unit_grad, unit_grad)) / grad_size
-    return jnp.where(x_size > 0, _FIRST_STEP * x_size / grad_size, jnp.where(value != 0, _FIRST_STEP * to_zero, 1))
+    to_zero = lax.optimization_barrier(jnp.abs(value) / scale / gg) / scale
+    return jnp.where(x_size > 0, _FIRST_STEP * x_size / scale, jnp.where(value != 0, _FIRST_STEP * to_zero, 1))
 
 
 def shorter(last: Trials, value: jax.Array, slope: jax.Array, curvature: jax.Array) -> jax.Array:
@@ -221,7 +248,10 @@ def descended(params: PyTree, grad: PyTree, rate: jax.Array) -> PyTree:
     return jax.tree.map(leaf, params, grad)
 
 
-def farthest(params: PyTree) -> jax.Array:
-    """Return how far a step may move an entry: no update leads back from beyond half the range of the dtype."""
+def farthest(params: PyTree, size: jax.Array) -> jax.Array:
+    """Return how far a step may move an entry: no update leads back from beyond half the range of the dtype.
+
+    ``size`` is that of the largest entry of the params.
+    """
     highest = min(float(jnp.finfo(leaf.dtype).max) for leaf in jax.tree.leaves(params))
-    return jnp.maximum(highest / 2 - _trees.largest(params), 0)
+    return jnp.maximum(highest / 2 - size, 0)
