@@ -55,3 +55,45 @@ def test_many_numbers_are_joined_by_one_kernel() -> None:
     program = jax.jit(joined).lower(jnp.float32(1)).compile().as_text() or ""
     assert "concatenate" not in program
     assert program.count(" fusion(") <= 2
+
+
+def trees(dtype: Any, size: int) -> list[dict[str, jax.Array]]:
+    """Three trees of two leaves, as float64 has them to compare with."""
+    random = np.random.default_rng(0)
+    draw = lambda shape: random.standard_normal(shape) + (1j * random.standard_normal(shape) if dtype == "c8" else 0)
+    numpy_dtype = jnp.bfloat16 if dtype == "bfloat16" else dtype
+    return [{"a": jnp.asarray(draw((size,)), numpy_dtype), "b": jnp.asarray(draw((2, 3)), numpy_dtype)} for _ in "xyz"]
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, "c16").reshape(-1) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("size", [0, 1, 33, _trees.SMALL, _trees.SMALL + 1, 20_001])
+@pytest.mark.parametrize("dtype", ["f4", "bfloat16", "f2", "c8"])
+def test_several_reductions_at_once(dtype: str, size: int) -> None:
+    x, y, z = trees(dtype, size)
+    pairs = (x, y), (y, y), (z, x)
+    found = jax.jit(lambda *pairs: _trees.vdots(*pairs))(*pairs)
+    for (a, b), product in zip(pairs, found, strict=True):
+        bound = np.linalg.norm(flat(a)) * np.linalg.norm(flat(b))
+        assert product.dtype == np.float32
+        assert abs(np.vdot(flat(a), flat(b)).real - float(product)) < 1e-5 * bound
+    sizes = jax.jit(lambda *trees: _trees.each_largest(*trees))(x, y, z)
+    assert [float(size) for size in sizes] == pytest.approx([abs(flat(tree)).max() for tree in (x, y, z)], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [33, _trees.SMALL + 1])
+def test_sums_at_once(size: int) -> None:
+    one, other = jnp.arange(size, dtype=jnp.float32), jnp.full(size, 0.5)
+    found = _trees.sums([one, other], [other, other])
+    assert [float(total) for total in found] == pytest.approx([size * (size - 1) / 2 + size / 2, size])
+
+
+def test_small_reductions_are_one_kernel() -> None:
+    def products(x: jax.Array, y: jax.Array) -> list[jax.Array]:
+        return _trees.vdots((x, x), (x, y), (y, y), (x - y, x))
+
+    program = jax.jit(products).lower(jnp.ones(50), jnp.ones(50)).compile().as_text() or ""
+    assert program.count(" fusion(") <= 1
+    assert "reduce-window" not in program

@@ -67,12 +67,15 @@ def over(tree: PyTree, size: jax.Array) -> tuple[PyTree, jax.Array]:
 
 
 def largest(tree: PyTree) -> jax.Array:
-    """Return the largest absolute value of all entries; NaN if one is NaN."""
+    """Return the largest absolute value of all entries: see `each_largest`."""
     return each_largest(tree)[0]
 
 
 def each_largest(*trees: PyTree) -> list[jax.Array]:
-    """Return the largest absolute value of all entries of each of several trees of one structure."""
+    """Return the largest absolute value of all entries of each of several trees of one structure.
+
+    It does not tell whether an entry is NaN: jaxlib 0.10 leaves NaN out of the maximum of 4096 numbers on a CPU.
+    """
     zero = jnp.zeros((), norm_dtype(trees[0]))
     found = [zero] * len(trees)
     for leaves in zip(*map(jax.tree.leaves, trees), strict=True):

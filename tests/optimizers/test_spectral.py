@@ -417,3 +417,18 @@ def test_update_needs_params_and_value() -> None:
         optimizer.update(START, state, value=1.0)
     with pytest.raises(TypeError, match="value"):
         optimizer.update(START, state, START)
+
+
+@pytest.mark.parametrize("optimizer", [gdopt.spectral(), gdopt.quasi_newton()], ids=["spectral", "quasi_newton"])
+@pytest.mark.parametrize("size", [5, 5000])
+def test_a_trial_with_one_nan_in_its_gradient_is_taken_back(size: int, optimizer: Any) -> None:
+    """However many params there are: XLA's maximum of many numbers leaves NaN out."""
+    x = jnp.ones(size)
+    state = optimizer.init(x)
+    updates, state = optimizer.update(2 * x, state, x, value=jnp.float32(size))
+    moved = optax.apply_updates(x, updates)
+    broken = (2 * moved).at[3].set(jnp.nan)
+    updates, state = optimizer.update(broken, state, moved, value=jnp.sum(moved**2))
+    assert int(state.rejected) == 1
+    np.testing.assert_array_equal(state.params, x)
+    assert jnp.isfinite(optax.apply_updates(moved, updates)).all()

@@ -231,7 +231,7 @@ def _estimated(state: DistanceState, grad: PyTree, params: PyTree, shape: jax.Ar
     gradients that are not finite, or may do so, the averages leave them out as well.
     """
     if skips:
-        finite = jnp.isfinite(_trees.largest(grad))
+        finite = _trees.all_finite(grad)
         grad = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), grad)
     with own_promotion():
         memory = 1 - 1 / (_LEAST_MEMORY + _MEMORY * state.steps.astype(state.size.dtype))
@@ -248,8 +248,7 @@ def _estimated(state: DistanceState, grad: PyTree, params: PyTree, shape: jax.Ar
 
 def _in_units(size: jax.Array, grad: PyTree) -> tuple[jax.Array, PyTree]:
     """Divide a gradient by the size of the first one, so that no square leaves the range, and eps has no units."""
-    largest = _trees.largest(grad)
-    size = jnp.where((size > 0) | ~jnp.isfinite(largest), size, largest)
+    size = jnp.where((size > 0) | ~_trees.all_finite(grad), size, _trees.largest(grad))
     scale = jnp.where(size > 0, size, 1)
     divide = lambda g: (g / scale.astype(jnp.finfo(g.dtype).dtype)).astype(g.dtype)
     return size, jax.tree.map(divide, grad)

@@ -157,7 +157,7 @@ def judge(last: Trials, params: Packed, grad: Packed, value: jax.Array, eps: Any
     moves = products.ss > 0
     bound = last.reference + _SUFFICIENT * jnp.minimum(slope, 0) + _ROUNDING * eps * jnp.abs(last.reference)
     first = last.accepted == 0
-    finite = jnp.isfinite(value) & jnp.isfinite(sizes.grad)
+    finite = jnp.isfinite(value) & jnp.isfinite(products.gg)
     leads_on = (sizes.grad > 0) | (value <= last.value)  # A plateau below the average would end the search.
     accepted = first | (moves & finite & leads_on & (value <= bound))
     return Verdict(first, accepted, step, change, sizes, products, slope, *_counted(last, accepted, moves))
