@@ -33,7 +33,7 @@ def same_bits(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
 def test_numbers_keep_their_bits(numbers: list[Any]) -> None:
-    packed = jax.jit(lambda numbers: _trees.pack(numbers, _trees.SMALL))(numbers)
+    packed = jax.jit(lambda numbers: _trees.pack(numbers, _trees.SMALL, by_bits=True))(numbers)
     assert all(map(same_bits, numbers, map(np.asarray, packed.tree())))
     again = jax.jit(lambda packed: packed.tree())(packed)
     assert all(map(same_bits, numbers, map(np.asarray, again)))
@@ -42,7 +42,7 @@ def test_numbers_keep_their_bits(numbers: list[Any]) -> None:
 def test_64_bits_keep_their_bits() -> None:
     with jax.enable_x64(True):
         numbers = [np.float64(-0.0), np.float64(5e-324), np.float64(np.pi)]
-        packed = jax.jit(_trees.pack)(numbers)
+        packed = jax.jit(lambda numbers: _trees.pack(numbers, by_bits=True))(numbers)
         assert all(map(same_bits, numbers, map(np.asarray, packed.tree())))
 
 
@@ -50,11 +50,18 @@ def test_many_numbers_are_joined_by_one_kernel() -> None:
     """XLA's CPU backend makes a kernel of each number that it concatenates, and so of all that it depends on."""
 
     def joined(x: jax.Array) -> _trees.Packed:
-        return _trees.pack([jnp.sin(x) * k for k in range(20)])
+        return _trees.pack([jnp.sin(x) * k for k in range(20)], by_bits=True)
 
     program = jax.jit(joined).lower(jnp.float32(1)).compile().as_text() or ""
     assert "concatenate" not in program
     assert program.count(" fusion(") <= 2
+
+
+@pytest.mark.parametrize("most", [1, _trees.SMALL])
+def test_packed_params_have_derivatives(most: int) -> None:
+    """The check of a minimum differentiates the gradient through them."""
+    joined = lambda x: _trees.pack([x, 3 * x], most).vectors[0]
+    np.testing.assert_array_equal(jax.jacfwd(joined)(jnp.float32(2)), [1, 3])
 
 
 def trees(dtype: Any, size: int) -> list[dict[str, jax.Array]]:

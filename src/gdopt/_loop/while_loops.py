@@ -38,7 +38,7 @@ def first_carry(
             columns += recorded.width(state.params)
             rows = max(min(rows, _MOST // columns), 1)
         records = jnp.zeros((rows, *state.code.shape, columns), dtype)
-        return _read_by_host((_trees.pack(state), records), everywhere)
+        return _read_by_host((_trees.pack(state, by_bits=True), records), everywhere)
 
     return first
 
@@ -58,7 +58,7 @@ def chunk_loop(step: Callable[[State, Inputs], tuple[State, tuple]], everywhere:
             row = jnp.stack([entry.astype(records.dtype) for entry in record], axis=-1)
             if params:
                 row = jnp.concatenate([row, recorded.row(before.params, records.dtype)])
-            return _trees.pack(state), lax.dynamic_update_index_in_dim(records, row, at, 0)
+            return _trees.pack(state, by_bits=True), lax.dynamic_update_index_in_dim(records, row, at, 0)
 
         def goes_on(carry: Carry) -> jax.Array:
             state = carry[0].tree()
