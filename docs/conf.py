@@ -25,6 +25,7 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
     # in _ext
+    "accessible",
     "interactive",
     "names",
     "repository_links",
@@ -86,6 +87,7 @@ sphinx_gallery_conf = {
 html_theme = "sphinx_book_theme"
 html_title = "gdopt"
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css", "interactive/descent.css"]
 html_copy_source = False
 html_show_sourcelink = False
