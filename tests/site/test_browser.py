@@ -148,6 +148,7 @@ def test_the_slider_moves_the_balls_to_the_points_of_the_runs(new_page: NewPage,
         seen.add(valley["left"])
         curve = ball(page, "gd-curve", "one")
         assert (curve["x"], curve["y"]) == (step, one["losses"][step])
+        assert not curve["outside"]
     assert len(seen) == 6
 
 
@@ -235,10 +236,11 @@ def test_pictures_to_look_at(new_page: NewPage, scheme: str) -> None:
     page = new_page("interactive", color_scheme=scheme)
     for index, name in ((4, "converges"), (24, "overshoots"), (36, "diverges")):
         set_slider(page, "#gd-rate", index)
-        page.locator("#gd-descent").screenshot(path=PICTURES / f"interactive_{name}_{scheme}.png")
+        file = PICTURES / f"interactive_{name}_{scheme}.png"
+        page.locator("#gd-descent").screenshot(path=file, animations="disabled")
     for name in ("index", "auto_gallery/plot_21_valley"):
         page = new_page(name, color_scheme=scheme)
-        page.screenshot(path=PICTURES / f"{name.rpartition('/')[2]}_{scheme}.png")
+        page.screenshot(path=PICTURES / f"{name.rpartition('/')[2]}_{scheme}.png", animations="disabled")
     assert len([*PICTURES.glob(f"*_{scheme}.png")]) == 5
 
 

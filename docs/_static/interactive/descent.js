@@ -35,7 +35,7 @@
     const box = { left: 58, right: width - 14, top: 12, bottom: height - 46 };
     const scale = log ? Math.log10 : (value) => value;
     const axes = { svg, box };
-    axes.setWidth = (high) => (x = [x[0], high]);
+    axes.setHighest = (right, top) => ([x, y] = [[x[0], right], [y[0], top]]);
     axes.x = (value) => box.left + ((value - x[0]) / (x[1] - x[0])) * (box.right - box.left);
     axes.y = (value) =>
       box.bottom - ((scale(value) - scale(y[0])) / (scale(y[1]) - scale(y[0]))) * (box.bottom - box.top);
@@ -95,8 +95,9 @@
 
   function readable(value) {
     const size = Math.abs(value);
-    if (size >= 1e5 || (size > 0 && size < 1e-3)) return value.toExponential(1).replace("-", "\u2212").replace("e+", "e");
-    return String(Number(value.toPrecision(4))).replace("-", "\u2212");
+    const large = size >= 1e5 || (size > 0 && size < 1e-3);
+    const text = large ? Number(value.toPrecision(2)).toExponential() : String(Number(value.toPrecision(4)));
+    return text.replaceAll("-", "\u2212").replace("e+", "e");
   }
 
   // ---- the three pictures ----
@@ -138,7 +139,7 @@
 
   const steepest = runs.one[0].losses[0];
   const lowest = Math.min(...runs.one.map((run) => Math.min(...run.losses)));
-  const heights = [lowest / 2, steepest * 100];
+  const heights = [lowest / 2, steepest * 10]; // at least
   if (window.matchMedia("(max-width: 45rem)").matches) byId("gd-curve").setAttribute("viewBox", "0 0 420 260");
   const curve = makeAxes(byId("gd-curve"), { x: [0, 20], y: heights, log: true, xlabel: "step", ylabel: "loss" });
   const onCurve = {};
@@ -158,11 +159,14 @@
 
   function drawCurve(step) {
     const width = [20, 50, 100, 200, 300].find((count) => count >= longest()) || longest();
-    curve.setWidth(width);
-    const powers = [-2, -1, 0, 1, 2, 3, 4].map((power) => 10 ** power);
+    const losses = [...runs.one[state.rate].losses, ...runs.two[state.rate].losses];
+    const top = Math.max(heights[1], 2 * Math.max(...losses));
+    curve.setHighest(width, top);
+    const between = Math.ceil(Math.log10(top / heights[0]) / 7); // powers of ten between two numbers
+    const powers = Array.from({ length: 8 }, (_, index) => 10 ** (index * between - 1));
     const apart = width / 5;
     const marks = [0, 1, 2, 3, 4, 5].map((part) => part * apart);
-    drawTicks(curve, marks, powers.filter((power) => power >= heights[0] && power <= heights[1]));
+    drawTicks(curve, marks, powers.filter((power) => power <= top));
     for (const kind of ["one", "two"]) {
       const run = runs[kind][state.rate];
       const points = run.losses.map((loss, index) => [index, loss]);
