@@ -201,6 +201,12 @@ def test_nothing_moves_for_those_who_ask_for_less_motion(new_page: NewPage) -> N
     assert page.locator("#gd-step").input_value() == page.locator("#gd-step").get_attribute("max")
 
 
+def test_without_scripts_the_page_says_what_is_missing(new_page: NewPage) -> None:
+    page = new_page("interactive", java_script_enabled=False)
+    assert page.get_by_text("needs JavaScript").is_visible()
+    assert not page.locator("#gd-rate").is_visible()
+
+
 def test_fingers_move_the_slider(new_page: NewPage) -> None:
     options = {"has_touch": True, "is_mobile": True, "viewport": {"width": 390, "height": 844}}
     page = new_page("interactive", **options)

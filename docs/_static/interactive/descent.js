@@ -266,6 +266,8 @@
     go(0);
   });
   still.addEventListener("change", stop);
+  byId("gd-without").hidden = true;
+  byId("gd-parts").hidden = false;
   stop();
   draw();
 })();
