@@ -128,6 +128,7 @@ def test_the_interactive_page_tells_the_truth() -> None:
         assert words(kind, failing) == {"diverges"}
         assert {runs[kind][index]["status"] for index in endless} == {"MAX_STEPS"}
         assert {runs[kind][index]["status"] for index in failing} == {"DIVERGED"}
+    assert np.all(np.diff([len(runs["one"][index]["losses"]) for index in good]) < 0)
     assert words("one", slow) == {"converges"}
     assert words("two", slow) == {"too slow: more steps are needed"}
     for index in (0, 24, 39):

@@ -255,7 +255,7 @@ def test_each_link_of_the_sidebar_leads_to_its_page(new_page: NewPage) -> None:
     links = page.locator("nav.bd-links a.reference.internal:visible")
     names = [name.strip() for name in links.all_inner_texts()]
     assert len(names) > 20
-    assert "The learning rate, to move" in names
+    assert "Move the learning rate" in names
     for name in names:
         page.locator("nav.bd-links").get_by_role("link", name=name, exact=True).first.click()
         page.wait_for_load_state()
