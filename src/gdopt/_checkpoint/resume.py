@@ -338,7 +338,9 @@ class Saves:
     def _contents(self, state: State, rows: Rows, limits: Limits) -> tuple[int, dict[str, Any], dict[str, Any]]:
         arrays: dict[str, Any] = {name: plain(leaf) for name, leaf in _trees.named_leaves(state, "state").items()}
         arrays |= {
-            f"history.{name}": entries for name, entries in rows._asdict().items() if entries.size or name != "metrics"
+            f"history.{name}": entries
+            for name, entries in rows._asdict().items()
+            if entries.size or name in Rows._fields[:3]
         }
         arrays |= {name: plain(leaf) for name, leaf in self._sizes.items()}
         validated = self.validated()
