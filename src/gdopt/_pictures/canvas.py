@@ -77,10 +77,7 @@ def refuse_no_history(name: str) -> NoReturn:
     raise InputError(f"{which} is of a run inside jit, vmap or grad, so it has no history. Make the run outside.")
 
 
-def named_results(given: Any) -> dict[str, Result]:
-    """Return results by name, from one result (whose name is ""), a list, or a dict of them."""
-    if isinstance(given, Result):
-        return {"": given}
+def _several(given: Any) -> dict[str, Result]:
     try:
         named = dict(given) if hasattr(given, "keys") else {f"run {k}": each for k, each in enumerate(given)}
     except TypeError:
@@ -90,7 +87,12 @@ def named_results(given: Any) -> dict[str, Result]:
     for name, each in named.items():
         if not isinstance(each, Result):
             raise InputError(f"{name!r} of result is a {type(each).__name__}. Pass results of gdopt.minimize.")
-    named = {str(name): each for name, each in named.items()}
+    return {str(name): each for name, each in named.items()}
+
+
+def named_results(given: Any) -> dict[str, Result]:
+    """Return results by name, from one result (whose name is ""), a list, or a dict of them."""
+    named = {"": given} if isinstance(given, Result) else _several(given)
     for name, each in named.items():
         if each.history is None:
             refuse_no_history(name)
