@@ -62,8 +62,13 @@ def unit(tree: PyTree) -> tuple[PyTree, jax.Array]:
 
 def over(tree: PyTree, size: jax.Array) -> tuple[PyTree, jax.Array]:
     """Divide a tree by the known size of its largest entry: see `unit`."""
-    scale = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    scale = scale_of(size)
     return jax.tree.map(lambda leaf: leaf / scale, tree), scale
+
+
+def scale_of(size: jax.Array) -> jax.Array:
+    """Return the size of a largest entry if one may divide by it; otherwise 1."""
+    return jnp.where((size > 0) & jnp.isfinite(size), size, 1)
 
 
 def largest(tree: PyTree) -> jax.Array:

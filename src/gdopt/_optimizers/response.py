@@ -1,4 +1,4 @@
-"""What an optimizer's updates do to a scaled gradient, which decides how its rate is found."""
+"""The effect of a scaled gradient on the updates of an optimizer, which decides how its rate is found."""
 
 from __future__ import annotations
 

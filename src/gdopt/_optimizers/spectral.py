@@ -166,9 +166,7 @@ def _next(
     rate = jnp.where(verdict.accepted, new.learning_rate, shortened)
     if within is not None:
         return _confined(new, verdict, here, point, rate, within)
-    scale = _trees.over((), verdict.sizes.grad)[1]
-    square = scale * (scale * verdict.products.gg)
-    point = point._replace(left=jnp.where(verdict.accepted, rate * square / 2, last.left))
+    point = point._replace(left=jnp.where(verdict.accepted, rate * verdict.square / 2, last.left))
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, g: jax.Array) -> jax.Array:
         wide = rate.astype(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)

@@ -93,6 +93,11 @@ class Verdict(NamedTuple):
         """The inner product of the step with the change of the gradient."""
         return self.step[1] * self.change[1] * self.products.sy
 
+    @property
+    def square(self) -> jax.Array:
+        """The squared 2-norm of the gradient at the trial; infinite or 0 if it is out of range."""
+        return _square(_trees.scale_of(self.sizes.grad), self.products.gg)
+
 
 def begin(params: PyTree) -> Trials:
     """Return the state before the first trial."""
@@ -200,7 +205,11 @@ def follow(last: Trials, verdict: Verdict, params: Packed, grad: Packed, value: 
 def square(tree: PyTree) -> jax.Array:
     """Return the squared 2-norm; infinite or 0 if it is out of range."""
     unit, size = _trees.unit(tree)
-    return size * (size * _trees.vdot(unit, unit))
+    return _square(size, _trees.vdot(unit, unit))
+
+
+def _square(size: jax.Array, of_unit: jax.Array) -> jax.Array:
+    return size * (size * of_unit)
 
 
 def first_rate(x_size: jax.Array, grad_size: jax.Array, gg: jax.Array, value: jax.Array) -> jax.Array:
@@ -208,7 +217,7 @@ def first_rate(x_size: jax.Array, grad_size: jax.Array, gg: jax.Array, value: ja
 
     ``gg`` is the square of the gradient over its size.
     """
-    scale = _trees.over((), grad_size)[1]
+    scale = _trees.scale_of(grad_size)
     # XLA would turn (a / b) / b into a / b**2, which leaves the range of float32 early.
     to_zero = lax.optimization_barrier(jnp.abs(value) / scale / gg) / scale
     return jnp.where(x_size > 0, _FIRST_STEP * x_size / scale, jnp.where(value != 0, _FIRST_STEP * to_zero, 1))
