@@ -181,7 +181,7 @@ def _end(call: _Call) -> None:
     """Do what is left to do, and restore the handlers at the end of the outermost call. Once is enough."""
     if call not in _handled.calls:
         return
-    with _counted():
+    with shielded():
         try:
             for release in reversed(call.at_end):
                 release()

@@ -53,7 +53,7 @@ def call(path: Path, number: int) -> gdopt.Result:
 def is_locked(path: Path) -> bool:
     """Tell whether anybody holds the lock of a path."""
     try:
-        descriptor = os.open(f"{path}.lock", os.O_RDWR)
+        descriptor = os.open(f"{path}.gdopt.lock", os.O_RDWR)
     except FileNotFoundError:
         return False
     try:
