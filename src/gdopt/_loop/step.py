@@ -16,7 +16,7 @@ from gdopt._errors import InputError
 from gdopt._loop.region import Region
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import evaluation_params, inject, may_skip, took_care, trials_in
+from gdopt._optimizers.optax_state import evaluation_params, inject, keeps_its_state, may_skip, took_care, trials_in
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem import model_state
 from gdopt._problem.data import Batches
@@ -86,11 +86,12 @@ class Step:
         accepted = self._accepted(tried) if self._keeps_accepted and tried else None
         kept = self._kept(state, point, here, aux, (code, running, skipped, accepted), watch)
         model = model if skipped is None else _trees.select(skipped, state.model, model)
-        new_x, new_optimizer, rate = tried or update()
+        stays = tried is None and keeps_its_state(state.optimizer)
+        new_x, optimizer, rate = tried or update(running if stays else None)
         # A select is cheaper than a cond here, because only the last step of a run is not made. The last step leaves
         # the watch as it was, too: a checkpoint may be resumed with other limits, and repeats the evaluation.
-        new, old = (new_x, new_optimizer, watch, model), (x, state.optimizer, state.watch, state.model)
-        x, optimizer, watch, model = _trees.select(running, new, old)
+        x, watch, model = _trees.select(running, (new_x, watch, model), (x, state.watch, state.model))
+        optimizer = optimizer if stays else _trees.select(running, optimizer, state.optimizer)
         used = self._method.rate_used(rate, optimizer)
         metrics = metrics_in(aux).values() if settings.metrics else ()
         record = (point.loss, point.grad_norm, jnp.where(running, used, jnp.nan), *map(jnp.asarray, metrics))
@@ -208,9 +209,12 @@ class Step:
         return _trees.select(keep, kept, last) if keep_best else kept
 
     def _updated(
-        self, state: State, inputs: Inputs, loss: jax.Array, grad: PyTree, given: tuple
+        self, state: State, inputs: Inputs, loss: jax.Array, grad: PyTree, given: tuple, made: jax.Array | None = None
     ) -> tuple[PyTree, PyTree, jax.Array | None]:
-        """Return the params and the optimizer's state after the update, and its rate."""
+        """Return the params and the optimizer's state after the update, and its rate.
+
+        ``made`` is for an optimizer that returns its old state if the update is not made.
+        """
         x, rate = state.params, rate_of(self._method, self._schedule, inputs, state.step)
 
         def asked(params: PyTree) -> jax.Array:
@@ -220,7 +224,7 @@ class Step:
         optimizer = state.optimizer if rate is None else inject(state.optimizer, rate)
         region, searches = self._region, trials_in(optimizer) is not None
         within = region.within(inputs.constraint, x) if region is not None and searches else None
-        updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss, within)
+        updates, optimizer = self._method.update(rate, grad, optimizer, x, asked, loss, within=within, made=made)
         # Nothing else may read the updates. Otherwise XLA rounds them before it adds them, whereas a hand-written loop
         # fuses both, and the last bits differ.
         new, optimizer = optax.apply_updates(x, updates), _trees.strong(optimizer)

@@ -20,7 +20,6 @@ from gdopt._optimizers.identity import identity_of
 from gdopt._optimizers.optax_state import apply, check_fits, extra_arguments, owned_rate, restarted, trials_in
 from gdopt._optimizers.quasi_newton import PAIRS, affordable_memory, quasi_newton
 from gdopt._optimizers.spectral import check_learning_rate, gd, spectral
-from gdopt._optimizers.trials import Within
 from gdopt._types import Optimizer, PyTree, Schedule
 
 
@@ -97,11 +96,11 @@ class Method(NamedTuple):
         params: PyTree,
         loss: Callable,
         value: jax.Array,
-        within: Within | None = None,
+        **of_searches: Any,
     ) -> tuple[PyTree, PyTree]:
-        """The optimizer's update at a rate, where the loss has this value; ``within`` is for those that search."""
+        """The optimizer's update at a rate, where the loss has this value; the others are for those that search."""
         with self.told():
-            extras = extra_arguments(loss, value, updates, within)
+            extras = extra_arguments(loss, value, updates, **of_searches)
             out = apply(self.with_rate(rate), updates, state, params, **extras)
         if not (isinstance(out, tuple | list) and len(out) == 2):
             raise InputError(

@@ -16,7 +16,8 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from gdopt import _trees
 from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import QuasiNewtonState
-from gdopt._optimizers.trials import Trials, Within
+from gdopt._optimizers.spectral import SpectralState
+from gdopt._optimizers.trials import Trials
 from gdopt._types import PyTree
 
 _MOST_STEPS = 100_000  # the steps of an update after which counting them ends
@@ -40,9 +41,12 @@ def apply(
 
 
 def extra_arguments(
-    loss: Callable[[PyTree], jax.Array], value: jax.Array, grad: PyTree, within: Within | None = None
+    loss: Callable[[PyTree], jax.Array], value: jax.Array, grad: PyTree, **of_searches: Any
 ) -> dict[str, Any]:
-    """Return all that the update of an optimizer may ask for, under each of the names that optax has for it."""
+    """Return all that the update of an optimizer may ask for, under each of the names that optax has for it.
+
+    What is not None of the others is for gdopt's own searches: see `trials.update`.
+    """
 
     # optax's line searches reject unknown extra arguments. These two names are for other optimizers.
     def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
@@ -52,7 +56,7 @@ def extra_arguments(
         return jax.tree.map(jnp.conj, jax.grad(value_fn)(params))
 
     given = {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": grad_fn}
-    return given if within is None else {**given, "within": within}
+    return given | {name: value for name, value in of_searches.items() if value is not None}
 
 
 def evaluation_params(state: PyTree, params: PyTree) -> PyTree:
@@ -125,6 +129,11 @@ def _at_mini_step(state: PyTree, count: jax.Array) -> PyTree:
 def trials_in(state: PyTree) -> Trials | None:
     """Return the trials in the state of an optimizer that takes bad points back; None for other optimizers."""
     return next(iter(states_of(state, Trials)), None)
+
+
+def keeps_its_state(state: PyTree) -> bool:
+    """Tell whether the optimizer returns its old state if it is told that the update is not made."""
+    return isinstance(state, SpectralState | QuasiNewtonState)
 
 
 def may_skip(state: PyTree) -> bool:

@@ -157,16 +157,16 @@ def _next(
     here: Packed,
     grad: Packed,
     value: jax.Array,
-    within: trials.Within | None = None,
+    within: trials.Within | None,
 ) -> tuple[PyTree, QuasiNewtonState]:
     box = _box_of(within)
     last = state.trials
     point = trials.follow(last, verdict, here, grad, value, state.average)
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
-    new = _keep_pairs(_learn(state, pair), state, learns, pair)
+    new = _keep_pairs(_learn(state, pair), state, verdict, learns, pair)
     fresh = 1 / _first_rate(verdict, here, grad, value, box)
-    new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict.first, point, pair, box)
+    new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict, point, pair, box)
     along, again = _lengths(verdict, pair, learns, last, value, point, way, size)
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, way: jax.Array, step: jax.Array) -> jax.Array:
@@ -224,7 +224,7 @@ def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Ar
 def _descent(
     new: QuasiNewtonState,
     plain: QuasiNewtonState,
-    first: jax.Array,
+    verdict: trials.Verdict,
     point: Trials,
     pair: _Pair,
     box: boxed.Box | None,
@@ -233,7 +233,7 @@ def _descent(
 
     If the direction does not lead down, the state forgets what it learned.
     """
-    new = _forget(first, plain, new)
+    new = _forget(verdict.keeps(verdict.first), plain, new)
     wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
     grad = jax.tree.map(wide, point.grad, new.diagonal)
     if box is None:
@@ -245,7 +245,7 @@ def _descent(
         way = boxed.direction(boxed.model_of(new.diagonal, new.largest, new.pairs, new.learned), unit_grad, *limits)
     slope = _trees.vdot(unit_grad, way)
     descends = (slope > 0) & jnp.isfinite(slope)
-    new, straight = _forget(~descends, plain, new), unit_grad
+    new, straight = _forget(verdict.keeps(~descends), plain, new), unit_grad
     if box is not None:
         limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
         straight = jax.tree.map(jnp.clip, unit_grad, *limits)
@@ -311,23 +311,25 @@ def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
     return state._replace(diagonal=new, largest=unit * jnp.where(known, high, pair.yy / sy))
 
 
-def _keep_pairs(new: QuasiNewtonState, old: QuasiNewtonState, learns: jax.Array, pair: _Pair) -> QuasiNewtonState:
+def _keep_pairs(
+    new: QuasiNewtonState, old: QuasiNewtonState, verdict: trials.Verdict, learns: jax.Array, pair: _Pair
+) -> QuasiNewtonState:
     """Replace the oldest pair by the new one, if it reveals a curvature."""
-    pairs, step, change = old.pairs, pair.step, pair.change
-    diagonal, largest = _trees.select(learns, (new.diagonal, new.largest), (old.diagonal, old.largest))
+    pairs, step, change, keeps = old.pairs, pair.step, pair.change, verdict.keeps(learns)
+    diagonal, largest = _trees.select(keeps, (new.diagonal, new.largest), (old.diagonal, old.largest))
     if pairs is not None:
         memory = pairs.ratios.shape[0]
         slot = old.learned % memory
 
         def put(rows: jax.Array, row: jax.Array) -> jax.Array:
-            row = jnp.where(learns, row.astype(rows.dtype), rows[slot])
+            row = jnp.where(keeps, row.astype(rows.dtype), rows[slot])
             return rows.at[slot].set(row)
 
         steps, changes = (jax.tree.map(put, *each) for each in ((pairs.steps, step[0]), (pairs.changes, change[0])))
         across, along = _with_rows(changes, step[0]), _with_rows(steps, change[0])
         products = pairs.products.at[slot, :].set(across).at[:, slot].set(along)
         ratios = pairs.ratios.at[slot].set(change[1] / step[1])
-        products, ratios = _trees.select(learns, (products, ratios), (pairs.products, pairs.ratios))
+        products, ratios = _trees.select(keeps, (products, ratios), (pairs.products, pairs.ratios))
         pairs = Pairs(steps, changes, products, ratios)
     return new._replace(diagonal=diagonal, largest=largest, pairs=pairs, learned=old.learned + learns)
 

@@ -154,7 +154,7 @@ def _next(
     here: Packed,
     grad: Packed,
     value: jax.Array,
-    within: trials.Within | None = None,
+    within: trials.Within | None,
 ) -> tuple[PyTree, SpectralState]:
     last = state.trials
     if within is not None and not within.known_value:
