@@ -164,21 +164,21 @@ def _next(
     point = trials.follow(last, verdict, here, grad, value, state.average)
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
-    new = _keep_pairs(_learn(state, pair), state, verdict, learns, pair)
+    new = _keep_pairs(_learn(state, pair), state, verdict, learns, pair, boxed=box is not None)
     fresh = 1 / _first_rate(verdict, here, grad, value, box)
-    new, way, size, left = _descent(new, _plain(new, verdict.first, pair, fresh), verdict, point, pair, box)
-    along, again = _lengths(verdict, pair, learns, last, value, point, way, size)
+    new, descent = _descent(new, _plain(new, verdict.first, pair, fresh), verdict, point, pair, box)
+    along, again = _lengths(verdict, pair, learns, last, value, point, descent)
 
     def leaf_update(x: jax.Array, accepted_x: jax.Array, way: jax.Array, step: jax.Array) -> jax.Array:
         a, b = along.astype(_wide(x)), again.astype(_wide(x))
         move = jnp.where(a != 0, a * way, 0) + jnp.where(b != 0, b * step, 0)
         return ((accepted_x - x) + move.astype(x.dtype)).astype(x.dtype)
 
-    updates = trials.updates(verdict, here, point, leaf_update, way, pair.step[0])
+    updates = trials.updates(verdict, here, point, leaf_update, descent.way, pair.step[0])
     if box is not None:
         new_x = jax.tree.map(jnp.add, here, trials.pack(updates))
         updates = jax.tree.map(jnp.subtract, boxed.clipped(new_x, box), here).tree()
-    new = new._replace(trials=point._replace(left=left))
+    new = new._replace(trials=point._replace(left=descent.left))
     return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
 
 
@@ -221,6 +221,16 @@ def _plain(state: QuasiNewtonState, first: jax.Array, pair: _Pair, fresh: jax.Ar
     )
 
 
+class _Descent(NamedTuple):
+    """The way to the next trial."""
+
+    way: Packed  # over its unit
+    unit: jax.Array
+    square: jax.Array  # the square of the way over its unit
+    largest: jax.Array  # the largest entry of that
+    left: jax.Array  # the gain that is left along the way
+
+
 def _descent(
     new: QuasiNewtonState,
     plain: QuasiNewtonState,
@@ -228,31 +238,37 @@ def _descent(
     point: Trials,
     pair: _Pair,
     box: boxed.Box | None,
-) -> tuple[QuasiNewtonState, Packed, jax.Array, jax.Array]:
-    """Return the new state, the direction, its unit, and the gain that is left along it.
+) -> tuple[QuasiNewtonState, _Descent]:
+    """Return the new state, and the way to go from the last accepted point.
 
-    If the direction does not lead down, the state forgets what it learned.
+    If the direction does not lead down, the state forgets what it learned. Its numbers and those of the straight way
+    are selected one by one, so that no pass over the params selects the direction.
     """
     new = _forget(verdict.keeps(verdict.first), plain, new)
     wide = lambda g, like: g.astype(jnp.promote_types(g.dtype, like.dtype))
     grad = jax.tree.map(wide, point.grad, new.diagonal)
     if box is None:
-        unit_grad, grad_size = _trees.unit(grad)
-        way = _direction(new, unit_grad, pair)
+        size = jnp.where(verdict.accepted, verdict.sizes.grad, verdict.sizes.last_grad)
+        unit_grad, grad_size = _trees.over(grad, size)
+        way, straight = _direction(new, unit_grad, pair), unit_grad
+        largest, most = _trees.largest(way), jnp.ones_like(grad_size)
     else:
         unit_grad, grad_size = boxed.unit(grad, point.point, box)
         limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
         way = boxed.direction(boxed.model_of(new.diagonal, new.largest, new.pairs, new.learned), unit_grad, *limits)
-    slope = _trees.vdot(unit_grad, way)
-    descends = (slope > 0) & jnp.isfinite(slope)
-    new, straight = _forget(verdict.keeps(~descends), plain, new), unit_grad
-    if box is not None:
-        limits = boxed.limits(unit_grad, grad_size / new.largest, point.point, box)
+        limits = boxed.limits(unit_grad, grad_size / plain.largest, point.point, box)
         straight = jax.tree.map(jnp.clip, unit_grad, *limits)
-    way = _trees.select(descends, way, straight)
-    slope = jnp.where(descends, slope, _trees.vdot(unit_grad, straight))
+        largest, most = _trees.each_largest(way, straight)
+    slope, square, *of_straight = _trees.vdots(
+        (unit_grad, way), (way, way), (unit_grad, straight), (straight, straight)
+    )
+    descends = (slope > 0) & jnp.isfinite(slope)
+    new = _forget(verdict.keeps(~descends), plain, new)
+    way, slope, square, largest = _trees.select(
+        descends, (way, slope, square, largest), (straight, *of_straight, most)
+    )
     size = grad_size / new.largest
-    return new, way, size, grad_size * (size * slope) / 2
+    return new, _Descent(way, size, square, largest, grad_size * (size * slope) / 2)
 
 
 def _lengths(
@@ -262,18 +278,18 @@ def _lengths(
     last: Trials,
     value: jax.Array,
     point: Trials,
-    way: Packed,
-    size: jax.Array,
+    descent: _Descent,
 ) -> tuple[jax.Array, jax.Array]:
     """Return how far to go along the direction, or which share of a rejected step to make again."""
-    length, before = size * jnp.sqrt(_trees.vdot(way, way)), pair.step[1] * jnp.sqrt(pair.ss)
+    size = descent.unit
+    length, before = size * jnp.sqrt(descent.square), pair.step[1] * jnp.sqrt(pair.ss)
     ahead = jnp.where(pair.curved | verdict.first, 1, jnp.maximum(1, _FARTHER * before / length))
     back = jnp.minimum(1, _NEARER * before / length)
     factor = jnp.where(verdict.accepted, ahead, back)
     share = trials.shorter(last, value, verdict.slope, verdict.curvature)
     shorten = ~verdict.accepted & ~learns
     x_size = jnp.where(verdict.accepted, verdict.sizes.params, verdict.sizes.last_params)
-    most = trials.farthest(point.point, x_size) / (size * _trees.largest(way))
+    most = trials.farthest(point.point, x_size) / (size * descent.largest)
     along = jnp.where(shorten | verdict.gave_up, 0, -size * jnp.minimum(factor, most))
     along = jnp.where(size > 0, along, 0)
     return along, jnp.where(shorten & ~verdict.gave_up, pair.step[1] * share, 0)
@@ -294,14 +310,15 @@ def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
     """
     s, y, b, sy = pair.step[0], pair.change[0], state.diagonal, pair.sy
     square = lambda leaf: jnp.square(jnp.abs(leaf))
-    scale, bent = _trees.sums(
-        jax.tree.map(lambda y, b: square(y) / b, y, b), jax.tree.map(lambda s, b: square(s) * b, s, b)
-    )
+    over, times = jax.tree.map(jnp.divide, y, b), jax.tree.map(jnp.multiply, s, b)
+    scale, bent = _trees.vdots((over, y), (times, s))
     scale = scale / sy
 
     def entries(s: jax.Array, y: jax.Array, b: jax.Array) -> jax.Array:
         scaled, sy_, bent_ = (number.astype(b.dtype) for number in (scale, sy, bent))
-        return (scaled * (b - square(b * s) / bent_) + square(y) / sy_).astype(b.dtype)
+        # Other products than in the sums: XLA would write one that both need into memory.
+        s, y = jnp.abs(s), jnp.abs(y)
+        return (scaled * (b - (b / bent_ * s) * (b * s)) + y / sy_ * y).astype(b.dtype)
 
     known = state.learned > 0
     new = jax.tree.map(entries, s, y, b)
@@ -312,7 +329,13 @@ def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
 
 
 def _keep_pairs(
-    new: QuasiNewtonState, old: QuasiNewtonState, verdict: trials.Verdict, learns: jax.Array, pair: _Pair
+    new: QuasiNewtonState,
+    old: QuasiNewtonState,
+    verdict: trials.Verdict,
+    learns: jax.Array,
+    pair: _Pair,
+    *,
+    boxed: bool,
 ) -> QuasiNewtonState:
     """Replace the oldest pair by the new one, if it reveals a curvature."""
     pairs, step, change, keeps = old.pairs, pair.step, pair.change, verdict.keeps(learns)
@@ -322,11 +345,14 @@ def _keep_pairs(
         slot = old.learned % memory
 
         def put(rows: jax.Array, row: jax.Array) -> jax.Array:
-            row = jnp.where(keeps, row.astype(rows.dtype), rows[slot])
-            return rows.at[slot].set(row)
+            row = row.astype(rows.dtype)
+            if row.size > _trees.SMALL:  # This does not read the old row. For small ones it takes longer to compile.
+                return rows.at[jnp.where(keeps, slot, memory)].set(row, mode="drop")
+            return rows.at[slot].set(jnp.where(keeps, row, rows[slot]))
 
         steps, changes = (jax.tree.map(put, *each) for each in ((pairs.steps, step[0]), (pairs.changes, change[0])))
-        across, along = _with_rows(changes, step[0]), _with_rows(steps, change[0])
+        along = _with_rows(steps, change[0])
+        across = _with_rows(changes, step[0]) if boxed else along
         products = pairs.products.at[slot, :].set(across).at[:, slot].set(along)
         ratios = pairs.ratios.at[slot].set(change[1] / step[1])
         products, ratios = _trees.select(keeps, (products, ratios), (pairs.products, pairs.ratios))
