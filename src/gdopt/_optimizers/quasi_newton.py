@@ -264,9 +264,7 @@ def _descent(
     )
     descends = (slope > 0) & jnp.isfinite(slope)
     new = _forget(verdict.keeps(~descends), plain, new)
-    way, slope, square, largest = _trees.select(
-        descends, (way, slope, square, largest), (straight, *of_straight, most)
-    )
+    way, slope, square, largest = _trees.select(descends, (way, slope, square, largest), (straight, *of_straight, most))
     size = grad_size / new.largest
     return new, _Descent(way, size, square, largest, grad_size * (size * slope) / 2)
 
@@ -309,7 +307,6 @@ def _learn(state: QuasiNewtonState, pair: _Pair) -> QuasiNewtonState:
     With B the diagonal and c = y'y/B / s'y, it is c B + y*y / s'y - c (B*s)^2 / s'Bs, in the unit of y over that of s.
     """
     s, y, b, sy = pair.step[0], pair.change[0], state.diagonal, pair.sy
-    square = lambda leaf: jnp.square(jnp.abs(leaf))
     over, times = jax.tree.map(jnp.divide, y, b), jax.tree.map(jnp.multiply, s, b)
     scale, bent = _trees.vdots((over, y), (times, s))
     scale = scale / sy
