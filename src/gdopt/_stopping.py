@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ class Evaluation(NamedTuple):
     step: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
-    distance: jax.Array  # |x - x0|; zero or infinite if squares leave the dtype's range
+    distance: jax.Array | None  # |x - x0|; zero or infinite if squares leave the dtype's range; None if not needed
     finite: jax.Array  # whether the params are finite
     largest: jax.Array | None  # the largest entry of the gradient, if it is tested
 
@@ -325,9 +325,9 @@ def _count_held(
     doubles = jnp.where(renews, 2 * watch.doubles, watch.doubles)
     if search is None:
         here, counts, accepted = point.loss, jnp.asarray(True), watch.accepted
-        gain = watch.first_loss - here
-        little = (point.distance > 0) & (gain > 0)
-        little &= point.grad_norm * (point.distance / gain) <= watch.bar * limits.tol
+        gain, distance = watch.first_loss - here, cast(jax.Array, point.distance)
+        little = (distance > 0) & (gain > 0)
+        little &= point.grad_norm * (distance / gain) <= watch.bar * limits.tol
     else:
         here, counts, accepted = kept_loss, search.accepted != watch.accepted, search.accepted
         gain = older - here

@@ -76,7 +76,7 @@ class Step:
         (loss, extra), grad = self._loss.replay(self._loss.constants, x, inputs.constants, *given)
         model, aux = model_state.of(extra)
         loss, measured = self._confined(x, loss, grad, inputs)
-        point, here = self._measured(k, x, loss, measured, inputs)
+        point, here = self._measured(state, loss, measured, inputs)
         update = functools.partial(self._updated, state, inputs, loss, grad, given)
         skips = settings.noisy and may_skip(state.optimizer)
         tried = update() if skips or self._keeps_accepted else None
@@ -153,18 +153,17 @@ class Step:
         data = settings.layout.batch(data) if batches and settings.layout else data
         return (data, *others), order
 
-    def _measured(
-        self, k: jax.Array, x: PyTree, loss: jax.Array, grad: PyTree, inputs: Inputs
-    ) -> tuple[Evaluation, Packed]:
+    def _measured(self, state: State, loss: jax.Array, grad: PyTree, inputs: Inputs) -> tuple[Evaluation, Packed]:
         """Measure a point; return the facts, and the point in few arrays."""
-        compact = self._settings.compact
-        value, grad, here = loss.astype(self._loss_dtype), compact(grad), compact(x)
-        away = jax.tree.map(jnp.subtract, here, compact(inputs.start))
+        settings = self._settings
+        value, grad, here = loss.astype(self._loss_dtype), settings.compact(grad), settings.compact(state.params)
+        needs_distance = not settings.noisy and trials_in(state.optimizer) is None
+        away = jax.tree.map(jnp.subtract, here, settings.compact(inputs.start)) if needs_distance else here
         squares = _trees.vdots((grad, grad), (away, away))
-        grad_norm, distance = _trees.norm_from(squares[0], grad), jnp.sqrt(squares[1])
-        finite = lax.cond(jnp.isfinite(distance), lambda: jnp.asarray(True), lambda: _trees.all_finite(here))
-        largest = _trees.largest(grad) if self._settings.tests_gradient else None
-        return Evaluation(k, value, grad_norm, distance, finite, largest), here
+        grad_norm, length = _trees.norm_from(squares[0], grad), jnp.sqrt(squares[1])
+        finite = lax.cond(jnp.isfinite(length), lambda: jnp.asarray(True), lambda: _trees.all_finite(here))
+        largest = _trees.largest(grad) if settings.tests_gradient else None
+        return Evaluation(state.step, value, grad_norm, length if needs_distance else None, finite, largest), here
 
     def _skipped(self, state: State, point: Evaluation, tried: tuple) -> jax.Array:
         """Tell whether the loss or its gradient is not finite, but the optimizer skips it and keeps the params finite.
