@@ -17,6 +17,8 @@ Part: its purpose; the first JAX that has it; its replacement.
 - ``JaxprEqn.source_info``: the user's line in `diagnose`; always; no line is shown without it.
 - ``Primitive.name``, ``.multiple_results``, ``.bind``, ``.get_bind_params``: to replay an operation; always; nothing.
 - ``Literal(val, aval)``, ``Var.aval``, ``ShapedArray.weak_type``: the numbers in a trace; always; nothing.
+- the cells ``fn`` and ``jvp`` of what ``custom_jvp_call`` has as its rule, ``WrappedFun.f`` and ``.f_transformed``: is
+  it a rule of JAX's own? 0.9; without them such a loss is traced with its gradient at each call.
 - names of operations and of their parameters (in `replays` and `fingerprints`); an unknown one is left as it is.
 - ``jax.typeof(x).manual_axis_type.varying``, before 0.10 ``.vma``: what differs between devices within a `shard_map`;
   without it JAX's own errors are raised.
@@ -51,6 +53,27 @@ def _classes() -> tuple[tuple[type, ...], type]:
 def is_jaxpr(value: Any) -> bool:
     """Tell whether it is a trace, with its arrays or without."""
     return isinstance(value, _classes()[0])
+
+
+def rule_of(eqn: Any) -> tuple[Any, Any] | None:
+    """Return the function that is the rule of a ``custom_jvp_call``, and the structure of its arguments.
+
+    None if these are not found, or if the function is called with more than the arguments of the operation.
+    """
+    try:
+        wrapped = cell(cell(eqn.params["jvp_jaxpr_fun"].f, "fn"), "jvp")
+        flat, treedef = wrapped.f_transformed, None
+        (treedef,) = (given for given in flat.args if isinstance(given, jax.tree_util.PyTreeDef))
+        inner = flat.args[0]
+        plain = inner.func is wrapped.f and not inner.args and not inner.keywords and not flat.keywords
+        return (wrapped.f, treedef) if plain and flat.func.__name__ == "_flatten_jvp" else None
+    except Exception:
+        return None
+
+
+def cell(function: Any, name: str) -> Any:
+    """Return what a function closes over by a name."""
+    return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
 
 
 def is_literal(atom: Any) -> bool:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import count_compilations, evaluate, shared_traces, some_of
+from helpers import count_compilations, count_traces, evaluate, shared_traces, some_of
 from hypothesis import given, settings
 from jax import lax
 from jax.experimental.ode import odeint
@@ -608,6 +608,44 @@ def test_random_expressions_answer_as_if_unshared(ask: Callable, expression: tup
     shared = run(second)
     gdopt.clear_cache()
     assert shared == run(second)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [jax.nn.relu, jax.nn.silu, jax.nn.gelu, jax.nn.softplus, jax.nn.log_softmax, jax.nn.logsumexp, jnp.linalg.norm],
+    ids=lambda function: function.__name__,
+)
+def test_a_gradient_by_rules_of_the_library_is_traced_once(function: Callable) -> None:
+    def call() -> list[str]:
+        with count_traces() as names:
+            gdopt.minimize(lambda x: jnp.sum(function(x)) + jnp.sum(x**2), X, learning_rate=0.01, max_steps=3)
+        return names
+
+    gdopt.clear_cache()
+    assert len(call()) > 1
+    assert call() == ["<lambda>"]  # the loss itself, once
+
+
+def test_another_rule_of_a_function_of_the_library_is_seen() -> None:
+    """Somebody may replace it, by a function that is not JAX's, or by one that is."""
+    loss, before = lambda x: jnp.sum(jax.nn.relu(x)) + jnp.sum(x**2), jax.nn.relu.jvp
+    rules = [lambda g, ans, x: 2 * g, lambda g, ans, x: FACTOR["now"] * g, lambda g, ans, x: -g]
+    rules[2].__module__ = jax.nn.relu.__module__
+    try:
+        found = [str(bits(evaluate(loss, X)))]
+        for rule in rules:
+            jax.nn.relu.defjvps(rule)
+            found.append(str(bits(evaluate(loss, X))))
+        jax.nn.relu.defjvps(rules[1])
+        FACTOR["now"] = 7.0
+        found.append(str(bits(evaluate(loss, X))))
+    finally:
+        jax.nn.relu.jvp = before
+    assert len(set(found)) == len(found)
+    assert str(bits(evaluate(loss, X))) == found[0]
+
+
+FACTOR = {"now": 3.0}
 
 
 # ----------------------------------------------------------------------------------------------- equal losses share one

@@ -31,7 +31,8 @@ def fingerprint(jaxpr: Any, *, lifted: bool = False, rules: bool = False) -> Has
     """Return everything that the compiled program of a `Copy` depends on, by value; None if a value is not comparable.
 
     With ``lifted``, the numbers that a replay is given count only by their kind. With ``rules``, for a trace that is to
-    be differentiated, policies of checkpoints count, and a function with derivative rules gets no fingerprint.
+    be differentiated, policies of checkpoints count, and a function with other derivative rules than JAX's own gets no
+    fingerprint.
     """
     try:
         return tuple(_items(jaxpr, lifted, rules))
@@ -66,7 +67,7 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
         if name in RULES and key not in ("call_jaxpr", "name"):
             # Nothing differentiates the finished program, so only the function itself counts there, not its rules.
             if rules and key in RULES[name]:
-                raise _Unshareable  # JAX calls it at each differentiation, and what it reads may have changed.
+                yield key, _rule(eqn)
         elif key == "policy" and name in ("checkpoint", "remat2"):  # No value depends on what a gradient stores.
             if rules:
                 yield key, None if value is None else _Itself(value)
@@ -76,6 +77,24 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
             yield key, scan_counts(eqn)
         else:
             yield key, _value(value, inside, rules)
+
+
+def _rule(eqn: Any) -> Hashable:
+    """Return what tells a derivative rule of JAX's own functions, such as `jax.nn.relu`, from others.
+
+    JAX calls a rule at each differentiation, and what any other one reads may have changed by then.
+    """
+    rule, treedef = _jax.rule_of(eqn) or (None, None)
+    if not isinstance(rule, FunctionType) or treedef is None or not _trees.is_plain(treedef):
+        raise _Unshareable
+    if is_known(rule, *_OWNERS):
+        return rule, treedef
+    if rule.__qualname__ != "custom_jvp.defjvps.<locals>.jvp" or not _is_jaxs_own(rule):
+        raise _Unshareable
+    parts = _jax.cell(rule, "jvps")  # one for each argument, often without a name
+    if not all(part is None or (_is_jaxs_own(part) and not part.__closure__) for part in parts):
+        raise _Unshareable
+    return parts, treedef
 
 
 class _Itself:
@@ -159,7 +178,7 @@ def _attributes(value: Any) -> Hashable:
     return tuple((name, _value(item)) for name, item in held.items())
 
 
-def _is_jaxs_own(kind: type) -> bool:
+def _is_jaxs_own(kind: Any) -> bool:
     return kind.__module__.split(".")[0] in _OWNERS
 
 

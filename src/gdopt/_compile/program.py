@@ -46,7 +46,8 @@ def trace(function: Callable, *args: PyTree, lift: bool = False, rules: bool = F
     them, so this is for small functions such as schedules, which are made anew with other numbers.
 
     With ``rules``, the replay may be differentiated: it keeps the rules of custom_jvp and custom_vjp. A trace with such
-    rules has no identity: JAX calls them when it differentiates, and what they read may have changed by then.
+    rules, but for JAX's own, has no identity: they are called when it is differentiated, and what they read may have
+    changed by then.
 
     With ``owned``, arrays of NumPy are copied, because they may change before the trace is used.
     """
