@@ -32,8 +32,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -200,9 +201,14 @@ def _setting_names() -> tuple[str, ...]:
     return tuple(name for name in jax.config.values if hasattr(jax.config, name))
 
 
+@functools.cache
+def _read_settings() -> Callable[[Any], tuple[Any, ...]]:
+    return operator.attrgetter(*_setting_names())  # This takes half of the time of reading one after the other.
+
+
 def settings() -> tuple[Any, ...]:
     """Return all settings as this thread sees them, because only JAX knows on which of them a trace depends."""
-    return *(getattr(jax.config, name) for name in _setting_names()), jax.sharding.get_abstract_mesh()
+    return *_read_settings()(jax.config), jax.sharding.get_abstract_mesh()
 
 
 def changed(before: tuple[Any, ...]) -> list[str]:
