@@ -194,7 +194,8 @@ def _finished(
         return made
     known = ChainMap({}, made.probes)
     verifier = Verifier(problem, method, None, schedule, settings, made.eps, value, known, region)
-    return made._replace(verify=verifier.on_host, look_back=verifier.look_back, ready=verifier.make_ready)
+    looks = {"look_back": verifier.look_back, "noise": verifier.noise}
+    return made._replace(verify=verifier.on_host, ready=verifier.make_ready, **looks)
 
 
 def is_inside(problem: Problem) -> bool:

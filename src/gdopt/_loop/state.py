@@ -118,6 +118,8 @@ class Compiled(NamedTuple):
     verify: Callable[[Carry, Inputs], Carry] | None = None
     # The examination of the loss there; its last argument is the rate of plain gradient descent.
     look_back: Callable[[State, Inputs, float | None], Hindsight] | None = None
+    # The noise of the loss there, if it is most of what the run gained; otherwise 0.
+    noise: Callable[[State, Inputs], float] | None = None
     # The compilation of both, which otherwise comes with the first claim.
     ready: Callable[[Carry, Inputs], None] | None = None
 

@@ -24,7 +24,7 @@ from gdopt._problem.problem import Problem
 from gdopt._settings import as_own_work
 from gdopt._status import Status
 from gdopt._types import PyTree
-from gdopt._verify.claim import Claim, settle
+from gdopt._verify.claim import Claim, known, settle
 from gdopt._verify.composite import Advance, Move, Walk, advanced
 from gdopt._verify.counterexamples import Point
 from gdopt._verify.hindsight import Hindsight, look_back
@@ -79,13 +79,8 @@ class Verifier(NamedTuple):
         free = compiled.free and jax.tree.map(_trees.on_host, compiled.free.call(state, inputs))
         params = returned_params(state)
         tree, exact = self._tree(params), compiled.probe is not None
-        still = tree([np.zeros_like(block) for block in self._blocks(params)])
         first = compiled if exact else self.programs(state, inputs, exact=False)
-
-        def at(xs: list) -> tuple[Any, list]:
-            _signals.check()
-            loss, grad, _ = first.probe.call(tree(xs), still, inputs)
-            return _trees.on_host(loss)[()], list(map(_trees.on_host, grad))
+        at = self._evaluation(first, params, inputs)
 
         def times(xs: list, ways: list) -> list:
             _signals.check()
@@ -159,6 +154,32 @@ class Verifier(NamedTuple):
         with np.errstate(all="ignore"), contextlib.suppress(_signals.Interrupted):
             return look_back(probe, names, [_trees.on_host(leaf) for _, leaf in paths], rate)
         return Hindsight()
+
+    def _evaluation(self, compiled: Programs, params: PyTree, inputs: Inputs) -> Callable[[list], tuple[Any, list]]:
+        """Return a function that evaluates the loss and its gradient at blocks like those of the params."""
+        tree = self._tree(params)
+        still = tree([np.zeros_like(block) for block in self._blocks(params)])
+
+        def at(xs: list) -> tuple[Any, list]:
+            _signals.check()
+            loss, grad, _ = compiled.probe.call(tree(xs), still, inputs)
+            return _trees.on_host(loss)[()], list(map(_trees.on_host, grad))
+
+        return at
+
+    @as_own_work
+    def noise(self, state: State, inputs: Inputs) -> float:
+        """Return the noise of the loss at the end of a run, if most of what the run gained is noise; otherwise 0."""
+        if self.settings.layout is not None or self.region is not None:
+            return 0.0
+        compiled = self.programs(state, inputs)
+        compiled = compiled if compiled.probe else self.programs(state, inputs, exact=False)
+        at, claim = self._evaluation(compiled, returned_params(state), inputs), self._claim(np, state, inputs, None)
+        begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
+        with np.errstate(all="ignore"), contextlib.suppress(_signals.Interrupted):
+            noise, drowned = known(OnHost, Probe(at, lambda xs, ways: []), claim, at(claim.params)[1], begin)
+            return float(noise) if drowned else 0.0
+        return 0.0
 
     @as_own_work
     def make_ready(self, carry: Carry, inputs: Inputs) -> None:
@@ -351,20 +372,9 @@ class Verifier(NamedTuple):
         move: Move | None = None,
         advance: Advance | None = None,
     ) -> State:
-        kept, np = state.kept, place.np
-        params = jax.tree.map(np.asarray, returned_params(state))
-        arrays = lambda tree: list(map(np.asarray, self._blocks(tree)))
+        np, params = place.np, jax.tree.map(place.np.asarray, returned_params(state))
         searches = trials_in(state.optimizer) is not None
-        claim = Claim(
-            state.code,
-            state.step,
-            arrays(params),
-            arrays(jax.tree.map(np.subtract, params, inputs.start)),
-            kept.loss,
-            kept.grad_norm,
-            state.watch,
-            free,
-        )
+        claim = self._claim(np, state, inputs, free)
         options: Any = {"exact": exact, "searches": searches, "move": move, "advance": advance}
         new = settle(place, probe, differences, claim, inputs.limits, self.eps, **options)
         state = state._replace(code=new.code, watch=new.watch, ending=new.ending)
@@ -377,6 +387,13 @@ class Verifier(NamedTuple):
         optimizer = place.select(new.restarts, restarted(state.optimizer), state.optimizer)
         params = place.select(new.moves, there, state.params)
         return state._replace(step=(state.step + new.moves).astype(np.int32), params=params, optimizer=optimizer)
+
+    def _claim(self, np: Any, state: State, inputs: Inputs, free: list | None) -> Claim:
+        kept, params = state.kept, jax.tree.map(np.asarray, returned_params(state))
+        arrays = lambda tree: list(map(np.asarray, self._blocks(tree)))
+        moved = arrays(jax.tree.map(np.subtract, params, inputs.start))
+        point = state.code, state.step, arrays(params), moved, kept.loss, kept.grad_norm
+        return Claim(*point, state.watch, free)
 
 
 def claims(state: State) -> Any:

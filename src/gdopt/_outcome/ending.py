@@ -144,6 +144,15 @@ class Ended:
         found = self.compiled.look_back(self.state, self.inputs, rate)
         return found._replace(apart=None) if status is Status.NON_FINITE else found
 
+    @functools.cached_property
+    def noise(self) -> float:
+        """The noise of the loss at the end of a search that took all its steps, if it gained little else; otherwise 0.
+
+        Other runs end by a claim, which measures it, or go on falling.
+        """
+        long = self.status is Status.MAX_STEPS and self.steps >= LEAST_STEPS and self.rates is Rates.SEARCHED
+        return self.compiled.noise(self.state, self.inputs) if long and self.compiled.noise is not None else 0.0
+
     @property
     def steps(self) -> int:
         return len(self.history.loss) - 1

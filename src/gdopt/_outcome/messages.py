@@ -226,6 +226,8 @@ def _max_steps(ended: Ended, words: _Words) -> str:
         return f"stopped at max_steps={ended.steps}: the loss never fell below its start, {words.first}. {remedy}"
     if ended.farthest > FAR:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
+    if ended.noise:
+        return _drowned(f"stopped at max_steps={ended.steps}, at a loss of {words.last}", ended.noise)
     return (
         f"stopped at max_steps={ended.steps} before it converged: the loss fell from {words.first} to {words.last}, "
         f"the {_gradient(ended)} norm is {grad_norms[words.end]:.3g}.{words.back} {_more(ended)}{_full_batch(ended)}"
@@ -390,11 +392,7 @@ def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
             "params, so they have gone too far. Start nearer to what you expect, or keep them within bounds."
         )
     if ended.ending.flaw == DROWNED:
-        return (
-            f"stalled {after} at a loss of {last}: most of what it gained is rounding, because it changes by "
-            f"{left:.2g} if the params change by a few roundings. Compute the loss without large terms that cancel, or "
-            "start elsewhere."
-        )
+        return _drowned(f"stalled {after} at a loss of {last}", left)
     saddle = ended.ending.flaw == SADDLE
     near = saddle and grad_norms[ended.returned_step] <= 1e-3 * grad_norms[0]
     if not near and grad_norms[-1] != 0:
@@ -406,6 +404,13 @@ def _flawed(ended: Ended, words: _Words, left: float) -> str | None:
         )
     where = "a saddle or a maximum, where the curvature is negative" if saddle else "no minimum"
     return f"stalled {after}: the gradient vanishes at {where} (loss {last}). Start elsewhere, such as at random."
+
+
+def _drowned(what: str, noise: float) -> str:
+    return (
+        f"{what}: most of what it gained is rounding, because it changes by {noise:.2g} if the params change by a few "
+        "roundings. Compute the loss without large terms that cancel, or start elsewhere."
+    )
 
 
 def _chosen_rates(rates: np.ndarray) -> str:

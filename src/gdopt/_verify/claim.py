@@ -98,7 +98,7 @@ def settle(
     if exact:
         probe, exact = _finite(place, probe, differences, claim.params)
     begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
-    noise, drowned = _known(place, _within(probe, move), claim, grad, begin)
+    noise, drowned = known(place, _within(probe, move), claim, grad, begin)
     own, may = _stopping.resolution(loss, eps), _stopping.allowed(np, watch, loss, limits)
     rounding = np.where(drowned, own, np.maximum(own, noise))
     here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
@@ -165,7 +165,7 @@ def _within(probe: Probe, move: Move | None) -> Probe:
     return probe._replace(at=lambda xs: probe.at(move(xs, (0 * xs[0].real.sum()).astype(_trees.norm_dtype(xs)))[0]))
 
 
-def _known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
+def known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
     """Return the noise of the loss, and whether most of the gain is noise."""
     free = claim.free
     noise = _noise(place, probe, claim.params, claim.loss, grad, free).astype(claim.loss.dtype)
