@@ -253,6 +253,16 @@ def test_a_start_outside_is_moved_with_a_warning() -> None:
         gdopt.minimize(least_squares, jnp.ones(8), project=P.projection_simplex, max_steps=1)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_start_that_is_moved_keeps_its_dtype(dtype: str) -> None:
+    start = {"a": jnp.full(3, 0.1, dtype), "b": jnp.ones(2, dtype)}
+    loss = lambda p: jnp.sum((p["a"].astype("float32") - 1.7) ** 2) + jnp.sum(p["b"].astype("float32") ** 2)
+    with pytest.warns(UserWarning, match="outside of its bounds"):
+        result = gdopt.minimize(loss, start, bounds=(0.5, 2.0), max_steps=20)
+    assert {leaf.dtype.name for leaf in result.params.values()} == {dtype}
+    np.testing.assert_allclose(result.params["a"].astype("float32"), 1.7, rtol=0.02)
+
+
 def test_equal_bounds_fix_an_entry() -> None:
     bounds = np.array([1.0, 0.0]), np.array([1.0, 9.0])
     result = gdopt.minimize(lambda x: jnp.sum((x - 3) ** 2), jnp.ones(2), bounds=bounds)

@@ -224,6 +224,7 @@ def _within(params: PyTree, bounds: tuple[PyTree, PyTree]) -> PyTree:
             return leaf
         bad = np.argwhere(here != there)[0]
         moved.append(f"{_trees.path_name(path)} starts with {here[tuple(bad)]}{_at(bad)}")
+        there = there.astype(leaf.dtype)  # NumPy makes float32 of bfloat16.
         return _trees.on_device(there) if leaf.size <= _trees.SMALL else jnp.clip(leaf, lower, upper)
 
     with own_work(), own_promotion():
