@@ -17,6 +17,8 @@ NUMBERS: dict[str, list[Any]] = {
     "float16": [np.float16(-0.0), np.float16(65504), np.float16(6e-8)],
     "bfloat16": [jnp.bfloat16(-0.0), jnp.bfloat16(3e38), jnp.bfloat16(1)],
     "bool": [np.True_, np.False_, np.True_],
+    "int4": [jnp.int4(-8), jnp.int4(7)],
+    "float8": [jnp.float8_e4m3fn(-0.0), jnp.float8_e4m3fn(448)],
     "int8": [np.int8(-128), np.int8(127)],
     "int32": [np.int32(-1), np.int32(2**31 - 1), np.int32(0)],
     "uint32": [np.uint32(2**32 - 1), np.uint32(1)],

@@ -319,13 +319,22 @@ def _joined(parts: list[Any], *, by_bits: bool) -> Any:
         return np.concatenate(parts)
     dtype, last = parts[0].dtype, len(parts) - 1
     single = by_bits and last and all(part.size == 1 for part in parts)
-    if not single or jnp.issubdtype(dtype, jnp.complexfloating):
+    is_bool = dtype == np.dtype(bool)
+    if not single or not (is_bool or _fills_bytes(dtype)):
         return jnp.concatenate(parts)
-    is_bool, bits = dtype == np.dtype(bool), np.dtype(f"uint{8 * dtype.itemsize}")
+    bits = np.dtype(f"uint{8 * dtype.itemsize}")
     to_bits = lambda part: part.astype(bits) if is_bool else lax.bitcast_convert_type(part, bits)
     lanes = [lax.pad(to_bits(part), bits.type(0), [(k, last - k, 0)]) for k, part in enumerate(parts)]
     vector = functools.reduce(lax.bitwise_or, lanes)
     return vector.astype(bool) if is_bool else lax.bitcast_convert_type(vector, dtype)
+
+
+def _fills_bytes(dtype: Any) -> bool:
+    """Tell whether the bits of a number are those of an integer: not for pairs of numbers, nor for 4 bits and less."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return False
+    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype)
+    return int(info.bits) == 8 * dtype.itemsize
 
 
 def unpack(packed: Packed) -> PyTree:
