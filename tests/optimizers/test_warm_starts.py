@@ -76,6 +76,33 @@ def test_a_search_begins_anew_at_the_start(make: Any):
     assert same.success
 
 
+def passing_nothing_on(search: Any) -> Any:
+    """Wrap a search without the arguments that only gdopt's loop knows."""
+    update = lambda grad, state, params=None, *, value, **_: search.update(grad, state, params, value=value)
+    return optax.GradientTransformationExtraArgs(search.init, update)
+
+
+@pytest.mark.filterwarnings("ignore:this call differs from the run saved")
+@pytest.mark.parametrize("size", [20, 5000])
+@pytest.mark.parametrize("make", [gdopt.quasi_newton, gdopt.spectral])
+def test_a_wrapped_search_is_cut_and_resumed_like_a_bare_one(make: Any, size: int, tmp_path: Any):
+    """Its state at the end is that before the update that is not made, although nothing tells it of that."""
+    scales, start = jnp.logspace(0, 3, size), jnp.zeros(size)
+    bent = lambda x: jnp.sum(scales * (x - 1) ** 2) + jnp.sum((x[1:] - x[:-1] ** 2) ** 2)
+    accepted = []
+    for number, search in enumerate((make(), passing_nothing_on(make()))):
+        options = {"max_steps": 25, "optimizer": search}
+        path = gdopt.Checkpoint(tmp_path / f"run{number}")
+        whole = gdopt.minimize(bent, start, **options)
+        low = float(whole.history.loss[:8].min())
+        cut = gdopt.minimize(bent, start, **options, target=low, checkpoint=path)
+        resumed = gdopt.minimize(bent, start, **options, checkpoint=path)
+        assert cut.steps < 8
+        np.testing.assert_array_equal(whole.history.loss, resumed.history.loss)
+        accepted.append([int(result.optimizer_state.trials.accepted) for result in (whole, cut, resumed)])
+    assert accepted[0] == accepted[1]
+
+
 def test_alternating_optimisation_compiles_once():
     """Two groups of params in turn, each with its own moments."""
     state = {"a": None, "b": None}

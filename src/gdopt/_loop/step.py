@@ -16,7 +16,7 @@ from gdopt._errors import InputError
 from gdopt._loop.region import Region
 from gdopt._loop.state import Inputs, Kept, Settings, State
 from gdopt._optimizers.method import Method
-from gdopt._optimizers.optax_state import evaluation_params, inject, keeps_its_state, may_skip, took_care, trials_in
+from gdopt._optimizers.optax_state import evaluation_params, inject, may_skip, took_care, trials_in
 from gdopt._optimizers.trials import MAX_REJECTED
 from gdopt._problem import model_state
 from gdopt._problem.data import Batches
@@ -86,7 +86,7 @@ class Step:
         accepted = self._accepted(tried) if self._keeps_accepted and tried else None
         kept = self._kept(state, point, here, aux, (code, running, skipped, accepted), watch)
         model = model if skipped is None else _trees.select(skipped, state.model, model)
-        stays = tried is None and keeps_its_state(state.optimizer)
+        stays = tried is None and self._method.keeps_its_state
         new_x, optimizer, rate = tried or update(running if stays else None)
         # A select is cheaper than a cond here, because only the last step of a run is not made. The last step leaves
         # the watch as it was, too: a checkpoint may be resumed with other limits, and repeats the evaluation.

@@ -14,6 +14,7 @@ import optax
 
 from gdopt import _error_notes, _trees
 from gdopt._errors import InputError
+from gdopt._optimizers import trials
 from gdopt._optimizers.distance import rate_of_distance
 from gdopt._optimizers.factory import function_identity, is_transformation
 from gdopt._optimizers.identity import identity_of
@@ -75,6 +76,14 @@ class Method(NamedTuple):
                 "that returns an optax transformation (for example optax.adam)."
             )
         return built
+
+    @property
+    def keeps_its_state(self) -> bool:
+        """Tell whether the update leaves the state as it is if it is told that it is not made: see `trials.update`.
+
+        A wrapper may not pass that on.
+        """
+        return self.owns_rate and getattr(self.optimizer, "update", None) is trials.update
 
     def init(self, rate: Any, params: PyTree) -> PyTree:
         """Return the optimizer's state before the first update."""

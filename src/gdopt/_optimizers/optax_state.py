@@ -16,7 +16,6 @@ from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 from gdopt import _trees
 from gdopt._errors import InputError
 from gdopt._optimizers.quasi_newton import QuasiNewtonState
-from gdopt._optimizers.spectral import SpectralState
 from gdopt._optimizers.trials import Trials
 from gdopt._types import PyTree
 
@@ -129,11 +128,6 @@ def _at_mini_step(state: PyTree, count: jax.Array) -> PyTree:
 def trials_in(state: PyTree) -> Trials | None:
     """Return the trials in the state of an optimizer that takes bad points back; None for other optimizers."""
     return next(iter(states_of(state, Trials)), None)
-
-
-def keeps_its_state(state: PyTree) -> bool:
-    """Tell whether the optimizer returns its old state if it is told that the update is not made."""
-    return isinstance(state, SpectralState | QuasiNewtonState)
 
 
 def may_skip(state: PyTree) -> bool:

@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 
     steps: Packed  # with a leading axis, whose rows are replaced in turn
     changes: Packed
-    products: jax.Array  # (memory, memory) the inner products of the steps with the changes
+    products: jax.Array  # (memory, memory) the inner products of the steps with their own and later changes
     ratios: jax.Array  # (memory,) the unit of each change over that of its step
 
 
@@ -164,7 +164,7 @@ def _next(
     point = trials.follow(last, verdict, here, grad, value, state.average)
     pair = _pair(verdict, here)
     learns = pair.curved & (verdict.accepted | (last.rejected == 0))
-    new = _keep_pairs(_learn(state, pair), state, verdict, learns, pair, boxed=box is not None)
+    new = _keep_pairs(_learn(state, pair), state, verdict, learns, pair)
     fresh = 1 / _first_rate(verdict, here, grad, value, box)
     new, descent = _descent(new, _plain(new, verdict.first, pair, fresh), verdict, point, pair, box)
     along, again = _lengths(verdict, pair, learns, last, value, point, descent)
@@ -331,8 +331,6 @@ def _keep_pairs(
     verdict: trials.Verdict,
     learns: jax.Array,
     pair: _Pair,
-    *,
-    boxed: bool,
 ) -> QuasiNewtonState:
     """Replace the oldest pair by the new one, if it reveals a curvature."""
     pairs, step, change, keeps = old.pairs, pair.step, pair.change, verdict.keeps(learns)
@@ -348,9 +346,8 @@ def _keep_pairs(
             return rows.at[slot].set(jnp.where(keeps, row, rows[slot]))
 
         steps, changes = (jax.tree.map(put, *each) for each in ((pairs.steps, step[0]), (pairs.changes, change[0])))
-        along = _with_rows(steps, change[0])
-        across = _with_rows(changes, step[0]) if boxed else along
-        products = pairs.products.at[slot, :].set(across).at[:, slot].set(along)
+        # The products of this step with earlier changes are never read.
+        products = pairs.products.at[:, slot].set(_with_rows(steps, change[0]))
         ratios = pairs.ratios.at[slot].set(change[1] / step[1])
         products, ratios = _trees.select(keeps, (products, ratios), (pairs.products, pairs.ratios))
         pairs = Pairs(steps, changes, products, ratios)
