@@ -78,7 +78,7 @@ def test_a_search_begins_anew_at_the_start(make: Any):
 
 def passing_nothing_on(search: Any) -> Any:
     """Wrap a search without the arguments that only gdopt's loop knows."""
-    update = lambda grad, state, params=None, *, value, **_: search.update(grad, state, params, value=value)
+    update: Any = lambda grad, state, params=None, *, value, **_: search.update(grad, state, params, value=value)
     return optax.GradientTransformationExtraArgs(search.init, update)
 
 
