@@ -338,20 +338,28 @@ def _keep_pairs(
     if pairs is not None:
         memory = pairs.ratios.shape[0]
         slot = old.learned % memory
-
-        def put(rows: jax.Array, row: jax.Array) -> jax.Array:
-            row = row.astype(rows.dtype)
-            if row.size > _trees.SMALL:  # This does not read the old row. For small ones it takes longer to compile.
-                return rows.at[jnp.where(keeps, slot, memory)].set(row, mode="drop")
-            return rows.at[slot].set(jnp.where(keeps, row, rows[slot]))
-
-        steps, changes = (jax.tree.map(put, *each) for each in ((pairs.steps, step[0]), (pairs.changes, change[0])))
+        steps, changes = _put((pairs.steps, pairs.changes), (step[0], change[0]), slot, keeps)
         # The products of this step with earlier changes are never read.
         products = pairs.products.at[:, slot].set(_with_rows(steps, change[0]))
         ratios = pairs.ratios.at[slot].set(change[1] / step[1])
         products, ratios = _trees.select(keeps, (products, ratios), (pairs.products, pairs.ratios))
         pairs = Pairs(steps, changes, products, ratios)
     return new._replace(diagonal=diagonal, largest=largest, pairs=pairs, learned=old.learned + learns)
+
+
+def _put(rows: PyTree, new: PyTree, slot: jax.Array, keeps: jax.Array) -> PyTree:
+    """Put a new row in the place of an old one, if it is to be kept."""
+
+    def leaf(rows: jax.Array, row: jax.Array) -> jax.Array:
+        return rows.at[slot].set(row.astype(rows.dtype))
+
+    if max((row.size for row in jax.tree.leaves(new)), default=0) <= _trees.SMALL:
+        old = jax.tree.map(lambda rows: rows[slot], rows)
+        return jax.tree.map(leaf, rows, jax.tree.map(lambda a, b: jnp.where(keeps, a.astype(b.dtype), b), new, old))
+    # A loop of one turn or none changes large rows in place, and does not read the old ones. It takes longer to
+    # compile. Without it XLA copies all rows of a matrix, because it fuses the change with each product that needs it.
+    once = lambda carry: (jnp.zeros_like(keeps), jax.tree.map(leaf, carry[1], new))
+    return lax.while_loop(lambda carry: carry[0], once, (keeps, rows))[1]
 
 
 def _with_rows(rows: PyTree, tree: PyTree) -> jax.Array:
