@@ -646,6 +646,18 @@ def test_another_rule_of_a_function_of_the_library_is_seen() -> None:
     assert str(bits(evaluate(loss, X))) == found[0]
 
 
+def test_arguments_that_only_a_rule_of_the_library_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(factor: float, primals: tuple, tangents: tuple) -> tuple:
+        return jnp.sin(primals[0]), factor * tangents[0]
+
+    monkeypatch.setattr(rule, "__module__", "jax.nn")
+    monkeypatch.setattr(jax.nn, "rule", rule, raising=False)
+    function = jax.custom_jvp(lambda factor, x: jnp.sin(x), nondiff_argnums=(0,))
+    function.defjvp(rule)
+    found = [str(bits(evaluate(lambda x, f=f: jnp.sum(function(f, x)) + jnp.sum(x**2), X))) for f in (1.0, 2.0)]
+    assert found[0] != found[1]
+
+
 # ----------------------------------------------------------------------------------------------- equal losses share one
 
 

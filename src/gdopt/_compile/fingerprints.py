@@ -66,8 +66,8 @@ def _params(eqn: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
     for key, value in eqn.params.items():
         if name in RULES and key not in ("call_jaxpr", "name"):
             # Nothing differentiates the finished program, so only the function itself counts there, not its rules.
-            if rules and key in RULES[name]:
-                yield key, _rule(eqn)
+            if rules:
+                yield key, _rule(eqn) if key in RULES[name] else _value(value)
         elif key == "policy" and name in ("checkpoint", "remat2"):  # No value depends on what a gradient stores.
             if rules:
                 yield key, None if value is None else _Itself(value)
