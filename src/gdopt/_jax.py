@@ -63,7 +63,7 @@ def rule_of(eqn: Any) -> tuple[Any, Any] | None:
     """
     try:
         wrapped = cell(cell(eqn.params["jvp_jaxpr_fun"].f, "fn"), "jvp")
-        flat, treedef = wrapped.f_transformed, None
+        flat = wrapped.f_transformed
         (treedef,) = (given for given in flat.args if isinstance(given, jax.tree_util.PyTreeDef))
         inner = flat.args[0]
         plain = inner.func is wrapped.f and not inner.args and not inner.keywords and not flat.keywords

@@ -356,8 +356,8 @@ def _put(rows: PyTree, new: PyTree, slot: jax.Array, keeps: jax.Array) -> PyTree
     if max((row.size for row in jax.tree.leaves(new)), default=0) <= _trees.SMALL:
         old = jax.tree.map(lambda rows: rows[slot], rows)
         return jax.tree.map(leaf, rows, jax.tree.map(lambda a, b: jnp.where(keeps, a.astype(b.dtype), b), new, old))
-    # A loop of one turn or none changes large rows in place, and does not read the old ones. It takes longer to
-    # compile. Without it XLA copies all rows of a matrix, because it fuses the change with each product that needs it.
+    # A loop of one turn or none changes large rows in place, and does not read the old ones. Without it XLA copies all
+    # rows of a matrix, because it fuses the change with each product that needs them. Small ones compile faster above.
     once = lambda carry: (jnp.zeros_like(keeps), jax.tree.map(leaf, carry[1], new))
     return lax.while_loop(lambda carry: carry[0], once, (keeps, rows))[1]
 
