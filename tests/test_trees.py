@@ -92,13 +92,6 @@ def test_several_reductions_at_once(dtype: str, size: int) -> None:
     assert [float(size) for size in sizes] == pytest.approx([abs(flat(tree)).max() for tree in (x, y, z)], rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [33, _trees.SMALL + 1])
-def test_sums_at_once(size: int) -> None:
-    one, other = jnp.arange(size, dtype=jnp.float32), jnp.full(size, 0.5)
-    found = _trees.sums([one, other], [other, other])
-    assert [float(total) for total in found] == pytest.approx([size * (size - 1) / 2 + size / 2, size])
-
-
 def test_small_reductions_are_one_kernel() -> None:
     def products(x: jax.Array, y: jax.Array) -> list[jax.Array]:
         return _trees.vdots((x, x), (x, y), (y, y), (x - y, x))

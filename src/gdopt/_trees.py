@@ -135,16 +135,6 @@ def vdots(*pairs: tuple[PyTree, PyTree]) -> list[jax.Array]:
     return found
 
 
-def sums(*trees: PyTree) -> list[jax.Array]:
-    """Return the sums over all entries of each of several real trees of one structure."""
-    zero = jnp.zeros((), norm_dtype(trees[0]))
-    found = [zero] * len(trees)
-    for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
-        wide = [leaf.astype(zero.dtype) for leaf in leaves]
-        found = list(map(lax.add, found, _together(wide, zero, lax.add, jnp.sum)))
-    return found
-
-
 def _real_product(x: jax.Array, y: jax.Array) -> jax.Array:
     return x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
 
