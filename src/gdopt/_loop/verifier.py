@@ -79,7 +79,7 @@ class Verifier(NamedTuple):
         free = compiled.free and jax.tree.map(_trees.on_host, compiled.free.call(state, inputs))
         params = returned_params(state)
         tree, exact = self._tree(params), compiled.probe is not None
-        first = compiled if exact else self.programs(state, inputs, exact=False)
+        first = self._probing(state, inputs)
         at = self._evaluation(first, params, inputs)
 
         def times(xs: list, ways: list) -> list:
@@ -139,8 +139,7 @@ class Verifier(NamedTuple):
         unfit = self.region is not None or any(jnp.iscomplexobj(leaf) for _, leaf in paths)
         if self.settings.layout is not None or unfit:
             return Hindsight()
-        compiled = self.programs(state, inputs)
-        compiled = compiled if compiled.probe else self.programs(state, inputs, exact=False)
+        compiled = self._probing(state, inputs)
         real = lambda leaves: _trees.as_real(treedef.unflatten(leaves))[0]
         tree = self._tree(params)
 
@@ -172,12 +171,10 @@ class Verifier(NamedTuple):
         """Return the noise of the loss at the end of a run, if most of what the run gained is noise; otherwise 0."""
         if self.settings.layout is not None or self.region is not None:
             return 0.0
-        compiled = self.programs(state, inputs)
-        compiled = compiled if compiled.probe else self.programs(state, inputs, exact=False)
-        at, claim = self._evaluation(compiled, returned_params(state), inputs), self._claim(np, state, inputs, None)
-        begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
+        at = self._evaluation(self._probing(state, inputs), returned_params(state), inputs)
+        claim = self._claim(np, state, inputs, None)
         with np.errstate(all="ignore"), contextlib.suppress(_signals.Interrupted):
-            noise, drowned = known(OnHost, Probe(at, lambda xs, ways: []), claim, at(claim.params)[1], begin)
+            noise, drowned = known(OnHost, Probe(at, lambda xs, ways: []), claim, at(claim.params)[1])
             return float(noise) if drowned else 0.0
         return 0.0
 
@@ -191,8 +188,7 @@ class Verifier(NamedTuple):
             return
         params = returned_params(state)
         tree, blocks = self._tree(params), self._blocks(params)
-        first = compiled if compiled.probe is not None else self.programs(state, inputs, exact=False)
-        first.probe.call(tree(blocks), tree(blocks), inputs)
+        self._probing(state, inputs).probe.call(tree(blocks), tree(blocks), inputs)
         if compiled.free is not None:
             compiled.free.call(state, inputs)
         if compiled.move is not None:
@@ -204,6 +200,11 @@ class Verifier(NamedTuple):
         Products of the Hessian are ``exact``, or differences of gradients.
         """
         return self._remembered(exact, lambda: self._programs(state, inputs, exact=exact))
+
+    def _probing(self, state: State, inputs: Inputs) -> Programs:
+        """Return the programs that can evaluate: by differences, if the loss has no second derivatives."""
+        exact = self.programs(state, inputs)
+        return exact if exact.probe is not None else self.programs(state, inputs, exact=False)
 
     def _remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what was made under this key, in an earlier call if it depends on nothing of that; made on demand."""

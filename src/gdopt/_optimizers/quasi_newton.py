@@ -350,15 +350,13 @@ def _keep_pairs(
 def _put(rows: PyTree, new: PyTree, slot: jax.Array, keeps: jax.Array) -> PyTree:
     """Put a new row in the place of an old one, if it is to be kept."""
 
-    def leaf(rows: jax.Array, row: jax.Array) -> jax.Array:
-        return rows.at[slot].set(row.astype(rows.dtype))
-
+    put = lambda rows, row: rows.at[slot].set(row.astype(rows.dtype))
     if max((row.size for row in jax.tree.leaves(new)), default=0) <= _trees.SMALL:
-        old = jax.tree.map(lambda rows: rows[slot], rows)
-        return jax.tree.map(leaf, rows, jax.tree.map(lambda a, b: jnp.where(keeps, a.astype(b.dtype), b), new, old))
+        either = lambda rows, row: put(rows, jnp.where(keeps, row.astype(rows.dtype), rows[slot]))
+        return jax.tree.map(either, rows, new)
     # A loop of one turn or none changes large rows in place, and does not read the old ones. Without it XLA copies all
     # rows of a matrix, because it fuses the change with each product that needs them. Small ones compile faster above.
-    once = lambda carry: (jnp.zeros_like(keeps), jax.tree.map(leaf, carry[1], new))
+    once = lambda carry: (jnp.zeros_like(keeps), jax.tree.map(put, carry[1], new))
     return lax.while_loop(lambda carry: carry[0], once, (keeps, rows))[1]
 
 

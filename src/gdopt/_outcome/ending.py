@@ -148,7 +148,7 @@ class Ended:
     def noise(self) -> float:
         """The noise of the loss at the end of a search that took all its steps, if it gained little else; otherwise 0.
 
-        Other runs end by a claim, which measures it, or go on falling.
+        A search that ends before makes a claim, and the check of that measures the noise.
         """
         long = self.status is Status.MAX_STEPS and self.steps >= LEAST_STEPS and self.rates is Rates.SEARCHED
         return self.compiled.noise(self.state, self.inputs) if long and self.compiled.noise is not None else 0.0

@@ -62,6 +62,11 @@ class Claim(NamedTuple):
     watch: Watch
     free: Blocks | None  # 0 for entries that the optimizer holds in their places, 1 for others
 
+    @property
+    def begin(self) -> Blocks:
+        """The start of the run."""
+        return [x - moved for x, moved in zip(self.params, self.moved, strict=True)]
+
 
 class Settled(NamedTuple):
     """The outcome of a claim."""
@@ -97,12 +102,11 @@ def settle(
     grad = probe.at(claim.params)[1]
     if exact:
         probe, exact = _finite(place, probe, differences, claim.params)
-    begin = [x - moved for x, moved in zip(claim.params, claim.moved, strict=True)]
-    noise, drowned = known(place, _within(probe, move), claim, grad, begin)
+    noise, drowned = known(place, _within(probe, move), claim, grad)
     own, may = _stopping.resolution(loss, eps), _stopping.allowed(np, watch, loss, limits)
     rounding = np.where(drowned, own, np.maximum(own, noise))
     here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
-    start = Start(begin, _stopping.resolution(watch.first_loss, eps))
+    start = Start(claim.begin, _stopping.resolution(watch.first_loss, eps))
     limited = claim.code == Status.PRECISION_LIMIT
     if move is None:
         seen = check(place, probe, here, start, exact=exact, limited=limited)
@@ -165,13 +169,17 @@ def _within(probe: Probe, move: Move | None) -> Probe:
     return probe._replace(at=lambda xs: probe.at(move(xs, (0 * xs[0].real.sum()).astype(_trees.norm_dtype(xs)))[0]))
 
 
-def known(place: Place, probe: Probe, claim: Claim, grad: Blocks, begin: Blocks) -> tuple[Any, Any]:
+def known(place: Place, probe: Probe, claim: Claim, grad: Blocks) -> tuple[Any, Any]:
     """Return the noise of the loss, and whether most of the gain is noise."""
     free = claim.free
     noise = _noise(place, probe, claim.params, claim.loss, grad, free).astype(claim.loss.dtype)
     drowned = noise > _MOSTLY * (claim.watch.first_loss - claim.loss)
+
+    def more() -> Any:
+        begin = claim.begin
+        return noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1], free)
+
     # A run that starts at its minimum gains no more than noise either, but there the noise is the same as at the start.
-    more = lambda: noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1], free)
     return noise, place.when(drowned, more, lambda: drowned)
 
 
