@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 import os
 import signal
@@ -41,7 +42,7 @@ class _Handled:
         self.replaced: dict[int, Any] = {}  # the handlers in whose place is ours
         self.foreign: dict[int, Any] = {}  # the handlers of other code that were held back last
         self.shields = 0  # the sections around the current place that no exception may tear
-        self.waiting: list[int] = []  # the signals that wait for the end of these sections
+        self.waiting: list[int] = []  # the signals that wait for a place where an exception is safe, and is not lost
         self.unheard: int | None = None  # the signal that came too late for the last call
         self.last = -math.inf  # the time of the last Ctrl-C that was noted
         self.noted = -math.inf  # the time of the last signal of any kind
@@ -87,6 +88,8 @@ def pressed() -> bool:
     calls = _handled.calls
     if not calls or calls[-1].pressed is None or not _is_main():
         return False
+    if _handled.waiting and not _handled.shields:
+        _act(max(_handled.waiting))
     calls[-1].heard = True
     return True
 
@@ -220,10 +223,24 @@ def _on_signal(number: int, frame: Any) -> None:
         return
     if handled.calls and now - handled.raised < _SOON:
         return  # The exception is on its way, and must not be replaced in the middle of what it undoes.
-    if handled.shields:
+    if handled.shields or _would_swallow(frame):
         handled.waiting.append(number)
     else:
         _act(number)
+
+
+def _would_swallow(frame: Any) -> bool:
+    """Tell whether Python would print an exception that is raised here, and go on.
+
+    It does so in callbacks of the garbage collector and in `__del__`. JAX has such a callback, and a signal that comes
+    during a collection is handled in it.
+    """
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _act(number: int) -> None:
