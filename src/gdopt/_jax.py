@@ -15,6 +15,7 @@ Part: its purpose; the first JAX that has it; its replacement.
 - ``JaxprEqn.primitive``, ``.params``, ``.invars``, ``.outvars``, ``.effects``, ``.replace``: likewise.
 - ``JaxprEqn.ctx.manager``: the settings that an operation was traced under (``enable_x64``, a mesh); 0.4.36; nothing.
 - ``JaxprEqn.source_info``: the user's line in `diagnose`; always; no line is shown without it.
+- the names that end in ``_p`` in JAX's modules: is an operation JAX's own? always; without them nothing is shared.
 - ``Primitive.name``, ``.multiple_results``, ``.bind``, ``.get_bind_params``: to replay an operation; always; nothing.
 - ``Literal(val, aval)``, ``Var.aval``, ``ShapedArray.weak_type``: the numbers in a trace; always; nothing.
 - the cells ``fn`` and ``jvp`` of what ``custom_jvp_call`` has as its rule, ``WrappedFun.f`` and ``.f_transformed``: is
@@ -34,6 +35,7 @@ import functools
 import itertools
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +56,18 @@ def _classes() -> tuple[tuple[type, ...], type]:
 def is_jaxpr(value: Any) -> bool:
     """Tell whether it is a trace, with its arrays or without."""
     return isinstance(value, _classes()[0])
+
+
+_own_primitives: set[int] = set()  # by `id`, because a module of JAX keeps each of them
+
+
+def is_own(primitive: Any) -> bool:
+    """Tell whether an operation is one of JAX's own, which are attributes of its modules."""
+    if id(primitive) not in _own_primitives:  # A module may have been imported since the last look.
+        modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in ("jax", "jaxlib")]
+        named = (item for module in modules for item in list(vars(module).items()) if item[0].endswith("_p"))
+        _own_primitives.update(id(value) for _, value in named)
+    return id(primitive) in _own_primitives
 
 
 def rule_of(eqn: Any) -> tuple[Any, Any] | None:

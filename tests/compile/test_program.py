@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FunctionType
 from typing import Any, cast
 
 import equinox as eqx
@@ -28,7 +29,10 @@ import pytest
 from helpers import count_compilations, count_traces, evaluate, shared_traces, some_of
 from hypothesis import given, settings
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.experimental.ode import odeint
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 
 import gdopt
 from gdopt import _jax, schedules
@@ -647,15 +651,64 @@ def test_another_rule_of_a_function_of_the_library_is_seen() -> None:
 
 
 def test_arguments_that_only_a_rule_of_the_library_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rule(factor: float, primals: tuple, tangents: tuple) -> tuple:
-        return jnp.sin(primals[0]), factor * tangents[0]
+    def written(factor: float, primals: tuple, tangents: tuple) -> tuple:
+        return 2 * primals[0], factor * tangents[0]
 
-    monkeypatch.setattr(rule, "__module__", "jax.nn")
+    rule = FunctionType(written.__code__, vars(jax.nn), "rule")  # as if it were written there
     monkeypatch.setattr(jax.nn, "rule", rule, raising=False)
-    function = jax.custom_jvp(lambda factor, x: jnp.sin(x), nondiff_argnums=(0,))
+    function = jax.custom_jvp(lambda factor, x: 2 * x, nondiff_argnums=(0,))
     function.defjvp(rule)
     found = [str(bits(evaluate(lambda x, f=f: jnp.sum(function(f, x)) + jnp.sum(x**2), X))) for f in (1.0, 2.0)]
     assert found[0] != found[1]
+
+
+FACTORS = [1.0]
+
+
+def test_a_rule_that_is_called_like_one_of_the_library_is_seen() -> None:
+    """`functools.wraps` copies the name of the module, too."""
+
+    @functools.wraps(jnp.cos)
+    def rule(g: jax.Array, ans: jax.Array, x: jax.Array) -> jax.Array:
+        return FACTORS[0] * g
+
+    function = jax.custom_jvp(lambda x: 2 * x)
+    function.defjvps(rule)
+    found = []
+    for factor in (1.0, -2.0):
+        FACTORS[0] = factor
+        found.append(str(bits(evaluate(lambda x: jnp.sum(function(x)) + jnp.sum(x**2), X))))
+    assert found[0] != found[1]
+
+
+def test_operations_of_other_code_may_change_their_rules() -> None:
+    factors = [2.0]
+    square = Primitive("square")
+    square.def_impl(lambda x: x**2)
+    square.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(square, mlir.lower_fun(lambda x: x**2, multiple_results=False))
+    ad.primitive_jvps[square] = lambda xs, ways: (square.bind(xs[0]), factors[0] * ways[0] * xs[0])
+    found = []
+    for factor in (2.0, 5.0):
+        factors[0] = factor
+        found.append(str(bits(evaluate(lambda x: jnp.sum(square.bind(x)), X))))
+    assert found[0] != found[1]
+
+
+def test_partial_functions_of_the_library_are_seen_with_their_arguments() -> None:
+    """Compiled code holds these arguments, and the class of JAX that inherits from it looks empty."""
+
+    def fit(bound: float) -> jax.Array:
+        clip = custom_vmap(lambda x: jnp.clip(x, -1, 1))
+        clip.def_vmap(jax.tree_util.Partial(lambda most, size, batched, x: (jnp.clip(x, -most, most), True), bound))
+        return jax.vmap(lambda x: minimize_to(10.0, x, clip))(jnp.zeros((2, 3)))
+
+    def minimize_to(target: float, x: jax.Array, project: Callable) -> jax.Array:
+        options: Any = {"optimizer": gdopt.gd(0.05), "max_steps": 30, "project": project}
+        return gdopt.minimize(lambda x: jnp.sum((x - target) ** 2), x, **options).params
+
+    np.testing.assert_allclose(fit(1.0), 1.0)
+    np.testing.assert_allclose(fit(3.0), 3.0)
 
 
 # ----------------------------------------------------------------------------------------------- equal losses share one

@@ -11,7 +11,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Hashable, Iterator
-from types import FunctionType, NoneType
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import jax
@@ -54,6 +54,8 @@ def _items(jaxpr: Any, lifted: bool, rules: bool) -> Iterator[Hashable]:
 
     yield tuple(map(bind, jaxpr.constvars)), tuple(map(bind, jaxpr.invars))
     for eqn in jaxpr.eqns:
+        if not _jax.is_own(eqn.primitive):  # Its rules may read what changes.
+            raise _Unshareable
         yield eqn.primitive, _value(eqn.ctx), tuple(map(read, eqn.invars))
         yield tuple(_params(eqn, lifted, rules))
         yield tuple(map(bind, eqn.outvars))
@@ -89,10 +91,10 @@ def _rule(eqn: Any) -> Hashable:
         raise _Unshareable
     if is_known(rule, *_OWNERS):
         return rule, treedef
-    if rule.__qualname__ != "custom_jvp.defjvps.<locals>.jvp" or not _is_jaxs_own(rule):
+    if rule.__qualname__ != "custom_jvp.defjvps.<locals>.jvp" or not _is_of(rule, *_OWNERS):
         raise _Unshareable
     parts = _jax.cell(rule, "jvps")  # one for each argument, often without a name
-    if not all(part is None or (_is_jaxs_own(part) and not part.__closure__) for part in parts):
+    if not all(part is None or (_is_of(part, *_OWNERS) and not part.__closure__) for part in parts):
         raise _Unshareable
     return parts, treedef
 
@@ -173,7 +175,9 @@ def _array(array: Any) -> Hashable:
 def _attributes(value: Any) -> Hashable:
     """Describe an object of JAX's own by everything that it holds."""
     held = _jax.attributes(value)
-    if not held and not hasattr(value, "__dict__"):  # Compiled code does not show what it holds.
+    compiled = (isinstance(vars(kind).get("__new__"), BuiltinFunctionType) for kind in type(value).__mro__[:-1])
+    # Compiled code does not show what it holds, nor does a class that inherits from such code, as partial functions do.
+    if any(compiled) or (not held and not hasattr(value, "__dict__")):
         raise _Unshareable
     return tuple((name, _value(item)) for name, item in held.items())
 
@@ -182,8 +186,18 @@ def _is_jaxs_own(kind: Any) -> bool:
     return kind.__module__.split(".")[0] in _OWNERS
 
 
+def _is_of(function: Any, *owners: str) -> bool:
+    """Tell whether the code of a function is in one of these packages.
+
+    `functools.wraps` copies the name of another function's module, but not the names that the code can read.
+    """
+    if not isinstance(function, FunctionType):
+        return False
+    module = sys.modules.get(function.__module__ or "")
+    return module is not None and function.__globals__ is vars(module) and module.__name__.split(".")[0] in owners
+
+
 def is_known(function: FunctionType, *owners: str) -> bool:
     """Tell whether it is a function of a library that nobody changes, found by its name, and closes over nothing."""
-    name = function.__module__ or ""
-    owned = name.split(".")[0] in ("gdopt", "optax", *owners)
-    return owned and not function.__closure__ and vars(sys.modules.get(name)).get(function.__name__) is function
+    owned = _is_of(function, "gdopt", "optax", *owners) and not function.__closure__
+    return owned and function.__globals__.get(function.__name__) is function
