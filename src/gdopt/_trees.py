@@ -458,13 +458,20 @@ def summary(tree: PyTree) -> str:
         if not hasattr(leaf, "dtype"):
             return leaf
         if _is_readable(leaf) and leaf.size <= 6:
-            return _Bare(np.array2string(on_host(leaf), precision=4, separator=", ").replace("\n", ""))
+            text = np.array2string(on_host(leaf), separator=", ", precision=6, formatter={"float_kind": _digits})
+            return _Bare(text.replace("\n", ""))
         return _Bare(f"{getattr(leaf.dtype, 'name', leaf.dtype)}[{', '.join(map(str, leaf.shape))}]")
 
     try:
         return repr(jax.tree.map(leaf_summary, tree))
     except Exception:  # raised by somebody's repr
         return f"<{type(tree).__name__}>"
+
+
+def _digits(number: Any) -> str:
+    """Return six significant digits. NumPy would round a small number to so many decimals."""
+    text = f"{float(number):.6g}"
+    return f"{text}." if text.removeprefix("-").isdigit() else text
 
 
 def _is_readable(leaf: Any) -> bool:

@@ -434,6 +434,17 @@ def test_params_that_went_too_far_are_no_minimum(name: str, optimizer: Any) -> N
         assert "unlike at the start, the loss does not depend on some of the params" in result.message
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": gdopt.spectral()}, {"optimizer": gdopt.gd, "learning_rate": 0.2}])
+@pytest.mark.parametrize("start", [(1.0, 3e-4), (1.0, 1e-3), (1e3, 3e-4), (1e5, 1e-3), (1e6, 1e-5), (1e6, 1e-3)])
+def test_a_decay_that_became_a_constant_is_no_minimum(start: tuple[float, float], options: dict[str, Any]) -> None:
+    """The time constant goes to 1e4 from 1e-3, so that its start is below the rounding of its way."""
+    t = np.linspace(0, 8e-3, 200)
+    y = 2.3e6 * np.exp(-t / 1.7e-3) + 1.1e5 + np.random.default_rng(2).normal(0, 2e4, t.size)
+    loss = lambda p, t, y: jnp.mean((p["A"] * jnp.exp(-t / p["tau"]) + p["c"] - y) ** 2)
+    result = gdopt.minimize(loss, {"A": start[0], "tau": start[1], "c": 0.0}, args=(t, y), **options)
+    assert not result.success or result.loss < 0.3 * np.var(y), result
+
+
 @pytest.mark.parametrize("optimizer", [None, gdopt.gd])
 def test_a_likelihood_without_bound_is_no_success(optimizer: Any) -> None:
     """For equal readings the spread goes to zero, until the curvature is beyond the range."""

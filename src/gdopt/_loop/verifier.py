@@ -392,8 +392,7 @@ class Verifier(NamedTuple):
     def _claim(self, np: Any, state: State, inputs: Inputs, free: list | None) -> Claim:
         kept, params = state.kept, jax.tree.map(np.asarray, returned_params(state))
         arrays = lambda tree: list(map(np.asarray, self._blocks(tree)))
-        moved = arrays(jax.tree.map(np.subtract, params, inputs.start))
-        point = state.code, state.step, arrays(params), moved, kept.loss, kept.grad_norm
+        point = state.code, state.step, arrays(params), arrays(inputs.start), kept.loss, kept.grad_norm
         return Claim(*point, state.watch, free)
 
 

@@ -31,6 +31,8 @@ _KINK = 100  # the gain that a step downhill should have had, over the rounding 
 _ROUNDED, _ULPS = 3, 4.0  # the points that measure the noise of the loss, and their distance in eps of the params
 _MOSTLY, _MUCH = 0.1, 1000  # the most noise of a usable loss, over the gain, and over the noise at the start
 _AGAIN = 0.2  # the rest after Newton's step: it is 0.14 for exponentials and high powers, 0 for parabolas
+_LITTLE = 10  # the effect of an entry, over the rounding of the loss, below which the loss no longer depends on it
+_STEEPER = 100  # the slope of such an entry at the start, over that of a parabola
 _SLOWLY = 0.8  # the rest at the next point above which Newton's method says nothing
 
 
@@ -56,16 +58,16 @@ class Claim(NamedTuple):
     code: Any
     step: Any
     params: Blocks  # the returned ones
-    moved: Blocks  # their distance from the start
+    begin: Blocks  # the start of the run
     loss: Any
     grad_norm: Any
     watch: Watch
     free: Blocks | None  # 0 for entries that the optimizer holds in their places, 1 for others
 
     @property
-    def begin(self) -> Blocks:
-        """The start of the run."""
-        return [x - moved for x, moved in zip(self.params, self.moved, strict=True)]
+    def moved(self) -> Blocks:
+        """The distance from the start."""
+        return [x - start for x, start in zip(self.params, self.begin, strict=True)]
 
 
 class Settled(NamedTuple):
@@ -106,7 +108,7 @@ def settle(
     own, may = _stopping.resolution(loss, eps), _stopping.allowed(np, watch, loss, limits)
     rounding = np.where(drowned, own, np.maximum(own, noise))
     here = Point(claim.params, loss, grad, _typical(np, claim, eps), rounding, np.maximum(may, rounding))
-    start = Start(claim.begin, _stopping.resolution(watch.first_loss, eps))
+    start = Start(claim.begin, _stopping.resolution(watch.first_loss, eps), watch.first_loss - loss)
     limited = claim.code == Status.PRECISION_LIMIT
     if move is None:
         seen = check(place, probe, here, start, exact=exact, limited=limited)
@@ -216,6 +218,7 @@ class Start(NamedTuple):
 
     params: Blocks
     rounding: Any  # of the loss
+    gain: Any  # what the run has gained since
 
 
 def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, limited: Any) -> Check:
@@ -328,21 +331,26 @@ def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectru
 def _is_saturated(place: Place, probe: Probe, here: Point, found: Spectrum, start: Start) -> Any:
     """Tell whether entries went so far that the loss no longer depends on them, as it did at the start.
 
-    An example is the width of a peak that became a line: gradient and curvature are zero, but the loss is no minimum. A
-    loss of zero may be one. Only the whole Hessian shows it.
+    An example is the width of a peak that became a line: gradient and curvature are zero up to rounding, but the loss
+    is no minimum. A loss of zero may be one. Only the whole Hessian shows it.
     """
     np = place.np
     if count_of(here.params) > _EXACT:
         return here.loss != here.loss
     curved = np.diagonal(found.matrix)
-    lost = (curved <= 0) & (np.abs(curved) <= here.rounding) & (np.abs(found.right) <= here.rounding)
+    little = _LITTLE * here.rounding
+    lost = (np.abs(curved) <= little) & (np.abs(found.right) <= little)
+    # The slopes of a parabola are at most sqrt(2 gain curvature): Cauchy's inequality for its Hessian.
+    bends = np.sqrt(np.where(curved > 0, curved, np.maximum(-curved - here.rounding, 0)))
+    steep = _STEEPER * np.sqrt(2 * np.maximum(start.gain, 0)) * bends
 
     def look() -> Any:
-        dead = lost & (np.abs(found.along(place, probe.at(start.params)[1])) > start.rounding)
+        slopes = np.abs(found.along(place, probe.at(start.params)[1]))
+        dead = lost & (slopes > np.maximum(start.rounding, steep))
         half = found.way(place, np.where(dead, 0.5, 0))
         side = lambda number: shifted(here.params, [(1 - 2 * number) * x for x in half])
         (changes,) = place.rows(lambda number: [np.abs(probe.at(side(number))[0] - here.loss)], 2)
         # One of them may be outside the domain, but not both.
-        return dead.any() & (np.fmax(*changes) <= here.rounding) & (here.loss != 0)
+        return dead.any() & (np.fmax(*changes) <= little) & (here.loss != 0)
 
     return place.when(lost.any(), look, lambda: lost.any() & False)
