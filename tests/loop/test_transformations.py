@@ -81,9 +81,8 @@ def test_inside_jit_the_result_is_the_same(options: dict[str, Any]) -> None:
 
 def test_it_is_one_loop_without_host_callbacks() -> None:
     jaxpr = str(jax.make_jaxpr(lambda x: gdopt.minimize(quadratic, x).params)(jnp.zeros(3)))
-    assert (
-        jaxpr.count("while[") == 3
-    )  # steps; in rounds, of which each ends by a check; and points that are tried there
+    # Steps; in rounds, of which each ends by a check; points that are tried there; and other sizes of idle entries.
+    assert jaxpr.count("while[") == 4
     assert "callback" not in jaxpr
 
 

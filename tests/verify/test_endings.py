@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -434,7 +435,9 @@ def test_params_that_went_too_far_are_no_minimum(name: str, optimizer: Any) -> N
         assert "unlike at the start, the loss does not depend on some of the params" in result.message
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": gdopt.spectral()}, {"optimizer": gdopt.gd, "learning_rate": 0.2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"optimizer": gdopt.spectral()}, {"optimizer": gdopt.gd, "learning_rate": 0.2}]
+)
 @pytest.mark.parametrize("start", [(1.0, 3e-4), (1.0, 1e-3), (1e3, 3e-4), (1e5, 1e-3), (1e6, 1e-5), (1e6, 1e-3)])
 def test_a_decay_that_became_a_constant_is_no_minimum(start: tuple[float, float], options: dict[str, Any]) -> None:
     """The time constant goes to 1e4 from 1e-3, so that its start is below the rounding of its way."""
@@ -443,6 +446,36 @@ def test_a_decay_that_became_a_constant_is_no_minimum(start: tuple[float, float]
     loss = lambda p, t, y: jnp.mean((p["A"] * jnp.exp(-t / p["tau"]) + p["c"] - y) ** 2)
     result = gdopt.minimize(loss, {"A": start[0], "tau": start[1], "c": 0.0}, args=(t, y), **options)
     assert not result.success or result.loss < 0.3 * np.var(y), result
+
+
+def rate_of_reaction(p: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean((p[0] * jnp.exp(-p[1] / t) - y) ** 2)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["call", "jit"])
+@pytest.mark.parametrize("start", [(1.1e5, 1.6e5), (3e3, 7.6e4), (6.3e7, 3.6e4), (8.2e3, 1.5e6)])
+def test_a_start_where_the_loss_is_constant_is_left(start: tuple, transform: Callable) -> None:
+    """All of the model is zero there, and so are gradient and curvature. A smaller second param is not."""
+    t = jnp.linspace(270, 400, 40)
+    y = 4e5 * jnp.exp(-3100 / t)
+    run = transform(lambda start: gdopt.minimize(rate_of_reaction, start, args=(t, y)))
+    result = run(jnp.array(start))
+    assert result.success
+    np.testing.assert_allclose(result.params, [4e5, 3100], rtol=1e-3)
+
+
+def test_a_fixed_rate_stays_where_the_loss_is_constant_without_success() -> None:
+    t = jnp.linspace(270, 400, 40)
+    y = 4e5 * jnp.exp(-3100 / t)
+    result = gdopt.minimize(rate_of_reaction, jnp.array([1.1e5, 1.6e5]), args=(t, y), learning_rate=0.1)
+    assert result.status is Status.STALLED
+    assert "at no minimum" in result.message
+
+
+def test_params_without_any_effect_are_no_obstacle() -> None:
+    result = gdopt.minimize(lambda p: (p["used"] - 1) ** 2 + 1, {"used": 0.0, "unused": 5.0})
+    assert result.success
+    np.testing.assert_allclose([result.params["used"], result.params["unused"]], [1, 5])
 
 
 @pytest.mark.parametrize("optimizer", [None, gdopt.gd])

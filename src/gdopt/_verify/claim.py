@@ -19,7 +19,7 @@ from gdopt import _stopping, _trees
 from gdopt._status import RUNNING, Status
 from gdopt._stopping import Ending, Limits, Watch
 from gdopt._verify.composite import Advance, Found, Move, bordered, look
-from gdopt._verify.counterexamples import TRIED, Point, directions, lowest, wanted_kinds
+from gdopt._verify.counterexamples import TRIED, Point, directions, lowest, resized, wanted_kinds
 from gdopt._verify.kinks import Below, look_below
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
 from gdopt._verify.spectrum import Spectrum, evened, newton_step, spectrum
@@ -243,6 +243,14 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     kink = found.known & ~little & (promised > _KINK * here.rounding)
     kink = kink & (best.finite > TRIED // 2)  # Few finite points show the border of the domain.
     hidden = kink & limited & (loss - best.loss < _PART * promised)
+    if found.whole:
+        none = coarsest(here.params) * here.rounding
+        idle = little & (np.abs(np.diagonal(found.matrix)) <= none) & (np.abs(found.right) <= none)
+        awake = lambda: resized(place, probe, here, found, idle, loss - visible)
+        value, point = place.when(idle.any(), awake, lambda: (loss, here.params))
+        better = value < best.loss
+        point = [np.where(better, new, old) for new, old in zip(point, best.point, strict=True)]
+        best = best._replace(loss=np.where(better, value, best.loss), point=point)
     nothing = np.zeros((), found.right.dtype)
     down = lambda: look_below(place, probe, best.point, best.loss, here.typical)
     below = place.when(hidden, down, lambda: Below(best.loss, best.point, nothing, nothing > 0))

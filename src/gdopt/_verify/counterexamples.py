@@ -20,6 +20,7 @@ _FARTHEST = 1e6  # the distance of the farthest point from which a run may conti
 _NEAR = 8  # the tries on either side that are so far away that the loss should change visibly, or farther
 _MORE = 4  # the gain over that of Newton's step above which there is no minimum
 _STRETCH = 4.0  # the length of a try over that of the one before
+_SIZES = *(4.0**power for power in (-1, -2, -3, -4, -5, -6, 1, 2, 3, 4, 5, 6)), -1.0  # tries for an idle entry, over it
 
 
 class Point(NamedTuple):
@@ -141,6 +142,37 @@ def lowest(
     no = first < 0
     begin = first, Lowest(here.loss, here.params, 0 * first, no, no)
     return place.loop(goes_on, attempt, begin)[1]
+
+
+def resized(place: Place, probe: Probe, here: Point, found: Spectrum, idle: Any, wanted: Any) -> tuple[Any, Blocks]:
+    """Try other sizes of the ``idle`` entries, on which the loss does not depend nearby, up to a loss that is wanted.
+
+    A run may start so far away that the loss is constant, as the width of a peak outside of the data does.
+    """
+    np, tries = place.np, len(_SIZES)
+    factors = np.stack([np.asarray(size, found.right.dtype) for size in _SIZES])
+    counts, asked = np.arange(tries * len(idle)), np.repeat(idle, tries)
+
+    def following(number: Any) -> Any:
+        return np.min(np.where(asked & (counts >= number), counts, len(counts)))
+
+    def goes_on(search: tuple) -> Any:
+        number, least, _ = search
+        return (number < len(counts)) & ~(least < wanted)
+
+    def attempt(search: tuple) -> tuple:
+        number, least, point = search
+        entry = found.way(place, (counts[::tries] == number - number % tries).astype(found.right.dtype))
+        there = [
+            np.where(way != 0, x * factors[number % tries].astype(x.dtype), x)
+            for way, x in zip(entry, here.params, strict=True)
+        ]
+        value = loss_at(place, probe, there).astype(here.loss.dtype)
+        better = value < least
+        new = [np.where(better, new, old) for new, old in zip(there, point, strict=True)]
+        return following(number + 1), np.where(better, value, least), new
+
+    return place.loop(goes_on, attempt, (following(0 * counts[0]), here.loss, here.params))[1:]
 
 
 def _step(place: Place, here: Point, ways: Blocks, lengths: Any, kind: Any, count: Any) -> Blocks:
