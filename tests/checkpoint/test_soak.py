@@ -23,7 +23,7 @@ from gdopt._errors import CheckpointError
 
 SECONDS = 600
 SCRIPT = Path(__file__).parents[1] / "scripts" / "killed_run.py"
-KINDS = ["batches", "spectral", "stream", "auto", "noise of the optimizer"]
+KINDS = ["batches", "spectral", "quasi_newton", "stream", "auto", "noise of the optimizer"]
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
