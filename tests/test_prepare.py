@@ -390,5 +390,11 @@ def test_a_loss_that_does_not_use_the_params_is_told_once() -> None:
     solve()
 
 
+def test_a_text_in_place_of_a_number_is_named() -> None:
+    solve = gdopt.prepare(lambda x, a: jnp.sum((x - a) ** 2), jnp.zeros(2), args=(2.0,))
+    with pytest.raises(InputError, match="args holds a number or an array where it was prepared with another object"):
+        solve(args=("a",))
+
+
 def test_its_repr_shows_the_loss_and_the_start(solve: Any) -> None:
     assert repr(solve) == f"<gdopt.Prepared of {bowl!r} from [0., 0., 0.]>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -156,6 +157,15 @@ def test_max_steps_is_a_success_for_a_noisy_loss():
     assert "took the 8 steps asked for (2 epochs): the mean loss of an epoch went from" in run(epochs=2).message
     assert not run(epochs=2, target=0.0).success
     assert run(epochs=2, target=0.0).status == Status.MAX_STEPS
+
+
+def test_steps_and_means_of_a_stream_are_called_what_they_are():
+    """Nobody asked for the default, and an endless stream has no epochs."""
+    stream = lambda: itertools.repeat(np.ones(2, np.float32))
+    run = lambda **more: gdopt.minimize(lambda x, row: jnp.mean((row - x) ** 2), 0.0, data=stream, **more)
+    asked = run(learning_rate=0.01, max_steps=40).message
+    assert asked.startswith("took the 40 steps asked for: the mean loss of 4 steps went from")
+    assert run(learning_rate=1e-4).message.startswith("took 10000 steps, the default of max_steps: the mean loss of ")
 
 
 def test_the_message_says_that_the_loss_never_decreased():

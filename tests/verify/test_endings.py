@@ -408,6 +408,13 @@ def test_losses_without_a_lower_bound(loss: Any, start: float, dtype: Any, optim
     assert "no lower bound" in result.message
 
 
+def test_params_that_shrink_from_afar_do_not_grow() -> None:
+    loss = lambda x: 1e-30 * jnp.sum(jnp.array([1.0, 30, 900]) * (x / 1e20 - jnp.array([1.0, -2, 0.5])) ** 2)
+    result = gdopt.minimize(loss, jnp.array([-1.2e20, 1e20, 3e19]), max_steps=500)
+    assert not result.success
+    assert "grew" not in result.message
+
+
 SATURATED = {
     "Arrhenius": (lambda p, t: p[0] * jnp.exp(-p[1] / (8.314 * t)), (300.0, 400.0), (8.3e8, 5.2e4), (1e9, 5e4)),
     "Hill": (

@@ -42,7 +42,8 @@ _RISE = 0.25  # the rise of the loss over its fall from which on a run counts as
 _NOISE = 4.0  # and the rise over its standard error
 _FEWEST_PARTS, _MOST_PARTS = 4, 10  # the parts of a run whose means are compared
 _LEAST_LOSSES = 8  # of a part, so that its noise is known
-FAR = 1e15  # an entry of the params, larger than any quantity that people measure
+_FAR = 1e15  # an entry of the params, larger than any quantity that people measure
+_FARTHER = 100  # and how much larger it is than the start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -204,7 +205,7 @@ class Ended:
             return False
         losses = self.history.loss[np.isfinite(self.history.loss)]
         if self.status in FAILURES and losses.size and losses[-1] < losses[0]:  # It fell without a lower bound.
-            return self.farthest < FAR
+            return not self.ran_away
         return self.status in FAILURES or (self.status is Status.MAX_STEPS and (self.rose or not self.is_better))
 
     @functools.cached_property
@@ -232,7 +233,15 @@ class Ended:
     @functools.cached_property
     def farthest(self) -> float:
         """The largest entry of the params, on the host; 0 if other processes hold some of them."""
-        leaves = jax.tree.leaves(self.problem.objective.natural(self.params))
+        return self._largest(self.params)
+
+    @property
+    def ran_away(self) -> bool:
+        """Tell whether the params grew beyond any quantity that people measure."""
+        return self.farthest > max(_FAR, _FARTHER * self._largest(self.inputs.start))
+
+    def _largest(self, params: PyTree) -> float:
+        leaves = jax.tree.leaves(self.problem.objective.natural(params))
         leaves = [leaf for leaf in leaves if getattr(leaf, "is_fully_addressable", True)]
         return max((float(np.max(np.abs(leaf), initial=0)) for leaf in jax.device_get(leaves)), default=0.0)
 

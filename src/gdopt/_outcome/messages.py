@@ -9,7 +9,7 @@ import numpy as np
 
 from gdopt._optimizers.method import Rates
 from gdopt._optimizers.trials import MAX_REJECTED
-from gdopt._outcome.ending import FAR, Ended
+from gdopt._outcome.ending import Ended
 from gdopt._status import FAILURES, Status
 from gdopt._stopping import BY_NEIGHBOURS, DROWNED, OUTSIDE, ROUNDING, SADDLE, SATURATED, UP_TO_NOISE
 from gdopt._verify.counterexamples import TRIED
@@ -206,14 +206,15 @@ def _noisy_max_steps(ended: Ended, words: _Words) -> str:
     count = steps / (per_epoch or 1)
     epochs = "" if per_epoch in (1, None) else f" ({count:g} epoch{'s' * (count != 1)})"
     went, worse = f"went from {words.first} to {words.last}", ""
-    which = "the mean loss of an epoch" if words.width > 1 else "the loss"
+    which = f"the mean loss of {'an epoch' if per_epoch else f'{words.width} steps'}" if words.width > 1 else "the loss"
     if 1 < words.width >= steps:
         went = f"was {words.first}"
     if not ended.is_better:
         worse = f" That is above the loss of the start, {ended.history[0][0]:.6g}. {words.slower}"
     elif not (ended.success or words.falls):
         worse = f" The loss did not decrease. {words.slower}"
-    what = f"the {steps} steps asked for" if steps <= most else f"{steps} steps, more than asked for"
+    what = f"the {steps} steps asked for" if ended.has_steps else f"{steps} steps, the default of max_steps"
+    what = what if steps <= most else f"{steps} steps, more than asked for"
     return f"took {what}{epochs}: {which} {went}.{worse}"
 
 
@@ -224,7 +225,7 @@ def _max_steps(ended: Ended, words: _Words) -> str:
         if ended.rates is Rates.SEARCHED and ended.steps >= MAX_REJECTED:
             remedy = f"None of {ended.steps} points along the gradient is lower, so it may not match the loss."
         return f"stopped at max_steps={ended.steps}: the loss never fell below its start, {words.first}. {remedy}"
-    if ended.farthest > FAR:
+    if ended.ran_away:
         return _unbounded(f"stopped at max_steps={ended.steps}", ended)
     if ended.noise:
         return _drowned(f"stopped at max_steps={ended.steps}, at a loss of {words.last}", ended.noise)
@@ -267,7 +268,7 @@ def _non_finite(ended: Ended, words: _Words) -> str:
             f"the loss became -inf at step {steps}, from {words.first} at the start: it has no lower bound, so no "
             f"minimum can be found.{words.back} Check its sign, or add a penalty."
         )
-    if ended.farthest > FAR:
+    if ended.ran_away:
         return _unbounded(f"left the range at step {steps}", ended)
     if ended.rates in (Rates.PLAIN, Rates.GIVEN) and not np.isfinite(rates[:steps]).all():
         bad = int(np.flatnonzero(~np.isfinite(rates[:steps]))[0])
@@ -337,7 +338,7 @@ def _stalled(ended: Ended, words: _Words) -> str:
     left = float(ended.ending.left)
     more = f"{f'about {left:.2g}' if np.isfinite(left) and left > 0 else 'more'} may be left to gain"
     tried = (losses + grad_norms)[losses != losses[-1]][-1:].sum()  # from the last trial with another loss
-    if ended.farthest > FAR:
+    if ended.ran_away:
         return _unbounded(f"stalled {after}", ended)
     if (decayed := _decayed(ended, words, more)) is not None:
         return decayed

@@ -81,8 +81,12 @@ class Template(NamedTuple):
     def _args(self, args: Any) -> PyTree:
         arrays, rest = split_args(args)
         known = self.problem.args_rest
-        if rest.treedef != known.treedef or rest.kept != known.kept:
+        if rest.treedef != known.treedef:
             raise InputError(f"args is {rest.treedef}, prepared with {known.treedef}. {_CURE}")
+        if rest.kept != known.kept:
+            raise InputError(
+                f"args holds a number or an array where it was prepared with another object, or the reverse. {_CURE}"
+            )
         if not _trees.same([rest.arrays, rest.others], [known.arrays, known.others]):
             raise InputError(f"args holds other functions or texts than those of the preparation. {_CURE}")
         arrays = _firm(arrays)

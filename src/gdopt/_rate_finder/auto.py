@@ -55,8 +55,8 @@ def rates_found(
     total = steps.expected
     if total is None:
         raise InputError(
-            f"epochs={steps.epochs} was given with a stream that does not report how many batches it has, but "
-            "learning_rate='auto' plans its schedule over all steps. Pass max_steps as well, or a learning_rate."
+            f"epochs={steps.epochs} was given with a stream that does not report how many batches it has, and without "
+            "a learning_rate the schedule is planned over all steps. Pass max_steps as well, or a learning_rate."
         )
     made, shape = saves.range_test, one_cycle(1.0, total) if total > _SHORT else constant(1.0)
     if optimizer in (distance_adamw, distance_gd):
