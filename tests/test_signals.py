@@ -470,6 +470,26 @@ def test_a_second_ctrl_c_is_not_lost_where_python_ignores_exceptions(place: str)
     assert minimize().status is gdopt.Status.MAX_STEPS  # The signal is not seen once more.
 
 
+def test_a_call_after_two_late_signals_begins_afresh(monkeypatch: pytest.MonkeyPatch):
+    """The first one comes too late for the call, and the second one when the usual handler is back, which raises."""
+    restore, told = _signals._restore, []
+
+    def restored() -> None:
+        restore()
+        press()
+
+    def callback(report: gdopt.Report) -> None:
+        if not told:
+            told.append(_signals.at_end(press))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(_signals, "_restore", restored)
+        minimize(callback=callback)
+    assert told
+    assert handlers() == USUAL
+    assert minimize().status is gdopt.Status.MAX_STEPS
+
+
 def test_ctrl_c_raises_in_a_range_test_and_restores_the_handlers():
     fetched = []
 

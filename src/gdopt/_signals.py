@@ -77,8 +77,12 @@ def interruptible(function: Callable[P, T]) -> Callable[P, T]:
                 raise
             finally:
                 _end(here)
-        finally:
+        except KeyboardInterrupt:
             _end(here)  # A second Ctrl-C raises only once, so if it cuts the first `_end` short, this one is complete.
+            _handled.unheard = None  # It may have come when the usual handler was back.
+            raise
+        finally:
+            _end(here)
 
     return call
 
