@@ -482,9 +482,10 @@ def test_a_call_after_two_late_signals_begins_afresh(monkeypatch: pytest.MonkeyP
         if not told:
             told.append(_signals.at_end(press))
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(_signals, "_restore", restored)
+    monkeypatch.setattr(_signals, "_restore", restored)
+    with pytest.raises(KeyboardInterrupt):
         minimize(callback=callback)
+    monkeypatch.undo()
     assert told
     assert handlers() == USUAL
     assert minimize().status is gdopt.Status.MAX_STEPS
