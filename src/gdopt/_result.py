@@ -120,7 +120,8 @@ class Report(NamedTuple):
         epoch = f"{self.epoch}{', which has just ended' if self.epoch_ended else ''}"
         rows = {"step": str(self.step), "epoch": epoch, "loss": _number(self.loss, ".6g")}
         rows["grad_norm"] = _number(self.grad_norm, ".3g")
-        rows["learning_rate"] = _number(self.learning_rate, ".3g")
+        if not math.isnan(self.learning_rate):  # quasi_newton has none.
+            rows["learning_rate"] = _number(self.learning_rate, ".3g")
         if not math.isnan(self.validation_loss):
             rows["validation_loss"] = _number(self.validation_loss, ".6g")
         for name, found in {"metrics": self.metrics, "validation_metrics": self.validation_metrics}.items():

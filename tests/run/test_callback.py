@@ -254,6 +254,12 @@ def test_a_report_prints_a_few_lines() -> None:
     assert names == ["step", "epoch", "loss", "grad_norm", "learning_rate", "validation_loss", "params"]
 
 
+def test_a_report_of_an_optimizer_without_rates_prints_none() -> None:
+    reports: list[gdopt.Report] = []
+    gdopt.minimize(lambda x: jnp.sum((x - 1) ** 4), jnp.zeros(3), callback=reports.append, max_steps=5)
+    assert "learning_rate" not in str(reports[0])
+
+
 def test_reports_have_the_validation_of_the_last_epoch() -> None:
     def with_aux(w: Any, batch: Any) -> Any:
         return loss(w, batch), {"largest": jnp.max(w)}

@@ -134,7 +134,9 @@ def _spread(name: str, bound: Any, sign: int, objective: Objective) -> PyTree:
         filled = jax.tree.map(lambda leaf: sign * math.inf if leaf is None else leaf, bound, is_leaf=is_none)
         leaves = _trees.spread(filled, whole)
     except (ValueError, TypeError) as error:
-        raise InputError(f"{name}={_trees.summary(bound)} does not fit params. {_PAIR}. ({error})") from error
+        # SciPy's bounds are lists, which are trees here.
+        cure = " For an array, pass np.array([...]) instead of a list." if isinstance(bound, list | tuple) else ""
+        raise InputError(f"{name}={_trees.summary(bound)} does not fit params. {_PAIR}.{cure} ({error})") from error
     paths = jax.tree_util.tree_leaves_with_path(whole)
     for (path, leaf), entry, kept in zip(paths, leaves, objective.rest.kept, strict=True):
         if own and not kept and _trees.is_array(leaf) and not _is_open(entry):
