@@ -654,7 +654,7 @@ def test_arguments_that_only_a_rule_of_the_library_reads_are_seen(monkeypatch: p
     def written(factor: float, primals: tuple, tangents: tuple) -> tuple:
         return 2 * primals[0], factor * tangents[0]
 
-    rule = FunctionType(written.__code__, vars(jax.nn), "rule")  # as if it were written there
+    rule = FunctionType(written.__code__, jax.nn.__dict__, "rule")  # as if it were written there
     monkeypatch.setattr(jax.nn, "rule", rule, raising=False)
     function = jax.custom_jvp(lambda factor, x: 2 * x, nondiff_argnums=(0,))
     function.defjvp(rule)

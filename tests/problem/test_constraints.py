@@ -288,7 +288,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nan": ({"bounds": (np.nan, None)}, r"bounds\[0\] holds nan"),
     "no room": ({"bounds": (None, -np.inf)}, r"bounds\[1\] holds -inf"),
     "structure": ({"bounds": ({"a": 0.0}, None)}, r"bounds\[0\]=.* does not fit params"),
-    "lists": ({"bounds": ([0.0, 1.0], [2.0, 3.0])}, r"For an array, pass np.array\(\[...\]\) instead of a list"),
+    "lists": ({"bounds": ([0.0, 1.0], None)}, r"For an array, pass np.array\(\[...\]\) instead of a list"),
     "shape": ({"bounds": (np.zeros(3), None)}, r"bounds\[0\] has shape \(3,\), but params has \(2,\)"),
     "no pair": ({"bounds": 3.0}, "bounds=.* is not a pair"),
     "text": ({"bounds": ("0", None)}, r"bounds\[0\] is '0'"),
