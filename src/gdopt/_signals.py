@@ -236,12 +236,13 @@ def _on_signal(number: int, frame: Any) -> None:
 def _would_swallow(frame: Any) -> bool:
     """Tell whether Python would print an exception that is raised here, and go on.
 
-    It does so in callbacks of the garbage collector and in `__del__`. JAX has such a callback, and a signal that comes
-    during a collection is handled in it.
+    It does so in callbacks of the garbage collector and of weak references, and in `__del__`. JAX has such callbacks,
+    and a signal that comes during a collection is handled in them.
     """
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+        is_weak = frame.f_globals.get("__name__") in ("weakref", "_weakrefset")
+        if is_weak or frame.f_code in callbacks or frame.f_code.co_name == "__del__":
             return True
         frame = frame.f_back
     return False

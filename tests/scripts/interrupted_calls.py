@@ -91,9 +91,10 @@ def one(directory: Path, number: int) -> None:
     try:
         try:
             inside.set()
-            status = call(path, number).status.name
+            result = call(path, number)
         finally:
             inside.clear()
+        status = result.status.name
     except KeyboardInterrupt as error:
         status, held = "KeyboardInterrupt", error
     counts[status] += 1
