@@ -81,9 +81,29 @@ def test_inside_jit_the_result_is_the_same(options: dict[str, Any]) -> None:
 
 def test_it_is_one_loop_without_host_callbacks() -> None:
     jaxpr = str(jax.make_jaxpr(lambda x: gdopt.minimize(quadratic, x).params)(jnp.zeros(3)))
-    # Steps; in rounds, of which each ends by a check; points that are tried there; and other sizes of idle entries.
-    assert jaxpr.count("while[") == 4
+    # Steps; in rounds, of which each ends by a check; points that are tried there; other sizes of idle entries; and
+    # five parts of the check that are computed if any run of a vmap asks for them.
+    assert jaxpr.count("while[") == 9
     assert "callback" not in jaxpr
+
+
+def test_a_vmap_computes_no_part_of_the_check_that_no_run_asks_for() -> None:
+    """A cond would compute both of its branches, with hundreds of evaluations, and so would XLA before a loop."""
+    calls = []
+
+    def counted(x: np.ndarray) -> np.ndarray:
+        calls.append(x.shape)
+        return np.zeros(x.shape[:-1], np.float32)
+
+    def loss(x: jax.Array, target: jax.Array) -> jax.Array:
+        shape, still = jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(x)
+        seen = jax.pure_callback(counted, shape, still, vmap_method="expand_dims")
+        return jnp.sum((x - target) ** 2 * jnp.array([1.0, 10, 100])) + seen
+
+    run = lambda target: gdopt.minimize(loss, jnp.zeros(3), args=(target,))
+    results = jax.block_until_ready(jax.vmap(run)(jnp.arange(12.0).reshape(4, 3)))
+    assert results.success.all()
+    assert len(calls) < 3 * results.steps.max()
 
 
 def vmap(function):

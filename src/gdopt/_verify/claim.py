@@ -182,7 +182,7 @@ def known(place: Place, probe: Probe, claim: Claim, grad: Blocks) -> tuple[Any, 
         return noise > _MUCH * _noise(place, probe, begin, claim.watch.first_loss, probe.at(begin)[1], free)
 
     # A run that starts at its minimum gains no more than noise either, but there the noise is the same as at the start.
-    return noise, place.when(drowned, more, lambda: drowned)
+    return noise, place.if_any(drowned, more, lambda: drowned)
 
 
 def _finite(place: Place, probe: Probe, differences: Callable, params: Blocks) -> tuple[Probe, Any]:
@@ -247,13 +247,13 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
         none = coarsest(here.params) * here.rounding
         idle = little & (np.abs(np.diagonal(found.matrix)) <= none) & (np.abs(found.right) <= none)
         awake = lambda: resized(place, probe, here, found, idle, loss - visible)
-        value, point = place.when(idle.any(), awake, lambda: (loss, here.params))
+        value, point = place.if_any(idle.any(), awake, lambda: (loss, here.params))
         better = value < best.loss
         point = [np.where(better, new, old) for new, old in zip(point, best.point, strict=True)]
         best = best._replace(loss=np.where(better, value, best.loss), point=point)
     nothing = np.zeros((), found.right.dtype)
     down = lambda: look_below(place, probe, best.point, best.loss, here.typical)
-    below = place.when(hidden, down, lambda: Below(best.loss, best.point, nothing, nothing > 0))
+    below = place.if_any(hidden, down, lambda: Below(best.loss, best.point, nothing, nothing > 0))
     return Check(
         left=np.maximum(left, loss - below.loss),
         curved=found.known,
@@ -285,7 +285,7 @@ def check_within(place: Place, probe: Probe, move: Move, here: Point, found: Fou
         below = look_below(place, bordered(probe, move, here, np), found.point, found.loss, here.typical)
         return below._replace(point=move(below.point, nothing)[0])
 
-    below = place.when(hidden, down, lambda: flat)
+    below = place.if_any(hidden, down, lambda: flat)
     return Check(
         left=found.left,
         curved=known,
@@ -328,7 +328,7 @@ def _model(place: Place, probe: Probe, here: Point, exact: Any) -> tuple[Spectru
         new = spectrum(place, probe, there, grad, scale, accuracy, dtype, whole=True)
         return np.where(new.known, newton_step(place, new, new.right)[1], np.inf)
 
-    more = place.when(asks, further, lambda: 0 * gain) if few else 0 * gain
+    more = place.if_any(asks, further, lambda: 0 * gain) if few else 0 * gain
     share = more / np.where(gain > 0, gain, 1)
     tells = found.known & ~bends & (~asks | (share < _SLOWLY))
     left = np.where(tells, gain, np.where((found.right != 0).any(), np.inf, 0))
@@ -361,4 +361,4 @@ def _is_saturated(place: Place, probe: Probe, here: Point, found: Spectrum, star
         # One of them may be outside the domain, but not both.
         return dead.any() & (np.fmax(*changes) <= little) & (here.loss != 0)
 
-    return place.when(lost.any(), look, lambda: lost.any() & False)
+    return place.if_any(lost.any(), look, lambda: lost.any() & False)

@@ -66,6 +66,8 @@ class OnHost:
         """Call one of two functions."""
         return function() if condition else otherwise()
 
+    if_any = when  # the same, where ``otherwise`` is cheap and the function is not
+
     @staticmethod
     def put(rows: Any, number: Any, row: Any) -> Any:
         """Write a row, if there is room for it."""
@@ -83,6 +85,18 @@ class InTrace:
     loop = staticmethod(lax.while_loop)
     select = staticmethod(_trees.select)
     when = staticmethod(lax.cond)
+
+    @staticmethod
+    def if_any(condition: Any, function: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        # A vmap calls both functions of a `cond` for all runs, but the body of a loop only if one of them asks for it.
+        # XLA would compute before the loop what does not depend on it. So the arrays that the function reads do.
+        traced, arrays = jax.closure_convert(function)
+
+        def once(search: tuple) -> tuple:
+            asked, *tied = lax.optimization_barrier((search[0], *arrays))
+            return asked & False, traced(*tied)
+
+        return lax.while_loop(lambda search: search[0], once, (condition, otherwise()))[1]
 
     @staticmethod
     def rows(function: Callable[[Any], Blocks], count: int) -> Blocks:
