@@ -19,7 +19,7 @@ from gdopt import _stopping, _trees
 from gdopt._status import RUNNING, Status
 from gdopt._stopping import Ending, Limits, Watch
 from gdopt._verify.composite import Advance, Found, Move, bordered, look
-from gdopt._verify.counterexamples import TRIED, Point, directions, lowest, resized, wanted_kinds
+from gdopt._verify.counterexamples import TRIED, Lowest, Point, directions, lowest, resized, wanted_kinds
 from gdopt._verify.kinks import Below, look_below
 from gdopt._verify.places import Blocks, Place, Probe, chance, coarsest, count_of, dot, largest, loss_at, shifted
 from gdopt._verify.spectrum import Spectrum, evened, newton_step, spectrum
@@ -244,13 +244,7 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
     kink = kink & (best.finite > TRIED // 2)  # Few finite points show the border of the domain.
     hidden = kink & limited & (loss - best.loss < _PART * promised)
     if found.whole:
-        none = coarsest(here.params) * here.rounding
-        idle = little & (np.abs(np.diagonal(found.matrix)) <= none) & (np.abs(found.right) <= none)
-        awake = lambda: resized(place, probe, here, found, idle, loss - visible)
-        value, point = place.if_any(idle.any(), awake, lambda: (loss, here.params))
-        better = value < best.loss
-        point = [np.where(better, new, old) for new, old in zip(point, best.point, strict=True)]
-        best = best._replace(loss=np.where(better, value, best.loss), point=point)
+        best = _beyond_idle(place, probe, here, found, best, little, loss - visible)
     nothing = np.zeros((), found.right.dtype)
     down = lambda: look_below(place, probe, best.point, best.loss, here.typical)
     below = place.if_any(hidden, down, lambda: Below(best.loss, best.point, nothing, nothing > 0))
@@ -267,6 +261,20 @@ def check(place: Place, probe: Probe, here: Point, start: Start, *, exact: Any, 
         steepest=largest(np, here.grad),
         outside=loss != loss,
     )
+
+
+def _beyond_idle(
+    place: Place, probe: Probe, here: Point, found: Spectrum, best: Lowest, little: Any, wanted: Any
+) -> Lowest:
+    """Return a lower point than the best so far, if another size of an entry without any effect nearby leads to one."""
+    np = place.np
+    none = coarsest(here.params) * here.rounding
+    idle = little & (np.abs(np.diagonal(found.matrix)) <= none) & (np.abs(found.right) <= none)
+    tried = lambda: resized(place, probe, here, found, idle, wanted)
+    value, point = place.if_any(idle.any(), tried, lambda: (here.loss, here.params))
+    better = value < best.loss
+    point = [np.where(better, new, old) for new, old in zip(point, best.point, strict=True)]
+    return best._replace(loss=np.where(better, value, best.loss), point=point)
 
 
 def check_within(place: Place, probe: Probe, move: Move, here: Point, found: Found, *, limited: Any) -> Check:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gdopt import _trees
+from gdopt import _jax, _trees
 
 Blocks = list[Any]  # real arrays, the entries of the params
 
@@ -91,6 +91,10 @@ class InTrace:
         # A vmap calls both functions of a `cond` for all runs, but the body of a loop only if one of them asks for it.
         # XLA would compute before the loop what does not depend on it. So the arrays that the function reads do.
         traced, arrays = jax.closure_convert(function)
+        if (
+            len(set(map(_jax.varying, (condition, *arrays)))) > 1
+        ):  # A barrier would let all differ within a `shard_map`.
+            return lax.cond(condition, function, otherwise)
 
         def once(search: tuple) -> tuple:
             asked, *tied = lax.optimization_barrier((search[0], *arrays))
