@@ -80,10 +80,7 @@ def finished(process: subprocess.Popen) -> str:
     ("kind", "kills"),
     [
         ("batches", 3),
-        (
-            "quasi_newton",
-            2,
-        ),  # others are resumed below, in this process; test_soak.py kills all of them for ten minutes
+        ("quasi_newton", 2),  # others are resumed below, in this process; test_soak.py kills all for ten minutes
         *(
             pytest.param(kind, 7, marks=pytest.mark.slow)
             for kind in ("batches", "spectral", "stream", "grain", "auto", "noise of the optimizer")

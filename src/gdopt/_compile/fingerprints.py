@@ -91,10 +91,10 @@ def _rule(eqn: Any) -> Hashable:
         raise _Unshareable
     if is_known(rule, *_OWNERS):
         return rule, treedef
-    if rule.__qualname__ != "custom_jvp.defjvps.<locals>.jvp" or not _is_of(rule, *_OWNERS):
+    if rule.__qualname__ != "custom_jvp.defjvps.<locals>.jvp" or not is_of(rule, *_OWNERS):
         raise _Unshareable
     parts = _jax.cell(rule, "jvps")  # one for each argument, often without a name
-    if not all(part is None or (_is_of(part, *_OWNERS) and not part.__closure__) for part in parts):
+    if not all(part is None or (is_of(part, *_OWNERS) and not part.__closure__) for part in parts):
         raise _Unshareable
     return parts, treedef
 
@@ -186,18 +186,15 @@ def _is_jaxs_own(kind: Any) -> bool:
     return kind.__module__.split(".")[0] in _OWNERS
 
 
-def _is_of(function: Any, *owners: str) -> bool:
-    """Tell whether the code of a function is in one of these packages.
-
-    `functools.wraps` copies the name of another function's module, but not the names that the code can read.
-    """
+def is_of(function: Any, *owners: str) -> bool:
+    """Tell whether the code of a function is in one of these packages: `functools.wraps` copies only names."""
     if not isinstance(function, FunctionType):
         return False
-    module = sys.modules.get(function.__module__ or "")
-    return module is not None and function.__globals__ is vars(module) and module.__name__.split(".")[0] in owners
+    name = function.__globals__.get("__name__", "")
+    return name.split(".")[0] in owners and getattr(sys.modules.get(name), "__dict__", None) is function.__globals__
 
 
 def is_known(function: FunctionType, *owners: str) -> bool:
     """Tell whether it is a function of a library that nobody changes, found by its name, and closes over nothing."""
-    owned = _is_of(function, "gdopt", "optax", *owners) and not function.__closure__
+    owned = is_of(function, "gdopt", "optax", *owners) and not function.__closure__
     return owned and function.__globals__.get(function.__name__) is function

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Hashable, Iterable
 from types import CellType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import numpy as np
 
-from gdopt._compile.fingerprints import is_known
+from gdopt._compile.fingerprints import is_known, is_of
 
 _NUMBERS = (bool, int, float, complex, str, bytes, NoneType)
 _OWNERS = ("gdopt", "optax")
@@ -65,7 +64,7 @@ def _parts(value: Any) -> tuple[Hashable, Iterable[Any]]:
             return _class(kind), value
         case dict() if kind is dict:
             return kind, [part for pair in value.items() for part in pair]
-        case FunctionType() if _is_librarys(value):
+        case FunctionType() if is_of(value, *_OWNERS):
             held = value.__defaults__, value.__kwdefaults__, *map(_contents, value.__closure__ or ())
             return value.__code__, held
         case MethodType():
@@ -83,12 +82,6 @@ def _class(kind: type) -> Hashable:
     if _owner(kind.__module__) not in (*_OWNERS, "builtins", "jax", "numpy", "ml_dtypes"):
         raise _Unknown
     return kind
-
-
-def _is_librarys(function: FunctionType) -> bool:
-    """Tell whether the code is the library's: a decorator of the caller's may bear its name."""
-    name = function.__globals__.get("__name__", "")
-    return _owner(name) in _OWNERS and getattr(sys.modules.get(name), "__dict__", None) is function.__globals__
 
 
 def _owner(module: str) -> str:

@@ -91,9 +91,8 @@ class InTrace:
         # A vmap calls both functions of a `cond` for all runs, but the body of a loop only if one of them asks for it.
         # XLA would compute before the loop what does not depend on it. So the arrays that the function reads do.
         traced, arrays = jax.closure_convert(function)
-        if (
-            len(set(map(_jax.varying, (condition, *arrays)))) > 1
-        ):  # A barrier would let all differ within a `shard_map`.
+        # Within a `shard_map`, a barrier would let all of them differ between devices.
+        if len(set(map(_jax.varying, (condition, *arrays)))) > 1:
             return lax.cond(condition, function, otherwise)
 
         def once(search: tuple) -> tuple:
